@@ -1,0 +1,330 @@
+"""Images in: what `--data_path` can name, and how a file becomes a correct RGB picture.
+
+    data = open_data("/data/imagenet")      # train/ and val/ with one folder per class
+    data = open_data("/photos")             # any tree of pictures; no labels needed
+    data = open_data("cifar10:/root")       # a torchvision set by name, downloaded there if missing
+    data = open_data("shapes")              # generated pictures with labels and masks; no file needed
+    image, label = data.train[0]            # PIL image in RGB, class index or -1
+
+Indexing raises `Unreadable` for a file that cannot be decoded; whoever iterates decides. This file needs
+torch, torchvision and Pillow.
+"""
+
+import colorsys
+import inspect
+import math
+import os
+import random
+import warnings
+from typing import NamedTuple
+
+import torch
+import torchvision
+from PIL import Image, ImageOps
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
+
+
+class DataError(ValueError):
+    """No usable data where it was looked for; the message names the place and what would be right."""
+
+
+class Unreadable(OSError):
+    """One picture that cannot be decoded; the message names it and says why."""
+
+
+class Data(NamedTuple):
+    """Pictures to train on, and two labelled parts to judge features with (None where there are no labels)."""
+
+    train: object
+    bank: object
+    queries: object
+    note: str  # one line on where the parts come from
+
+
+# ---- pictures ----
+
+def open_rgb(path):
+    """Decode a file as a person would see it: upright, in RGB, transparency on white.
+
+    Raises:
+        Unreadable: the file is missing, damaged, not a picture, or too large to be one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise Unreadable(f"{path}: {error or type(error).__name__}") from None
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def eval_view(image, height, width=None):
+    """RGB image -> [3, height, width], normalised: the one view that features are judged on.
+
+    The shorter side is resized to the crop's / 0.875 (bicubic), then the centre is cut out, as ImageNet
+    is evaluated (256 and 224). A picture that already has the size is taken as it is.
+    """
+    width = width or height
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height) / 0.875
+        size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
+        image = torchvision.transforms.functional.resize(image, size, Image.Resampling.BICUBIC)
+        image = torchvision.transforms.functional.center_crop(image, [height, width])
+    tensor = torchvision.transforms.functional.to_tensor(image)
+    return torchvision.transforms.functional.normalize(tensor, IMAGENET_MEAN, IMAGENET_STD)
+
+
+class EvalViews(torch.utils.data.Dataset):
+    """The centre view of each picture: index -> ([3, size, size], label, index), or (None, reason, index)."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        try:
+            image, label = self.images[index]
+        except Unreadable as error:
+            return None, str(error), index
+        return eval_view(image, self.size), label, index
+
+
+def eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1):
+    """Batches of centre views, each picture on one of the processes: (images, labels, indices, unreadable)."""
+    share = torch.utils.data.Subset(EvalViews(images, size), range(rank, len(images), world_size))
+    return torch.utils.data.DataLoader(share, batch_size, num_workers=num_workers, collate_fn=collate_readable,
+                                       pin_memory=torch.cuda.is_available())
+
+
+def collate_readable(samples):
+    """Samples of EvalViews -> images [B, 3, H, W], labels [B], indices [B], messages of those left out."""
+    readable = [sample for sample in samples if sample[0] is not None]
+    views = torch.stack([view for view, _, _ in readable]) if readable else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in readable], dtype=torch.int64)
+    indices = torch.tensor([index for _, _, index in readable], dtype=torch.int64)
+    return views, labels, indices, [reason for view, reason, _ in samples if view is None]
+
+
+# ---- what --data_path can name ----
+
+def open_data(data_path):
+    """Open the pictures that `data_path` names.
+
+    Raises:
+        DataError: nothing usable is there.
+    """
+    name, _, argument = data_path.partition(":")
+    if os.path.exists(data_path):
+        return open_folder(data_path)
+    if name == "shapes":
+        return open_shapes(argument)
+    if argument:
+        return open_torchvision(name, argument)
+    raise DataError(f"{data_path}: no such folder, torchvision set (NAME:ROOT) or 'shapes'")
+
+
+def open_folder(root):
+    """A tree of pictures; `train` with `val` or `test` in it or beside it are recognised."""
+    if os.path.basename(os.path.abspath(root)) == "train":
+        train_root, parent = root, os.path.dirname(os.path.abspath(root))
+    elif os.path.isdir(os.path.join(root, "train")):
+        train_root, parent = os.path.join(root, "train"), root
+    else:
+        train_root, parent = root, None
+    train = ImageTree(train_root)
+    if train.classes is None:
+        return Data(train, None, None, f"{len(train):,} pictures in {train_root}, no labels")
+    for part in ("val", "test"):
+        test_root = parent and os.path.join(parent, part)
+        if test_root and os.path.isdir(test_root):
+            test = ImageTree(test_root)
+            if test.classes == train.classes:
+                return Data(train, train, test, f"{len(train):,} pictures of {len(train.classes)} classes in "
+                                                f"{train_root}, {len(test):,} held out in {test_root}")
+    bank, queries = split_labels(train)
+    return Data(train, bank, queries, f"{len(train):,} pictures of {len(train.classes)} classes in {train_root}; no val "
+                                      f"or test folder with the same classes, so k-NN asks every tenth about the others")
+
+
+def split_labels(images):
+    """Two parts of one labelled set: nine tenths to look labels up in, every tenth to ask about."""
+    every_tenth = range(0, len(images), 10)
+    others = [i for i in range(len(images)) if i % 10]
+    return torch.utils.data.Subset(images, others), torch.utils.data.Subset(images, every_tenth)
+
+
+class ImageTree(torch.utils.data.Dataset):
+    """All pictures below a folder, in sorted order; the folders directly below it are the classes.
+
+    Without at least two such folders, or with pictures beside them, there are no labels: each is -1.
+    """
+
+    def __init__(self, root):
+        if not os.path.isdir(root):
+            raise DataError(f"{root}: no such folder")
+        self.root = root
+        self.files = sorted(os.path.relpath(os.path.join(folder, name), root)
+                            for folder, _, names in os.walk(root, followlinks=True) for name in names
+                            if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        if not self.files:
+            raise DataError(f"{root}: no picture found in it or below (looked for {' '.join(EXTENSIONS)})")
+        tops = [file.partition(os.sep)[0] for file in self.files]
+        labelled = len(set(tops)) > 1 and all(os.sep in file for file in self.files)
+        self.classes = sorted(set(tops)) if labelled else None
+        index = {name: i for i, name in enumerate(self.classes or [])}
+        self.labels = [index.get(top, -1) for top in tops]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return open_rgb(os.path.join(self.root, self.files[i])), self.labels[i]
+
+
+def open_torchvision(name, root):
+    """A set of torchvision.datasets by its name in any case; its test part is held out."""
+    known = {known.lower(): known for known in torchvision.datasets.__all__}
+    if name.lower() not in known:
+        raise DataError(f"{name}:{root}: torchvision has no set named {name!r}, and there is no such folder")
+    kind = getattr(torchvision.datasets, known[name.lower()])
+    accepted = inspect.signature(kind).parameters
+    download = {"download": True} if "download" in accepted else {}
+    if "train" in accepted:
+        parts = [{"train": True}, {"train": False}]
+    elif "split" in accepted:
+        parts = [{"split": "train"}, {"split": "val" if name.lower() in ("imagenet", "places365") else "test"}]
+    else:
+        raise DataError(f"{name}:{root}: torchvision's {kind.__name__} has no train and test part")
+    try:
+        train, test = (TorchvisionSet(kind(root, **part, **download)) for part in parts)
+    except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
+        raise DataError(f"{name}:{root}: torchvision cannot open it: {' '.join(str(error).split())}") from None
+    return Data(train, train, test, f"torchvision's {kind.__name__}: {len(train):,} pictures, {len(test):,} held out")
+
+
+class TorchvisionSet(torch.utils.data.Dataset):
+    """A torchvision set as (RGB image, class index)."""
+
+    def __init__(self, images):
+        self.images = images
+        self.classes = getattr(images, "classes", None)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            image, label = self.images[i][:2]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise Unreadable(f"{type(self.images).__name__} {i}: {error}") from None
+        return to_rgb(image), int(label) if isinstance(label, (int, torch.Tensor)) else -1
+
+
+# ---- the built-in pictures ----
+
+def open_shapes(argument):
+    """`shapes` or `shapes:SIZE`: 10,000 generated pictures of SIZE pixels (32), and 2,000 more held out."""
+    if argument and not (argument.isdecimal() and 16 <= int(argument) <= 1024):
+        raise DataError(f"shapes:{argument}: the side of the pictures must be a number of pixels from 16 to 1024")
+    size = int(argument or 32)
+    train, test = Shapes("train", 10_000, size), Shapes("test", 2_000, size)
+    return Data(train, train, test, f"built-in shapes: {len(train):,} pictures of {len(train.classes)} classes, {size} "
+                                    f"pixels, {len(test):,} held out")
+
+
+class Shapes(torch.utils.data.Dataset):
+    """Generated pictures: one object of a coloured outline on a ground, with label and mask.
+
+    A class is an outline (disc, square, triangle, star) and the hue of the object against its ground.
+    Everything else is a nuisance drawn from (part, index) alone: place, size, turn, stripes, ground
+    gradient, light and noise. The mean colour of every picture is set to one drawn without regard to the
+    class, so it says nothing about the label.
+
+    Args:
+        part: "train" or "test"; the two never share a picture.
+        length: number of pictures.
+        size: side, pixels.
+    """
+
+    OUTLINES = ("disc", "square", "triangle", "star")
+    HUES = ("red", "green", "blue")
+
+    def __init__(self, part, length, size):
+        self.part, self.length, self.size = part, length, size
+        self.classes = [f"{hue} {outline}" for outline in self.OUTLINES for hue in self.HUES]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        return self.render(i)[0], self.label(i)
+
+    def label(self, i):
+        return i % len(self.classes)
+
+    def mask(self, i):
+        """Where the object is: bool [size, size]."""
+        return self.render(i)[1]
+
+    def render(self, i):
+        """Picture i and its mask: RGB image of size x size, bool [size, size]."""
+        if not 0 <= i < self.length:
+            raise IndexError(f"picture {i} of {self.length}")
+        rng = random.Random(f"shapes/{self.part}/{i}")
+        outline, hue = divmod(self.label(i), len(self.HUES))
+
+        axis = (torch.arange(self.size) + 0.5) / self.size * 2 - 1
+        y, x = axis.view(-1, 1), axis.view(1, -1)  # the picture spans [-1, 1] both ways
+        dx, dy = x - rng.uniform(-0.4, 0.4), y - rng.uniform(-0.4, 0.4)
+        angle = torch.atan2(dy, dx) + rng.uniform(0, 2 * math.pi)
+        distance = torch.hypot(dx, dy)
+        inside = self.radius(outline, angle) * rng.uniform(0.4, 0.65) - distance
+        mask = (inside * self.size / 2 + 0.5).clamp(0, 1)  # anti-aliased over one pixel
+
+        turn = rng.uniform(0, math.pi)
+        stripes = 0.5 + 0.5 * torch.sin(rng.uniform(4, 16) * (dx * math.cos(turn) + dy * math.sin(turn)) + rng.uniform(0, 6.28))
+        slope = rng.uniform(-0.2, 0.2) * x + rng.uniform(-0.2, 0.2) * y
+        object_hue = (hue + rng.uniform(-0.15, 0.15)) / len(self.HUES)
+        color = torch.tensor(colorsys.hsv_to_rgb(object_hue, rng.uniform(0.6, 1.0), rng.uniform(0.5, 1.0)))
+        coat = color.view(3, 1, 1) * (1 - rng.uniform(0.1, 0.6) * stripes)
+        ground = rng.uniform(0.2, 0.8) + slope
+        picture = torch.lerp(ground.expand(3, -1, -1), coat, mask)
+
+        tint = torch.tensor([rng.uniform(0.35, 0.65) for _ in range(3)])
+        picture += (tint - picture.mean(dim=(1, 2))).view(3, 1, 1)  # the mean colour is now the tint
+        noise = torch.Generator().manual_seed(rng.getrandbits(63))
+        picture += rng.uniform(0, 0.06) * torch.randn(picture.shape, generator=noise)
+        pixels = (picture * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+        return Image.frombytes("RGB", (self.size, self.size), pixels.numpy().tobytes()), mask > 0.5
+
+    @staticmethod
+    def radius(outline, angle):
+        """Distance from centre to outline in each direction, about 1 on average."""
+        if outline == 0:
+            return torch.ones_like(angle)
+        corners = {1: 4, 2: 3, 3: 5}[outline]
+        sector = 2 * math.pi / corners
+        off = (angle % sector) - sector / 2  # angle from the middle of the side
+        if outline == 3:
+            return 1.3 - 1.6 * off.abs() / sector
+        return math.cos(sector / 2) / torch.cos(off) * {1: 1.25, 2: 1.5}[outline]

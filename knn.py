@@ -1,0 +1,109 @@
+"""The judge: weighted k-nearest-neighbour classification of frozen features.
+
+    features, labels = extract_features(model, loader)
+    scores = knn_classifier(bank, bank_labels, queries, query_labels)    # {10: (top-1, top-5), ...}
+
+Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4;
+Caron et al. 2021, section 4. There is nothing to tune and nothing to train, so it shows what the features
+hold. This file needs torch and nothing else.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+@torch.no_grad()
+def extract_features(model, loader, device="cpu", progress=None):
+    """Features of all pictures of a loader, in the order of their index.
+
+    Args:
+        model: images [B, C, H, W] -> features [B, D].
+        loader: yields (images, labels, indices, unreadable) per batch, each picture once. Under a process
+            group every process brings its own share, of any length.
+        progress: called with the number of pictures of each batch.
+
+    Returns:
+        features [M, D] float32, labels [M] int64, unreadable (list of messages); the same on every process.
+    """
+    features, labels, indices, unreadable = [], [], [], []
+    for images, y, i, bad in loader:
+        if len(images):
+            features.append(model(images.to(device, non_blocking=True)).float())
+        labels.append(y)
+        indices.append(i)
+        unreadable += bad
+        if progress:
+            progress(len(i) + len(bad))
+    part = (torch.cat(features).cpu() if features else None, torch.cat(labels), torch.cat(indices), unreadable)
+    parts = [part]
+    if dist.is_available() and dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, part)
+    order = torch.cat([i for _, _, i, _ in parts]).argsort()
+    features = torch.cat([f for f, _, _, _ in parts if f is not None])
+    return features[order], torch.cat([y for _, y, _, _ in parts])[order], [m for *_, bad in parts for m in bad]
+
+
+@torch.no_grad()
+def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200), temperature=0.07, memory_mb=1024,
+                   device="cpu"):
+    """Weighted k-NN accuracy: each neighbour votes for its class with weight exp(cosine / temperature).
+
+    Args:
+        bank [M, D], bank_labels [M]: features to look neighbours up in, and their classes.
+        queries [Q, D], query_labels [Q]: features to classify, and their true classes.
+        ks: numbers of neighbours; those beyond the bank are clamped to it.
+        memory_mb: bound on the similarities held at once.
+        device: on CUDA the bank is held in float16.
+
+    Returns:
+        {k: (top-1, top-5)} in percent; with fewer than five neighbours or classes, top-5 counts those.
+    """
+    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    bank = F.normalize(bank.float(), dim=1).to(device, dtype)
+    bank_labels = bank_labels.to(device)
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    ks = sorted({min(k, len(bank)) for k in ks})
+    correct = {k: torch.zeros(2, dtype=torch.int64, device=device) for k in ks}
+    # A block of similarities, rows x columns, is held about three times: itself, and its sorted part twice.
+    rows = min(len(queries), 1024)
+    columns = max(ks[-1], memory_mb * 2**20 // (12 * rows))
+    for first in range(0, len(queries), rows):
+        block = F.normalize(queries[first:first + rows].float(), dim=1).to(device, dtype)
+        similarity, neighbours = nearest(block, bank, ks[-1], columns)
+        weights = (similarity.float() / temperature).exp()  # [rows, k]
+        truth = query_labels[first:first + rows].to(device).view(-1, 1)
+        for k in ks:
+            votes = torch.zeros(len(block), num_classes, device=device)
+            votes.scatter_add_(1, bank_labels[neighbours[:, :k]], weights[:, :k])
+            best = votes.topk(min(5, k, num_classes), dim=1).indices
+            correct[k] += torch.stack(((best[:, :1] == truth).sum(), (best == truth).sum()))
+    return {k: tuple((100 * hits / len(queries)).tolist()) for k, hits in correct.items()}
+
+
+def nearest(queries, bank, k, columns):
+    """The k bank rows most similar to each query, the bank read `columns` rows at a time.
+
+    queries [R, D], bank [M, D] -> similarities [R, k], descending, and indices [R, k].
+    """
+    similarity = indices = None
+    for first in range(0, len(bank), columns):
+        block = queries @ bank[first:first + columns].T  # [R, columns]
+        s, i = block.topk(min(k, block.shape[1]), dim=1)
+        i = i + first
+        if similarity is not None:
+            s, i = torch.cat((similarity, s), dim=1), torch.cat((indices, i), dim=1)
+            s, order = s.topk(min(k, s.shape[1]), dim=1)
+            i = i.gather(1, order)
+        similarity, indices = s, i
+    return similarity, indices
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    centres = torch.randn(10, 64)
+    labels = torch.arange(2000) % 10
+    features = centres[labels] + 2.5 * torch.randn(2000, 64)
+    for k, (top1, top5) in knn_classifier(features[500:], labels[500:], features[:500], labels[:500]).items():
+        print(f"k {k:3d}  top-1 {top1:5.1f}%  top-5 {top5:5.1f}%  (ten noisy clusters, chance 10%)")
