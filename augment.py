@@ -14,7 +14,7 @@ import random
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -131,9 +131,8 @@ def render(image, view):
 
 def turn_hue(image, turn):
     """Rotate the hue by `turn` whole turns, in steps of 1/255."""
-    steps = int(turn * 255)
     hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point([(h + steps) % 256 for h in range(256)])
+    hue = ImageChops.add_modulo(hue, Image.new("L", image.size, int(turn * 255) % 256))
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
