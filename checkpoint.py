@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vit import SIZES, VisionTransformer
+from vit import VisionTransformer
 
 
 class CheckpointError(ValueError):

@@ -10,12 +10,12 @@ command goes on after an interruption. Healthy training starts at loss = ln(out_
 first hundreds of steps, and then falls while the KL divergence stays above zero.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from checkpoint import CheckpointError, load_state, save_model, save_state
+from cli import boolean, natural, natural_float, positive, positive_float, share
 from data import DataError, Unreadable, eval_loader, open_data
 from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
 from knn import extract_features, knn_classifier
@@ -36,18 +38,14 @@ from vit import SIZES, VisionTransformer
 
 # ---- flags ----
 
-
 def parse_args(argv=None):
-    """Flags under the reference implementation's names; @FILE reads more of them, one or several a line."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", usage=argparse.SUPPRESS, description=__doc__, fromfile_prefix_chars="@",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()
+    """Flags under the reference implementation's names, checked against each other."""
+    parser = cli.parser("train.py", __doc__)
 
     def add(group, name, default, help, type=None, **kwargs):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         kwargs |= {} if "choices" in kwargs else {"metavar": "X"}
-        group.add_argument(name, default=default, type=type or default.__class__, help=f"{help} (default: {default})",
-                           **kwargs)
+        group.add_argument(name, default=default, type=type, help=f"{help} (default: {shown})", **kwargs)
 
     model = parser.add_argument_group("model")
     add(model, "--arch", "vit_small", "size of the backbone", choices=list(SIZES))
@@ -56,113 +54,72 @@ def parse_args(argv=None):
     add(model, "--depth", None, "number of blocks, to depart from the arch's", positive)
     add(model, "--num_heads", None, "attention heads, to depart from the arch's", positive)
     add(model, "--drop_path_rate", 0.1, "stochastic depth of the student", share)
-    add(model, "--out_dim", 65536, "prototypes; fewer for fewer pictures, 1024 to 4096 for some ten thousand", positive)
+    add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive)
+    add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
     add(model, "--norm_last_layer", True, "keep prototypes at length 1; false is better for vit_small, less stable", boolean)
-    add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones, where it is most of the work",
-        positive)
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
 
     teacher = parser.add_argument_group("teacher")
-    add(teacher, "--momentum_teacher", 0.996, "rises to 1 over the run; higher for small batches, 0.9995 at 256", share)
-    add(teacher, "--warmup_teacher_temp", 0.04, "temperature at the start; lower it if the loss stays at ln(out_dim)",
-        positive_float)
+    add(teacher, "--momentum_teacher", 0.996, "rises to 1 over the run; 0.9995 for 256 pictures a step", share)
+    add(teacher, "--warmup_teacher_temp", 0.04, "first temperature; less if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after its warm-up; above 0.07 is mostly unstable", positive_float)
-    add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up, 30 for long runs", natural)
+    add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", natural)
 
     optim = parser.add_argument_group("optimisation")
     add(optim, "--epochs", 100, "passes over the pictures", positive)
     add(optim, "--batch_size_per_gpu", 64, "pictures per process and pass", positive)
     add(optim, "--accum_steps", 1, "passes whose gradients are summed into one step", positive)
     add(optim, "--optimizer", "adamw", "adamw for transformers", choices=["adamw", "sgd", "lars"])
-    add(optim, "--lr", 0.0005, "peak learning rate for 256 pictures a step; scaled linearly with the real number",
-        positive_float)
-    add(optim, "--min_lr", 1e-6, "learning rate at the end", non_negative_float)
+    add(optim, "--lr", 0.0005, "peak learning rate at 256 pictures a step; scaled linearly with their number", positive_float)
+    add(optim, "--min_lr", 1e-6, "learning rate at the end", natural_float)
     add(optim, "--warmup_epochs", 10, "epochs of linear learning-rate warm-up", natural)
-    add(optim, "--weight_decay", 0.04, "at the start; on matrices only", non_negative_float)
-    add(optim, "--weight_decay_end", 0.4, "at the end, by a cosine", non_negative_float)
-    add(optim, "--clip_grad", 3.0, "largest gradient norm, 0 for no clipping", non_negative_float)
-    add(optim, "--clip_mode", "per_parameter", "norm of each parameter on its own, or of all together",
-        choices=["per_parameter", "global"])
+    add(optim, "--weight_decay", 0.04, "at the start; on matrices only", natural_float)
+    add(optim, "--weight_decay_end", 0.4, "at the end, by a cosine", natural_float)
+    add(optim, "--clip_grad", 3.0, "largest gradient norm, 0 for no clipping", natural_float)
+    add(optim, "--clip_mode", "per_parameter", "whose norm", choices=["per_parameter", "global"])
     add(optim, "--freeze_last_layer", 1, "epochs without updates of the prototypes; more if the loss does not fall", natural)
-    add(optim, "--precision", "auto", "auto takes bf16 where the device is built for it", choices=["auto", "bf16", "fp16",
-                                                                                                 "fp32"])
+    add(optim, "--precision", "auto", "auto: bf16 where the device is fast at it, else fp32",
+        choices=["auto", "bf16", "fp16", "fp32"])
 
     views = parser.add_argument_group("views")
-    add(views, "--global_crops_size", 224, "pixels; the size of the pictures if they are small", positive)
+    add(views, "--global_crops_size", 224, "pixels", positive)
     add(views, "--global_crops_scale", (0.4, 1.0), "share of the area; 0.14 1 without local crops", share, nargs=2)
     add(views, "--local_crops_number", 8, "0 for no multi-crop", natural)
     add(views, "--local_crops_size", 96, "pixels", positive)
     add(views, "--local_crops_scale", (0.05, 0.4), "share of the area", share, nargs=2)
-    add(views, "--color_jitter", (0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue", non_negative_float, nargs=4)
+    add(views, "--color_jitter", (0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue", share, nargs=4)
     add(views, "--blur", (1.0, 0.1, 0.5), "probability for first global, second global, local views", share, nargs=3)
-    add(views, "--blur_radius", (0.1, 2.0), "pixels; less for small pictures", non_negative_float, nargs=2)
+    add(views, "--blur_radius", (0.1, 2.0), "pixels; less for small pictures", natural_float, nargs=2)
 
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "folder of pictures, torchvision set as NAME:ROOT, or shapes[:SIZE]")
     add(run, "--output_dir", "runs/dino", "folder for everything the run writes")
-    add(run, "--saveckp_freq", 20, "keep a numbered checkpoint every so many epochs, 0 for none", natural)
+    add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, 0 for none", natural)
     add(run, "--knn_every", 10, "epochs between k-NN tests where there are labels, 0 for none", natural)
     add(run, "--knn_images", 20000, "at most so many labelled pictures to look neighbours up in", positive)
     add(run, "--log_every", 50, "steps between lines in the log", positive)
     add(run, "--seed", 0, "of weights, order, views and stochastic depth", natural)
-    add(run, "--num_workers", min(10, usable_cores()), "processes that load pictures, per training process", natural)
-    add(run, "--device", "auto", "cuda, mps or cpu", choices=["auto", "cuda", "mps", "cpu"])
+    cli.add_machine_flags(run)
 
     args = parser.parse_args(argv)
-    size = SIZES[args.arch]
-    args.embed_dim, args.depth, args.num_heads = (
-        args.embed_dim or size["embed_dim"], args.depth or size["depth"], args.num_heads or size["num_heads"])
-    crop_sizes = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
-    for name in crop_sizes:
+    for name, of_arch in SIZES[args.arch].items():
+        setattr(args, name, getattr(args, name) or of_arch)
+    if args.embed_dim % args.num_heads:
+        parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
+    for name in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
         if getattr(args, name) % args.patch_size:
             parser.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
     for name in ("global_crops_scale", "local_crops_scale", "blur_radius"):
         low, high = getattr(args, name)
-        if low > high or (high == 0 and name != "blur_radius"):
-            parser.error(f"--{name} {low} {high}: expected a range, lower end first")
-    if args.embed_dim % args.num_heads:
-        parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+        if low > high or (name != "blur_radius" and low == 0):
+            parser.error(f"--{name} {low} {high} is not a range above 0, lower end first")
     if args.color_jitter[3] > 0.5:
         parser.error(f"--color_jitter: a hue of {args.color_jitter[3]} is more than half a turn, 0.5")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if args.device == "auto":
-        args.device = next(name for name, there in available.items() if there)
-    elif not available[args.device]:
-        parser.error(f"--device {args.device}: torch finds none here")
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(args.device) else "fp32"
     return args
-
-
-def number(kind, allowed, words):
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not allowed(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-        return value
-    return parse
-
-
-positive = number(int, lambda x: x > 0, "a whole number above 0")
-natural = number(int, lambda x: x >= 0, "a whole number, 0 or more")
-positive_float = number(float, lambda x: x > 0, "a number above 0")
-non_negative_float = number(float, lambda x: x >= 0, "a number, 0 or more")
-share = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-
-
-def boolean(text):
-    if text.lower() not in ("true", "false", "1", "0", "on", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return text.lower() in ("true", "1", "on")
-
-
-def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def has_fast_bf16(device):
@@ -295,8 +252,8 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, batches, now, arg
         diagnose: also return the teacher's entropies, which cost a pass over its logits.
 
     Returns:
-        dict of scalars still on the device, this process's part: `loss`, and by request `entropy` and
-        `entropy_of_mean` of the teacher in nats.
+        [1] or [3], still on the device, this process's part: the loss, and by request the teacher's
+        entropy and the entropy of its mean output (see DINOLoss.teacher_entropy), all in nats.
     """
     network = getattr(student, "module", student)
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
@@ -324,7 +281,7 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, batches, now, arg
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     move_teacher(teacher, network, now.momentum)
-    return dict(zip(("loss", "entropy", "entropy_of_mean"), torch.stack(results).mean(dim=0).unbind()))
+    return torch.stack(results).mean(dim=0)
 
 
 def autocast(device, precision):
@@ -358,7 +315,7 @@ class Views(torch.utils.data.Dataset):
                 unreadable.append(str(error))
                 continue
             return self.multicrop(image, key=(self.seed, epoch, index)), unreadable
-        raise DataError(f"none of the {len(self.images)} pictures can be read; the last: {unreadable[-1]}")
+        raise DataError(f"none of {len(self.images)} pictures can be read; the last: {unreadable[-1]}")
 
 
 def collate(samples):
@@ -386,41 +343,36 @@ def batch_keys(first_step, last_step, num_images, args, rank, world_size):
             yield [(epoch, index) for index in batch]
 
 
-def check_readable(images):
-    """Fail early where no picture at all can be decoded."""
-    for i in range(len(images)):
-        try:
-            return images[i]
-        except Unreadable as error:
-            last = error
-    raise DataError(f"none of the {len(images)} pictures can be read; the last: {last}")
+def load_batches(images, first_step, last_step, args, rank, world_size):
+    """Iterator over (V view tensors [B, 3, s, s], messages) of every accumulated pass of the steps."""
+    brightness, contrast, saturation, hue = args.color_jitter
+    multicrop = MultiCrop(
+        args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
+        args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, blur=args.blur,
+        blur_radius=args.blur_radius)
+    return iter(torch.utils.data.DataLoader(
+        Views(images, multicrop, args.seed), num_workers=args.num_workers, collate_fn=collate,
+        batch_sampler=batch_keys(first_step, last_step, len(images), args, rank, world_size),
+        pin_memory=args.device == "cuda"))
 
 
 # ---- judging ----
 
-class Judge:
-    """k-NN top-1 and top-5 (k = 20) of a backbone on labelled pictures, the same ones each time."""
+def some_of(images, most):
+    """At most so many of the images, always the same ones."""
+    if len(images) <= most:
+        return images
+    return torch.utils.data.Subset(images, sorted(random.Random(0).sample(range(len(images)), most)))
 
-    def __init__(self, data, args, rank, world_size):
-        queries = max(1, args.knn_images // 5)
-        self.parts = [self.some(data.bank, args.knn_images), self.some(data.queries, queries)]
-        self.args, self.rank, self.world_size = args, rank, world_size
 
-    @staticmethod
-    def some(images, most):
-        if len(images) <= most:
-            return images
-        return torch.utils.data.Subset(images, sorted(random.Random(0).sample(range(len(images)), most)))
-
-    def __call__(self, backbone):
-        args = self.args
-        features = []
-        for images in self.parts:
-            loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, self.rank,
-                                 self.world_size)
-            with autocast(args.device, args.precision):
-                features += extract_features(backbone, loader, args.device)[:2]
-        return knn_classifier(*features, ks=(20,), device=args.device).popitem()[1]
+def judge(model, data, args, rank, world_size):
+    """k-NN accuracy (top-1, top-5) in percent with 20 neighbours, of a model's features of the labelled pictures."""
+    features = []
+    for images in (some_of(data.bank, args.knn_images), some_of(data.queries, max(1, args.knn_images // 5))):
+        loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank, world_size)
+        with autocast(args.device, args.precision):
+            features += extract_features(model, loader, args.device)[:2]
+    return knn_classifier(*features, ks=(20,), device=args.device).popitem()[1]
 
 
 def pixel_features(images):
@@ -442,16 +394,64 @@ def collapse(entropy, entropy_of_mean, kl, out_dim):
 
 # ---- the run ----
 
-def start_processes(args):
-    """Join the process group if torchrun started us: rank, number of processes, device."""
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device(args.device)
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+class Report:
+    """What a run says: lines on the screen, records in log.jsonl, a bar on a terminal. Silent on all ranks but 0."""
+
+    def __init__(self, output, rank):
+        self.log_file, self.silent = output / "log.jsonl", rank != 0
+        self.unreadable = set()
+
+    def start_bar(self, first_step, total_steps):
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=self.silent or not sys.stderr.isatty())
+
+    def say(self, text):
+        if not self.silent:
+            tqdm.write(text)
+
+    def log(self, **record):
+        if not self.silent:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def skipped(self, messages):
+        """Name each unreadable picture once; every process speaks for its own."""
+        for message in messages:
+            if message not in self.unreadable:
+                self.unreadable.add(message)
+                tqdm.write(f"skipped unreadable picture {message}")
+
+    def step(self, step, total_steps, epoch, loss, entropy, entropy_of_mean, images_per_second, now, out_dim):
+        ln_k, kl = math.log(out_dim), loss - entropy
+        self.log(step=step, epoch=epoch, loss=loss, ln_k=ln_k, teacher_entropy=entropy, kl=kl,
+                 teacher_entropy_of_mean=entropy_of_mean, images_per_second=images_per_second,
+                 unreadable=len(self.unreadable), **now._asdict())
+        line = (f"loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {entropy:.2f}  KL {kl:.3f}  lr {now.lr:.1e}  "
+                f"{images_per_second:.0f} img/s")
+        self.bar.set_postfix_str(line)
+        if self.bar.disable:
+            self.say(f"epoch {epoch}  step {step + 1}/{total_steps}  {line}")
+
+
+def save_run(output, objects, info, **rest):
+    """Everything needed to go on, and the two networks as files of their own."""
+    save_state(output / "checkpoint.pth", info=info, **{name: thing.state_dict() for name, thing in objects.items()}, **rest)
+    for name in ("student", "teacher"):
+        save_model(output / f"{name}.safetensors", objects[name].state_dict(), info)
+
+
+def resume(path, args, objects):
+    """Load a run's state into the objects it was saved from: the next step, and the k-NN results so far."""
+    state = load_state(path)
+    try:
+        for name in ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "optimizer", "global_crops_size"):
+            if state["flags"][name] != getattr(args, name):
+                raise CheckpointError(f"{path} was trained with --{name} {state['flags'][name]}, not {getattr(args, name)}: "
+                                      f"choose another --output_dir for another run")
+        for name, thing in objects.items():
+            thing.load_state_dict(state[name])
+        return state["step"], state["knn"]
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not the checkpoint of such a run ({str(error)[:200]})") from None
 
 
 def write_flags(path, args):
@@ -461,34 +461,18 @@ def write_flags(path, args):
             file.write(f"--{name} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}\n")
 
 
-def resume(path, args, objects):
-    """Load a run's state into the objects it was saved from; returns the rest: step, k-NN results, flags."""
-    state = load_state(path)
-    try:
-        for name in ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "optimizer", "global_crops_size"):
-            if state["flags"][name] != getattr(args, name):
-                raise CheckpointError(f"{path}: was trained with --{name} {state['flags'][name]}, not {getattr(args, name)}; "
-                                      f"choose another --output_dir for another run")
-        for name, thing in objects.items():
-            thing.load_state_dict(state[name])
-        return state["step"], state["knn"]
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not the checkpoint of such a run ({' '.join(str(error).split())[:200]})") from None
-
-
 def main(args):
-    rank, world_size, device = start_processes(args)
+    rank, world_size, device = cli.start_processes(args.device)
     output = Path(args.output_dir)
-    say = tqdm.write if rank == 0 else lambda text: None
+    report = Report(output, rank)
 
     # ---- pictures ----
     data = open_data(args.data_path)
-    check_readable(data.train)
     global_batch = args.batch_size_per_gpu * args.accum_steps * world_size
     steps_per_epoch = len(data.train) // global_batch
     total_steps = args.epochs * steps_per_epoch
     if steps_per_epoch == 0:
-        raise DataError(f"{args.data_path}: {len(data.train)} pictures are fewer than one step of {global_batch} "
+        raise DataError(f"{args.data_path}: {len(data.train)} pictures are fewer than the {global_batch} of one step "
                         f"(batch_size_per_gpu x accum_steps x processes); lower --batch_size_per_gpu")
 
     # ---- networks, loss, optimizer ----
@@ -498,134 +482,93 @@ def main(args):
     network, teacher, dino_loss = network.to(device), teacher.to(device), DINOLoss(args.out_dim).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups(network))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    say(data.note)
-    say(f"{args.arch}/{args.patch_size}, width {args.embed_dim}, {args.depth} blocks, "
-        f"{sum(p.numel() for p in network.backbone.parameters()) / 1e6:.1f} M parameters; {args.out_dim} prototypes")
-    say(f"{args.epochs} epochs of {steps_per_epoch} steps of {global_batch} pictures in {args.precision} on {world_size} x "
-        f"{device.type}; effective lr {args.lr * global_batch / 256:.3g} = {args.lr:g} * {global_batch} / 256")
+    report.say(data.note)
+    report.say(f"{args.arch}/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks, "
+               f"{sum(p.numel() for p in network.backbone.parameters()) / 1e6:.1f} M parameters; {args.out_dim} prototypes")
+    report.say(f"{args.epochs} epochs of {steps_per_epoch} steps of {global_batch} pictures, {args.precision} on "
+               f"{world_size} x {device.type}")
+    report.say(f"effective lr {args.lr * global_batch / 256:.3g} = {args.lr:g} * {global_batch} / 256, the linear scaling rule")
 
     # ---- a new run, or the rest of one ----
     objects = dict(student=network, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler)
     first_step, knn = 0, {}
     if (output / "checkpoint.pth").exists():
         first_step, knn = resume(output / "checkpoint.pth", args, objects)
-        say(f"going on at step {first_step} of {total_steps} with {output / 'checkpoint.pth'}")
-        if first_step >= total_steps:
-            say(f"this run is complete; to train anew choose another --output_dir or remove {output}")
+        report.say(f"going on at step {first_step} of {total_steps} from {output / 'checkpoint.pth'}"
+                   if first_step < total_steps else f"{output} holds a complete run: to train anew, name another --output_dir")
     elif rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.jsonl").unlink(missing_ok=True)
-    if rank == 0:
         write_flags(output / "flags.txt", args)
     student = network
     if world_size > 1:
         student = nn.parallel.DistributedDataParallel(
             network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
-    def log(**record):
-        if rank == 0:
-            with open(output / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+    # ---- what there was before training ----
+    judging = args.knn_every > 0 and data.queries is not None
 
-    # ---- judging ----
-    judge = Judge(data, args, rank, world_size) if args.knn_every and data.queries is not None else None
+    def measure(name, model):
+        knn[name] = judge(model, data, args, rank, world_size)
+        report.log(knn=name, top1=knn[name][0], top5=knn[name][1])
+        report.say(f"k-NN of {name}: top-1 {knn[name][0]:.1f}%, top-5 {knn[name][1]:.1f}%")
+        return knn[name][0]
 
-    def measure(name, features):
-        knn[name] = judge(features)
-        log(knn=name, top1=knn[name][0], top5=knn[name][1])
-        say(f"k-NN on {name}: top-1 {knn[name][0]:.1f}%, top-5 {knn[name][1]:.1f}%")
-
-    if judge and not knn:
+    if judging and not knn:
         measure("raw pixels", pixel_features)
         measure("untrained backbone", teacher.backbone)
 
     # ---- training ----
-    brightness, contrast, saturation, hue = args.color_jitter
-    multicrop = MultiCrop(
-        args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
-        args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, blur=args.blur,
-        blur_radius=args.blur_radius)
-    batches = iter(torch.utils.data.DataLoader(
-        Views(data.train, multicrop, args.seed), num_workers=args.num_workers, collate_fn=collate,
-        batch_sampler=batch_keys(first_step, total_steps, len(data.train), args, rank, world_size),
-        pin_memory=device.type == "cuda"))
-    bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=rank != 0 or not sys.stderr.isatty())
-    unreadable, epoch_stats = set(), []
-    clock, clock_step = time.perf_counter(), first_step
+    batches = load_batches(data.train, first_step, total_steps, args, rank, world_size)
+    report.start_bar(first_step, total_steps)
+    clock, clock_step, entropies = time.perf_counter(), first_step, []
     for step in range(first_step, total_steps):
-        epoch = step // steps_per_epoch
-        end_of_epoch = (step + 1) % steps_per_epoch == 0
+        epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
         log_now = end_of_epoch or (step + 1) % args.log_every == 0
         now = settings_at(step, steps_per_epoch, global_batch, args)
         torch.manual_seed(counted_seed("drop path", args.seed, step, rank))
         passes = []
         for _ in range(args.accum_steps):
-            views, messages = next(batches)
+            views, unreadable = next(batches)
             passes.append([view.to(device, non_blocking=True) for view in views])
-            for message in set(messages) - unreadable:
-                unreadable.add(message)
-                tqdm.write(f"skipped unreadable picture {message}")
+            report.skipped(unreadable)
 
         stats = train_step(student, teacher, dino_loss, optimizer, scaler, passes, now, args, diagnose=log_now)
 
-        bar.update()
+        report.bar.update()
         if log_now:
-            stats = torch.stack(list(stats.values()))
             if world_size > 1:
                 dist.all_reduce(stats)
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss} at step {step}: nothing was saved since the last checkpoint; try "
-                                         f"--precision fp32 or a lower --lr")
+                raise FloatingPointError(f"loss is {loss} at step {step}; the last checkpoint is whole. Try --precision fp32, "
+                                         f"a lower --lr or a lower --clip_grad")
             speed = (step + 1 - clock_step) * global_batch / (time.perf_counter() - clock)
+            report.step(step, total_steps, epoch, loss, entropy, entropy_of_mean, speed, now, args.out_dim)
+            entropies.append((entropy, entropy_of_mean, loss - entropy))
             clock, clock_step = time.perf_counter(), step + 1
-            epoch_stats.append((entropy, entropy_of_mean, loss - entropy))
-            log(step=step, epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
-                teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy, lr=now.lr, weight_decay=now.weight_decay,
-                momentum=now.momentum, teacher_temp=now.teacher_temp, images_per_second=speed, unreadable=len(unreadable))
-            line = (f"loss {loss:.3f} (ln K {math.log(args.out_dim):.2f}) teacher entropy {entropy:.2f} KL "
-                    f"{loss - entropy:.3f} lr {now.lr:.1e} {speed:.0f} img/s")
-            bar.set_postfix_str(line)
-            if bar.disable:
-                say(f"epoch {epoch} step {step + 1}/{total_steps} {line}")
-
         if end_of_epoch:
-            means = [sum(values) / len(values) for values in zip(*epoch_stats)]
-            epoch_stats.clear()
-            trouble = collapse(*means, args.out_dim) if epoch >= max(args.warmup_epochs, args.freeze_last_layer) else None
-            if trouble:
-                say(f"WARNING: epoch {epoch} has {trouble}")
-            last = step + 1 == total_steps
-            best_before = max((top1 for top1, _ in list(knn.values())[2:]), default=-1.0)
-            if judge and ((epoch + 1) % args.knn_every == 0 or last):
-                measure(f"epoch {epoch}", teacher.backbone)
+            trouble = collapse(*torch.tensor(entropies).mean(dim=0).tolist(), args.out_dim)
+            if trouble and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
+                report.say(f"WARNING: {trouble}")
+            best = max((top1 for name, (top1, _) in knn.items() if name.startswith("epoch")), default=-1.0)
+            improved = (judging and ((epoch + 1) % args.knn_every == 0 or step + 1 == total_steps)
+                        and measure(f"epoch {epoch}", teacher.backbone) > best)
             if rank == 0:
-                info["epoch"] = epoch + 1
-                save_model(output / "teacher.safetensors", teacher.state_dict(), info)
-                save_model(output / "student.safetensors", network.state_dict(), info)
-                if f"epoch {epoch}" in knn and knn[f"epoch {epoch}"][0] > best_before:
+                save_run(output, objects, info, step=step + 1, knn=knn, flags=vars(args))
+                if improved:
                     save_model(output / "teacher_best.safetensors", teacher.state_dict(), info)
-                state = {name: thing.state_dict() for name, thing in objects.items()}
-                names = ["checkpoint.pth"]
                 if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
-                    names.append(f"checkpoint{epoch:04}.pth")
-                for name in names:
-                    save_state(output / name, **state, step=step + 1, knn=knn, flags=vars(args), info=info)
-            clock, clock_step = time.perf_counter(), step + 1
-    bar.close()
-    if judge:
-        say("k-NN top-1, k = 20, in percent:")
-        for name in list(knn)[:2] + list(knn)[-1:]:
-            say(f"  {name:20s} {knn[name][0]:5.1f}")
-    say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}")
+                    shutil.copyfile(output / "checkpoint.pth", output / f"checkpoint{epoch:04}.pth")
+            clock, clock_step, entropies = time.perf_counter(), step + 1, []
+
+    report.bar.close()
+    if judging:
+        name, (top1, _) = list(knn.items())[-1]
+        report.say(f"k-NN top-1 (k = 20): raw pixels {knn['raw pixels'][0]:.1f}%, untrained backbone "
+                   f"{knn['untrained backbone'][0]:.1f}%, after {name} {top1:.1f}%")
+    report.say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (DataError, CheckpointError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    cli.run(main, parse_args(), DataError, CheckpointError, FloatingPointError)

@@ -1,0 +1,85 @@
+"""Judge the features of a trained backbone.
+
+    python evaluate.py knn                                    # the newest run, on the data it was trained on
+    python evaluate.py knn --ckpt dino_deitsmall16_pretrain.pth --data_path /data/imagenet
+    torchrun --nproc_per_node=8 evaluate.py knn --ckpt runs/vits16/teacher.safetensors
+
+`knn` classifies the held-out pictures by a weighted vote of their nearest neighbours among the others, top-1 and
+top-5 for several numbers of neighbours. The table is also written beside the checkpoint, as NAME.knn.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+import cli
+from checkpoint import CheckpointError, load_backbone, newest_model
+from cli import positive, positive_float
+from data import DataError, eval_loader, open_data
+from knn import extract_features, knn_classifier
+
+
+def parse_args(argv=None):
+    parser = cli.parser("evaluate.py", __doc__)
+    parser.add_argument("task", choices=["knn"], help="how to judge")
+    parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
+    parser.add_argument("--checkpoint_key", default="teacher", choices=["teacher", "student"],
+                        help="network to take from a full checkpoint (default: teacher)")
+    parser.add_argument("--data_path", help="labelled pictures, named as for train.py (default: what the model was "
+                                            "trained on)")
+    parser.add_argument("--image_size", type=positive, metavar="PIXELS",
+                        help="side of the square that is judged (default: the size the model was trained at)")
+    parser.add_argument("--nb_knn", type=positive, nargs="+", default=[10, 20, 100, 200], metavar="K",
+                        help="numbers of neighbours (default: 10 20 100 200; those beyond the data are clamped)")
+    parser.add_argument("--temperature", type=positive_float, default=0.07, help="of the vote (default: 0.07)")
+    parser.add_argument("--knn_memory_mb", type=positive, default=1024, metavar="MB",
+                        help="bound on the similarities held at once (default: 1024)")
+    parser.add_argument("--batch_size_per_gpu", type=positive, default=128, metavar="B", help="(default: 128)")
+    cli.add_machine_flags(parser)
+    return parser.parse_args(argv)
+
+
+def knn(args):
+    """Features of both parts, each picture once over all processes, then the vote."""
+    rank, world_size, device = cli.start_processes(args.device)
+    ckpt = args.ckpt or newest_model()
+    backbone, info = load_backbone(ckpt, args.checkpoint_key)
+    size = args.image_size or backbone.grid[0] * backbone.patch_size
+    if size % backbone.patch_size:
+        raise DataError(f"--image_size {size} is not a multiple of the model's patch size {backbone.patch_size}")
+    if not (args.data_path or info.get("data_path")):
+        raise DataError(f"{ckpt} does not say what it was trained on: name labelled pictures with --data_path")
+    data_path = args.data_path or info["data_path"]
+    data = open_data(data_path)
+    if data.queries is None:
+        raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
+    say = print if rank == 0 else lambda text: None
+    say(data.note)
+
+    backbone = backbone.to(device)
+    features = []
+    for images in (data.bank, data.queries):
+        loader = eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, rank, world_size)
+        with tqdm(total=len(loader.dataset), unit="img", disable=rank != 0 or not sys.stderr.isatty()) as bar:
+            x, labels, unreadable = extract_features(backbone, loader, device, bar.update)
+        features += [x, labels]
+        for message in unreadable:
+            say(f"skipped unreadable picture {message}")
+    scores = knn_classifier(*features, args.nb_knn, args.temperature, args.knn_memory_mb, device)
+
+    say(f"k-NN of {ckpt}: {len(features[2])} pictures among {len(features[0])}, {size} pixels, temperature "
+        f"{args.temperature}\n     k   top-1   top-5")
+    for k, (top1, top5) in scores.items():
+        say(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
+    if rank == 0:
+        result = Path(ckpt).with_suffix(".knn.json")
+        result.write_text(json.dumps(dict(
+            ckpt=str(ckpt), data_path=data_path, image_size=size, temperature=args.temperature, bank=len(features[0]),
+            queries=len(features[2]), knn={k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}), indent=1))
+        say(f"written to {result}")
+
+
+if __name__ == "__main__":
+    cli.run(knn, parse_args(), DataError, CheckpointError)

@@ -1,0 +1,40 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Numbers computed with the reference implementation: golden("head") -> tensors, golden("knn.json") -> values."""
+    def load(name):
+        return json.loads((GOLDEN / name).read_text()) if name.endswith(".json") else load_file(GOLDEN / f"{name}.safetensors")
+    return load
+
+
+@pytest.fixture(scope="session")
+def image():
+    """The pictures that the golden values were computed on: image(b, h, w, phase) -> [b, 3, h, w]."""
+    def wave(b, h, w, phase=0.0):
+        i, j = torch.arange(h, dtype=torch.float64).view(-1, 1), torch.arange(w, dtype=torch.float64).view(1, -1)
+        bb, cc = torch.arange(b).view(-1, 1, 1, 1), torch.arange(3).view(1, 3, 1, 1)
+        return torch.sin(0.05 * i + 0.07 * j + 0.9 * bb + 0.4 * cc + phase).float()
+    assert math.isclose(wave(1, 2, 2)[0, 0, 1, 1], math.sin(0.12), rel_tol=1e-6)
+    return wave
+
+
+@pytest.fixture
+def scene():
+    """A 97 x 61 RGB picture with structure at all scales, as PIL image."""
+    from PIL import Image
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 6, 9, generator=generator)
+    x = torch.nn.functional.interpolate(coarse, size=(61, 97), mode="bicubic")[0]
+    x = x + 0.1 * torch.randn(3, 61, 97, generator=generator)
+    pixels = (x.clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous()
+    return Image.frombytes("RGB", (97, 61), pixels.numpy().tobytes())

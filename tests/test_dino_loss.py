@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def test_head_equals_the_reference(golden):
+    g = golden("head")
+    head = DINOHead(48, 128, hidden_dim=64, bottleneck_dim=32)
+    head.load_state_dict({name.removeprefix("weights."): value for name, value in g.items() if name.startswith("weights.")})
+    close(head(g["input"]), g["output"])
+
+
+def test_head_is_float32_from_the_bottleneck_on():
+    head = DINOHead(16, 32, hidden_dim=16, bottleneck_dim=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(torch.randn(4, 16)).dtype == torch.float32
+
+
+def test_head_layers():
+    assert [type(m).__name__ for m in DINOHead(8, 16, use_bn=True, nlayers=3).mlp] == [
+        "Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]
+    assert list(DINOHead(8, 16, nlayers=1).state_dict()) == [
+        "mlp.weight", "mlp.bias", "last_layer.weight_g", "last_layer.weight_v"]
+    assert not DINOHead(8, 16).last_layer.weight_g.requires_grad
+    assert DINOHead(8, 16, norm_last_layer=False).last_layer.weight_g.requires_grad
+
+
+def test_loss_gradient_and_centre_equal_the_reference(golden):
+    g = golden("loss")
+    loss = DINOLoss(64)
+    for epoch in range(5):
+        student = g[f"{epoch}.student"].requires_grad_()
+        temp = teacher_temp_schedule(epoch, 0.04, 0.07, 3)
+        assert math.isclose(temp, g["teacher_temp_schedule"][epoch], abs_tol=1e-12)
+        value = loss(student, g[f"{epoch}.teacher"], temp)
+        value.backward()
+        close(value.detach(), g[f"{epoch}.loss"])
+        close(student.grad, g[f"{epoch}.student_grad"], atol=1e-7)
+        close(loss.center, g[f"{epoch}.center_after"])
+
+
+def test_accumulated_parts_are_one_step():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 8, 16), torch.randn(2, 8, 16)  # 3 and 2 views of 8 images
+    whole, parts = DINOLoss(16), DINOLoss(16)
+    for _ in range(2):
+        expected = whole(student.flatten(0, 1), teacher.flatten(0, 1), 0.05)
+        a = parts(student[:, :4].flatten(0, 1), teacher[:, :4].flatten(0, 1), 0.05, update_center=False)
+        b = parts(student[:, 4:].flatten(0, 1), teacher[:, 4:].flatten(0, 1), 0.05)
+        close((a + b) / 2, expected)
+        close(parts.center, whole.center)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher = torch.randn(4, 8, requires_grad=True)
+    DINOLoss(8)(torch.randn(6, 8, requires_grad=True), teacher, 0.04).backward()
+    assert teacher.grad is None
+
+
+def test_entropies_tell_the_two_collapses():
+    loss, K = DINOLoss(32), 32
+    uniform = loss.teacher_entropy(torch.zeros(10, K), 0.04)
+    close(torch.stack(uniform), torch.full((2,), math.log(K)))
+    one = torch.zeros(10, K)
+    one[:, 3] = 5
+    close(torch.stack(loss.teacher_entropy(one, 0.04)), torch.zeros(2))
+    close(torch.stack(loss.teacher_entropy(torch.eye(K) * 5, 0.04)), torch.tensor([0.0, math.log(K)]))
+
+
+def test_schedules_equal_the_reference(golden):
+    for schedule in golden("schedules.json").values():
+        n = schedule["steps_per_epoch"]
+        values = [cosine_schedule(step, schedule["epochs"] * n, schedule["base"], schedule["final"],
+                                  schedule["warmup_epochs"] * n, schedule["start_warmup_value"])
+                  for step in range(schedule["epochs"] * n)]
+        assert values == pytest.approx(schedule["values"], abs=1e-12)
+
+
+def test_schedules_at_their_edges():
+    assert cosine_schedule(0, 10, 1.0, 0.0, warmup_steps=1) == 0.0
+    assert cosine_schedule(9, 10, 1.0, 0.0, warmup_steps=10) == 1.0
+    assert teacher_temp_schedule(0, 0.02, 0.04, 0) == 0.04
+    assert teacher_temp_schedule(0, 0.02, 0.04, 1) == 0.02
+
+
+@pytest.mark.parametrize("student, teacher", [((7, 16), (4, 16)), ((2, 16), (4, 16)), ((8, 8), (4, 8)), ((8, 16), (3, 16))])
+def test_wrong_shapes_are_named(student, teacher):
+    with pytest.raises(ValueError, match="expected \\[V\\*B, 16\\]"):
+        DINOLoss(16)(torch.zeros(student), torch.zeros(teacher), 0.04)

@@ -1,0 +1,297 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from augment import MultiCrop
+from checkpoint import load_state
+from data import Shapes
+from dino_loss import DINOHead, DINOLoss
+from vit import VisionTransformer
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 --drop_path_rate 0 "
+        "--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --warmup_epochs 0 --device cpu --num_workers 0 "
+        "--precision fp32 --knn_every 0 --log_every 1").split()
+
+
+def no_scaler():
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
+# ---- the golden trajectories, through the functions that train.py runs ----
+
+@pytest.mark.parametrize("name, flags", [
+    ("adamw", "--optimizer adamw --lr 2e-3"),
+    ("sgd_free_last", "--optimizer sgd --lr 0.1 --norm_last_layer false")])
+def test_24_steps_equal_the_reference(golden, image, name, flags):
+    g = golden(f"trajectory_{name}")
+    args = train.parse_args(TINY + flags.split() + (
+        "--epochs 4 --warmup_epochs 1 --min_lr 1e-5 --weight_decay 0.04 --weight_decay_end 0.4 --momentum_teacher 0.9 "
+        "--clip_grad 0.3 --freeze_last_layer 1 --warmup_teacher_temp 0.04 --teacher_temp 0.06 "
+        "--warmup_teacher_temp_epochs 2").split())
+
+    def network():
+        result = train.Network(VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2),
+                               DINOHead(32, 96, hidden_dim=64, bottleneck_dim=32, norm_last_layer=args.norm_last_layer))
+        result.load_state_dict({key[5:]: value.clone() for key, value in g.items() if key.startswith("init.")})
+        return result
+
+    student, teacher, dino_loss = network(), network().requires_grad_(False), DINOLoss(96)
+    groups = train.param_groups(student)
+    expected = golden(f"param_groups_{name}.json")
+    assert sorted(n for n, _ in groups[0]["params"]) == sorted(expected["decay"])
+    assert sorted(n for n, _ in groups[1]["params"]) == sorted(expected["no_decay"])
+    optimizer = train.build_optimizer(args.optimizer, groups)
+    losses = []
+    for step in range(24):
+        views = [image(4, s, s, 0.3 * step + 1.1 * v) for v, s in enumerate((32, 32, 16, 16, 16))]
+        now = train.settings_at(step, 6, 256, args)  # 256 pictures a step leave the lr unscaled
+        losses.append(train.train_step(student, teacher, dino_loss, optimizer, no_scaler(), [views], now, args)[0])
+    torch.testing.assert_close(torch.stack(losses).double(), g["loss"], rtol=0, atol=2e-5)
+    torch.testing.assert_close(dino_loss.center, g["center"], rtol=0, atol=1e-4)
+    for which, net in (("student", student), ("teacher", teacher)):
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, g[f"{which}.{key}"], rtol=0, atol=1e-4, msg=f"{which}.{key}")
+
+
+# ---- the parts ----
+
+def test_accumulated_passes_are_one_large_batch():
+    results = []
+    for parts in (1, 4):
+        args = train.parse_args(TINY)
+        student, teacher, _ = train.build_networks(args)
+        optimizer = train.build_optimizer("adamw", train.param_groups(student))
+        dino_loss = DINOLoss(64)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(3):
+            views = [torch.randn(8, 3, s, s, generator=generator) for s in (32, 32, 16)]
+            passes = [[view.chunk(parts)[i] for view in views] for i in range(parts)]
+            now = train.settings_at(step + 5, 10, 256, args)
+            stats = train.train_step(student, teacher, dino_loss, optimizer, no_scaler(), passes, now, args)
+        results.append((stats, dino_loss.center, *student.parameters()))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_clipping():
+    grads = [torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4]), torch.zeros(2)]
+
+    def clipped(per_parameter):
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+        for p, grad in zip(parameters, grads):
+            p.grad = grad.clone()
+        train.clip_gradients(parameters, 1.0, per_parameter)
+        return parameters
+
+    assert [p.grad.norm().item() for p in clipped(True)[:3]] == pytest.approx([1.0, 0.5, 0.0], abs=1e-5)
+    theirs = [torch.nn.Parameter(torch.zeros(2)) for _ in grads]
+    for p, grad in zip(theirs, grads):
+        p.grad = grad.clone()
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    for ours, p in zip(clipped(False), theirs):
+        torch.testing.assert_close(ours.grad, p.grad)
+
+
+def test_lars_against_the_formula():
+    torch.manual_seed(0)
+    w, b = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))
+    optimizer = train.build_optimizer("lars", [{"params": [w]}, {"params": [b], "weight_decay": 0.0}])
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    expected_w, expected_b, mw, mb = w.detach().double(), b.detach().double(), 0, 0
+    for lr in (0.5, 0.3):
+        w.grad, b.grad = torch.randn(4, 3), torch.randn(3)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        g = w.grad.double() + 0.1 * expected_w
+        mw = 0.9 * mw + g * 0.001 * expected_w.norm() / g.norm()
+        mb = 0.9 * mb + b.grad.double()
+        expected_w, expected_b = expected_w - lr * mw, expected_b - lr * mb
+        optimizer.step()
+    torch.testing.assert_close(w.detach().double(), expected_w, rtol=0, atol=1e-6)
+    torch.testing.assert_close(b.detach().double(), expected_b, rtol=0, atol=1e-6)
+
+
+def test_views_of_several_sizes_are_view_major():
+    torch.manual_seed(0)
+    args = train.parse_args(TINY)
+    network, _, _ = train.build_networks(args)
+    views = [torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)]
+    expected = torch.cat([network.head(network.backbone(view)) for view in views])
+    torch.testing.assert_close(network(views), expected, rtol=0, atol=1e-5)
+
+
+def test_teacher_starts_as_the_student_and_moves():
+    args = train.parse_args(TINY)
+    student, teacher, _ = train.build_networks(args)
+    before = [p.clone() for p in teacher.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), before))
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1.0)
+    train.move_teacher(teacher, student, 0.9)
+    for p, q in zip(teacher.parameters(), before):
+        torch.testing.assert_close(p, q + 0.1, rtol=0, atol=1e-6)
+
+
+def test_a_step_sees_the_same_pictures_however_it_is_divided():
+    def pictures(batch, accum, world_size):
+        args = train.parse_args(TINY + ["--batch_size_per_gpu", str(batch), "--accum_steps", str(accum)])
+        ranks = [list(train.batch_keys(0, 9, 50, args, rank, world_size)) for rank in range(world_size)]
+        return [sorted(key for rank in ranks for part in rank[step * accum:(step + 1) * accum] for key in part)
+                for step in range(9)]
+
+    whole = pictures(12, 1, 1)
+    assert whole == pictures(3, 1, 4) == pictures(3, 2, 2)
+    assert len({index for _, index in sum(whole[:4], [])}) == 48  # an epoch shows no picture twice
+    assert whole[0] != whole[4] and {epoch for epoch, _ in whole[4]} == {1}
+    args = train.parse_args(TINY + ["--batch_size_per_gpu", "12"])
+    assert list(train.batch_keys(5, 9, 50, args, 0, 1)) == list(train.batch_keys(0, 9, 50, args, 0, 1))[5:]
+
+
+def test_views_depend_on_seed_epoch_and_index_alone():
+    images, multicrop = Shapes("train", 20, 32), MultiCrop(32, (0.4, 1), 16, (0.1, 0.4), 2)
+    one, again = train.Views(images, multicrop, seed=0), train.Views(images, multicrop, seed=0)
+    one[0, 3], one[0, 5]  # what was drawn before does not matter
+    assert all(map(torch.equal, one[1, 7][0], again[1, 7][0]))
+    for other in (again[2, 7], again[1, 8], train.Views(images, multicrop, seed=1)[1, 7]):
+        assert not torch.equal(one[1, 7][0][0], other[0][0])
+
+
+@pytest.mark.parametrize("entropy, of_mean, kl, expected", [
+    (6.9, 6.93, 0.01, "uniform"), (0.0, 0.01, 0.0, "one prototype"), (3.0, 6.5, 1.0, None), (6.8, 6.9, 0.3, None)])
+def test_diagnosis(entropy, of_mean, kl, expected):
+    sentence = train.collapse(entropy, of_mean, kl, 1024)
+    assert (expected is None) == (sentence is None) and (expected or "") in (sentence or "")
+
+
+# ---- whole runs ----
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+@pytest.fixture
+def shapes_300(monkeypatch):
+    """The built-in pictures, 300 and 60 of them."""
+    import data
+    full = data.Shapes.__init__
+    monkeypatch.setattr(data.Shapes, "__init__",
+                        lambda self, part, length, size: full(self, part, 300 if part == "train" else 60, size))
+
+
+def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
+    train.main(train.parse_args(TINY + ["--output_dir", str(tmp_path), "--epochs", "2", "--knn_every", "1", "--saveckp_freq", "1"]))
+    out = capsys.readouterr().out
+    for words in ("effective lr 0.000125", "raw pixels", "untrained backbone", "teacher entropy", "ln K 4.16", "img/s"):
+        assert words in out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "teacher.safetensors", "flags.txt",
+                     "student.safetensors", "teacher_best.safetensors", "log.jsonl"}
+    records = [line for line in lines(tmp_path) if "loss" in line]
+    assert len(records) == 8
+    assert records[0]["ln_k"] == pytest.approx(math.log(64)) and 0 < records[0]["teacher_entropy"] <= math.log(64)
+    assert records[0]["kl"] == pytest.approx(records[0]["loss"] - records[0]["teacher_entropy"])
+    assert [line["knn"] for line in lines(tmp_path) if "knn" in line] == [
+        "raw pixels", "untrained backbone", "epoch 0", "epoch 1"]
+    state = load_state(tmp_path / "checkpoint.pth")
+    assert state["step"] == 8 and state["flags"]["embed_dim"] == 32
+    assert torch.equal(state["teacher"]["backbone.cls_token"], load_file(tmp_path / "teacher.safetensors")["backbone.cls_token"])
+    again = train.parse_args([f"@{tmp_path / 'flags.txt'}"])  # the flags written are the flags used
+    assert vars(again) == state["flags"] | {name: list(v) if isinstance(v, tuple) else v for name, v in vars(again).items()
+                                            if isinstance(v, (list, tuple))}
+
+
+def test_an_interrupted_run_ends_like_a_whole_one(shapes_300, tmp_path):
+    flags = TINY + ["--drop_path_rate", "0.2", "--epochs", "3"]
+    train.main(train.parse_args(flags + ["--output_dir", str(tmp_path / "whole")]))
+
+    class Killed(Exception):
+        pass
+
+    def save_then_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise Killed
+
+    save, train.save_run = train.save_run, save_then_die
+    try:
+        for _ in range(2):
+            with pytest.raises(Killed):
+                train.main(train.parse_args(flags + ["--output_dir", str(tmp_path / "parts")]))
+    finally:
+        train.save_run = save
+    train.main(train.parse_args(flags + ["--output_dir", str(tmp_path / "parts"), "--num_workers", "2"]))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    whole, parts = (load_state(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    for which in ("student", "teacher", "dino_loss"):
+        for name, value in whole[which].items():
+            assert torch.equal(value, parts[which][name]), f"{which} {name}"
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    flags = TINY + "--epochs 1 --batch_size_per_gpu 250 --lr 0.002 --knn_every 1 --knn_images 301".split()
+
+    def start(*command):
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags, "--output_dir",
+                str(tmp_path / "two"))
+    one = start("train.py", *flags, "--batch_size_per_gpu", "500", "--output_dir", str(tmp_path / "one"))
+    for process in (two, one):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    assert len(losses(tmp_path / "one")) == 20
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    knn = [[line["top1"] for line in lines(tmp_path / name) if "knn" in line] for name in ("one", "two")]
+    assert knn[0] == pytest.approx(knn[1], abs=2.0)
+    for name, value in load_file(tmp_path / "one" / "teacher.safetensors").items():
+        torch.testing.assert_close(value, load_file(tmp_path / "two" / "teacher.safetensors")[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    "--precision bf16 --optimizer lars", "--precision fp16 --optimizer sgd --accum_steps 2 --batch_size_per_gpu 32",
+    "--use_bn_in_head true --clip_mode global --local_crops_number 0", "--clip_grad 0 --norm_last_layer false"])
+def test_every_way_to_train_runs(shapes_300, tmp_path, flags):
+    train.main(train.parse_args(TINY + ["--output_dir", str(tmp_path), "--epochs", "1", *flags.split()]))
+    assert len(losses(tmp_path)) == 4 and all(math.isfinite(loss) for loss in losses(tmp_path))
+
+
+def test_collapse_to_uniform_is_reported(shapes_300, tmp_path, capsys):
+    train.main(train.parse_args(TINY + ["--output_dir", str(tmp_path), "--epochs", "2", "--warmup_teacher_temp", "1",
+                                        "--teacher_temp", "1"]))
+    assert "WARNING: collapsed to uniform" in capsys.readouterr().out
+
+
+def test_collapse_to_one_prototype_is_reported(shapes_300, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "DINOLoss", lambda out_dim: DINOLoss(out_dim, center_momentum=1.0))  # no centring
+    train.main(train.parse_args(TINY + ["--output_dir", str(tmp_path), "--epochs", "8", "--lr", "0.02", "--teacher_temp", "0.01",
+                                        "--warmup_teacher_temp", "0.01", "--momentum_teacher", "0.5"]))
+    assert "WARNING: collapsed to one prototype" in capsys.readouterr().out
+
+
+def test_unreadable_pictures_are_skipped_and_named(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shapes = Shapes("train", 70, 32)
+    for i in range(70):
+        shapes[i][0].save(folder / f"{i:02}.png")
+    (folder / "05.png").write_bytes(b"not a picture")
+    whole = (folder / "06.png").read_bytes()
+    (folder / "06.png").write_bytes(whole[:len(whole) // 2])
+    train.main(train.parse_args(TINY + ["--data_path", str(folder), "--output_dir", str(tmp_path / "run"), "--epochs", "1"]))
+    out = capsys.readouterr().out
+    assert "skipped unreadable picture" in out and "05.png" in out and "06.png" in out
+    assert lines(tmp_path / "run")[-1]["unreadable"] == 2

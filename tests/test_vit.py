@@ -1,0 +1,95 @@
+import pytest
+import timm
+import torch
+
+from vit import SIZES, VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
+
+GOLDEN_SIZES = [("vit_p16", 224, 16, size) for size in ("224x224", "96x96", "160x224", "480x320")] + [
+    ("vit_p8", 96, 8, size) for size in ("96x96", "224x224", "64x48")]
+
+
+@pytest.mark.parametrize("name, img_size, patch_size, size", GOLDEN_SIZES)
+def test_equals_the_reference_at_every_size(golden, image, name, img_size, patch_size, size):
+    model = VisionTransformer(img_size, patch_size, embed_dim=48, depth=3, num_heads=3)
+    model.load_state_dict(golden(f"{name}_weights"))  # strict: the names are the reference's
+    expected = {key.partition(".")[2]: value for key, value in golden(f"{name}_outputs").items() if key.startswith(size + ".")}
+    x = image(2, *map(int, size.split("x")))
+    with torch.no_grad():
+        tokens = model.get_intermediate_layers(x, n=2)
+        feature, cls_attention = model.forward_with_attention(x)
+        attention = model.get_last_selfattention(x)
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+    close(model(x), expected["cls"])
+    close(feature, expected["cls"])
+    close(tokens[1][:, 0], expected["cls"])
+    close(tokens[0][:, 0], expected["layer_minus2_cls"])
+    close(tokens[1][:, 1:].mean(dim=1), expected["patch_tokens_mean"])
+    close(attention[:, :, 0], expected["cls_attention"])
+    close(cls_attention, expected["cls_attention"][:, :, 1:])
+    if "patch_tokens" in expected:
+        close(tokens[1][:, 1:], expected["patch_tokens"])
+
+
+@pytest.mark.parametrize("build, theirs", [(vit_tiny, "vit_tiny_patch16_224"), (vit_small, "vit_small_patch16_224"),
+                                           (vit_base, "vit_base_patch16_224"), (vit_large, "vit_large_patch16_224")])
+def test_sizes_are_timms(build, theirs):
+    with torch.device("meta"):
+        ours, theirs = build(), timm.create_model(theirs, num_classes=0)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_equals_timm_with_gradients():
+    torch.manual_seed(0)
+    ours, theirs = vit_tiny(depth=2), timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    a, b = ours(x), theirs(x)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_initialisation_is_the_papers():
+    torch.manual_seed(0)
+    model = vit_tiny()
+    assert abs(model.blocks[5].mlp.fc1.weight.std().item() - 0.02) < 1e-3
+    assert abs(model.pos_embed.std().item() - 0.02) < 1e-3
+    assert model.blocks[5].attn.qkv.bias.abs().max() == 0
+
+
+def test_drop_path_keeps_the_mean_and_whole_samples():
+    torch.manual_seed(0)
+    drop = VisionTransformer(32, 8, drop_path_rate=0.5, depth=3).blocks[-1].drop_path
+    x = torch.ones(4000, 2, 3)
+    y = drop.train()(x)
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert (y.flatten(1).std(dim=1) == 0).all()  # a sample is dropped as a whole
+    assert abs(y.mean().item() - 1) < 0.05
+    assert drop.eval()(x) is x
+
+
+def test_drop_path_rises_linearly():
+    model = VisionTransformer(32, 8, drop_path_rate=0.3, depth=4)
+    assert [round(block.drop_path.rate, 6) for block in model.blocks] == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_channels_and_sizes():
+    model = VisionTransformer(img_size=32, patch_size=8, in_chans=5, embed_dim=16, depth=1, num_heads=2)
+    feature, attention = model.forward_with_attention(torch.randn(2, 5, 40, 24))
+    assert feature.shape == (2, 16) and attention.shape == (2, 2, 15)
+    assert SIZES["vit_small"]["embed_dim"] == 384
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: VisionTransformer(img_size=100, patch_size=16), "100.*16"),
+    (lambda: VisionTransformer(embed_dim=100, num_heads=6), "100.*6"),
+    (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(1, 3, 30, 32)), "30x32.*8"),
+])
+def test_bad_sizes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
