@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from torchvision.transforms import functional as TF
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -85,11 +86,9 @@ def eval_view(image, height, width=None):
     width = width or height
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height) / 0.875
-        size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
-        image = torchvision.transforms.functional.resize(image, size, Image.Resampling.BICUBIC)
-        image = torchvision.transforms.functional.center_crop(image, [height, width])
-    tensor = torchvision.transforms.functional.to_tensor(image)
-    return torchvision.transforms.functional.normalize(tensor, IMAGENET_MEAN, IMAGENET_STD)
+        image = TF.resize(image, round(min(image.size) * scale), TF.InterpolationMode.BICUBIC)
+        image = TF.center_crop(image, [height, width])
+    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
 
 
 class EvalViews(torch.utils.data.Dataset):

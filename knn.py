@@ -58,7 +58,8 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
         device: on CUDA the bank is held in float16.
 
     Returns:
-        {k: (top-1, top-5)} in percent; with fewer than five neighbours or classes, top-5 counts those.
+        {k: (top-1, top-5)} in percent. Classes without a vote rank behind the others, by their number;
+        with fewer than five neighbours only the first k classes count.
     """
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     bank = F.normalize(bank.float(), dim=1).to(device, dtype)
@@ -77,7 +78,7 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
         for k in ks:
             votes = torch.zeros(len(block), num_classes, device=device)
             votes.scatter_add_(1, bank_labels[neighbours[:, :k]], weights[:, :k])
-            best = votes.topk(min(5, k, num_classes), dim=1).indices
+            best = votes.argsort(dim=1, descending=True, stable=True)[:, :min(5, k)]
             correct[k] += torch.stack(((best[:, :1] == truth).sum(), (best == truth).sum()))
     return {k: tuple((100 * hits / len(queries)).tolist()) for k, hits in correct.items()}
 

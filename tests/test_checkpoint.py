@@ -1,0 +1,142 @@
+import argparse
+import os
+import pickle
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from checkpoint import CheckpointError, load_backbone, load_state, newest_model, save_model, save_state
+from vit import VisionTransformer
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return VisionTransformer(**SMALL).eval()
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_model_round_trip_keeps_weights_and_description(tmp_path, model):
+    weights = {f"backbone.{name}": value for name, value in model.state_dict().items()} | {"head.x": torch.ones(2)}
+    info = dict(arch="vit_tiny", vit=SMALL | {"num_heads": 4}, mean=(0.5, 0.5, 0.5), data_path="shapes")
+    save_model(tmp_path / "m.safetensors", weights, info)
+    loaded, read = load_backbone(tmp_path / "m.safetensors")
+    assert equal(loaded, model) and loaded.num_heads == 4 and not loaded.training
+    assert read == info | {"mean": [0.5, 0.5, 0.5]}
+
+
+def test_reference_files(tmp_path, model, capsys):
+    plain = model.state_dict()
+    torch.save(plain, tmp_path / "backbone_only.pth")
+    other = VisionTransformer(**SMALL).state_dict()
+    full = {"student": {f"module.backbone.{k}": v for k, v in other.items()},
+            "teacher": {f"backbone.{k}": v for k, v in plain.items()} | {"head.mlp.0.bias": torch.zeros(3)},
+            "epoch": 100, "args": argparse.Namespace(arch="vit_small"), "optimizer": {"state": {}}, "fp16_scaler": None}
+    torch.save(full, tmp_path / "full.pth")
+    for name in ("backbone_only.pth", "full.pth"):
+        assert equal(load_backbone(tmp_path / name)[0], model)
+        assert "30 of 30 backbone tensors matched" in capsys.readouterr().out
+    student, _ = load_backbone(tmp_path / "full.pth", key="student")
+    assert torch.equal(student.pos_embed, other["pos_embed"])
+
+
+def test_timm_names(tmp_path):
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+    save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
+    ours, _ = load_backbone(tmp_path / "timm.safetensors")
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs.forward_head(theirs.forward_features(x), pre_logits=True), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [transformers.ViTModel, transformers.ViTForImageClassification])
+def test_transformers_names(tmp_path, wrap):
+    config = transformers.ViTConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, image_size=32,
+                                    patch_size=8, layer_norm_eps=1e-6)
+    theirs = wrap(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, _ = load_backbone(tmp_path / "model.safetensors")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = getattr(theirs, "vit", theirs)(x).last_hidden_state
+        torch.testing.assert_close(ours.get_intermediate_layers(x)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_state_round_trip_is_whole_or_old(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    save_state(path, step=3, weights={"a": torch.arange(3.0)}, knn={"epoch 0": (1.0, 2.0)})
+    state = load_state(path)
+    assert state["step"] == 3 and torch.equal(state["weights"]["a"], torch.arange(3.0)) and state["knn"] == {"epoch 0": (1.0, 2.0)}
+
+    def die(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(path, step=4)
+    assert load_state(path)["step"] == 3
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("text.pth", b"these are no weights", "not a checkpoint"),
+    ("text.safetensors", b"these are no weights", "not a safetensors file"),
+    ("empty.pth", b"", "not a checkpoint"),
+    ("empty.safetensors", b"", "not a safetensors file"),
+    ("pickle.pth", pickle.dumps({"teacher": Evil()}), "not a checkpoint"),
+])
+def test_foreign_bytes_are_refused(tmp_path, monkeypatch, name, content, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: {words}"):
+        load_backbone(tmp_path / name)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"teacher": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_backbone(tmp_path / "evil.pth")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_cut_and_wrong_files_are_refused(tmp_path, model):
+    torch.save(model.state_dict(), tmp_path / "whole.pth")
+    save_file(model.state_dict(), tmp_path / "whole.safetensors")
+    for suffix in ("pth", "safetensors"):
+        content = (tmp_path / f"whole.{suffix}").read_bytes()
+        for share in (0.1, 0.5, 0.99):
+            (tmp_path / f"cut.{suffix}").write_bytes(content[:int(len(content) * share)])
+            with pytest.raises(CheckpointError, match="damaged"):
+                load_backbone(tmp_path / f"cut.{suffix}")
+    for wrong, words in (({"fc.weight": torch.ones(3, 3)}, "none of its 1 tensors"), ([1, 2], "expected named weights"),
+                         ({k: v for k, v in model.state_dict().items() if "blocks.1.mlp" not in k}, "not the weights"),
+                         (model.state_dict() | {"patch_embed.proj.weight": torch.ones(3)}, "not the weights")):
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(CheckpointError, match=words):
+            load_backbone(tmp_path / "wrong.pth")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_backbone(tmp_path / "missing.pth")
+
+
+def test_newest_model(tmp_path):
+    with pytest.raises(CheckpointError, match="no trained model"):
+        newest_model(tmp_path)
+    for age, name in ((30, "old"), (10, "new"), (20, "middle")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "teacher.safetensors").touch()
+        os.utime(tmp_path / name / "teacher.safetensors", (1e9 - age, 1e9 - age))
+    assert newest_model(tmp_path) == str(tmp_path / "new" / "teacher.safetensors")

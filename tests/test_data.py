@@ -1,0 +1,203 @@
+import struct
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from data import DataError, ImageTree, Shapes, Unreadable, eval_loader, eval_view, open_data, open_rgb
+from knn import knn_classifier
+
+
+def plant(root, *names, color=(200, 100, 50)):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10), color).save(path)
+
+
+# ---- trees ----
+
+def test_train_and_val(tmp_path):
+    plant(tmp_path, "train/cat/1.jpg", "train/cat/deep/2.JPEG", "train/dog/3.png", "val/cat/4.jpg", "val/dog/5.webp")
+    for root in (tmp_path, tmp_path / "train"):
+        found = open_data(str(root))
+        assert len(found.train) == len(found.bank) == 3 and len(found.queries) == 2
+        assert found.train.classes == ["cat", "dog"] and [found.queries[i][1] for i in range(2)] == [0, 1]
+
+
+def test_labels_without_a_held_out_part(tmp_path):
+    plant(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
+    found = open_data(str(tmp_path))
+    assert (len(found.train), len(found.bank), len(found.queries)) == (20, 18, 2)
+    assert not set(found.bank.indices) & set(found.queries.indices)
+    assert "every tenth" in found.note
+
+
+def test_flat_and_nested_folders_have_no_labels(tmp_path):
+    plant(tmp_path / "flat", "b.jpg", "a.jpg", ".hidden.jpg")
+    plant(tmp_path / "mixed", "a.jpg", "more/b.jpg", "more/and/c.jpg", "other/d.bmp")
+    plant(tmp_path / "one", "only/a.jpg")
+    for name, count in (("flat", 2), ("mixed", 4), ("one", 1)):
+        found = open_data(str(tmp_path / name))
+        assert len(found.train) == count and found.train.classes is None and found.queries is None
+        assert found.train[0][1] == -1
+
+
+def test_a_test_folder_with_other_classes_is_not_used(tmp_path):
+    plant(tmp_path, "train/cat/1.jpg", "train/dog/3.png", "val/flat1.jpg", "val/flat2.jpg")
+    assert "every tenth" in open_data(str(tmp_path)).note
+
+
+@pytest.mark.parametrize("make, data_path, words", [
+    (lambda p: None, "{}/missing", "no such folder"),
+    (lambda p: None, "{}", "no picture found.*\\.jpg"),
+    (lambda p: (p / "notes.txt").write_text("x"), "{}", "no picture found"),
+    (lambda p: None, "cifar9:{}", "no set named 'cifar9'"),
+    (lambda p: None, "imagenet:{}", "torchvision cannot open it"),
+    (lambda p: None, "shapes:3", "from 16 to 1024"),
+    (lambda p: (p / "file").write_text("x"), "{}/file", "no such folder"),
+])
+def test_what_is_not_there_is_named(tmp_path, make, data_path, words):
+    make(tmp_path)
+    with pytest.raises(DataError, match=words):
+        open_data(data_path.format(tmp_path))
+
+
+# ---- pictures ----
+
+def test_every_mode_is_correct_rgb(tmp_path, scene):
+    expected = TF.pil_to_tensor(scene).int()
+
+    def opened(name, image, **how):
+        image.save(tmp_path / name, **how)
+        result = open_rgb(tmp_path / name)
+        assert result.mode == "RGB" and result.size == image.size
+        return TF.pil_to_tensor(result).int()
+
+    grey = scene.convert("L")
+    assert (opened("rgb.png", scene) == expected).all()
+    assert (opened("grey.png", grey) == TF.pil_to_tensor(grey).int()).all()
+    assert (opened("bits.png", grey.convert("1")).unique() == torch.tensor([0, 255])).all()
+    palette = scene.quantize(64)
+    assert (opened("palette.png", palette) == TF.pil_to_tensor(palette.convert("RGB")).int()).all()
+    assert (opened("cmyk.jpg", scene.convert("CMYK"), quality=100) - expected).abs().float().mean() < 3
+    deep = Image.frombytes("I;16", grey.size, struct.pack(f"<{97 * 61}H", *(v * 257 for v in grey.tobytes())))
+    assert (opened("deep.png", deep) - TF.pil_to_tensor(grey).int()).abs().max() <= 1
+
+
+def test_transparency_lies_on_white(tmp_path):
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128)])
+    image.save(tmp_path / "a.png")
+    assert [open_rgb(tmp_path / "a.png").getpixel((x, 0)) for x in range(3)] == [(255, 0, 0), (255, 255, 255), (127, 127, 127)]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "p.png", transparency=1)
+    assert [open_rgb(tmp_path / "p.png").getpixel((x, 0)) for x in range(2)] == [(10, 20, 30), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_undone(tmp_path, orientation):
+    upright = Image.new("RGB", (30, 20))
+    upright.paste((255, 0, 0), (0, 0, 15, 10))  # red upper left
+    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270}
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert open_rgb(tmp_path / "a.png").tobytes() == upright.tobytes()
+
+
+def test_unreadable_files_are_named(tmp_path, scene, monkeypatch):
+    scene.save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    for name, content in (("empty", b""), ("text", b"hello"), ("cut", whole[:len(whole) // 2])):
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+        with pytest.raises(Unreadable, match=f"{name}.jpg: ."):
+            open_rgb(tmp_path / f"{name}.jpg")
+    with pytest.raises(Unreadable, match="missing.jpg"):
+        open_rgb(tmp_path / "missing.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Unreadable, match="decompression bomb"):
+        open_rgb(tmp_path / "whole.jpg")
+
+
+def test_eval_view_is_imagenets(scene):
+    resized = TF.center_crop(TF.resize(scene, 64, TF.InterpolationMode.BICUBIC), [56, 56])
+    expected = TF.normalize(TF.to_tensor(resized), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(eval_view(scene, 56), expected, rtol=0, atol=1e-6)
+    as_is = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(eval_view(scene, 61, 97), as_is, rtol=0, atol=1e-6)
+    assert eval_view(Image.new("RGB", (500, 3)), 32).shape == (3, 32, 32)
+
+
+def test_loader_shares_each_picture_once_and_leaves_out_bad_ones(tmp_path):
+    plant(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(5)))
+    (tmp_path / "b" / "3.png").write_bytes(b"bad")
+    seen, bad = [], []
+    for rank in range(3):
+        for images, labels, indices, unreadable in eval_loader(ImageTree(str(tmp_path)), 8, 2, rank=rank, world_size=3):
+            assert len(images) == len(labels) == len(indices)
+            seen += indices.tolist()
+            bad += unreadable
+    assert sorted(seen) == [i for i in range(10) if i != 8] and len(bad) == 1 and "3.png" in bad[0]
+
+
+# ---- sets by name ----
+
+def test_a_torchvision_set_by_name(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 4), ("t10k", 2)):
+        pixels = bytes(range(196)) * 4 * count
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(range(count)))
+    found = open_data(f"mnist:{tmp_path}")
+    assert len(found.train) == 4 and len(found.queries) == 2
+    image, label = found.train[3]
+    assert image.mode == "RGB" and image.size == (28, 28) and label == 3 and image.getpixel((5, 0)) == (5, 5, 5)
+
+
+# ---- the built-in pictures ----
+
+def test_shapes_depend_on_part_and_index_alone():
+    train, again, test = Shapes("train", 100, 32), Shapes("train", 5000, 32), Shapes("test", 100, 32)
+    train[3]
+    assert train[17][0].tobytes() == again[17][0].tobytes() != test[17][0].tobytes()
+    assert train[17][1] == 17 % len(train.classes)
+    with pytest.raises(IndexError):
+        train[100]
+
+
+def test_shapes_masks_cover_the_object():
+    shapes = Shapes("train", 60, 64)
+    for i in range(60):
+        image, mask = shapes.render(i)
+        assert mask.shape == (64, 64) and mask.dtype == torch.bool and torch.equal(mask, shapes.mask(i))
+        assert 0.02 < mask.float().mean() < 0.7
+        x = TF.to_tensor(image)
+        inside, outside = x[:, mask], x[:, ~mask]
+        assert (inside.mean(dim=1) - outside.mean(dim=1)).abs().max() > 0.04 or inside.std() > outside.std()
+
+
+def test_shapes_labels_are_not_in_the_mean_colour():
+    def mean_colours(part, count):
+        shapes = Shapes(part, count, 32)
+        x = torch.stack([TF.to_tensor(shapes[i][0]).mean(dim=(1, 2)) for i in range(count)])
+        return x - 0.5, torch.arange(count) % len(shapes.classes), len(shapes.classes)
+
+    bank, bank_labels, classes = mean_colours("train", 3000)
+    queries, labels, _ = mean_colours("test", 1000)
+    chance = 100 / classes
+    top1 = max(top1 for top1, _ in knn_classifier(bank, bank_labels, queries, labels).values())
+    assert top1 < chance + 4 * 100 * (1 / classes * (1 - 1 / classes) / 1000) ** 0.5  # four standard deviations
+    logits = torch.cat((bank, bank**2, torch.ones(3000, 1)), 1)
+    weights = torch.linalg.lstsq(logits, torch.nn.functional.one_hot(bank_labels).float()).solution
+    fitted = (torch.cat((queries, queries**2, torch.ones(1000, 1)), 1) @ weights).argmax(1)
+    assert 100 * (fitted == labels).float().mean() < chance + 4 * 100 * (1 / classes * (1 - 1 / classes) / 1000) ** 0.5
+
+
