@@ -192,6 +192,15 @@ class ImageTree(torch.utils.data.Dataset):
         self.classes = sorted(set(tops)) if labelled else None
         index = {name: i for i, name in enumerate(self.classes or [])}
         self.labels = [index.get(top, -1) for top in tops]
+        self.require_one_readable()
+
+    def require_one_readable(self):
+        for i in range(len(self)):
+            try:
+                return self[i]
+            except Unreadable as error:
+                last = error
+        raise DataError(f"{self.root}: none of its {len(self)} pictures can be read; the last is {last}")
 
     def __len__(self):
         return len(self.files)
@@ -327,3 +336,12 @@ class Shapes(torch.utils.data.Dataset):
         if outline == 3:
             return 1.3 - 1.6 * off.abs() / sector
         return math.cos(sector / 2) / torch.cos(off) * {1: 1.25, 2: 1.5}[outline]
+
+
+if __name__ == "__main__":
+    data = open_data("shapes")
+    print(data.note)
+    for i in range(4):
+        image, label = data.train[i]
+        print(f"picture {i}: {image.mode} {image.size}, {data.train.classes[label]}, "
+              f"object on {data.train.mask(i).float().mean():.0%} of it")

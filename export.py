@@ -127,6 +127,8 @@ def main(args):
     if height % p or width % p:
         raise CheckpointError(f"--image_size {height} {width} must be multiples of the model's patch size {p}")
     output = args.output or os.path.splitext(ckpt)[0] + ".onnx"
+    if not os.path.isdir(os.path.dirname(output) or "."):
+        raise CheckpointError(f"--output {output}: its folder does not exist")
     temporary = output + ".tmp"
     metadata = dict(arch=info.get("arch", "vision transformer"), patch_size=p, image_size=[height, width],
                     mean=info.get("mean", IMAGENET_MEAN), std=info.get("std", IMAGENET_STD), color="RGB in [0, 1]",

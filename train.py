@@ -315,7 +315,7 @@ class Views(torch.utils.data.Dataset):
                 unreadable.append(str(error))
                 continue
             return self.multicrop(image, key=(self.seed, epoch, index)), unreadable
-        raise DataError(f"none of {len(self.images)} pictures can be read; the last: {unreadable[-1]}")
+        raise DataError(f"none of {len(self.images)} pictures can be read any more; the last is {unreadable[-1]}")
 
 
 def collate(samples):

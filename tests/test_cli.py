@@ -1,0 +1,119 @@
+"""Mistakes end with one line that names them, and status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import cli
+import evaluate
+import export
+import train
+from data import DataError
+from vit import VisionTransformer
+
+ROOT = Path(__file__).parents[1]
+ERRORS = (DataError, train.CheckpointError, FloatingPointError, export.ExportError)
+
+
+@pytest.fixture
+def mistakes(tmp_path):
+    """A folder of things that are not what they should be."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 40)).save(tmp_path / "few" / f"{i}.png")
+    (tmp_path / "broken").mkdir()
+    for i in range(70):
+        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "flags.txt").write_text("--patch_size 7 # divides no crop\n")
+    weights = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1).state_dict()
+    save_file(weights, tmp_path / "good.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:5000])
+    torch.save({"layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)}, tmp_path / "resnet.pth")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth").write_text("no checkpoint")
+    (tmp_path / "other").mkdir()
+    torch.save({"flags": {"arch": "vit_base"}}, tmp_path / "other" / "checkpoint.pth")
+    (tmp_path / "a_file").write_text("")
+    return tmp_path
+
+
+SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, evaluate.parse_args),
+           "export": (export.main, export.parse_args)}
+
+
+@pytest.mark.parametrize("command, words", [
+    ("train --no_such_flag", "unrecognized arguments: --no_such_flag"),
+    ("train --arch vit_huge", "vit_huge"),
+    ("train --epochs 0", "--epochs: '0' is not a whole number above 0"),
+    ("train --epochs ten", "'ten' is not a whole number"),
+    ("train --lr -1", "--lr: '-1' is not a number above 0"),
+    ("train --lr nan", "'nan' is not a number"),
+    ("train --norm_last_layer maybe", "'maybe' is not true or false"),
+    ("train --patch_size 9", "--global_crops_size 224 is not a multiple of --patch_size 9"),
+    ("train --local_crops_size 90", "--local_crops_size 90 is not a multiple of --patch_size 16"),
+    ("train --local_crops_scale 0.4 0.05", "--local_crops_scale 0.4 0.05 is not a range"),
+    ("train --color_jitter 0 0 0 0.7", "half a turn"),
+    ("train --embed_dim 100", "--embed_dim 100 is not a multiple of --num_heads 6"),
+    ("train --epochs 3", "--warmup_epochs 10 is more than --epochs 3"),
+    ("train --device cuda", "'cuda' is not a device that torch finds here"),
+    ("train @{}/flags.txt", "not a multiple of --patch_size 7"),
+    ("train @{}/missing.txt", "missing.txt"),
+    ("train --data_path {}/missing", "missing: no such folder"),
+    ("train --data_path {}/empty", "empty: no picture found"),
+    ("train --data_path {}/few", "3 pictures are fewer than the 64 of one step"),
+    ("train --data_path {}/broken", "broken: none of its 70 pictures can be read; the last is"),
+    ("train --output_dir {}/run", "checkpoint.pth: not a checkpoint, or damaged"),
+    ("train --output_dir {}/other", "was trained with --arch vit_base, not vit_small"),
+    ("train --output_dir {}/a_file", "a_file"),
+    ("evaluate", "the following arguments are required: task"),
+    ("evaluate guess", "invalid choice: 'guess'"),
+    ("evaluate knn --nb_knn 0", "--nb_knn: '0' is not a whole number above 0"),
+    ("evaluate knn", "no trained model below runs/"),
+    ("evaluate knn --ckpt {}/missing.pth", "missing.pth: no such file"),
+    ("evaluate knn --ckpt {}/empty", "empty"),
+    ("evaluate knn --ckpt {}/text.pth", "text.pth: not a checkpoint"),
+    ("evaluate knn --ckpt {}/text.safetensors", "text.safetensors: not a safetensors file"),
+    ("evaluate knn --ckpt {}/cut.safetensors", "cut.safetensors: not a safetensors file, or damaged"),
+    ("evaluate knn --ckpt {}/resnet.pth", "none of its 1 tensors is a vision transformer's"),
+    ("evaluate knn --ckpt {}/good.safetensors", "does not say what it was trained on"),
+    ("evaluate knn --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
+    ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "not a multiple of the model's patch size 8"),
+    ("export", "no trained model below runs/"),
+    ("export --ckpt {}/text.pth", "text.pth: not a checkpoint"),
+    ("export --ckpt {}/good.safetensors --image_size 1 2 3", "takes H [W]"),
+    ("export --ckpt {}/good.safetensors --image_size 33", "multiples of the model's patch size 8"),
+    ("export --ckpt {}/good.safetensors --output {}/no/such/folder.onnx", "folder.onnx"),
+])
+def test_one_line_and_status_2(mistakes, monkeypatch, capsys, command, words):
+    name, *argv = command.format(*[mistakes] * 3).split()
+    main, parse_args = SCRIPTS[name]
+    monkeypatch.chdir(mistakes)
+    if name == "train" and not any(flag in argv for flag in ("--arch", "--embed_dim", "--output_dir")):
+        argv += ["--output_dir", str(mistakes / "new")]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, parse_args(argv), *ERRORS)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(error) == 1 and words in error[0] and "Traceback" not in error[0]
+
+
+def test_from_the_shell(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data_path", "nowhere"], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=120)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "train.py: nowhere: no such folder, torchvision set (NAME:ROOT) or 'shapes'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flag_files_take_comments_and_later_flags_win(tmp_path):
+    (tmp_path / "f.txt").write_text("# a recipe\n--epochs 20  # short\n--arch vit_tiny --lr 0.1\n\n")
+    args = train.parse_args([f"@{tmp_path}/f.txt", "--lr", "0.2"])
+    assert (args.epochs, args.arch, args.lr, args.embed_dim) == (20, "vit_tiny", 0.2, 192)

@@ -1,0 +1,70 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+import evaluate
+from checkpoint import save_model
+from data import Shapes, eval_view
+from vit import VisionTransformer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder of labelled pictures, a model trained on it, and where they are."""
+    for part, count in (("train", 60), ("val", 23)):
+        shapes = Shapes("test", count, 32)
+        for i in range(count):
+            path = tmp_path / "pictures" / part / f"class{i % 3}" / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shapes[i][0].save(path)
+    torch.manual_seed(0)
+    vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    model = VisionTransformer(**vit).eval()
+    path = tmp_path / "runs" / "one" / "teacher.safetensors"
+    path.parent.mkdir(parents=True)
+    save_model(path, {f"backbone.{k}": v for k, v in model.state_dict().items()},
+               dict(arch="vit_tiny", vit=vit, data_path=str(tmp_path / "pictures")))
+    return tmp_path, path, model
+
+
+def test_knn_with_no_argument_judges_the_newest_run(run, monkeypatch, capsys):
+    folder, path, model = run
+    monkeypatch.chdir(folder)
+    evaluate.knn(evaluate.parse_args(["knn", "--num_workers", "0", "--device", "cpu"]))
+    out = capsys.readouterr().out
+    result = json.loads(path.with_suffix(".knn.json").read_text())
+    assert list(result["knn"]) == ["10", "20", "60"] and result["bank"] == 60 and result["queries"] == 23
+
+    def features(part, count):
+        shapes = Shapes("test", count, 32)
+        order = sorted(range(count), key=lambda i: (i % 3, i))
+        with torch.no_grad():
+            x = model(torch.stack([eval_view(shapes[i][0], 32) for i in order]))
+        return torch.nn.functional.normalize(x).numpy(), [i % 3 for i in order]
+
+    bank, queries = features("train", 60), features("val", 23)
+    for k, scores in result["knn"].items():
+        import numpy as np
+        theirs = KNeighborsClassifier(int(k), weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute").fit(*bank)
+        assert scores["top1"] == pytest.approx(100 * theirs.score(*queries), abs=0.01)
+        assert f"{scores['top1']:.2f}" in out
+
+
+def test_two_processes_give_the_same_table(run):
+    folder, path, _ = run
+    tables = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), "knn", "--ckpt", str(path), "--num_workers", "0"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        tables.append(result.stdout[result.stdout.index("     k"):])
+    assert tables[0] == tables[1] and "23 pictures among 60" in result.stdout
