@@ -96,8 +96,8 @@ def load_backbone(path, key="teacher"):
     weights, info = read_weights(path, key)
     ours = standard_names(weights)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
-        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names of "
-                              f"DINO, timm or transformers (first: {', '.join(list(weights)[:3]) or 'none'})")
+        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
+                              f"of DINO, timm or transformers (first: {', '.join(list(weights)[:3]) or 'none'})")
     try:
         model = VisionTransformer(**(info.get("vit") or shapes_of(ours)))
         wanted = model.state_dict()
@@ -181,6 +181,6 @@ def newest_model(root="runs"):
     """The teacher of the run that was written last: runs/*/teacher.safetensors."""
     found = sorted(Path(root).glob("*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise CheckpointError(f"no trained model below {root}/: train one (python train.py @recipes/demo.txt) or name a "
-                              f"file with --ckpt")
+        raise CheckpointError(f"no trained model below {root}/: train one (python train.py @recipes/demo.txt) or name "
+                              f"a file with --ckpt")
     return str(found[-1])

@@ -74,10 +74,12 @@ def start_processes(device):
     """Join the process group if torchrun started this process: rank, number of processes, torch.device."""
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
+    here = torch.device(device)
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(here)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), torch.device(device, torch.cuda.current_device() if device == "cuda" else 0)
+    return dist.get_rank(), dist.get_world_size(), here
 
 
 def run(main, args, *errors):

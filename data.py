@@ -162,7 +162,7 @@ def open_folder(root):
                                                 f"{train_root}, {len(test):,} held out in {test_root}")
     bank, queries = split_labels(train)
     return Data(train, bank, queries, f"{len(train):,} pictures of {len(train.classes)} classes in {train_root}; no val "
-                                      f"or test folder with the same classes, so k-NN asks every tenth about the others")
+                                      "or test folder with these classes, so k-NN asks every tenth about the others")
 
 
 def split_labels(images):

@@ -109,7 +109,7 @@ class DINOLoss(nn.Module):
         V = student_logits.shape[0] // B
         log_p = F.log_softmax(student_logits.float() / self.student_temp, dim=-1).view(V, B, K)
         q = self.teacher_probabilities(teacher_logits, teacher_temp).view(2, B, K)
-        # The sum over pairs is a product of sums: (q0 + q1) . (p0 + ... + pV), less the two pairs of a view with itself.
+        # The sum over pairs is a product of sums, (q_0 + q_1) . (p_0 + ... + p_V-1), less each view with itself.
         all_pairs = (q.sum(dim=0) * log_p.sum(dim=0)).sum()
         same_view = (q * log_p[:2]).sum()
         self.pending.append(teacher_logits.detach().float().mean(dim=0, keepdim=True))

@@ -75,9 +75,10 @@ def knn(args):
         say(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
     if rank == 0:
         result = Path(ckpt).with_suffix(".knn.json")
+        table = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}
         result.write_text(json.dumps(dict(
             ckpt=str(ckpt), data_path=data_path, image_size=size, temperature=args.temperature, bank=len(features[0]),
-            queries=len(features[2]), knn={k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}), indent=1))
+            queries=len(features[2]), knn=table), indent=1))
         say(f"written to {result}")
 
 

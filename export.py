@@ -100,8 +100,8 @@ def check(backbone, path, height, width, tolerance):
         for name, difference in differences(backbone, path, images, provider).items():
             worst[name] = max(worst.get(name, 0.0), difference)
             if not difference <= tolerance:
-                raise ExportError(f"{name} differs from torch by {difference:.2g} at batch {batch}, more than {tolerance:g} "
-                                  f"(ONNX Runtime {onnxruntime.__version__}, {provider})")
+                raise ExportError(f"{name} differs from torch by {difference:.2g} at batch {batch}, more than "
+                                  f"{tolerance:g} (ONNX Runtime {onnxruntime.__version__}, {provider})")
     return worst
 
 
@@ -123,7 +123,8 @@ def main(args):
     ckpt = args.ckpt or newest_model()
     backbone, info = load_backbone(ckpt, args.checkpoint_key)
     p = backbone.patch_size
-    height, width = (args.image_size or [backbone.grid[0] * p]) * (1 if args.image_size and len(args.image_size) == 2 else 2)
+    size = args.image_size or [side * p for side in backbone.grid]
+    height, width = size[0], size[-1]
     if height % p or width % p:
         raise CheckpointError(f"--image_size {height} {width} must be multiples of the model's patch size {p}")
     output = args.output or os.path.splitext(ckpt)[0] + ".onnx"
@@ -140,8 +141,9 @@ def main(args):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    print(f"{output}: image [B, {backbone.in_chans}, {height}, {width}] -> features [B, {backbone.embed_dim}], attention "
-          f"[B, {backbone.num_heads}, {height // p}, {width // p}]; largest difference from torch in ONNX Runtime: "
+    print(f"{output}: image [B, {backbone.in_chans}, {height}, {width}] -> features [B, {backbone.embed_dim}], "
+          f"attention [B, {backbone.num_heads}, {height // p}, {width // p}]")
+    print("largest difference from torch in ONNX Runtime: "
           + ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items()))
 
 

@@ -56,12 +56,12 @@ def parse_args(argv=None):
     add(model, "--drop_path_rate", 0.1, "stochastic depth of the student", share)
     add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
-    add(model, "--norm_last_layer", True, "keep prototypes at length 1; false is better for vit_small, less stable", boolean)
+    add(model, "--norm_last_layer", True, "prototypes of length 1; false is better for vit_small, less stable", boolean)
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
 
     teacher = parser.add_argument_group("teacher")
     add(teacher, "--momentum_teacher", 0.996, "rises to 1 over the run; 0.9995 for 256 pictures a step", share)
-    add(teacher, "--warmup_teacher_temp", 0.04, "first temperature; less if the loss stays at ln(out_dim)", positive_float)
+    add(teacher, "--warmup_teacher_temp", 0.04, "at the start; less if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after its warm-up; above 0.07 is mostly unstable", positive_float)
     add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", natural)
 
@@ -70,14 +70,14 @@ def parse_args(argv=None):
     add(optim, "--batch_size_per_gpu", 64, "pictures per process and pass", positive)
     add(optim, "--accum_steps", 1, "passes whose gradients are summed into one step", positive)
     add(optim, "--optimizer", "adamw", "adamw for transformers", choices=["adamw", "sgd", "lars"])
-    add(optim, "--lr", 0.0005, "peak learning rate at 256 pictures a step; scaled linearly with their number", positive_float)
+    add(optim, "--lr", 0.0005, "peak, for 256 pictures a step; scaled linearly with their number", positive_float)
     add(optim, "--min_lr", 1e-6, "learning rate at the end", natural_float)
     add(optim, "--warmup_epochs", 10, "epochs of linear learning-rate warm-up", natural)
     add(optim, "--weight_decay", 0.04, "at the start; on matrices only", natural_float)
     add(optim, "--weight_decay_end", 0.4, "at the end, by a cosine", natural_float)
     add(optim, "--clip_grad", 3.0, "largest gradient norm, 0 for no clipping", natural_float)
     add(optim, "--clip_mode", "per_parameter", "whose norm", choices=["per_parameter", "global"])
-    add(optim, "--freeze_last_layer", 1, "epochs without updates of the prototypes; more if the loss does not fall", natural)
+    add(optim, "--freeze_last_layer", 1, "epochs in which the prototypes rest; more if the loss stays", natural)
     add(optim, "--precision", "auto", "auto: bf16 where the device is fast at it, else fp32",
         choices=["auto", "bf16", "fp16", "fp32"])
 
@@ -140,7 +140,7 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, views):
-        """List of V tensors [B, C, s, s] -> logits [V*B, K], view-major; one backbone pass for each run of equal sizes."""
+        """List of V tensors [B, C, s, s] -> logits [V*B, K], view-major; one backbone pass per run of equal sizes."""
         runs = [[views[0]]]
         for view in views[1:]:
             if view.shape == runs[-1][0].shape:
@@ -348,8 +348,8 @@ def load_batches(images, first_step, last_step, args, rank, world_size):
     brightness, contrast, saturation, hue = args.color_jitter
     multicrop = MultiCrop(
         args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
-        args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, blur=args.blur,
-        blur_radius=args.blur_radius)
+        args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
+        blur=args.blur, blur_radius=args.blur_radius)
     return iter(torch.utils.data.DataLoader(
         Views(images, multicrop, args.seed), num_workers=args.num_workers, collate_fn=collate,
         batch_sampler=batch_keys(first_step, last_step, len(images), args, rank, world_size),
@@ -369,7 +369,8 @@ def judge(model, data, args, rank, world_size):
     """k-NN accuracy (top-1, top-5) in percent with 20 neighbours, of a model's features of the labelled pictures."""
     features = []
     for images in (some_of(data.bank, args.knn_images), some_of(data.queries, max(1, args.knn_images // 5))):
-        loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank, world_size)
+        loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank,
+                             world_size)
         with autocast(args.device, args.precision):
             features += extract_features(model, loader, args.device)[:2]
     return knn_classifier(*features, ks=(20,), device=args.device).popitem()[1]
@@ -384,69 +385,67 @@ def collapse(entropy, entropy_of_mean, kl, out_dim):
     """A sentence if these epoch means (nats) show that training has collapsed, else None (section 5.3, figure 7)."""
     top = math.log(out_dim)
     if entropy_of_mean < 0.05 * top:
-        return (f"collapsed to one prototype: the teacher gives every image the same answer (entropy of its mean output "
-                f"{entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
+        return (f"collapsed to one prototype: the teacher gives every image the same answer (entropy of its mean "
+                f"output {entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
     if entropy > 0.99 * top and kl < 0.01 * top:
-        return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}), the loss "
-                f"stays at ln K; try --warmup_teacher_temp 0.02 to 0.04, more --freeze_last_layer or a lower --lr")
+        return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
+                f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, more --freeze_last_layer or a lower --lr")
     return None
 
 
 # ---- the run ----
 
 class Report:
-    """What a run says: lines on the screen, records in log.jsonl, a bar on a terminal. Silent on all ranks but 0."""
+    """What a run says: lines on the screen, records in log.jsonl, a bar on a terminal; nothing on ranks but 0."""
 
-    def __init__(self, output, rank):
-        self.log_file, self.silent = output / "log.jsonl", rank != 0
-        self.unreadable = set()
+    def __init__(self, log_file, silent):
+        self.log_file, self.silent, self.bar, self.unreadable = log_file, silent, None, set()
 
     def start_bar(self, first_step, total_steps):
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=self.silent or not sys.stderr.isatty())
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step",
+                        disable=self.silent or not sys.stderr.isatty())
 
     def say(self, text):
         if not self.silent:
             tqdm.write(text)
 
-    def log(self, **record):
+    def log(self, record):
         if not self.silent:
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def skipped(self, messages):
-        """Name each unreadable picture once; every process speaks for its own."""
-        for message in messages:
-            if message not in self.unreadable:
-                self.unreadable.add(message)
-                tqdm.write(f"skipped unreadable picture {message}")
-
-    def step(self, step, total_steps, epoch, loss, entropy, entropy_of_mean, images_per_second, now, out_dim):
-        ln_k, kl = math.log(out_dim), loss - entropy
-        self.log(step=step, epoch=epoch, loss=loss, ln_k=ln_k, teacher_entropy=entropy, kl=kl,
-                 teacher_entropy_of_mean=entropy_of_mean, images_per_second=images_per_second,
-                 unreadable=len(self.unreadable), **now._asdict())
-        line = (f"loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {entropy:.2f}  KL {kl:.3f}  lr {now.lr:.1e}  "
-                f"{images_per_second:.0f} img/s")
+    def step(self, record):
+        self.log(record)
+        line = ("loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {teacher_entropy:.2f}  KL {kl:.3f}  lr {lr:.1e}  "
+                "{images_per_second:.0f} img/s").format(**record)
         self.bar.set_postfix_str(line)
         if self.bar.disable:
-            self.say(f"epoch {epoch}  step {step + 1}/{total_steps}  {line}")
+            self.say(f"epoch {record['epoch']}  step {record['step'] + 1}/{self.bar.total}  {line}")
+
+    def skipped(self, messages):
+        """Name each unreadable picture once; every process speaks for the ones it met."""
+        for message in set(messages) - self.unreadable:
+            self.unreadable.add(message)
+            tqdm.write(f"skipped unreadable picture {message}")
 
 
 def save_run(output, objects, info, **rest):
     """Everything needed to go on, and the two networks as files of their own."""
-    save_state(output / "checkpoint.pth", info=info, **{name: thing.state_dict() for name, thing in objects.items()}, **rest)
+    states = {name: thing.state_dict() for name, thing in objects.items()}
+    save_state(output / "checkpoint.pth", **states, info=info, **rest)
     for name in ("student", "teacher"):
-        save_model(output / f"{name}.safetensors", objects[name].state_dict(), info)
+        save_model(output / f"{name}.safetensors", states[name], info)
 
 
 def resume(path, args, objects):
-    """Load a run's state into the objects it was saved from: the next step, and the k-NN results so far."""
+    """Load a run's state into the objects it was saved from; returns the next step and the k-NN results so far."""
     state = load_state(path)
     try:
-        for name in ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "optimizer", "global_crops_size"):
+        for name in ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "optimizer",
+                     "global_crops_size"):
             if state["flags"][name] != getattr(args, name):
-                raise CheckpointError(f"{path} was trained with --{name} {state['flags'][name]}, not {getattr(args, name)}: "
-                                      f"choose another --output_dir for another run")
+                raise CheckpointError(f"{path} was trained with --{name} {state['flags'][name]}, not "
+                                      f"{getattr(args, name)}: choose another --output_dir for another run")
         for name, thing in objects.items():
             thing.load_state_dict(state[name])
         return state["step"], state["knn"]
@@ -464,7 +463,7 @@ def write_flags(path, args):
 def main(args):
     rank, world_size, device = cli.start_processes(args.device)
     output = Path(args.output_dir)
-    report = Report(output, rank)
+    report = Report(output / "log.jsonl", silent=rank != 0)
 
     # ---- pictures ----
     data = open_data(args.data_path)
@@ -474,6 +473,7 @@ def main(args):
     if steps_per_epoch == 0:
         raise DataError(f"{args.data_path}: {len(data.train)} pictures are fewer than the {global_batch} of one step "
                         f"(batch_size_per_gpu x accum_steps x processes); lower --batch_size_per_gpu")
+    report.say(data.note)
 
     # ---- networks, loss, optimizer ----
     network, teacher, info = build_networks(args)
@@ -482,20 +482,20 @@ def main(args):
     network, teacher, dino_loss = network.to(device), teacher.to(device), DINOLoss(args.out_dim).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups(network))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    report.say(data.note)
-    report.say(f"{args.arch}/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks, "
-               f"{sum(p.numel() for p in network.backbone.parameters()) / 1e6:.1f} M parameters; {args.out_dim} prototypes")
-    report.say(f"{args.epochs} epochs of {steps_per_epoch} steps of {global_batch} pictures, {args.precision} on "
-               f"{world_size} x {device.type}")
-    report.say(f"effective lr {args.lr * global_batch / 256:.3g} = {args.lr:g} * {global_batch} / 256, the linear scaling rule")
+    millions = sum(p.numel() for p in network.backbone.parameters()) / 1e6
+    report.say(f"{args.arch}/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks, {millions:.1f} M "
+               f"parameters; {args.out_dim} prototypes; {args.precision} on {world_size} x {device.type}")
+    report.say(f"{args.epochs} epochs of {steps_per_epoch} steps of {global_batch} pictures; effective lr "
+               f"{args.lr * global_batch / 256:.3g} = {args.lr:g} * {global_batch} / 256 (linear scaling rule)")
 
     # ---- a new run, or the rest of one ----
     objects = dict(student=network, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler)
-    first_step, knn = 0, {}
+    first_step, knn = 0, {}  # knn: name of what was judged -> (top-1, top-5)
     if (output / "checkpoint.pth").exists():
         first_step, knn = resume(output / "checkpoint.pth", args, objects)
         report.say(f"going on at step {first_step} of {total_steps} from {output / 'checkpoint.pth'}"
-                   if first_step < total_steps else f"{output} holds a complete run: to train anew, name another --output_dir")
+                   if first_step < total_steps else
+                   f"{output} holds a complete run; to train anew, name another --output_dir")
     elif rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.jsonl").unlink(missing_ok=True)
@@ -505,13 +505,13 @@ def main(args):
         student = nn.parallel.DistributedDataParallel(
             network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
-    # ---- what there was before training ----
+    # ---- what there is before training ----
     judging = args.knn_every > 0 and data.queries is not None
 
     def measure(name, model):
         knn[name] = judge(model, data, args, rank, world_size)
-        report.log(knn=name, top1=knn[name][0], top5=knn[name][1])
-        report.say(f"k-NN of {name}: top-1 {knn[name][0]:.1f}%, top-5 {knn[name][1]:.1f}%")
+        report.log(dict(knn=name, top1=knn[name][0], top5=knn[name][1]))
+        report.say("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name]))
         return knn[name][0]
 
     if judging and not knn:
@@ -521,7 +521,7 @@ def main(args):
     # ---- training ----
     batches = load_batches(data.train, first_step, total_steps, args, rank, world_size)
     report.start_bar(first_step, total_steps)
-    clock, clock_step, entropies = time.perf_counter(), first_step, []
+    clock, clock_step, epoch_stats = time.perf_counter(), first_step, []
     for step in range(first_step, total_steps):
         epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
         log_now = end_of_epoch or (step + 1) % args.log_every == 0
@@ -541,32 +541,35 @@ def main(args):
                 dist.all_reduce(stats)
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss} at step {step}; the last checkpoint is whole. Try --precision fp32, "
-                                         f"a lower --lr or a lower --clip_grad")
+                raise FloatingPointError(f"loss is {loss} at step {step}; the last checkpoint is whole. Try "
+                                         f"--precision fp32, a lower --lr or a lower --clip_grad")
+            epoch_stats.append((entropy, entropy_of_mean, loss - entropy))
             speed = (step + 1 - clock_step) * global_batch / (time.perf_counter() - clock)
-            report.step(step, total_steps, epoch, loss, entropy, entropy_of_mean, speed, now, args.out_dim)
-            entropies.append((entropy, entropy_of_mean, loss - entropy))
             clock, clock_step = time.perf_counter(), step + 1
+            report.step(dict(step=step, epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
+                             teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy, images_per_second=speed,
+                             unreadable=len(report.unreadable), **now._asdict()))
         if end_of_epoch:
-            trouble = collapse(*torch.tensor(entropies).mean(dim=0).tolist(), args.out_dim)
+            trouble = collapse(*torch.tensor(epoch_stats).mean(dim=0).tolist(), args.out_dim)
             if trouble and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
                 report.say(f"WARNING: {trouble}")
             best = max((top1 for name, (top1, _) in knn.items() if name.startswith("epoch")), default=-1.0)
-            improved = (judging and ((epoch + 1) % args.knn_every == 0 or step + 1 == total_steps)
-                        and measure(f"epoch {epoch}", teacher.backbone) > best)
+            improved = False
+            if judging and ((epoch + 1) % args.knn_every == 0 or step + 1 == total_steps):
+                improved = measure(f"epoch {epoch}", teacher.backbone) > best
             if rank == 0:
                 save_run(output, objects, info, step=step + 1, knn=knn, flags=vars(args))
                 if improved:
                     save_model(output / "teacher_best.safetensors", teacher.state_dict(), info)
                 if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
                     shutil.copyfile(output / "checkpoint.pth", output / f"checkpoint{epoch:04}.pth")
-            clock, clock_step, entropies = time.perf_counter(), step + 1, []
-
+            clock, clock_step, epoch_stats = time.perf_counter(), step + 1, []
     report.bar.close()
+
     if judging:
-        name, (top1, _) = list(knn.items())[-1]
+        last = list(knn)[-1]
         report.say(f"k-NN top-1 (k = 20): raw pixels {knn['raw pixels'][0]:.1f}%, untrained backbone "
-                   f"{knn['untrained backbone'][0]:.1f}%, after {name} {top1:.1f}%")
+                   f"{knn['untrained backbone'][0]:.1f}%, after {last} {knn[last][0]:.1f}%")
     report.say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}")
 
 

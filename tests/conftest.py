@@ -13,7 +13,9 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden():
     """Numbers computed with the reference implementation: golden("head") -> tensors, golden("knn.json") -> values."""
     def load(name):
-        return json.loads((GOLDEN / name).read_text()) if name.endswith(".json") else load_file(GOLDEN / f"{name}.safetensors")
+        if name.endswith(".json"):
+            return json.loads((GOLDEN / name).read_text())
+        return load_file(GOLDEN / f"{name}.safetensors")
     return load
 
 

@@ -62,18 +62,17 @@ def test_boxes_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     rng, picture = random.Random(0), Image.new("RGB", (640, 427))
     for scale in ((0.05, 0.4), (0.4, 1.0)):
-        ours = torch.tensor([sample_box(rng, 640, 427, scale, (3 / 4, 4 / 3)) for _ in range(4000)], dtype=torch.float64)
+        ours = torch.tensor([sample_box(rng, 640, 427, scale, (3 / 4, 4 / 3)) for _ in range(4000)]).double()
         left, top, right, bottom = ours.unbind(1)
         assert left.min() >= 0 and top.min() >= 0 and right.max() <= 640 and bottom.max() <= 427
-        theirs = torch.tensor([RandomResizedCrop.get_params(picture, scale, (3 / 4, 4 / 3)) for _ in range(4000)],
-                              dtype=torch.float64)
-        top_, left_, height_, width_ = theirs.unbind(1)
-        pairs = [((right - left) * (bottom - top), width_ * height_), ((right - left) / (bottom - top), width_ / height_),
-                 (left, left_), (top, top_)]
+        theirs = [RandomResizedCrop.get_params(picture, scale, (3 / 4, 4 / 3)) for _ in range(4000)]
+        top_, left_, height_, width_ = torch.tensor(theirs).double().unbind(1)
+        width, height = right - left, bottom - top
+        pairs = [(width * height, width_ * height_), (width / height, width_ / height_), (left, left_), (top, top_)]
         for a, b in pairs:  # two-sample Kolmogorov-Smirnov, bound for p = 0.001
             grid = torch.cat((a, b)).sort().values
-            gap = (torch.searchsorted(a.sort().values, grid, right=True) - torch.searchsorted(b.sort().values, grid, right=True))
-            assert gap.abs().max() / 4000 < 1.95 * math.sqrt(2 / 4000)
+            below_a, below_b = (torch.searchsorted(x.sort().values, grid, right=True) for x in (a, b))
+            assert (below_a - below_b).abs().max() / 4000 < 1.95 * math.sqrt(2 / 4000)
 
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1, 1)])

@@ -85,7 +85,7 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("evaluate knn --ckpt {}/resnet.pth", "none of its 1 tensors is a vision transformer's"),
     ("evaluate knn --ckpt {}/good.safetensors", "does not say what it was trained on"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
-    ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "not a multiple of the model's patch size 8"),
+    ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "multiple of the model's patch size 8"),
     ("export", "no trained model below runs/"),
     ("export --ckpt {}/text.pth", "text.pth: not a checkpoint"),
     ("export --ckpt {}/good.safetensors --image_size 1 2 3", "takes H [W]"),
@@ -106,8 +106,8 @@ def test_one_line_and_status_2(mistakes, monkeypatch, capsys, command, words):
 
 
 def test_from_the_shell(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data_path", "nowhere"], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=120)
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data_path", "nowhere"], cwd=tmp_path, text=True,
+                            capture_output=True, timeout=120)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "train.py: nowhere: no such folder, torchvision set (NAME:ROOT) or 'shapes'\n"
     assert list(tmp_path.iterdir()) == []

@@ -90,7 +90,8 @@ def test_transparency_lies_on_white(tmp_path):
     image = Image.new("RGBA", (3, 1))
     image.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128)])
     image.save(tmp_path / "a.png")
-    assert [open_rgb(tmp_path / "a.png").getpixel((x, 0)) for x in range(3)] == [(255, 0, 0), (255, 255, 255), (127, 127, 127)]
+    shown = [open_rgb(tmp_path / "a.png").getpixel((x, 0)) for x in range(3)]
+    assert shown == [(255, 0, 0), (255, 255, 255), (127, 127, 127)]
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])

@@ -13,7 +13,7 @@ def close(a, b, atol=1e-5):
 def test_head_equals_the_reference(golden):
     g = golden("head")
     head = DINOHead(48, 128, hidden_dim=64, bottleneck_dim=32)
-    head.load_state_dict({name.removeprefix("weights."): value for name, value in g.items() if name.startswith("weights.")})
+    head.load_state_dict({name[8:]: value for name, value in g.items() if name.startswith("weights.")})
     close(head(g["input"]), g["output"])
 
 
@@ -90,7 +90,8 @@ def test_schedules_at_their_edges():
     assert teacher_temp_schedule(0, 0.02, 0.04, 1) == 0.02
 
 
-@pytest.mark.parametrize("student, teacher", [((7, 16), (4, 16)), ((2, 16), (4, 16)), ((8, 8), (4, 8)), ((8, 16), (3, 16))])
+@pytest.mark.parametrize("student, teacher", [
+    ((7, 16), (4, 16)), ((2, 16), (4, 16)), ((8, 8), (4, 8)), ((8, 16), (3, 16))])
 def test_wrong_shapes_are_named(student, teacher):
     with pytest.raises(ValueError, match="expected \\[V\\*B, 16\\]"):
         DINOLoss(16)(torch.zeros(student), torch.zeros(teacher), 0.04)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
@@ -52,9 +53,8 @@ def test_knn_with_no_argument_judges_the_newest_run(run, monkeypatch, capsys):
 
     bank, queries = features("train", 60), features("val", 23)
     for k, scores in result["knn"].items():
-        import numpy as np
-        theirs = KNeighborsClassifier(int(k), weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute").fit(*bank)
-        assert scores["top1"] == pytest.approx(100 * theirs.score(*queries), abs=0.01)
+        theirs = KNeighborsClassifier(int(k), weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
+        assert scores["top1"] == pytest.approx(100 * theirs.fit(*bank).score(*queries), abs=0.01)
         assert f"{scores['top1']:.2f}" in out
 
 
@@ -62,9 +62,9 @@ def test_two_processes_give_the_same_table(run):
     folder, path, _ = run
     tables = []
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), "knn", "--ckpt", str(path), "--num_workers", "0"]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), "knn", "--ckpt", str(path)]
+        result = subprocess.run(command + ["--num_workers", "0"], cwd=folder, capture_output=True, text=True,
+                                timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         tables.append(result.stdout[result.stdout.index("     k"):])
     assert tables[0] == tables[1] and "23 pictures among 60" in result.stdout

@@ -23,7 +23,8 @@ def saved(tmp_path):
     return path, model
 
 
-@pytest.mark.parametrize("flags, height, width", [("", 32, 32), ("--image_size 48", 48, 48), ("--image_size 40 64", 40, 64)])
+@pytest.mark.parametrize("flags, height, width", [
+    ("", 32, 32), ("--image_size 48", 48, 48), ("--image_size 40 64", 40, 64)])
 def test_onnx_equals_torch(saved, flags, height, width, capsys):
     path, model = saved
     export.main(export.parse_args(["--ckpt", str(path), *flags.split()]))

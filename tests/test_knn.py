@@ -11,11 +11,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from knn import extract_features, knn_classifier, nearest
 
 
+def parts(g):
+    return g["train_features"], g["train_labels"], g["test_features"], g["test_labels"]
+
+
 def test_equals_the_reference(golden):
     g = golden("knn")
     for k, expected in golden("knn.json")["k -> [top1 %, top5 %]"].items():
-        scores = knn_classifier(g["train_features"], g["train_labels"], g["test_features"], g["test_labels"], ks=[int(k)])
-        assert scores[int(k)] == pytest.approx(expected, abs=1e-4)
+        assert knn_classifier(*parts(g), ks=[int(k)])[int(k)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_equals_scikit_learn(golden):
@@ -24,8 +27,7 @@ def test_equals_scikit_learn(golden):
     for k in (3, 20, 200):
         theirs = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
         expected = 100 * theirs.fit(unit[0], g["train_labels"]).score(unit[1], g["test_labels"])
-        ours = knn_classifier(g["train_features"], g["train_labels"], g["test_features"], g["test_labels"], ks=[k])
-        assert ours[k][0] == pytest.approx(expected, abs=0.01)
+        assert knn_classifier(*parts(g), ks=[k])[k][0] == pytest.approx(expected, abs=0.01)
 
 
 def test_blocks_of_the_bank_change_nothing():
@@ -43,7 +45,8 @@ def test_small_sets_and_few_classes():
     bank, labels = torch.eye(4), torch.tensor([0, 1, 2, 7])
     scores = knn_classifier(bank, labels, bank[:2], labels[:2], ks=(1, 10, 20), memory_mb=1)
     assert scores == {1: (100.0, 100.0), 4: (100.0, 100.0)}
-    assert knn_classifier(bank, labels, bank[:1], torch.tensor([9]), ks=(4,)) == {4: (0.0, 0.0)}  # a class the bank lacks
+    unknown = torch.tensor([9])  # a class that the bank lacks
+    assert knn_classifier(bank, labels, bank[:1], unknown, ks=(4,)) == {4: (0.0, 0.0)}
 
 
 def test_features_come_back_in_order():
@@ -61,15 +64,16 @@ from knn import extract_features
 dist.init_process_group("gloo")
 loader = eval_loader(Shapes("train", 23, 32), 32, 4, 0, dist.get_rank(), dist.get_world_size())
 features, labels, _ = extract_features(lambda x: x.flatten(1), loader)
-expected = torch.stack([x for x, _, _ in (eval_loader(Shapes("train", 23, 32), 32, 4).dataset[i] for i in range(23))]).flatten(1)
+alone = eval_loader(Shapes("train", 23, 32), 32, 4).dataset
+expected = torch.stack([alone[i][0] for i in range(23)]).flatten(1)
 assert torch.equal(features, expected), features.shape
 assert labels.tolist() == [i % 12 for i in range(23)]
 """
 
 
 def test_three_processes_bring_each_picture_once():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--no-python", sys.executable,
-               "-c", SCRIPT]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-                            capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--no-python",
+               sys.executable, "-c", SCRIPT]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            timeout=300, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -12,7 +12,8 @@ GOLDEN_SIZES = [("vit_p16", 224, 16, size) for size in ("224x224", "96x96", "160
 def test_equals_the_reference_at_every_size(golden, image, name, img_size, patch_size, size):
     model = VisionTransformer(img_size, patch_size, embed_dim=48, depth=3, num_heads=3)
     model.load_state_dict(golden(f"{name}_weights"))  # strict: the names are the reference's
-    expected = {key.partition(".")[2]: value for key, value in golden(f"{name}_outputs").items() if key.startswith(size + ".")}
+    outputs = golden(f"{name}_outputs")
+    expected = {key.partition(".")[2]: value for key, value in outputs.items() if key.startswith(size + ".")}
     x = image(2, *map(int, size.split("x")))
     with torch.no_grad():
         tokens = model.get_intermediate_layers(x, n=2)
