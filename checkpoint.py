@@ -77,65 +77,81 @@ def save_model(path, state_dict, info):
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_backbone(path, key="teacher"):
+def load_backbone(path, key=None):
     """Build the vision transformer that a file holds.
 
     Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), and
-    files with the names of timm or transformers. The arch is read from the metadata or, where there is
-    none, from the shapes of the weights (heads are then taken to be 64 wide). Prints what it matched.
+    files with the names of timm or transformers, under any common prefix (`module.`, `backbone.`, ...).
+    The arch is read from the metadata or, where there is none, from the shapes of the weights (heads are
+    then taken to be 64 wide). Prints what it matched.
 
     Args:
-        key: the network to take from a full checkpoint, "teacher" or "student".
+        key: "teacher" or "student", the network that must be taken; None takes the teacher of a full
+            checkpoint, or the only network there is.
 
     Returns:
         the model in eval mode, and its description (empty for foreign files).
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, or not the weights of a vision transformer.
+        CheckpointError: not a checkpoint, damaged, or not the weights of a vision transformer as in vit.py.
     """
     weights, info = read_weights(path, key)
-    ours = standard_names(weights)
+    inside, outside = without_prefix(weights)
+    ours = standard_names(inside)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
                               f"of DINO, timm or transformers (first: {', '.join(list(weights)[:3]) or 'none'})")
     try:
         model = VisionTransformer(**(info.get("vit") or shapes_of(ours)))
-        wanted = model.state_dict()
-        matched = {name: ours[name] for name in wanted if name in ours and ours[name].shape == wanted[name].shape}
+        matched = {name: ours[name] for name in model.state_dict() if name in ours}
         model.load_state_dict(matched)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: not the weights of a vision transformer as built here: "
                               f"{' '.join(str(error).split())[:300]}") from None
-    left = [name for name in ours if name not in wanted]
-    print(f"{path}: {len(matched)} of {len(wanted)} backbone tensors matched"
+    unused = [name for name in ours if name not in matched]
+    for name in unused:  # a layer scale, a register or a norm more is another architecture, not decoration
+        if re.match(r"blocks\.|norm_pre|reg|storage", name):
+            raise CheckpointError(f"{path}: {name} has no place in vit.py, so the features would be wrong")
+    left = unused + outside
+    print(f"{path}: all {len(matched)} backbone tensors matched"
           + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
     return model.eval(), info
 
 
 def read_weights(path, key):
-    """File -> {name: tensor} of one network without prefixes, and its description."""
+    """File -> {name: tensor} of one network, and its description."""
     path = str(path)
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
-                info = {name: json.loads(value) for name, value in (file.metadata() or {}).items() if name != "format"}
+                metadata = file.metadata() or {}
+                info = {name: json.loads(value) for name, value in metadata.items()} if "vit" in metadata else {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not a safetensors file, or damaged ({first_line(error)})") from None
+        found = info.get("network")
     else:
-        state = load_state(path)
-        info = state.get("info", {}) if isinstance(state, dict) else {}
-        weights = state
-        for level in (key, "state_dict", "model"):
-            if isinstance(weights, dict) and isinstance(weights.get(level), dict):
-                weights = weights[level]
-    if not isinstance(weights, dict) or not isinstance(info, dict):
-        raise CheckpointError(f"{path}: holds {type(weights).__name__}, expected named weights")
-    weights = {re.sub(r"^(module\.)?(backbone\.)?(vit\.)?", "", str(name)): tensor
-               for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    return weights, info
+        weights = state = load_state(path)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: holds {type(state).__name__}, expected named weights")
+        info, found = state.get("info", {}), None
+        for level in (key or "teacher", "state_dict", "model"):
+            if isinstance(weights.get(level), dict):
+                weights, found = weights[level], found or level
+    if key and found != key:
+        raise CheckpointError(f"{path}: does not say that it holds a {key}")
+    weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+    return weights, info if isinstance(info, dict) else {}
+
+
+def without_prefix(weights):
+    """Split off the prefix that the backbone's names share: {name: tensor} without it, and the other names."""
+    anchors = (re.fullmatch(r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token)", name) for name in weights)
+    prefix = next((anchor[1] for anchor in anchors if anchor), "")
+    inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return inside, [name for name in weights if not name.startswith(prefix)]
 
 
 TRANSFORMERS_NAMES = [  # their names -> ours; what is not listed is the same

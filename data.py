@@ -161,8 +161,8 @@ def open_folder(root):
                 return Data(train, train, test, f"{len(train):,} pictures of {len(train.classes)} classes in "
                                                 f"{train_root}, {len(test):,} held out in {test_root}")
     bank, queries = split_labels(train)
-    return Data(train, bank, queries, f"{len(train):,} pictures of {len(train.classes)} classes in {train_root}; no val "
-                                      "or test folder with these classes, so k-NN asks every tenth about the others")
+    return Data(train, bank, queries, f"{len(train):,} pictures of {len(train.classes)} classes in {train_root}; for "
+                                      "want of a val or test folder k-NN asks every tenth about the others")
 
 
 def split_labels(images):
@@ -261,12 +261,12 @@ def open_shapes(argument):
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Generated pictures: one object of a coloured outline on a ground, with label and mask.
+    """Generated pictures: one to three objects of one hue on a ground, with label and mask.
 
-    A class is an outline (disc, square, triangle, star) and the hue of the object against its ground.
-    Everything else is a nuisance drawn from (part, index) alone: place, size, turn, stripes, ground
-    gradient, light and noise. The mean colour of every picture is set to one drawn without regard to the
-    class, so it says nothing about the label.
+    The class is the hue. Everything else is a nuisance drawn from (part, index) alone: number, outline,
+    place, size, turn, stripes, shade, ground, light and noise. The mean colour of every picture is set to one
+    drawn without regard to the class, so it says nothing about the label: only the objects against their
+    ground do.
 
     Args:
         part: "train" or "test"; the two never share a picture.
@@ -274,12 +274,10 @@ class Shapes(torch.utils.data.Dataset):
         size: side, pixels.
     """
 
-    OUTLINES = ("disc", "square", "triangle", "star")
-    HUES = ("red", "green", "blue")
+    classes = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
 
     def __init__(self, part, length, size):
         self.part, self.length, self.size = part, length, size
-        self.classes = [f"{hue} {outline}" for outline in self.OUTLINES for hue in self.HUES]
 
     def __len__(self):
         return self.length
@@ -291,7 +289,7 @@ class Shapes(torch.utils.data.Dataset):
         return i % len(self.classes)
 
     def mask(self, i):
-        """Where the object is: bool [size, size]."""
+        """Where the objects are: bool [size, size]."""
         return self.render(i)[1]
 
     def render(self, i):
@@ -299,43 +297,39 @@ class Shapes(torch.utils.data.Dataset):
         if not 0 <= i < self.length:
             raise IndexError(f"picture {i} of {self.length}")
         rng = random.Random(f"shapes/{self.part}/{i}")
-        outline, hue = divmod(self.label(i), len(self.HUES))
-
         axis = (torch.arange(self.size) + 0.5) / self.size * 2 - 1
         y, x = axis.view(-1, 1), axis.view(1, -1)  # the picture spans [-1, 1] both ways
-        dx, dy = x - rng.uniform(-0.4, 0.4), y - rng.uniform(-0.4, 0.4)
-        angle = torch.atan2(dy, dx) + rng.uniform(0, 2 * math.pi)
-        distance = torch.hypot(dx, dy)
-        inside = self.radius(outline, angle) * rng.uniform(0.4, 0.65) - distance
-        mask = (inside * self.size / 2 + 0.5).clamp(0, 1)  # anti-aliased over one pixel
-
-        turn = rng.uniform(0, math.pi)
-        stripes = 0.5 + 0.5 * torch.sin(rng.uniform(4, 16) * (dx * math.cos(turn) + dy * math.sin(turn)) + rng.uniform(0, 6.28))
-        slope = rng.uniform(-0.2, 0.2) * x + rng.uniform(-0.2, 0.2) * y
-        object_hue = (hue + rng.uniform(-0.15, 0.15)) / len(self.HUES)
-        color = torch.tensor(colorsys.hsv_to_rgb(object_hue, rng.uniform(0.6, 1.0), rng.uniform(0.5, 1.0)))
-        coat = color.view(3, 1, 1) * (1 - rng.uniform(0.1, 0.6) * stripes)
-        ground = rng.uniform(0.2, 0.8) + slope
-        picture = torch.lerp(ground.expand(3, -1, -1), coat, mask)
+        picture = (rng.uniform(0.2, 0.8) + rng.uniform(-0.2, 0.2) * x + rng.uniform(-0.2, 0.2) * y).expand(3, -1, -1)
+        mask = torch.zeros(self.size, self.size)
+        for _ in range(rng.randint(1, 3)):
+            dx, dy = x - rng.uniform(-0.7, 0.7), y - rng.uniform(-0.7, 0.7)
+            inside = self.radius(rng, torch.atan2(dy, dx)) * rng.uniform(0.3, 0.5) - torch.hypot(dx, dy)
+            cover = (inside * self.size / 2 + 0.5).clamp(0, 1)  # anti-aliased over one pixel
+            turn = rng.uniform(0, math.pi)
+            stripes = torch.sin(rng.uniform(4, 16) * (dx * math.cos(turn) + dy * math.sin(turn))) / 2 + 0.5
+            hue = (self.label(i) + rng.uniform(-0.15, 0.15)) / len(self.classes)
+            color = torch.tensor(colorsys.hsv_to_rgb(hue, rng.uniform(0.6, 1.0), rng.uniform(0.5, 1.0)))
+            picture = torch.lerp(picture, color.view(3, 1, 1) * (1 - rng.uniform(0.1, 0.6) * stripes), cover)
+            mask = mask.maximum(cover)
 
         tint = torch.tensor([rng.uniform(0.35, 0.65) for _ in range(3)])
-        picture += (tint - picture.mean(dim=(1, 2))).view(3, 1, 1)  # the mean colour is now the tint
+        picture = picture + (tint - picture.mean(dim=(1, 2))).view(3, 1, 1)  # the mean colour is now the tint
         noise = torch.Generator().manual_seed(rng.getrandbits(63))
-        picture += rng.uniform(0, 0.06) * torch.randn(picture.shape, generator=noise)
+        picture = picture + rng.uniform(0, 0.06) * torch.randn(picture.shape, generator=noise)
         pixels = (picture * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
         return Image.frombytes("RGB", (self.size, self.size), pixels.numpy().tobytes()), mask > 0.5
 
     @staticmethod
-    def radius(outline, angle):
-        """Distance from centre to outline in each direction, about 1 on average."""
-        if outline == 0:
+    def radius(rng, angle):
+        """Distance from centre to outline in each direction: a disc, triangle, square or star, turned at random."""
+        corners = rng.choice((0, 3, 4, 5))
+        if corners == 0:
             return torch.ones_like(angle)
-        corners = {1: 4, 2: 3, 3: 5}[outline]
         sector = 2 * math.pi / corners
-        off = (angle % sector) - sector / 2  # angle from the middle of the side
-        if outline == 3:
+        off = (angle + rng.uniform(0, sector)) % sector - sector / 2  # angle from the middle of a side
+        if corners == 5:
             return 1.3 - 1.6 * off.abs() / sector
-        return math.cos(sector / 2) / torch.cos(off) * {1: 1.25, 2: 1.5}[outline]
+        return math.cos(sector / 2) / torch.cos(off) * {3: 1.5, 4: 1.25}[corners]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def parse_args(argv=None):
     parser = cli.parser("evaluate.py", __doc__)
     parser.add_argument("task", choices=["knn"], help="how to judge")
     parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
-    parser.add_argument("--checkpoint_key", default="teacher", choices=["teacher", "student"],
+    parser.add_argument("--checkpoint_key", choices=["teacher", "student"],
                         help="network to take from a full checkpoint (default: teacher)")
     parser.add_argument("--data_path", help="labelled pictures, named as for train.py (default: what the model was "
                                             "trained on)")

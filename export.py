@@ -108,7 +108,7 @@ def check(backbone, path, height, width, tolerance):
 def parse_args(argv=None):
     parser = cli.parser("export.py", __doc__)
     parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
-    parser.add_argument("--checkpoint_key", default="teacher", choices=["teacher", "student"],
+    parser.add_argument("--checkpoint_key", choices=["teacher", "student"],
                         help="network to take from a full checkpoint (default: teacher)")
     parser.add_argument("--image_size", type=positive, nargs="+", metavar="PIXELS",
                         help="height and width, or the side of a square (default: the size the model was trained at)")

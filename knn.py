@@ -26,10 +26,11 @@ def extract_features(model, loader, device="cpu", progress=None):
     Returns:
         features [M, D] float32, labels [M] int64, unreadable (list of messages); the same on every process.
     """
-    features, labels, indices, unreadable = [], [], [], []
+    features, unreadable = [], []
+    labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for images, y, i, bad in loader:
         if len(images):
-            features.append(model(images.to(device, non_blocking=True)).float())
+            features.append(model(images.to(device, non_blocking=images.is_pinned())).float())
         labels.append(y)
         indices.append(i)
         unreadable += bad
@@ -40,9 +41,12 @@ def extract_features(model, loader, device="cpu", progress=None):
     if dist.is_available() and dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, part)
+    unreadable = [message for *_, bad in parts for message in bad]
+    if all(f is None for f, *_ in parts):
+        raise OSError(f"no picture could be read, the last: {unreadable[-1]}" if unreadable else "no pictures")
     order = torch.cat([i for _, _, i, _ in parts]).argsort()
-    features = torch.cat([f for f, _, _, _ in parts if f is not None])
-    return features[order], torch.cat([y for _, y, _, _ in parts])[order], [m for *_, bad in parts for m in bad]
+    features = torch.cat([f for f, *_ in parts if f is not None])
+    return features[order], torch.cat([y for _, y, *_ in parts])[order], unreadable
 
 
 @torch.no_grad()
@@ -73,7 +77,8 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
     for first in range(0, len(queries), rows):
         block = F.normalize(queries[first:first + rows].float(), dim=1).to(device, dtype)
         similarity, neighbours = nearest(block, bank, ks[-1], columns)
-        weights = (similarity.float() / temperature).exp()  # [rows, k]
+        # Votes are relative, so the nearest one is given weight 1: no temperature overflows.
+        weights = ((similarity - similarity[:, :1]).float() / temperature).exp()  # [rows, k]
         truth = query_labels[first:first + rows].to(device).view(-1, 1)
         for k in ks:
             votes = torch.zeros(len(block), num_classes, device=device)

@@ -366,14 +366,16 @@ def some_of(images, most):
 
 
 def judge(model, data, args, rank, world_size):
-    """k-NN accuracy (top-1, top-5) in percent with 20 neighbours, of a model's features of the labelled pictures."""
-    features = []
+    """k-NN of a model's features of the labelled pictures, 20 neighbours: (top-1, top-5) in percent, and messages."""
+    features, messages = [], []
     for images in (some_of(data.bank, args.knn_images), some_of(data.queries, max(1, args.knn_images // 5))):
         loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank,
                              world_size)
         with autocast(args.device, args.precision):
-            features += extract_features(model, loader, args.device)[:2]
-    return knn_classifier(*features, ks=(20,), device=args.device).popitem()[1]
+            x, labels, unreadable = extract_features(model, loader, args.device)
+        features += [x, labels]
+        messages += unreadable
+    return knn_classifier(*features, ks=(20,), device=args.device).popitem()[1], messages
 
 
 def pixel_features(images):
@@ -389,7 +391,7 @@ def collapse(entropy, entropy_of_mean, kl, out_dim):
                 f"output {entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
     if entropy > 0.99 * top and kl < 0.01 * top:
         return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
-                f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, more --freeze_last_layer or a lower --lr")
+                f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, a lower --lr, more --freeze_last_layer")
     return None
 
 
@@ -434,20 +436,26 @@ def save_run(output, objects, info, **rest):
     states = {name: thing.state_dict() for name, thing in objects.items()}
     save_state(output / "checkpoint.pth", **states, info=info, **rest)
     for name in ("student", "teacher"):
-        save_model(output / f"{name}.safetensors", states[name], info)
+        save_model(output / f"{name}.safetensors", states[name], info | {"network": name})
 
 
-def resume(path, args, objects):
+FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
+         "use_bn_in_head", "optimizer", "global_crops_size", "seed", "data_path")  # flags that a run keeps
+
+
+def resume(path, args, global_batch, objects):
     """Load a run's state into the objects it was saved from; returns the next step and the k-NN results so far."""
     state = load_state(path)
     try:
-        for name in ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "optimizer",
-                     "global_crops_size"):
-            if state["flags"][name] != getattr(args, name):
-                raise CheckpointError(f"{path} was trained with --{name} {state['flags'][name]}, not "
-                                      f"{getattr(args, name)}: choose another --output_dir for another run")
+        theirs = {name: state["flags"][name] for name in FIXED} | {"global batch": state["global_batch"]}
+        ours = {name: getattr(args, name) for name in FIXED} | {"global batch": global_batch}
+        for name, value in theirs.items():
+            if value != ours[name]:
+                raise CheckpointError(f"{path} was trained with {name} {value}, not {ours[name]}: choose another "
+                                      f"--output_dir for another run")
         for name, thing in objects.items():
-            thing.load_state_dict(state[name])
+            if state[name] or name != "scaler":  # the scaler is empty but under fp16
+                thing.load_state_dict(state[name])
         return state["step"], state["knn"]
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the checkpoint of such a run ({str(error)[:200]})") from None
@@ -462,6 +470,9 @@ def write_flags(path, args):
 
 def main(args):
     rank, world_size, device = cli.start_processes(args.device)
+    tokens = (args.global_crops_size // args.patch_size) ** 2
+    if device.type == "cpu" and args.precision == "bf16" and tokens < 128:
+        torch.backends.cuda.enable_flash_sdp(False)  # rules the CPU too; slow at short bf16 rows
     output = Path(args.output_dir)
     report = Report(output / "log.jsonl", silent=rank != 0)
 
@@ -492,13 +503,14 @@ def main(args):
     objects = dict(student=network, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler)
     first_step, knn = 0, {}  # knn: name of what was judged -> (top-1, top-5)
     if (output / "checkpoint.pth").exists():
-        first_step, knn = resume(output / "checkpoint.pth", args, objects)
+        first_step, knn = resume(output / "checkpoint.pth", args, global_batch, objects)
         report.say(f"going on at step {first_step} of {total_steps} from {output / 'checkpoint.pth'}"
                    if first_step < total_steps else
                    f"{output} holds a complete run; to train anew, name another --output_dir")
     elif rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.jsonl").unlink(missing_ok=True)
+    if rank == 0:
         write_flags(output / "flags.txt", args)
     student = network
     if world_size > 1:
@@ -509,12 +521,13 @@ def main(args):
     judging = args.knn_every > 0 and data.queries is not None
 
     def measure(name, model):
-        knn[name] = judge(model, data, args, rank, world_size)
+        knn[name], unreadable = judge(model, data, args, rank, world_size)
+        report.skipped(unreadable if rank == 0 else [])
         report.log(dict(knn=name, top1=knn[name][0], top5=knn[name][1]))
         report.say("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name]))
         return knn[name][0]
 
-    if judging and not knn:
+    if judging and first_step == 0:
         measure("raw pixels", pixel_features)
         measure("untrained backbone", teacher.backbone)
 
@@ -530,7 +543,7 @@ def main(args):
         passes = []
         for _ in range(args.accum_steps):
             views, unreadable = next(batches)
-            passes.append([view.to(device, non_blocking=True) for view in views])
+            passes.append([view.to(device, non_blocking=view.is_pinned()) for view in views])
             report.skipped(unreadable)
 
         stats = train_step(student, teacher, dino_loss, optimizer, scaler, passes, now, args, diagnose=log_now)
@@ -558,19 +571,18 @@ def main(args):
             if judging and ((epoch + 1) % args.knn_every == 0 or step + 1 == total_steps):
                 improved = measure(f"epoch {epoch}", teacher.backbone) > best
             if rank == 0:
-                save_run(output, objects, info, step=step + 1, knn=knn, flags=vars(args))
+                save_run(output, objects, info, step=step + 1, knn=knn, global_batch=global_batch, flags=vars(args))
                 if improved:
-                    save_model(output / "teacher_best.safetensors", teacher.state_dict(), info)
+                    shutil.copyfile(output / "teacher.safetensors", output / "teacher_best.safetensors")
                 if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
                     shutil.copyfile(output / "checkpoint.pth", output / f"checkpoint{epoch:04}.pth")
             clock, clock_step, epoch_stats = time.perf_counter(), step + 1, []
     report.bar.close()
 
     if judging:
-        last = list(knn)[-1]
-        report.say(f"k-NN top-1 (k = 20): raw pixels {knn['raw pixels'][0]:.1f}%, untrained backbone "
-                   f"{knn['untrained backbone'][0]:.1f}%, after {last} {knn[last][0]:.1f}%")
-    report.say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}")
+        shown = list(knn)[:2] + list(knn)[-1:]
+        report.say("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in shown))
+        report.say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}")
 
 
 if __name__ == "__main__":

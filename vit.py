@@ -206,7 +206,8 @@ class VisionTransformer(nn.Module):
         patches = F.interpolate(
             patches.float(), mode="bicubic",
             scale_factor=((rows + interpolate_offset) / grid_rows, (cols + interpolate_offset) / grid_cols))
-        return torch.cat((self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)), dim=1)
+        patches = patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return torch.cat((self.pos_embed[:, :1], patches), dim=1)
 
 
 def vit_tiny(patch_size=16, **kwargs):

@@ -40,7 +40,8 @@ def mistakes(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pth").write_text("no checkpoint")
     (tmp_path / "other").mkdir()
-    torch.save({"flags": {"arch": "vit_base"}}, tmp_path / "other" / "checkpoint.pth")
+    flags = vars(train.parse_args([])) | {"arch": "vit_base"}
+    torch.save({"flags": flags, "global_batch": 64}, tmp_path / "other" / "checkpoint.pth")
     (tmp_path / "a_file").write_text("")
     return tmp_path
 
@@ -71,7 +72,7 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("train --data_path {}/few", "3 pictures are fewer than the 64 of one step"),
     ("train --data_path {}/broken", "broken: none of its 70 pictures can be read; the last is"),
     ("train --output_dir {}/run", "checkpoint.pth: not a checkpoint, or damaged"),
-    ("train --output_dir {}/other", "was trained with --arch vit_base, not vit_small"),
+    ("train --output_dir {}/other", "was trained with arch vit_base, not vit_small"),
     ("train --output_dir {}/a_file", "a_file"),
     ("evaluate", "the following arguments are required: task"),
     ("evaluate guess", "invalid choice: 'guess'"),
@@ -85,7 +86,7 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("evaluate knn --ckpt {}/resnet.pth", "none of its 1 tensors is a vision transformer's"),
     ("evaluate knn --ckpt {}/good.safetensors", "does not say what it was trained on"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
-    ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "multiple of the model's patch size 8"),
+    ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "of the model's patch size 8"),
     ("export", "no trained model below runs/"),
     ("export --ckpt {}/text.pth", "text.pth: not a checkpoint"),
     ("export --ckpt {}/good.safetensors --image_size 1 2 3", "takes H [W]"),
