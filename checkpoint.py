@@ -77,13 +77,13 @@ def save_model(path, state_dict, info):
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_backbone(path, key=None):
+def load_backbone(path, key=None, say=print):
     """Build the vision transformer that a file holds.
 
     Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), and
     files with the names of timm or transformers, under any common prefix (`module.`, `backbone.`, ...).
     The arch is read from the metadata or, where there is none, from the shapes of the weights (heads are
-    then taken to be 64 wide). Prints what it matched.
+    then taken to be 64 wide). Says what it matched.
 
     Args:
         key: "teacher" or "student", the network that must be taken; None takes the teacher of a full
@@ -113,8 +113,8 @@ def load_backbone(path, key=None):
         if re.match(r"blocks\.|norm_pre|reg|storage", name):
             raise CheckpointError(f"{path}: {name} has no place in vit.py, so the features would be wrong")
     left = unused + outside
-    print(f"{path}: all {len(matched)} backbone tensors matched"
-          + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
+    say(f"{path}: all {len(matched)} backbone tensors matched"
+        + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
     return model.eval(), info
 
 

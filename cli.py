@@ -1,7 +1,9 @@
 """The command line: flags with checked values, one-line errors, devices and processes.
 
-    args = parser("tool.py", __doc__).parse_args()
-    run(main, args, DataError)                  # a DataError ends with its message and status 2
+    def parse_args(argv=None):
+        return parser("tool.py", __doc__).parse_args(argv)
+
+    run(main, parse_args, DataError)            # a DataError ends with its message and status 2
 
 Every script of this project speaks through this file, so that a mistake always reads the same: one line that
 names the input, status 2, no traceback. This file needs torch and nothing else.
@@ -10,6 +12,7 @@ names the input, status 2, no traceback. This file needs torch and nothing else.
 import argparse
 import math
 import os
+import shlex
 import sys
 
 import torch
@@ -20,7 +23,7 @@ def parser(prog, doc):
     """A parser whose errors are one line; `@FILE` reads more flags from a file, `#` starts a comment there."""
     result = argparse.ArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=doc, fromfile_prefix_chars="@",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    result.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()
+    result.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     return result
 
 
@@ -42,6 +45,7 @@ natural = number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive_float = number(float, lambda x: x > 0, "a number above 0")
 natural_float = number(float, lambda x: x >= 0, "a number, 0 or more")
 share = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+rate = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def boolean(text):
@@ -70,25 +74,62 @@ def device(text):
     return text
 
 
+class ProcessError(ValueError):
+    """Processes were started in a way that cannot work."""
+
+
 def start_processes(device):
-    """Join the process group if torchrun started this process: rank, number of processes, torch.device."""
-    if "RANK" not in os.environ:
+    """Join the process group if torchrun started this process: rank, number of processes, torch.device.
+
+    Raises:
+        ProcessError: more processes than GPUs, or several on a device that has no process group.
+    """
+    if "LOCAL_RANK" not in os.environ:
         return 0, 1, torch.device(device)
     here = torch.device(device)
+    if device == "mps":
+        raise ProcessError("torchrun: several processes need CUDA, or --device cpu")
     if device == "cuda":
-        here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ProcessError(f"torchrun: process {local_rank} of this machine has no GPU of its own; "
+                               f"--nproc_per_node may be {torch.cuda.device_count()} at most")
+        here = torch.device("cuda", local_rank)
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), here
 
 
-def run(main, args, *errors):
-    """Call main(args); the given errors, and those of the file system, end as one line and status 2."""
+def rank_zero_first(make):
+    """Call `make` on rank 0 and then on the others, so that a download is made once."""
+    several = dist.is_available() and dist.is_initialized()
+    if several and dist.get_rank() > 0:
+        dist.barrier()
+    result = make()
+    if several and dist.get_rank() == 0:
+        dist.barrier()
+    return result
+
+
+def run(main, parse_args, *errors):
+    """Call main(parse_args()); the given errors, and those of the machine, end as one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text that a terminal can show
+        stream.reconfigure(errors="backslashreplace")
     try:
-        main(args)
-    except (*errors, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        main(parse_args())
+    except (*errors, ProcessError, OSError) as error:
+        # What a loader's worker raises arrives with its traceback before the message.
+        message = str(error).rpartition(f"{type(error).__name__}: ")[2]
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory, lower --batch_size_per_gpu ({str(error).partition('. ')[0]})"
+    except RecursionError:
+        message = "a flag file includes itself"
+    except UnicodeDecodeError:
+        message = "a flag file (@FILE) is not text"
+    else:
+        return
     finally:
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

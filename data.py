@@ -42,6 +42,7 @@ class Data(NamedTuple):
     train: object
     bank: object
     queries: object
+    path: str  # what was opened, so that any folder can open it again
     note: str  # one line on where the parts come from
 
 
@@ -66,11 +67,14 @@ def open_rgb(path):
 
 def to_rgb(image):
     """PIL image of any mode -> RGB."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode[0] in "IF":  # deep grey, which Pillow's own conversion would clip at 255
+        grey = image.convert("F")
+        ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        white = next((top for top in ranges if grey.getextrema()[1] <= top), 65535)
+        return grey.point(lambda value: value * (255 / white) + 0.5).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -143,26 +147,24 @@ def open_data(data_path):
 
 
 def open_folder(root):
-    """A tree of pictures; `train` with `val` or `test` in it or beside it are recognised."""
-    if os.path.basename(os.path.abspath(root)) == "train":
-        train_root, parent = root, os.path.dirname(os.path.abspath(root))
-    elif os.path.isdir(os.path.join(root, "train")):
-        train_root, parent = os.path.join(root, "train"), root
+    """A tree of pictures; `train` with `val` or `test` beside it is recognised, from within and from above."""
+    root = os.path.abspath(root)
+    parent = os.path.dirname(root) if os.path.basename(root) == "train" else root
+    held_out = [os.path.join(parent, part) for part in ("val", "test") if os.path.isdir(os.path.join(parent, part))]
+    if parent == root and held_out and os.path.isdir(os.path.join(root, "train")):
+        train_root = os.path.join(root, "train")
     else:
-        train_root, parent = root, None
+        train_root, held_out = root, held_out if parent != root else []
     train = ImageTree(train_root)
     if train.classes is None:
-        return Data(train, None, None, f"{len(train):,} pictures in {train_root}, no labels")
-    for part in ("val", "test"):
-        test_root = parent and os.path.join(parent, part)
-        if test_root and os.path.isdir(test_root):
-            test = ImageTree(test_root)
-            if test.classes == train.classes:
-                return Data(train, train, test, f"{len(train):,} pictures of {len(train.classes)} classes in "
-                                                f"{train_root}, {len(test):,} held out in {test_root}")
-    bank, queries = split_labels(train)
-    return Data(train, bank, queries, f"{len(train):,} pictures of {len(train.classes)} classes in {train_root}; for "
-                                      "want of a val or test folder k-NN asks every tenth about the others")
+        return Data(train, None, None, root, f"{len(train):,} pictures in {train_root}, no labels")
+    note = f"{len(train):,} pictures of {len(train.classes)} classes in {train_root}"
+    for test_root in held_out:
+        test = ImageTree(test_root)
+        if test.classes == train.classes:
+            return Data(train, train, test, root, f"{note}, {len(test):,} held out in {test_root}")
+        note += f"; {test_root} has other classes"
+    return Data(train, *split_labels(train), root, f"{note}; k-NN asks every tenth about the others")
 
 
 def split_labels(images):
@@ -175,7 +177,8 @@ def split_labels(images):
 class ImageTree(torch.utils.data.Dataset):
     """All pictures below a folder, in sorted order; the folders directly below it are the classes.
 
-    Without at least two such folders, or with pictures beside them, there are no labels: each is -1.
+    Without at least two such folders, or with pictures beside them, there are no labels: each is -1. Names
+    that begin with a dot are passed over.
     """
 
     def __init__(self, root):
@@ -183,7 +186,7 @@ class ImageTree(torch.utils.data.Dataset):
             raise DataError(f"{root}: no such folder")
         self.root = root
         self.files = sorted(os.path.relpath(os.path.join(folder, name), root)
-                            for folder, _, names in os.walk(root, followlinks=True) for name in names
+                            for folder, names in walk(root) for name in names
                             if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
         if not self.files:
             raise DataError(f"{root}: no picture found in it or below (looked for {' '.join(EXTENSIONS)})")
@@ -209,6 +212,21 @@ class ImageTree(torch.utils.data.Dataset):
         return open_rgb(os.path.join(self.root, self.files[i])), self.labels[i]
 
 
+def walk(root):
+    """(folder, names of files) of every folder below root, once each though links may lead to it again."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [name for name in folders if not name.startswith(".")] if real not in seen else []
+        if real not in seen:
+            yield folder, names
+        seen.add(real)
+
+
+SPLITS = {"imagenet": ("train", "val"), "imagenette": ("train", "val"), "places365": ("train-standard", "val"),
+          "oxfordiiitpet": ("trainval", "test")}  # where torchvision's parts are not named train and test
+
+
 def open_torchvision(name, root):
     """A set of torchvision.datasets by its name in any case; its test part is held out."""
     known = {known.lower(): known for known in torchvision.datasets.__all__}
@@ -216,18 +234,23 @@ def open_torchvision(name, root):
         raise DataError(f"{name}:{root}: torchvision has no set named {name!r}, and there is no such folder")
     kind = getattr(torchvision.datasets, known[name.lower()])
     accepted = inspect.signature(kind).parameters
-    download = {"download": True} if "download" in accepted else {}
+    download = {"download": True} if "download" in accepted or "kwargs" in accepted else {}
     if "train" in accepted:
         parts = [{"train": True}, {"train": False}]
     elif "split" in accepted:
-        parts = [{"split": "train"}, {"split": "val" if name.lower() in ("imagenet", "places365") else "test"}]
+        parts = [{"split": split} for split in SPLITS.get(name.lower(), ("train", "test"))]
     else:
-        raise DataError(f"{name}:{root}: torchvision's {kind.__name__} has no train and test part")
+        parts = [{}]
     try:
-        train, test = (TorchvisionSet(kind(root, **part, **download)) for part in parts)
+        train, *test = (TorchvisionSet(kind(root, **part, **download)) for part in parts)
     except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
         raise DataError(f"{name}:{root}: torchvision cannot open it: {' '.join(str(error).split())}") from None
-    return Data(train, train, test, f"torchvision's {kind.__name__}: {len(train):,} pictures, {len(test):,} held out")
+    path, note = f"{name}:{os.path.abspath(root)}", f"torchvision's {kind.__name__}: {len(train):,} pictures"
+    if train[0][1] == -1:
+        return Data(train, None, None, path, f"{note}, no labels that are classes")
+    if test:
+        return Data(train, train, test[0], path, f"{note}, {len(test[0]):,} held out")
+    return Data(train, *split_labels(train), path, f"{note}; k-NN asks every tenth about the others")
 
 
 class TorchvisionSet(torch.utils.data.Dataset):
@@ -243,9 +266,11 @@ class TorchvisionSet(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image, label = self.images[i][:2]
+            image = to_rgb(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise Unreadable(f"{type(self.images).__name__} {i}: {error}") from None
-        return to_rgb(image), int(label) if isinstance(label, (int, torch.Tensor)) else -1
+        single = isinstance(label, int) or (isinstance(label, torch.Tensor) and label.numel() == 1)
+        return image, int(label) if single else -1
 
 
 # ---- the built-in pictures ----
@@ -256,8 +281,8 @@ def open_shapes(argument):
         raise DataError(f"shapes:{argument}: the side of the pictures must be a number of pixels from 16 to 1024")
     size = int(argument or 32)
     train, test = Shapes("train", 10_000, size), Shapes("test", 2_000, size)
-    return Data(train, train, test, f"built-in shapes: {len(train):,} pictures of {len(train.classes)} classes, {size} "
-                                    f"pixels, {len(test):,} held out")
+    return Data(train, train, test, f"shapes:{size}", f"built-in shapes: {len(train):,} pictures of "
+                f"{len(train.classes)} classes, {size} pixels, {len(test):,} held out")
 
 
 class Shapes(torch.utils.data.Dataset):

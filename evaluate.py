@@ -44,18 +44,20 @@ def parse_args(argv=None):
 def knn(args):
     """Features of both parts, each picture once over all processes, then the vote."""
     rank, world_size, device = cli.start_processes(args.device)
+    say = print if rank == 0 else lambda text: None
     ckpt = args.ckpt or newest_model()
-    backbone, info = load_backbone(ckpt, args.checkpoint_key)
+    backbone, info = load_backbone(ckpt, args.checkpoint_key, say)
+    if backbone.in_chans != 3:
+        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
     size = args.image_size or backbone.grid[0] * backbone.patch_size
     if size % backbone.patch_size:
         raise DataError(f"--image_size {size} is not a multiple of the model's patch size {backbone.patch_size}")
     if not (args.data_path or info.get("data_path")):
         raise DataError(f"{ckpt} does not say what it was trained on: name labelled pictures with --data_path")
     data_path = args.data_path or info["data_path"]
-    data = open_data(data_path)
+    data = cli.rank_zero_first(lambda: open_data(data_path))
     if data.queries is None:
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
-    say = print if rank == 0 else lambda text: None
     say(data.note)
 
     backbone = backbone.to(device)
@@ -83,4 +85,4 @@ def knn(args):
 
 
 if __name__ == "__main__":
-    cli.run(knn, parse_args(), DataError, CheckpointError)
+    cli.run(knn, parse_args, DataError, CheckpointError)

@@ -132,8 +132,9 @@ def main(args):
         raise CheckpointError(f"--output {output}: its folder does not exist")
     temporary = output + ".tmp"
     metadata = dict(arch=info.get("arch", "vision transformer"), patch_size=p, image_size=[height, width],
-                    mean=info.get("mean", IMAGENET_MEAN), std=info.get("std", IMAGENET_STD), color="RGB in [0, 1]",
                     features="CLS after the final norm", attention="last block, CLS over patches, one map per head")
+    if backbone.in_chans == 3:
+        metadata |= dict(mean=info.get("mean", IMAGENET_MEAN), std=info.get("std", IMAGENET_STD), color="RGB in [0, 1]")
     try:
         export_onnx(backbone, height, width, temporary, metadata)
         worst = check(backbone, temporary, height, width, tolerance=1e-4)
@@ -148,4 +149,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), CheckpointError, ExportError)
+    cli.run(main, parse_args, CheckpointError, ExportError)

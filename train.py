@@ -11,10 +11,11 @@ first hundreds of steps, and then falls while the KL divergence stays above zero
 """
 
 import contextlib
+import itertools
 import json
 import math
-import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ from tqdm import tqdm
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from checkpoint import CheckpointError, load_state, save_model, save_state
-from cli import boolean, natural, natural_float, positive, positive_float, share
+from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, Unreadable, eval_loader, open_data
 from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
 from knn import extract_features, knn_classifier
@@ -53,7 +54,7 @@ def parse_args(argv=None):
     add(model, "--embed_dim", None, "width, to depart from the arch's", positive)
     add(model, "--depth", None, "number of blocks, to depart from the arch's", positive)
     add(model, "--num_heads", None, "attention heads, to depart from the arch's", positive)
-    add(model, "--drop_path_rate", 0.1, "stochastic depth of the student", share)
+    add(model, "--drop_path_rate", 0.1, "stochastic depth of the student", rate)
     add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
     add(model, "--norm_last_layer", True, "prototypes of length 1; false is better for vit_small, less stable", boolean)
@@ -141,13 +142,8 @@ class Network(nn.Module):
 
     def forward(self, views):
         """List of V tensors [B, C, s, s] -> logits [V*B, K], view-major; one backbone pass per run of equal sizes."""
-        runs = [[views[0]]]
-        for view in views[1:]:
-            if view.shape == runs[-1][0].shape:
-                runs[-1].append(view)
-            else:
-                runs.append([view])
-        return self.head(torch.cat([self.backbone(torch.cat(run)) for run in runs]))
+        runs = [torch.cat(list(run)) for _, run in itertools.groupby(views, key=lambda view: view.shape)]
+        return self.head(torch.cat([self.backbone(run) for run in runs]))
 
 
 def build_networks(args):
@@ -161,9 +157,8 @@ def build_networks(args):
     teacher = Network(VisionTransformer(**vit), DINOHead(**head))
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    data_path = args.data_path if not os.path.exists(args.data_path) else os.path.abspath(args.data_path)
     info = dict(arch=args.arch, vit=vit, head=head, patch_size=args.patch_size, image_size=args.global_crops_size,
-                mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data_path)
+                mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return student, teacher, info
 
 
@@ -184,7 +179,7 @@ def param_groups(network):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each matrix is scaled to the matrix's norm (You et al. 2017, algorithm 1)."""
+    """SGD with momentum whose step on each matrix is scaled to the matrix's norm (You et al. 2017, section 4)."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
@@ -198,7 +193,10 @@ class LARS(torch.optim.Optimizer):
                     update = update.add(p, alpha=group["weight_decay"])
                     scale = group["trust"] * p.norm() / update.norm()
                     update = update * torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"]
                 p.sub_(momentum.mul_(group["momentum"]).add_(update), alpha=group["lr"])
 
 
@@ -379,8 +377,8 @@ def judge(model, data, args, rank, world_size):
 
 
 def pixel_features(images):
-    """The baseline that looks at nothing but pixels: [B, 3, H, W] -> [B, 3*32*32], averaged where larger."""
-    return F.adaptive_avg_pool2d(images, 32).flatten(1)
+    """The baseline that looks at nothing but pixels, brought to 32 x 32: [B, 3, H, W] -> [B, 3*32*32]."""
+    return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
 
 
 def collapse(entropy, entropy_of_mean, kl, out_dim):
@@ -457,7 +455,9 @@ def resume(path, args, global_batch, objects):
             if state[name] or name != "scaler":  # the scaler is empty but under fp16
                 thing.load_state_dict(state[name])
         return state["step"], state["knn"]
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the checkpoint of such a run ({str(error)[:200]})") from None
 
 
@@ -465,7 +465,8 @@ def write_flags(path, args):
     """The resolved flags, in the form that @FILE reads."""
     with open(path, "w") as file:
         for name, value in vars(args).items():
-            file.write(f"--{name} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}\n")
+            values = value if isinstance(value, (tuple, list)) else [value]
+            file.write(shlex.join([f"--{name}", *map(str, values)]) + "\n")
 
 
 def main(args):
@@ -477,7 +478,7 @@ def main(args):
     report = Report(output / "log.jsonl", silent=rank != 0)
 
     # ---- pictures ----
-    data = open_data(args.data_path)
+    data = cli.rank_zero_first(lambda: open_data(args.data_path))
     global_batch = args.batch_size_per_gpu * args.accum_steps * world_size
     steps_per_epoch = len(data.train) // global_batch
     total_steps = args.epochs * steps_per_epoch
@@ -488,6 +489,7 @@ def main(args):
 
     # ---- networks, loss, optimizer ----
     network, teacher, info = build_networks(args)
+    info["data_path"] = data.path
     if args.use_bn_in_head and device.type == "cuda" and world_size > 1:
         network, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (network, teacher))
     network, teacher, dino_loss = network.to(device), teacher.to(device), DINOLoss(args.out_dim).to(device)
@@ -554,7 +556,7 @@ def main(args):
                 dist.all_reduce(stats)
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss} at step {step}; the last checkpoint is whole. Try "
+                raise FloatingPointError(f"loss is {loss} at step {step}: stopped, and nothing of it saved; try "
                                          f"--precision fp32, a lower --lr or a lower --clip_grad")
             epoch_stats.append((entropy, entropy_of_mean, loss - entropy))
             speed = (step + 1 - clock_step) * global_batch / (time.perf_counter() - clock)
@@ -564,7 +566,8 @@ def main(args):
                              unreadable=len(report.unreadable), **now._asdict()))
         if end_of_epoch:
             trouble = collapse(*torch.tensor(epoch_stats).mean(dim=0).tolist(), args.out_dim)
-            if trouble and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
+            told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
+            if trouble and told_apart and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
                 report.say(f"WARNING: {trouble}")
             best = max((top1 for name, (top1, _) in knn.items() if name.startswith("epoch")), default=-1.0)
             improved = False
@@ -586,4 +589,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), DataError, CheckpointError, FloatingPointError)
+    cli.run(main, parse_args, DataError, CheckpointError, FloatingPointError)

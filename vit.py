@@ -168,6 +168,8 @@ class VisionTransformer(nn.Module):
 
     def get_intermediate_layers(self, x, n=1):
         """Images -> the tokens after each of the last n blocks, a list of [B, 1+N, D], final norm applied."""
+        if not 1 <= n <= len(self.blocks):
+            raise ValueError(f"n is {n}, expected 1 to the number of blocks, {len(self.blocks)}")
         first = len(self.blocks) - n
         x = self.run_blocks(x, self.blocks[:first])
         layers = []

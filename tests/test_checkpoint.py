@@ -48,6 +48,13 @@ def test_reference_files(tmp_path, model, capsys):
     assert torch.equal(student.pos_embed, other["pos_embed"])
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.backbone.", "module.base_encoder.", "deit."])
+def test_any_prefix(tmp_path, model, prefix):
+    weights = {prefix + name: value for name, value in model.state_dict().items()} | {"fc.weight": torch.ones(2)}
+    save_file(weights, tmp_path / "p.safetensors", metadata={"author": "someone"})
+    assert equal(load_backbone(tmp_path / "p.safetensors")[0], model)
+
+
 def test_timm_names(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
     save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
@@ -126,7 +133,9 @@ def test_cut_and_wrong_files_are_refused(tmp_path, model):
                 load_backbone(tmp_path / f"cut.{suffix}")
     for wrong, words in (({"fc.weight": torch.ones(3, 3)}, "none of its 1 tensors"), ([1, 2], "expected named weights"),
                          ({k: v for k, v in model.state_dict().items() if "blocks.1.mlp" not in k}, "not the weights"),
-                         (model.state_dict() | {"patch_embed.proj.weight": torch.ones(3)}, "not the weights")):
+                         (model.state_dict() | {"patch_embed.proj.weight": torch.ones(3)}, "not the weights"),
+                         (model.state_dict() | {"pos_embed": torch.ones(1, 18, 128)}, "size mismatch for pos_embed"),
+                         (model.state_dict() | {"blocks.0.ls1.gamma": torch.ones(128)}, "ls1.gamma has no place")):
         torch.save(wrong, tmp_path / "wrong.pth")
         with pytest.raises(CheckpointError, match=words):
             load_backbone(tmp_path / "wrong.pth")

@@ -43,6 +43,10 @@ def mistakes(tmp_path):
     flags = vars(train.parse_args([])) | {"arch": "vit_base"}
     torch.save({"flags": flags, "global_batch": 64}, tmp_path / "other" / "checkpoint.pth")
     (tmp_path / "a_file").write_text("")
+    (tmp_path / "loop.txt").write_text(f"@{tmp_path}/loop.txt")
+    grey = VisionTransformer(32, 8, in_chans=1, embed_dim=64, depth=1, num_heads=1).state_dict()
+    save_file(grey, tmp_path / "grey.safetensors")
+    save_file(weights | {"blocks.0.ls1.gamma": torch.ones(64)}, tmp_path / "layerscale.safetensors")
     return tmp_path
 
 
@@ -67,6 +71,9 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("train --device cuda", "'cuda' is not a device that torch finds here"),
     ("train @{}/flags.txt", "not a multiple of --patch_size 7"),
     ("train @{}/missing.txt", "missing.txt"),
+    ("train @{}/loop.txt", "includes itself"),
+    ("train @{}/good.safetensors", "not text"),
+    ("train --drop_path_rate 1", "'1' is not a number from 0 to below 1"),
     ("train --data_path {}/missing", "missing: no such folder"),
     ("train --data_path {}/empty", "empty: no picture found"),
     ("train --data_path {}/few", "3 pictures are fewer than the 64 of one step"),
@@ -86,6 +93,9 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("evaluate knn --ckpt {}/resnet.pth", "none of its 1 tensors is a vision transformer's"),
     ("evaluate knn --ckpt {}/good.safetensors", "does not say what it was trained on"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
+    ("evaluate knn --ckpt {}/good.safetensors --checkpoint_key student", "does not say that it holds a student"),
+    ("evaluate knn --ckpt {}/grey.safetensors --data_path shapes", "takes 1 channels"),
+    ("evaluate knn --ckpt {}/layerscale.safetensors", "blocks.0.ls1.gamma has no place"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "of the model's patch size 8"),
     ("export", "no trained model below runs/"),
     ("export --ckpt {}/text.pth", "text.pth: not a checkpoint"),
@@ -100,7 +110,7 @@ def test_one_line_and_status_2(mistakes, monkeypatch, capsys, command, words):
     if name == "train" and not any(flag in argv for flag in ("--arch", "--embed_dim", "--output_dir")):
         argv += ["--output_dir", str(mistakes / "new")]
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, parse_args(argv), *ERRORS)
+        cli.run(main, lambda: parse_args(argv), *ERRORS)
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(error) == 1 and words in error[0] and "Traceback" not in error[0]

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+import data
 from data import DataError, ImageTree, Shapes, Unreadable, eval_loader, eval_view, open_data, open_rgb
 from knn import knn_classifier
 
@@ -46,7 +47,21 @@ def test_flat_and_nested_folders_have_no_labels(tmp_path):
 
 def test_a_test_folder_with_other_classes_is_not_used(tmp_path):
     plant(tmp_path, "train/cat/1.jpg", "train/dog/3.png", "val/flat1.jpg", "val/flat2.jpg")
-    assert "every tenth" in open_data(str(tmp_path)).note
+    assert "val has other classes; k-NN asks every tenth" in open_data(str(tmp_path)).note
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    plant(tmp_path, "car/1.jpg", "train/2.jpg", "plane/3.jpg")
+    assert open_data(str(tmp_path)).train.classes == ["car", "plane", "train"]
+
+
+def test_links_and_hidden_folders(tmp_path):
+    plant(tmp_path / "root", "cat/1.jpg", "dog/2.jpg", ".thumbs/3.jpg", "dog/.cache/4.jpg")
+    plant(tmp_path, "elsewhere/5.jpg")
+    (tmp_path / "root" / "dog" / "again").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "bird").symlink_to(tmp_path / "elsewhere")
+    tree = ImageTree(str(tmp_path / "root"))
+    assert tree.files == ["bird/5.jpg", "cat/1.jpg", "dog/2.jpg"] and tree.classes == ["bird", "cat", "dog"]
 
 
 @pytest.mark.parametrize("make, data_path, words", [
@@ -83,7 +98,10 @@ def test_every_mode_is_correct_rgb(tmp_path, scene):
     assert (opened("palette.png", palette) == TF.pil_to_tensor(palette.convert("RGB")).int()).all()
     assert (opened("cmyk.jpg", scene.convert("CMYK"), quality=100) - expected).abs().float().mean() < 3
     deep = Image.frombytes("I;16", grey.size, struct.pack(f"<{97 * 61}H", *(v * 257 for v in grey.tobytes())))
-    assert (opened("deep.png", deep) - TF.pil_to_tensor(grey).int()).abs().max() <= 1
+    assert (opened("deep.png", deep) == TF.pil_to_tensor(grey).int()).all()
+    assert (opened("int.tif", grey.convert("I")) == TF.pil_to_tensor(grey).int()).all()
+    unit = grey.convert("F").point(lambda value: value * (1 / 255) + 0)
+    assert (opened("unit.tif", unit) == TF.pil_to_tensor(grey).int()).all()
 
 
 def test_transparency_lies_on_white(tmp_path):
@@ -92,6 +110,8 @@ def test_transparency_lies_on_white(tmp_path):
     image.save(tmp_path / "a.png")
     shown = [open_rgb(tmp_path / "a.png").getpixel((x, 0)) for x in range(3)]
     assert shown == [(255, 0, 0), (255, 255, 255), (127, 127, 127)]
+    image.convert("RGB").save(tmp_path / "key.png", transparency=(0, 0, 0))
+    assert open_rgb(tmp_path / "key.png").getpixel((2, 0)) == (255, 255, 255)
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
@@ -161,6 +181,24 @@ def test_a_torchvision_set_by_name(tmp_path):
     assert len(found.train) == 4 and len(found.queries) == 2
     image, label = found.train[3]
     assert image.mode == "RGB" and image.size == (28, 28) and label == 3 and image.getpixel((5, 0)) == (5, 5, 5)
+    assert found.path == f"mnist:{tmp_path}"
+
+
+def test_torchvision_sets_without_parts_or_classes(tmp_path, monkeypatch):
+    class Whole(torch.utils.data.Dataset):
+        def __init__(self, root):
+            self.root = root
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return Image.new("L", (4, 4)), i % 2 if self.root == "labels" else torch.zeros(40)
+
+    monkeypatch.setattr(data.torchvision.datasets, "EuroSAT", Whole)
+    found = open_data("eurosat:labels")
+    assert len(found.bank) == 18 and len(found.queries) == 2
+    assert open_data("eurosat:attributes").queries is None
 
 
 # ---- the built-in pictures ----

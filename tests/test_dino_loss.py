@@ -23,6 +23,12 @@ def test_head_is_float32_from_the_bottleneck_on():
         assert head(torch.randn(4, 16)).dtype == torch.float32
 
 
+def test_prototypes_start_as_a_linear_layer_does():
+    torch.manual_seed(0)
+    ours, theirs = DINOHead(8, 4096).last_layer.weight_v, torch.nn.Linear(256, 4096).weight
+    assert ours.norm(dim=1).mean().item() == pytest.approx(theirs.norm(dim=1).mean().item(), rel=0.01)
+
+
 def test_head_layers():
     assert [type(m).__name__ for m in DINOHead(8, 16, use_bn=True, nlayers=3).mlp] == [
         "Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]

@@ -49,6 +49,19 @@ def test_small_sets_and_few_classes():
     assert knn_classifier(bank, labels, bank[:1], unknown, ks=(4,)) == {4: (0.0, 0.0)}
 
 
+def test_low_temperatures_do_not_overflow():
+    bank = torch.nn.functional.normalize(torch.ones(40, 8) + 0.01 * torch.randn(40, 8, generator=torch.manual_seed(0)))
+    labels = torch.ones(40, dtype=torch.int64)
+    labels[0] = 0
+    assert knn_classifier(bank, labels, bank[1:], labels[1:], ks=(40,), temperature=0.005)[40][0] == 100
+
+
+def test_a_share_without_pictures(monkeypatch):
+    with pytest.raises(OSError, match="no picture could be read, the last: bad"):
+        none = torch.empty(0, dtype=torch.int64)
+        extract_features(lambda x: x, [(torch.empty(0), none, none, ["bad"])])
+
+
 def test_features_come_back_in_order():
     batches = [(torch.tensor([[3.0], [1.0]]), torch.tensor([30, 10]), torch.tensor([3, 1]), ["bad picture"]),
                (torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), []),

@@ -286,7 +286,7 @@ def test_collapse_to_one_prototype_is_reported(shapes_300, tmp_path, capsys, mon
 
 
 def test_unreadable_pictures_are_skipped_and_named(tmp_path, capsys):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "my #1 pictures"
     folder.mkdir()
     shapes = Shapes("train", 70, 32)
     for i in range(70):
@@ -294,7 +294,27 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, capsys):
     (folder / "05.png").write_bytes(b"not a picture")
     whole = (folder / "06.png").read_bytes()
     (folder / "06.png").write_bytes(whole[:len(whole) // 2])
-    run(tmp_path / "run", f"--data_path {folder} --epochs 1")
+    flags = [*TINY, "--data_path", str(folder), "--output_dir", str(tmp_path / "run"), "--epochs", "1"]
+    train.main(train.parse_args(flags))
     out = capsys.readouterr().out
     assert "skipped unreadable picture" in out and "05.png" in out and "06.png" in out
     assert lines(tmp_path / "run")[-1]["unreadable"] == 2
+    assert train.parse_args([f"@{tmp_path}/run/flags.txt"]).data_path == str(folder)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--seed 1", "seed 0, not 1"), ("--batch_size_per_gpu 32", "global batch 64, not 32"),
+    ("--norm_last_layer false", "norm_last_layer True, not False"), ("--embed_dim 64", "embed_dim 32, not 64")])
+def test_another_run_is_not_continued(shapes_300, tmp_path, flags, words):
+    run(tmp_path, "--epochs 1")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(train.CheckpointError, match=words):
+        run(tmp_path, f"--epochs 2 {flags}")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_judging_later_does_not_call_the_trained_untrained(shapes_300, tmp_path, capsys):
+    run(tmp_path, "--epochs 1")
+    run(tmp_path, "--epochs 2 --knn_every 1")
+    assert [line["knn"] for line in lines(tmp_path) if "knn" in line] == ["epoch 1"]
+    assert "untrained" not in capsys.readouterr().out

@@ -55,6 +55,11 @@ def test_equals_timm_with_gradients():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_half_precision_at_any_size():
+    model = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).bfloat16()
+    assert model(torch.zeros(1, 3, 40, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_initialisation_is_the_papers():
     torch.manual_seed(0)
     model = vit_tiny()
@@ -90,6 +95,7 @@ def test_channels_and_sizes():
     (lambda: VisionTransformer(img_size=100, patch_size=16), "100.*16"),
     (lambda: VisionTransformer(embed_dim=100, num_heads=6), "100.*6"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(1, 3, 30, 32)), "30x32.*8"),
+    (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).get_intermediate_layers(None, 2), "n is 2"),
 ])
 def test_bad_sizes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
