@@ -150,11 +150,10 @@ def open_folder(root):
     """A tree of pictures; `train` with `val` or `test` beside it is recognised, from within and from above."""
     root = os.path.abspath(root)
     parent = os.path.dirname(root) if os.path.basename(root) == "train" else root
-    held_out = [os.path.join(parent, part) for part in ("val", "test") if os.path.isdir(os.path.join(parent, part))]
-    if parent == root and held_out and os.path.isdir(os.path.join(root, "train")):
-        train_root = os.path.join(root, "train")
-    else:
-        train_root, held_out = root, held_out if parent != root else []
+    train_root = os.path.join(parent, "train")
+    held_out = [path for part in ("val", "test") if os.path.isdir(path := os.path.join(parent, part))]
+    if not (held_out and os.path.isdir(train_root)):
+        train_root, held_out = root, []
     train = ImageTree(train_root)
     if train.classes is None:
         return Data(train, None, None, root, f"{len(train):,} pictures in {train_root}, no labels")
@@ -234,7 +233,7 @@ def open_torchvision(name, root):
         raise DataError(f"{name}:{root}: torchvision has no set named {name!r}, and there is no such folder")
     kind = getattr(torchvision.datasets, known[name.lower()])
     accepted = inspect.signature(kind).parameters
-    download = {"download": True} if "download" in accepted or "kwargs" in accepted else {}
+    download = {"download": True} if "download" in accepted else {}
     if "train" in accepted:
         parts = [{"train": True}, {"train": False}]
     elif "split" in accepted:

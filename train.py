@@ -44,16 +44,16 @@ def parse_args(argv=None):
     parser = cli.parser("train.py", __doc__)
 
     def add(group, name, default, help, type=None, **kwargs):
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "the arch's" if default is None else str(default).strip("()").replace(",", "")
         kwargs |= {} if "choices" in kwargs else {"metavar": "X"}
         group.add_argument(name, default=default, type=type, help=f"{help} (default: {shown})", **kwargs)
 
     model = parser.add_argument_group("model")
     add(model, "--arch", "vit_small", "size of the backbone", choices=list(SIZES))
     add(model, "--patch_size", 16, "pixels; 8 gives better features and costs four times as much", positive)
-    add(model, "--embed_dim", None, "width, to depart from the arch's", positive)
-    add(model, "--depth", None, "number of blocks, to depart from the arch's", positive)
-    add(model, "--num_heads", None, "attention heads, to depart from the arch's", positive)
+    add(model, "--embed_dim", None, "width", positive)
+    add(model, "--depth", None, "number of blocks", positive)
+    add(model, "--num_heads", None, "attention heads", positive)
     add(model, "--drop_path_rate", 0.1, "stochastic depth of the student", rate)
     add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
 
     teacher = parser.add_argument_group("teacher")
-    add(teacher, "--momentum_teacher", 0.996, "rises to 1 over the run; 0.9995 for 256 pictures a step", share)
+    add(teacher, "--momentum_teacher", 0.996, "rises to 1; 0.9995 for long runs of small steps, 0.99 for short", share)
     add(teacher, "--warmup_teacher_temp", 0.04, "at the start; less if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after its warm-up; above 0.07 is mostly unstable", positive_float)
     add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", natural)

@@ -184,6 +184,15 @@ def test_a_torchvision_set_by_name(tmp_path):
     assert found.path == f"mnist:{tmp_path}"
 
 
+def test_imagenet_through_torchvision(tmp_path):
+    for part in ("train", "val"):
+        plant(tmp_path, f"{part}/n01440764/a.JPEG", f"{part}/n01443537/b.JPEG")
+    names = {"n01440764": ("tench",), "n01443537": ("goldfish",)}
+    torch.save((names, list(names)), tmp_path / "meta.bin")
+    found = open_data(f"imagenet:{tmp_path}")
+    assert len(found.train) == 2 and len(found.queries) == 2 and found.queries[1][1] == 1
+
+
 def test_torchvision_sets_without_parts_or_classes(tmp_path, monkeypatch):
     class Whole(torch.utils.data.Dataset):
         def __init__(self, root):
