@@ -67,9 +67,9 @@ def test_24_steps_equal_the_reference(golden, image, name, flags):
 def test_accumulated_passes_are_one_large_batch():
     results = []
     for parts in (1, 4):
-        args = train.parse_args(TINY)
+        args = train.parse_args([*TINY, "--lr", "0.1"])
         student, teacher, _ = train.build_networks(args)
-        optimizer = train.build_optimizer("adamw", train.param_groups(student))
+        optimizer = train.build_optimizer("sgd", train.param_groups(student))  # adamw would magnify rounding near 0
         dino_loss = DINOLoss(64)
         generator = torch.Generator().manual_seed(0)
         for step in range(3):
@@ -79,7 +79,7 @@ def test_accumulated_passes_are_one_large_batch():
             stats = train.train_step(student, teacher, dino_loss, optimizer, no_scaler(), passes, now, args)
         results.append((stats, dino_loss.center, *student.parameters()))
     for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 def test_clipping():
