@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def load_state(path):
     """
     try:
         # The reference implementation's checkpoints carry their flags as a Namespace, which is harmless.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickles of odd protocols, which fail or not all the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
