@@ -1,6 +1,6 @@
 """The judge: weighted k-nearest-neighbour classification of frozen features.
 
-    features, labels = extract_features(model, loader)
+    features, labels, unreadable = extract_features(model, loader)
     scores = knn_classifier(bank, bank_labels, queries, query_labels)    # {10: (top-1, top-5), ...}
 
 Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4;
