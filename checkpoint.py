@@ -1,6 +1,5 @@
-"""Weights in and out: a run's whole state, and models that other programs can read.
+"""Weights in and out: models that other programs can read, and theirs.
 
-    save_state("checkpoint.pth", student=..., optimizer=..., step=...)    # everything needed to go on
     save_model("teacher.safetensors", network.state_dict(), info)         # backbone, head, and what they are
     backbone, info = load_backbone("teacher.safetensors")                 # also .pth, timm and transformers names
 
@@ -8,64 +7,17 @@ A model file says in its metadata what it is (arch, patch size, image size, norm
 data), so whoever loads it needs no flags. Nothing here unpickles anything but tensors and plain values.
 """
 
-import argparse
 import json
-import os
 import re
-import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from resume import CheckpointError, fault, first_line, load_state, write_whole
 from vit import VisionTransformer
 
-
-class CheckpointError(ValueError):
-    """A file that cannot be used; the message names it, what is wrong and what would be right."""
-
-
-# ---- a run's state ----
-
-def save_state(path, **state):
-    """Write a run's state so that `path` is always whole: the old file or the new one."""
-    write_whole(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_state(path):
-    """Read what `save_state` wrote, onto the CPU.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or holds anything but tensors and plain values.
-    """
-    try:
-        # The reference implementation's checkpoints carry their flags as a Namespace, which is harmless.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickles of odd protocols, which fail or not all the same
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # unpickling raises nearly anything on damaged files
-        raise CheckpointError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from None
-
-
-def write_whole(path, write):
-    """Call `write` on a temporary file beside `path`, flush it to the disk and rename it to `path`."""
-    temporary = f"{path}.tmp"
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---- models ----
 
 def save_model(path, state_dict, info):
     """Write weights with their description: {"arch": ..., "patch_size": ...} and whatever else is plain.
@@ -104,10 +56,8 @@ def load_backbone(path, key=None, say=print):
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
                               f"of DINO, timm or transformers (first: {', '.join(list(weights)[:3]) or 'none'})")
     try:
-        model = VisionTransformer(**(info.get("vit") or shapes_of(ours)))
-        matched = {name: ours[name] for name in model.state_dict() if name in ours}
-        model.load_state_dict(matched)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+        model, matched = build(info.get("vit") or shapes_of(ours), ours)
+    except Exception as error:  # the description is as foreign as the weights
         raise CheckpointError(f"{path}: not the weights of a vision transformer as built here: "
                               f"{' '.join(str(error).split())[:300]}") from None
     unused = [name for name in ours if name not in matched]
@@ -118,6 +68,32 @@ def load_backbone(path, key=None, say=print):
     say(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
     return model.eval(), info
+
+
+def build(sizes, weights):
+    """The vision transformer of these sizes with these weights, and those of the weights that it took.
+
+    Nothing is allocated before the sizes have proved to be those of weights that are there.
+    """
+    for name, value in sizes.items():
+        if name not in ("mlp_ratio", "drop_path_rate") and not (type(value) is int and value > 0):
+            raise ValueError(f"{name} is {value!r}")
+    if sizes.get("depth", 12) > len(weights):
+        raise ValueError(f"{sizes['depth']} blocks of {len(weights)} tensors")
+    with torch.device("meta"):
+        model = VisionTransformer(**sizes)
+    matched = {name: weights[name] for name in model.state_dict() if name in weights}
+    for name, tensor in matched.items():
+        if fault(tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name} {fault(tensor) or 'is not made of fractions'}")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [name for name in shapes if name not in matched or matched[name].shape != shapes[name]]
+    if wrong:
+        found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
+        raise ValueError(f"{len(wrong)} of {len(shapes)} tensors do not fit; {wrong[0]} is {found}, expected "
+                         f"{list(shapes[wrong[0]])}")
+    model.to_empty(device="cpu").load_state_dict(matched)
+    return model, matched
 
 
 def read_weights(path, key):
@@ -131,21 +107,24 @@ def read_weights(path, key):
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
-        except (SafetensorError, OSError, ValueError) as error:
+        except Exception as error:  # the metadata may be anything
             raise CheckpointError(f"{path}: not a safetensors file, or damaged ({first_line(error)})") from None
         found = info.get("network")
     else:
         weights = state = load_state(path)
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds {type(state).__name__}, expected named weights")
-        info, found = state.get("info", {}), None
+        try:
+            info, found = json.loads(json.dumps(state.get("info"))), None  # plain values only
+        except (TypeError, ValueError, RecursionError):
+            raise CheckpointError(f"{path}: its description, \"info\", is not plain text and numbers") from None
         for level in (key or "teacher", "state_dict", "model"):
             if isinstance(weights.get(level), dict):
                 weights, found = weights[level], found or level
     if key and found != key:
         raise CheckpointError(f"{path}: does not say that it holds a {key}")
     weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    return weights, info if isinstance(info, dict) else {}
+    return weights, info if isinstance(info, dict) and isinstance(info.get("vit"), dict) else {}
 
 
 def without_prefix(weights):

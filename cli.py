@@ -10,10 +10,14 @@ names the input, status 2, no traceback. This file needs torch and nothing else.
 """
 
 import argparse
+import datetime
 import math
 import os
+import re
 import shlex
+import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -78,8 +82,11 @@ class ProcessError(ValueError):
     """Processes were started in a way that cannot work."""
 
 
-def start_processes(device):
+def start_processes(device, timeout_minutes=30.0):
     """Join the process group if torchrun started this process: rank, number of processes, torch.device.
+
+    Args:
+        timeout_minutes: how long a process waits for the others before it gives up.
 
     Raises:
         ProcessError: more processes than GPUs, or several on a device that has no process group.
@@ -96,40 +103,118 @@ def start_processes(device):
                                f"--nproc_per_node may be {torch.cuda.device_count()} at most")
         here = torch.device("cuda", local_rank)
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # gloo carries what is agreed between the hosts, without waiting for the GPUs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                            timeout=datetime.timedelta(minutes=timeout_minutes))
     return dist.get_rank(), dist.get_world_size(), here
+
+
+def several_processes():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank_zero_first(make):
     """Call `make` on rank 0 and then on the others, so that a download is made once."""
-    several = dist.is_available() and dist.is_initialized()
-    if several and dist.get_rank() > 0:
+    if several_processes() and dist.get_rank() > 0:
         dist.barrier()
     result = make()
-    if several and dist.get_rank() == 0:
+    if several_processes() and dist.get_rank() == 0:
         dist.barrier()
     return result
 
 
+def gather(value):
+    """The value of every process, in the order of rank; a plain list of one without a process group."""
+    values = [value]
+    if several_processes():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def require_same(what, value):
+    """Refuse to go on with processes that disagree, which would wait for each other or train different things.
+
+    Raises:
+        ProcessError: on all processes; the message names the first that differs from process 0.
+    """
+    values = gather(value)
+    for rank, theirs in enumerate(values):
+        if theirs != values[0]:
+            raise ProcessError(f"process {rank} has {what} {theirs}, process 0 has {values[0]}: all need the same "
+                               f"pictures and one --output_dir that they share")
+
+
+class StopSignals:
+    """From here on SIGTERM, SIGINT and SIGUSR1 are wishes to stop, that the program grants when it is ready.
+
+    A second SIGINT, two seconds later or more (torchrun and a terminal may each send one), stops at once.
+    """
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number, frame):
+        if self.number and number == signal.SIGINT and time.monotonic() - self.since > 2:
+            raise KeyboardInterrupt
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            # print may be in the middle of a line of its own
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving\n".encode())
+
+    def agreed(self):
+        """The name of a signal that some process has received, or None; the same on every process, so all must ask."""
+        number = torch.tensor(self.number)
+        if several_processes():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return signal.Signals(number.item()).name if number else None
+
+
 def run(main, parse_args, *errors):
-    """Call main(parse_args()); the given errors, and those of the machine, end as one line and status 2."""
+    """Call main(parse_args()); the given errors, and those of the machine, end as one line and status 2.
+
+    An interruption from the keyboard ends as one line and status 130.
+    """
     for stream in (sys.stdout, sys.stderr):  # file names need not be text that a terminal can show
         stream.reconfigure(errors="backslashreplace")
+    status = 2
     try:
         main(parse_args())
     except (*errors, ProcessError, OSError) as error:
         # What a loader's worker raises arrives with its traceback before the message.
         message = str(error).rpartition(f"{type(error).__name__}: ")[2]
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory, lower --batch_size_per_gpu ({str(error).partition('. ')[0]})"
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
     except RecursionError:
         message = "a flag file includes itself"
     except UnicodeDecodeError:
         message = "a flag file (@FILE) is not text"
+    except (RuntimeError, MemoryError) as error:
+        message = of_the_machine(error)
+        if not message:
+            raise
     else:
         return
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())[:1000]}", file=sys.stderr)
+    sys.exit(status)
+
+
+def of_the_machine(error):
+    """What an error of torch's says of the machine (memory, workers, other processes), or None: it is a defect."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in text or "size calc" in text:
+        asked = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
+        return f"out of memory, lower --batch_size_per_gpu or the sizes of the network ({asked[0] if asked else text})"
+    if "DataLoader worker" in text:
+        return f"a process that loads pictures died, often for want of memory: lower --num_workers ({text})"
+    if several_processes() and any(word in text for word in ("gloo", "NCCL", "Timed out", "onnection")):
+        waited = "waited in vain for" if "imed out" in text else "lost"
+        return (f"process {dist.get_rank()} of {dist.get_world_size()} {waited} the others: one of them died or hangs, "
+                f"look for one that says something else, or nothing ({text.rpartition('] ')[2] or text})")
+    return None

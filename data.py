@@ -21,11 +21,10 @@ from typing import NamedTuple
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torchvision.transforms import functional as TF
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # decoders that a file's content may ask for
+MAX_ASPECT = 100  # longer side over shorter: the shorter is resized to the crop, and the longer grows with it
 
 
 class DataError(ValueError):
@@ -52,15 +51,17 @@ def open_rgb(path):
     """Decode a file as a person would see it: upright, in RGB, transparency on white.
 
     Raises:
-        Unreadable: the file is missing, damaged, not a picture, or too large to be one.
+        Unreadable: the file is missing, damaged, not a picture, or too large or too long to be one.
     """
+    if not os.path.isfile(path):  # a pipe of that name would be waited for
+        raise Unreadable(f"{path}: not a file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above Image.MAX_IMAGE_PIXELS
+            with Image.open(path, formats=FORMATS) as image:
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels is more of a line than a picture")
                 return to_rgb(ImageOps.exif_transpose(image))
-    except MemoryError:
-        raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise Unreadable(f"{path}: {error or type(error).__name__}") from None
 
@@ -81,57 +82,13 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def eval_view(image, height, width=None):
-    """RGB image -> [3, height, width], normalised: the one view that features are judged on.
-
-    The shorter side is resized to the crop's / 0.875 (bicubic), then the centre is cut out, as ImageNet
-    is evaluated (256 and 224). A picture that already has the size is taken as it is.
-    """
-    width = width or height
-    if image.size != (width, height):
-        scale = max(width / image.width, height / image.height) / 0.875
-        image = TF.resize(image, round(min(image.size) * scale), TF.InterpolationMode.BICUBIC)
-        image = TF.center_crop(image, [height, width])
-    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
-
-
-class EvalViews(torch.utils.data.Dataset):
-    """The centre view of each picture: index -> ([3, size, size], label, index), or (None, reason, index)."""
-
-    def __init__(self, images, size):
-        self.images, self.size = images, size
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        try:
-            image, label = self.images[index]
-        except Unreadable as error:
-            return None, str(error), index
-        return eval_view(image, self.size), label, index
-
-
-def eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1):
-    """Batches of centre views, each picture on one of the processes: (images, labels, indices, unreadable)."""
-    share = torch.utils.data.Subset(EvalViews(images, size), range(rank, len(images), world_size))
-    return torch.utils.data.DataLoader(share, batch_size, num_workers=num_workers, collate_fn=collate_readable,
-                                       pin_memory=torch.cuda.is_available())
-
-
-def collate_readable(samples):
-    """Samples of EvalViews -> images [B, 3, H, W], labels [B], indices [B], messages of those left out."""
-    readable = [sample for sample in samples if sample[0] is not None]
-    views = torch.stack([view for view, _, _ in readable]) if readable else torch.empty(0)
-    labels = torch.tensor([label for _, label, _ in readable], dtype=torch.int64)
-    indices = torch.tensor([index for _, _, index in readable], dtype=torch.int64)
-    return views, labels, indices, [reason for view, reason, _ in samples if view is None]
-
-
 # ---- what --data_path can name ----
 
-def open_data(data_path):
+def open_data(data_path, download=True):
     """Open the pictures that `data_path` names.
+
+    Args:
+        download: whether a torchvision set may be fetched to its ROOT; not for a name that a file gave.
 
     Raises:
         DataError: nothing usable is there.
@@ -142,7 +99,7 @@ def open_data(data_path):
     if name == "shapes":
         return open_shapes(argument)
     if argument:
-        return open_torchvision(name, argument)
+        return open_torchvision(name, argument, download)
     raise DataError(f"{data_path}: no such folder, torchvision set (NAME:ROOT) or 'shapes'")
 
 
@@ -226,14 +183,14 @@ SPLITS = {"imagenet": ("train", "val"), "imagenette": ("train", "val"), "places3
           "oxfordiiitpet": ("trainval", "test")}  # where torchvision's parts are not named train and test
 
 
-def open_torchvision(name, root):
+def open_torchvision(name, root, download=True):
     """A set of torchvision.datasets by its name in any case; its test part is held out."""
     known = {known.lower(): known for known in torchvision.datasets.__all__}
     if name.lower() not in known:
         raise DataError(f"{name}:{root}: torchvision has no set named {name!r}, and there is no such folder")
     kind = getattr(torchvision.datasets, known[name.lower()])
     accepted = inspect.signature(kind).parameters
-    download = {"download": True} if "download" in accepted else {}
+    download = {"download": True} if download and "download" in accepted else {}
     if "train" in accepted:
         parts = [{"train": True}, {"train": False}]
     elif "split" in accepted:

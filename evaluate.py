@@ -15,9 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import cli
+from batches import eval_loader
 from checkpoint import CheckpointError, load_backbone, newest_model
 from cli import positive, positive_float
-from data import DataError, eval_loader, open_data
+from data import DataError, open_data
 from knn import extract_features, knn_classifier
 
 
@@ -52,10 +53,10 @@ def knn(args):
     size = args.image_size or backbone.grid[0] * backbone.patch_size
     if size % backbone.patch_size:
         raise DataError(f"--image_size {size} is not a multiple of the model's patch size {backbone.patch_size}")
-    if not (args.data_path or info.get("data_path")):
+    data_path = args.data_path or info.get("data_path")
+    if not (data_path and isinstance(data_path, str)):
         raise DataError(f"{ckpt} does not say what it was trained on: name labelled pictures with --data_path")
-    data_path = args.data_path or info["data_path"]
-    data = cli.rank_zero_first(lambda: open_data(data_path))
+    data = cli.rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
     if data.queries is None:
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
     say(data.note)

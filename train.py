@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 train.py @recipes/imagenet_vits16.txt --data_path /data/imagenet
 
 Leaves in --output_dir: teacher.safetensors and student.safetensors (see checkpoint.py), teacher_best.safetensors
-(the best k-NN so far, where there are labels), checkpoint.pth (to go on from), log.jsonl, flags.txt. The same
-command goes on after an interruption. Healthy training starts at loss = ln(out_dim), stays there for the
-first hundreds of steps, and then falls while the KL divergence stays above zero.
+(the best k-NN so far, where there are labels), checkpoint.pth (to go on from; checkpoint.pth.1 is the one before),
+log.jsonl, flags.txt. After any interruption the same command goes on from the last save, as if there had been
+none. Healthy training starts at loss = ln(out_dim), stays there for the first hundreds of steps, and then falls
+while the KL divergence stays above zero.
 """
 
 import contextlib
@@ -30,11 +31,14 @@ from tqdm import tqdm
 
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
-from checkpoint import CheckpointError, load_state, save_model, save_state
+from batches import batch_keys, counted_seed, eval_loader, train_loader
+from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
-from data import DataError, Unreadable, eval_loader, open_data
+from data import DataError, open_data
 from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
 from knn import extract_features, knn_classifier
+from optim import build_optimizer, clip_gradients, param_groups
+from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from vit import SIZES, VisionTransformer
 
 # ---- flags ----
@@ -95,14 +99,24 @@ def parse_args(argv=None):
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "folder of pictures, torchvision set as NAME:ROOT, or shapes[:SIZE]")
     add(run, "--output_dir", "runs/dino", "folder for everything the run writes")
-    add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, 0 for none", natural)
+    add(run, "--resume", "auto", "auto goes on with what output_dir holds, none starts anew", choices=["auto", "none"])
+    run.add_argument("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir first")
+    add(run, "--save_every_minutes", 10.0, "between saves, besides those at the end of each epoch, 0 for none",
+        natural_float)
+    add(run, "--save_every_steps", 0, "likewise, 0 for none", natural)
+    add(run, "--keep", 2, "saves kept to fall back to, the newest included", positive)
+    add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, which stay, 0 for none", natural)
     add(run, "--knn_every", 10, "epochs between k-NN tests where there are labels, 0 for none", natural)
     add(run, "--knn_images", 20000, "at most so many labelled pictures to look neighbours up in", positive)
     add(run, "--log_every", 50, "steps between lines in the log", positive)
     add(run, "--seed", 0, "of weights, order, views and stochastic depth", natural)
+    add(run, "--timeout_minutes", 30.0, "how long a process waits for the others before it gives up", positive_float)
     cli.add_machine_flags(run)
 
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, list):
+            setattr(args, name, tuple(value))
     for name, of_arch in SIZES[args.arch].items():
         setattr(args, name, getattr(args, name) or of_arch)
     if args.embed_dim % args.num_heads:
@@ -118,6 +132,8 @@ def parse_args(argv=None):
         parser.error(f"--color_jitter: a hue of {args.color_jitter[3]} is more than half a turn, 0.5")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.overwrite and args.resume != "none":
+        parser.error("--overwrite deletes a run and starts anew: say --resume none as well")
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(args.device) else "fp32"
     return args
@@ -163,63 +179,24 @@ def build_networks(args):
 
 
 @torch.no_grad()
-def move_teacher(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (section 3.1)."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+def move_teacher(teacher, student, momentum, applied=1.0):
+    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (section 3.1).
+
+    Args:
+        applied: 0-dim tensor, 0 where the step was not applied: then the teacher stays as it is.
+    """
+    parameters = list(teacher.parameters())
+    moves = torch._foreach_sub(list(student.parameters()), parameters)
+    torch._foreach_mul_(moves, (1 - momentum) * applied)
+    torch._foreach_add_(parameters, moves)
 
 
 # ---- optimisation ----
 
-def param_groups(network):
-    """Two groups of named parameters: matrices, which are regularised, then biases and norms, which are not."""
-    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    regularized = [(name, p) for name, p in trained if p.ndim > 1]
-    others = [(name, p) for name, p in trained if p.ndim <= 1]
-    return [{"params": regularized}, {"params": others, "weight_decay": 0.0}]
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each matrix is scaled to the matrix's norm (You et al. 2017, section 4)."""
-
-    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update = p.grad
-                if p.ndim > 1:
-                    update = update.add(p, alpha=group["weight_decay"])
-                    scale = group["trust"] * p.norm() / update.norm()
-                    update = update * torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"]
-                p.sub_(momentum.mul_(group["momentum"]).add_(update), alpha=group["lr"])
-
-
-def build_optimizer(name, groups):
-    """The optimizer by name; lr and weight decay are set before every step."""
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=groups[0]["params"][0][1].device.type != "mps")
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return LARS(groups)
-
-
-def clip_gradients(parameters, max_norm, per_parameter):
-    """Scale gradients down to the given l2 norm, each on its own or all by one factor."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    scales = (max_norm / ((norms if per_parameter else norms.norm()) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, list(scales.expand(len(grads))))
-
-
 class Settings(NamedTuple):
     """What the schedules say about one step."""
 
+    step: int
     lr: float
     weight_decay: float
     momentum: float  # of the teacher
@@ -231,6 +208,7 @@ def settings_at(step, steps_per_epoch, global_batch, args):
     """The settings of a step, a pure function; args.lr is scaled to the number of pictures in a step."""
     total, epoch = args.epochs * steps_per_epoch, step // steps_per_epoch
     return Settings(
+        step=step,
         lr=cosine_schedule(step, total, args.lr * global_batch / 256, args.min_lr,
                            warmup_steps=args.warmup_epochs * steps_per_epoch),
         weight_decay=cosine_schedule(step, total, args.weight_decay, args.weight_decay_end),
@@ -240,11 +218,16 @@ def settings_at(step, steps_per_epoch, global_batch, args):
         frozen=epoch < args.freeze_last_layer)
 
 
-def train_step(student, teacher, dino_loss, optimizer, scaler, batches, now, args, diagnose=False):
+def train_step(student, teacher, dino_loss, optimizer, scaler, reached, batches, now, args, diagnose=False):
     """One step: both networks forward, loss, backward, clip, optimizer, teacher.
+
+    A step whose gradient is not finite changes nothing. Under fp16 scaling it is left out alone. Otherwise
+    all later steps change nothing either, so that the device never waits to be asked: whoever finds `reached`
+    behind has the state before the step that failed.
 
     Args:
         student: Network, or DistributedDataParallel around it.
+        reached: 0-dim int64 tensor, the step that the state has reached; moved on by each step.
         batches: one list of V view tensors [B, C, s, s] for each accumulated pass.
         now: Settings of this step.
         diagnose: also return the teacher's entropies, which cost a pass over its logits.
@@ -254,6 +237,8 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, batches, now, arg
         entropy and the entropy of its mean output (see DINOLoss.teacher_entropy), all in nats.
     """
     network = getattr(student, "module", student)
+    buffers = [*network.buffers(), *teacher.buffers(), *dino_loss.buffers()]
+    before = [buffer.clone() for buffer in buffers]
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
     for group in optimizer.param_groups:
         group["lr"] = now.lr
@@ -272,13 +257,19 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, batches, now, arg
     if now.frozen:
         for p in network.head.last_layer.parameters():
             p.grad = None
-    if args.clip_grad:
-        scaler.unscale_(optimizer)
-        clip_gradients(network.parameters(), args.clip_grad, args.clip_mode == "per_parameter")
+    scaler.unscale_(optimizer)
+    norms = clip_gradients(network.parameters(), args.clip_grad, args.clip_mode == "per_parameter")
+    applied = norms.isfinite().all()  # of gradients that DDP has averaged: the same on every process
+    if not scaler.is_enabled():
+        applied &= reached == now.step
+        optimizer.found_inf = (~applied).float()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    move_teacher(teacher, network, now.momentum)
+    move_teacher(teacher, network, now.momentum, applied)
+    for buffer, old in zip(buffers, before):  # the centre, and the statistics of batch norm
+        buffer.copy_(torch.where(applied, buffer, old))
+    reached += applied | scaler.is_enabled()
     return torch.stack(results).mean(dim=0)
 
 
@@ -287,71 +278,11 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
 
 
-# ---- data ----
-
-def counted_seed(*key):
-    """A seed that depends on the key alone."""
-    return random.Random(repr(key)).getrandbits(63)
-
-
-class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> the views of one picture, and messages about pictures that could not be read.
-
-    An unreadable picture's place is taken by the next readable one, so that batches stay whole.
-    """
-
-    def __init__(self, images, multicrop, seed):
-        self.images, self.multicrop, self.seed = images, multicrop, seed
-
-    def __getitem__(self, key):
-        epoch, index = key
-        unreadable = []
-        for i in range(index, index + len(self.images)):
-            try:
-                image, _ = self.images[i % len(self.images)]
-            except Unreadable as error:
-                unreadable.append(str(error))
-                continue
-            return self.multicrop(image, key=(self.seed, epoch, index)), unreadable
-        raise DataError(f"none of {len(self.images)} pictures can be read any more; the last is {unreadable[-1]}")
-
-
-def collate(samples):
-    """B samples of Views -> V tensors [B, 3, s, s], and all their messages."""
-    views = [torch.stack(view) for view in zip(*(views for views, _ in samples))]
-    return views, [message for _, unreadable in samples for message in unreadable]
-
-
-def batch_keys(first_step, last_step, num_images, args, rank, world_size):
-    """The (epoch, index) keys of every batch of this process, from first_step to before last_step.
-
-    Each epoch is one permutation of the pictures, cut into steps, then processes, then accumulated
-    passes: what a step sees does not depend on the number of processes.
-    """
-    per_step = args.batch_size_per_gpu * args.accum_steps * world_size
-    steps_per_epoch = num_images // per_step
-    order, order_epoch = None, None
-    for step in range(first_step, last_step):
-        epoch, place = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
-            generator = torch.Generator().manual_seed(counted_seed("order", args.seed, epoch))
-            order, order_epoch = torch.randperm(num_images, generator=generator), epoch
-        mine = order[place * per_step:(place + 1) * per_step].view(world_size, args.accum_steps, -1)[rank]
-        for batch in mine.tolist():
-            yield [(epoch, index) for index in batch]
-
-
-def load_batches(images, first_step, last_step, args, rank, world_size):
-    """Iterator over (V view tensors [B, 3, s, s], messages) of every accumulated pass of the steps."""
+def build_multicrop(args):
     brightness, contrast, saturation, hue = args.color_jitter
-    multicrop = MultiCrop(
-        args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
-        args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
-        blur=args.blur, blur_radius=args.blur_radius)
-    return iter(torch.utils.data.DataLoader(
-        Views(images, multicrop, args.seed), num_workers=args.num_workers, collate_fn=collate,
-        batch_sampler=batch_keys(first_step, last_step, len(images), args, rank, world_size),
-        pin_memory=args.device == "cuda"))
+    return MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
+                     args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
+                     blur=args.blur, blur_radius=args.blur_radius)
 
 
 # ---- judging ----
@@ -401,6 +332,16 @@ class Report:
     def __init__(self, log_file, silent):
         self.log_file, self.silent, self.bar, self.unreadable = log_file, silent, None, set()
 
+    def take_up(self, progress):
+        """Go on from a saved state: what was logged after it will be logged again."""
+        self.unreadable = set(progress["unreadable"])
+        if not self.silent:
+            with open(self.log_file, "a") as file:
+                file.truncate(min(file.tell(), progress["log_bytes"]))
+
+    def log_bytes(self):
+        return self.log_file.stat().st_size
+
     def start_bar(self, first_step, total_steps):
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step",
                         disable=self.silent or not sys.stderr.isatty())
@@ -412,6 +353,7 @@ class Report:
     def log(self, record):
         if not self.silent:
             with open(self.log_file, "a") as file:
+                record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}
                 file.write(json.dumps(record) + "\n")
 
     def step(self, record):
@@ -429,48 +371,46 @@ class Report:
             tqdm.write(f"skipped unreadable picture {message}")
 
 
-def save_run(output, objects, info, **rest):
+# ---- interruptions ----
+
+def save_run(output, keep, objects, info, **rest):
     """Everything needed to go on, and the two networks as files of their own."""
     states = {name: thing.state_dict() for name, thing in objects.items()}
-    save_state(output / "checkpoint.pth", **states, info=info, **rest)
+    save_state(output / "checkpoint.pth", keep, **states, info=info, **rest)
     for name in ("student", "teacher"):
         save_model(output / f"{name}.safetensors", states[name], info | {"network": name})
 
 
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
-         "use_bn_in_head", "optimizer", "global_crops_size", "seed", "data_path")  # flags that a run keeps
+         "use_bn_in_head", "optimizer", "global_crops_size", "seed")  # flags that a run keeps
+FREE = ("output_dir", "resume", "overwrite", "device", "num_workers", "timeout_minutes", "log_every", "keep",
+        "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images")  # flags that do not touch what is learnt
 
 
-def resume(path, args, global_batch, objects):
-    """Load a run's state into the objects it was saved from; returns the next step and the k-NN results so far."""
-    state = load_state(path)
-    try:
-        theirs = {name: state["flags"][name] for name in FIXED} | {"global batch": state["global_batch"]}
-        ours = {name: getattr(args, name) for name in FIXED} | {"global batch": global_batch}
-        for name, value in theirs.items():
-            if value != ours[name]:
-                raise CheckpointError(f"{path} was trained with {name} {value}, not {ours[name]}: choose another "
-                                      f"--output_dir for another run")
-        for name, thing in objects.items():
-            if state[name] or name != "scaler":  # the scaler is empty but under fp16
-                thing.load_state_dict(state[name])
-        return state["step"], state["knn"]
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not the checkpoint of such a run ({str(error)[:200]})") from None
+def not_finite(output, step, pictures, images, is_fp16):
+    """Write down the (epoch, index) keys of a step that failed; returns the sentence to stop with."""
+    files = getattr(images, "files", None)
+    record = dict(step=step, pictures=[dict(epoch=epoch, index=index) | ({"file": files[index]} if files else {})
+                                       for epoch, index in pictures])
+    (output / "nonfinite.json").write_text(json.dumps(record, indent=1))
+    what = "no scale keeps the gradient finite in fp16" if is_fp16 else "the gradient is not finite"
+    return (f"step {step}: {what}; stopped with the state before it in {output / 'checkpoint.pth'} and its pictures in "
+            f"{output / 'nonfinite.json'}; go on with --precision {'bf16' if is_fp16 else 'fp32'}, a lower --lr or a "
+            f"lower --clip_grad")
 
 
 def write_flags(path, args):
-    """The resolved flags, in the form that @FILE reads."""
+    """The resolved flags, in the form that @FILE reads, but for those that would delete the run they repeat."""
     with open(path, "w") as file:
         for name, value in vars(args).items():
+            if name in ("resume", "overwrite"):
+                continue
             values = value if isinstance(value, (tuple, list)) else [value]
             file.write(shlex.join([f"--{name}", *map(str, values)]) + "\n")
 
 
 def main(args):
-    rank, world_size, device = cli.start_processes(args.device)
+    rank, world_size, device = cli.start_processes(args.device, args.timeout_minutes)
     tokens = (args.global_crops_size // args.patch_size) ** 2
     if device.type == "cpu" and args.precision == "bf16" and tokens < 128:
         torch.backends.cuda.enable_flash_sdp(False)  # rules the CPU too; slow at short bf16 rows
@@ -479,6 +419,7 @@ def main(args):
 
     # ---- pictures ----
     data = cli.rank_zero_first(lambda: open_data(args.data_path))
+    cli.require_same("pictures:", len(data.train))
     global_batch = args.batch_size_per_gpu * args.accum_steps * world_size
     steps_per_epoch = len(data.train) // global_batch
     total_steps = args.epochs * steps_per_epoch
@@ -503,40 +444,70 @@ def main(args):
 
     # ---- a new run, or the rest of one ----
     objects = dict(student=network, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler)
-    first_step, knn = 0, {}  # knn: name of what was judged -> (top-1, top-5)
-    if (output / "checkpoint.pth").exists():
-        first_step, knn = resume(output / "checkpoint.pth", args, global_batch, objects)
-        report.say(f"going on at step {first_step} of {total_steps} from {output / 'checkpoint.pth'}"
-                   if first_step < total_steps else
-                   f"{output} holds a complete run; to train anew, name another --output_dir")
-    elif rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "log.jsonl").unlink(missing_ok=True)
+    progress = dict(step=0, knn={}, epoch_stats=[], unreadable=[], log_bytes=0)  # knn: name -> (top-1, top-5)
+    fixed = {name: getattr(args, name) for name in FIXED}
+    fixed |= {"global batch": global_batch, "number of pictures": len(data.train)}
+    found = None
+    if args.resume == "auto" or was_restarted():
+        flags = {name: value for name, value in vars(args).items() if name not in FREE}
+        found = resume(output / "checkpoint.pth", fixed, flags, objects, progress, report.say)
+    first_step, knn, epoch_stats = progress["step"], progress["knn"], progress["epoch_stats"]
+    cli.require_same("a run at step", first_step)
     if rank == 0:
+        prepare_folder(output, found, args.overwrite)
         write_flags(output / "flags.txt", args)
+    report.take_up(progress)
+    if found:
+        report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
+                   f"{output} holds a complete run; to train anew, name another --output_dir")
     student = network
     if world_size > 1:
         student = nn.parallel.DistributedDataParallel(
             network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    reached = torch.tensor(first_step, device=device)
 
-    # ---- what there is before training ----
+    def save():
+        if rank == 0:
+            progress.update(step=reached.item(), unreadable=sorted(report.unreadable), log_bytes=report.log_bytes())
+            save_run(output, args.keep, objects, info, progress=progress, fixed=fixed, flags=vars(args))
+
+    # ---- between epochs ----
     judging = args.knn_every > 0 and data.queries is not None
 
     def measure(name, model):
+        best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
         knn[name], unreadable = judge(model, data, args, rank, world_size)
         report.skipped(unreadable if rank == 0 else [])
         report.log(dict(knn=name, top1=knn[name][0], top5=knn[name][1]))
         report.say("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name]))
-        return knn[name][0]
+        if rank == 0 and name.startswith("epoch") and knn[name][0] > best:
+            save_model(output / "teacher_best.safetensors", teacher.state_dict(), info | {"network": "teacher"})
 
-    if judging and first_step == 0:
-        measure("raw pixels", pixel_features)
-        measure("untrained backbone", teacher.backbone)
+    def finish_epoch(step):
+        """What is due between two epochs; after the save, so that an interruption does not lose the epoch."""
+        epoch, place = divmod(step, steps_per_epoch)
+        if place > 0:
+            return
+        numbered = output / f"checkpoint{epoch - 1:04}.pth"
+        if rank == 0 and step and args.saveckp_freq and epoch % args.saveckp_freq == 0 and not numbered.exists():
+            write_whole(numbered, lambda temporary: shutil.copyfile(output / "checkpoint.pth", temporary))
+        if judging and step == 0:
+            measure("raw pixels", pixel_features)
+            measure("untrained backbone", teacher.backbone)
+        elif judging and (epoch % args.knn_every == 0 or step == total_steps) and f"epoch {epoch - 1}" not in knn:
+            measure(f"epoch {epoch - 1}", teacher.backbone)
+            save()
+
+    finish_epoch(first_step)
 
     # ---- training ----
-    batches = load_batches(data.train, first_step, total_steps, args, rank, world_size)
+    keys = (len(data.train), args.seed, args.batch_size_per_gpu, args.accum_steps)
+    batches = iter(train_loader(data.train, build_multicrop(args),
+                                batch_keys(first_step, total_steps, *keys, rank, world_size),
+                                args.seed, args.num_workers, pin_memory=device.type == "cuda"))
+    stop = cli.StopSignals()
     report.start_bar(first_step, total_steps)
-    clock, clock_step, epoch_stats = time.perf_counter(), first_step, []
+    clock, clock_step, saved_at = time.monotonic(), first_step, time.monotonic()
     for step in range(first_step, total_steps):
         epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
         log_now = end_of_epoch or (step + 1) % args.log_every == 0
@@ -548,42 +519,49 @@ def main(args):
             passes.append([view.to(device, non_blocking=view.is_pinned()) for view in views])
             report.skipped(unreadable)
 
-        stats = train_step(student, teacher, dino_loss, optimizer, scaler, passes, now, args, diagnose=log_now)
+        stats = train_step(student, teacher, dino_loss, optimizer, scaler, reached, passes, now, args, log_now)
 
         report.bar.update()
+        stopped_by = stop.agreed()
+        if (log_now or stopped_by) and (reached.item() <= step or scaler.get_scale() < 1):
+            save()
+            failed = min(reached.item(), step)
+            pictures = [key for r in range(world_size) for batch in batch_keys(failed, failed + 1, *keys, r, world_size)
+                        for key in batch]
+            raise FloatingPointError(not_finite(output, failed, pictures, data.train, scaler.is_enabled()))
         if log_now:
             if world_size > 1:
                 dist.all_reduce(stats)
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss} at step {step}: stopped, and nothing of it saved; try "
-                                         f"--precision fp32, a lower --lr or a lower --clip_grad")
+            report.unreadable = set().union(*cli.gather(report.unreadable))
             epoch_stats.append((entropy, entropy_of_mean, loss - entropy))
-            speed = (step + 1 - clock_step) * global_batch / (time.perf_counter() - clock)
-            clock, clock_step = time.perf_counter(), step + 1
-            report.step(dict(step=step, epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
+            speed = (step + 1 - clock_step) * global_batch / (time.monotonic() - clock)
+            clock, clock_step = time.monotonic(), step + 1
+            report.step(dict(epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
                              teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy, images_per_second=speed,
                              unreadable=len(report.unreadable), **now._asdict()))
         if end_of_epoch:
-            trouble = collapse(*torch.tensor(epoch_stats).mean(dim=0).tolist(), args.out_dim)
+            trouble = collapse(*torch.tensor(epoch_stats).nanmean(dim=0).tolist(), args.out_dim)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
             if trouble and told_apart and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
                 report.say(f"WARNING: {trouble}")
-            best = max((top1 for name, (top1, _) in knn.items() if name.startswith("epoch")), default=-1.0)
-            improved = False
-            if judging and ((epoch + 1) % args.knn_every == 0 or step + 1 == total_steps):
-                improved = measure(f"epoch {epoch}", teacher.backbone) > best
-            if rank == 0:
-                save_run(output, objects, info, step=step + 1, knn=knn, global_batch=global_batch, flags=vars(args))
-                if improved:
-                    shutil.copyfile(output / "teacher.safetensors", output / "teacher_best.safetensors")
-                if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
-                    shutil.copyfile(output / "checkpoint.pth", output / f"checkpoint{epoch:04}.pth")
-            clock, clock_step, epoch_stats = time.perf_counter(), step + 1, []
+            epoch_stats.clear()
+        if end_of_epoch or stopped_by or 0 < args.save_every_minutes * 60 < time.monotonic() - saved_at \
+                or (args.save_every_steps and (step + 1) % args.save_every_steps == 0):
+            save()
+            if stopped_by:
+                report.bar.close()
+                report.say(f"stopped by {stopped_by} after step {step + 1} of {total_steps}, saved in "
+                           f"{output / 'checkpoint.pth'}: the same command goes on"
+                           + " without --resume none" * (args.resume == "none"))
+                return
+            if end_of_epoch:
+                finish_epoch(step + 1)
+            clock, clock_step, saved_at = time.monotonic(), step + 1, time.monotonic()
     report.bar.close()
 
     if judging:
-        shown = list(knn)[:2] + list(knn)[-1:]
+        shown = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
         report.say("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in shown))
         report.say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}")
 

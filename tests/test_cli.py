@@ -40,8 +40,7 @@ def mistakes(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pth").write_text("no checkpoint")
     (tmp_path / "other").mkdir()
-    flags = vars(train.parse_args([])) | {"arch": "vit_base"}
-    torch.save({"flags": flags, "global_batch": 64}, tmp_path / "other" / "checkpoint.pth")
+    torch.save({"fixed": {"arch": "vit_base"}}, tmp_path / "other" / "checkpoint.pth")
     (tmp_path / "a_file").write_text("")
     (tmp_path / "loop.txt").write_text(f"@{tmp_path}/loop.txt")
     grey = VisionTransformer(32, 8, in_chans=1, embed_dim=64, depth=1, num_heads=1).state_dict()

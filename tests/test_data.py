@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import data
-from data import DataError, ImageTree, Shapes, Unreadable, eval_loader, eval_view, open_data, open_rgb
+from data import DataError, ImageTree, Shapes, Unreadable, open_data, open_rgb
 from knn import knn_classifier
 
 
@@ -145,27 +145,6 @@ def test_unreadable_files_are_named(tmp_path, scene, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(Unreadable, match="decompression bomb"):
         open_rgb(tmp_path / "whole.jpg")
-
-
-def test_eval_view_is_imagenets(scene):
-    resized = TF.center_crop(TF.resize(scene, 64, TF.InterpolationMode.BICUBIC), [56, 56])
-    expected = TF.normalize(TF.to_tensor(resized), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.testing.assert_close(eval_view(scene, 56), expected, rtol=0, atol=1e-6)
-    as_is = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.testing.assert_close(eval_view(scene, 61, 97), as_is, rtol=0, atol=1e-6)
-    assert eval_view(Image.new("RGB", (500, 3)), 32).shape == (3, 32, 32)
-
-
-def test_loader_shares_each_picture_once_and_leaves_out_bad_ones(tmp_path):
-    plant(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(5)))
-    (tmp_path / "b" / "3.png").write_bytes(b"bad")
-    seen, bad = [], []
-    for rank in range(3):
-        for images, labels, indices, unreadable in eval_loader(ImageTree(str(tmp_path)), 8, 2, rank=rank, world_size=3):
-            assert len(images) == len(labels) == len(indices)
-            seen += indices.tolist()
-            bad += unreadable
-    assert sorted(seen) == [i for i in range(10) if i != 8] and len(bad) == 1 and "3.png" in bad[0]
 
 
 # ---- sets by name ----

@@ -10,8 +10,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import evaluate
+from batches import eval_view
 from checkpoint import save_model
-from data import Shapes, eval_view
+from data import Shapes
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]

@@ -72,7 +72,8 @@ def test_features_come_back_in_order():
 
 SCRIPT = """
 import torch, torch.distributed as dist
-from data import Shapes, eval_loader
+from batches import eval_loader
+from data import Shapes
 from knn import extract_features
 dist.init_process_group("gloo")
 loader = eval_loader(Shapes("train", 23, 32), 32, 4, 0, dist.get_rank(), dist.get_world_size())

@@ -1,0 +1,159 @@
+"""Which pictures a step sees: batches counted by (seed, epoch, index), and each picture judged once.
+
+    keys = batch_keys(0, 1000, len(images), seed=0, batch_size=64)
+    for views, unreadable in train_loader(images, multicrop, keys, seed=0, num_workers=8): ...
+    for views, labels, indices, unreadable in eval_loader(images, size=224, batch_size=128): ...
+
+Nothing random is consumed, so nothing is replayed: a run that goes on at step 700 asks for the keys from 700 on,
+and neither the number of processes nor that of workers changes what a step sees. `images` is a sequence of
+(PIL image, label) whose indexing raises OSError for one that cannot be read. This file needs torch and torchvision.
+"""
+
+import os
+import random
+import signal
+import threading
+
+import torch
+from torchvision.transforms import functional as TF
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+UNREADABLE_IN_A_ROW = 1000  # pictures; more is no picture's fault
+
+
+def counted_seed(*key):
+    """A seed of 63 bits that depends on the key alone."""
+    return random.Random(repr(key)).getrandbits(63)
+
+
+# ---- to train on ----
+
+def batch_keys(first_step, last_step, num_images, seed, batch_size, accum_steps=1, rank=0, world_size=1):
+    """The (epoch, index) keys of every batch of this process, from first_step to before last_step.
+
+    Each epoch is one permutation of the pictures, cut into steps, then processes, then accumulated
+    passes: what a step sees does not depend on the number of processes. What is left over by the last
+    whole step of an epoch is not seen in it.
+    """
+    per_step = batch_size * accum_steps * world_size
+    steps_per_epoch = num_images // per_step
+    order, order_epoch = None, None
+    for step in range(first_step, last_step):
+        epoch, place = divmod(step, steps_per_epoch)
+        if epoch != order_epoch:
+            generator = torch.Generator().manual_seed(counted_seed("order", seed, epoch))
+            order, order_epoch = torch.randperm(num_images, generator=generator), epoch
+        mine = order[place * per_step:(place + 1) * per_step].view(world_size, accum_steps, -1)[rank]
+        for batch in mine.tolist():
+            yield [(epoch, index) for index in batch]
+
+
+class Views(torch.utils.data.Dataset):
+    """(epoch, index) -> the views of one picture, and messages about pictures that could not be read.
+
+    An unreadable picture's place is taken by the next readable one, so that batches stay whole.
+    """
+
+    def __init__(self, images, multicrop, seed):
+        self.images, self.multicrop, self.seed = images, multicrop, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        unreadable = []
+        for i in range(index, index + min(len(self.images), UNREADABLE_IN_A_ROW)):
+            try:
+                image, _ = self.images[i % len(self.images)]
+            except OSError as error:
+                unreadable.append(str(error))
+                continue
+            return self.multicrop(image, key=(self.seed, epoch, index)), unreadable
+        raise OSError(f"{len(unreadable)} pictures in a row cannot be read any more; the last is {unreadable[-1]}")
+
+
+def collate_views(samples):
+    """B samples of Views -> V tensors [B, 3, s, s], and all their messages."""
+    views = [torch.stack(view) for view in zip(*(views for views, _ in samples))]
+    return views, [message for _, unreadable in samples for message in unreadable]
+
+
+def train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False):
+    """Batches of (V view tensors [B, 3, s, s], messages about unreadable pictures), one for each list of keys."""
+    return torch.utils.data.DataLoader(
+        Views(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers, collate_fn=collate_views,
+        pin_memory=pin_memory, worker_init_fn=outlive_signals)
+
+
+# ---- to judge features on ----
+
+def eval_view(image, height, width=None):
+    """RGB image -> [3, height, width], normalised: the one view that features are judged on.
+
+    The shorter side is resized to the crop's / 0.875 (bicubic), then the centre is cut out, as ImageNet
+    is evaluated (256 and 224). A picture that already has the size is taken as it is.
+    """
+    width = width or height
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height) / 0.875
+        image = TF.resize(image, round(min(image.size) * scale), TF.InterpolationMode.BICUBIC)
+        image = TF.center_crop(image, [height, width])
+    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+
+
+class EvalViews(torch.utils.data.Dataset):
+    """The centre view of each picture: index -> ([3, size, size], label, index), or (None, reason, index)."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        try:
+            image, label = self.images[index]
+        except OSError as error:
+            return None, str(error), index
+        return eval_view(image, self.size), label, index
+
+
+def collate_readable(samples):
+    """Samples of EvalViews -> images [B, 3, H, W], labels [B], indices [B], messages of those left out."""
+    readable = [sample for sample in samples if sample[0] is not None]
+    views = torch.stack([view for view, _, _ in readable]) if readable else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in readable], dtype=torch.int64)
+    indices = torch.tensor([index for _, _, index in readable], dtype=torch.int64)
+    return views, labels, indices, [reason for view, reason, _ in samples if view is None]
+
+
+def eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1):
+    """Batches of centre views, each picture on one of the processes: (images, labels, indices, unreadable)."""
+    share = torch.utils.data.Subset(EvalViews(images, size), range(rank, len(images), world_size))
+    return torch.utils.data.DataLoader(share, batch_size, num_workers=num_workers, collate_fn=collate_readable,
+                                       pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals)
+
+
+# ---- workers ----
+
+def outlive_signals(worker):
+    """Let a worker end by its parent's will alone: what is sent to the whole job (Ctrl-C, preemption) passes it by.
+
+    Otherwise its death would end the parent before the parent has saved.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # torch ends workers by SIGTERM, so that one must be told apart
+        def wait():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+                pass
+            os._exit(0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    for world_size in (1, 2):
+        steps = [list(batch_keys(0, 2, 20, 0, 8 // world_size, 1, rank, world_size)) for rank in range(world_size)]
+        for step in range(2):
+            print(f"{world_size} processes, step {step}:", [[index for _, index in rank[step]] for rank in steps])

@@ -1,0 +1,230 @@
+"""A run that can be killed: its state is saved whole, and taken up as if nothing had happened.
+
+    save_state("checkpoint.pth", keep=2, student=..., optimizer=..., progress=..., flags=...)
+    found = resume("checkpoint.pth", ...)       # the newest whole state is in place again; None where there is none
+
+A kill or a full disk leaves the old file or the new one, never half of one. Nothing is unpickled but tensors and
+plain values, and checksums are checked, which torch.load does not. This file needs torch and nothing else.
+"""
+
+import argparse
+import contextlib
+import os
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the message names it, what is wrong and what would be right."""
+
+
+class AnotherRun(CheckpointError):
+    """What a folder holds was made by a run that these flags do not continue."""
+
+
+# ---- files that are always whole ----
+
+def save_state(path, keep=1, **state):
+    """Write a run's state to `path`, and keep the ones that were there before as PATH.1 to PATH.(keep - 1).
+
+    Raises:
+        FloatingPointError: a tensor is not finite; nothing is written.
+        OSError: the disk is full or the folder not writable; what was there is untouched.
+    """
+    for name, tensor in tensors_in(state):
+        if fault(tensor):
+            raise FloatingPointError(f"{path}: not written, {name} {fault(tensor)}")
+    write_whole(path, lambda temporary: torch.save(state, temporary), keep)
+
+
+def saved_states(path):
+    """`path` and the older ones that `save_state` kept beside it: those that exist, newest first."""
+    path = Path(path)
+    older = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdecimal()]
+    return [path] * path.exists() + sorted(older, key=lambda p: int(p.suffix[1:]))
+
+
+def load_state(path):
+    """Read what `save_state` wrote, onto the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or holds anything but tensors and plain values.
+    """
+    try:
+        require_checksums(path)
+        # The reference implementation's checkpoints carry their flags as a Namespace, which is harmless.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickles of odd protocols, which fail or not all the same
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # unpickling raises nearly anything on damaged files
+        raise CheckpointError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from None
+
+
+def require_checksums(path):
+    """Read an archive of torch.save once through: torch itself would take flipped bits for weights."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("it claims to hold more than it does")
+            damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{damaged} does not match its checksum")
+
+
+def write_whole(path, write, keep=1):
+    """Call `write` on a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    Whenever the process is killed there is a whole file: the new one, or the one before at `path` or PATH.1.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        names = [f"{path}", *(f"{path}.{age}" for age in range(1, keep))]
+        for newer, older in reversed(list(zip(names, names[1:]))):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newer, older)
+        os.replace(temporary, path)
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        raise OSError(f"{path}: cannot be written, what was there is untouched ({first_line(error)})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the renaming too
+        os.close(folder)
+
+
+def tensors_in(state, name="state"):
+    """(name, tensor) of all that a nest of dicts, lists and tuples holds."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, (dict, list, tuple)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors_in(value, f"{name}[{key!r}]")
+
+
+def fault(tensor):
+    """What keeps a tensor from being part of a network, as the rest of a sentence; None for a sound one."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return "is no plain tensor"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "claims more numbers than it holds"
+    if not tensor.float().isfinite().all():
+        return "holds NaN or infinity"
+    return None
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- going on ----
+
+def resume(path, fixed, flags, objects, progress, say=print):
+    """Load the newest whole state of a run into `objects` and `progress`; returns its path, None if there is none.
+
+    Args:
+        path: where `save_state(path, fixed=..., flags=..., progress=..., **state dicts)` has saved.
+        fixed: {name: value} of what must be as it was.
+        flags: {name: value} of what may have changed; what did is said.
+        objects: student, teacher, dino_loss, optimizer and scaler.
+        progress: dict of plain values, updated in place; those saved must be of the same types.
+
+    Raises:
+        AnotherRun: what must be as it was is not.
+        CheckpointError: there are saved states, and none is whole.
+    """
+    reason = None
+    for p in saved_states(path):
+        if reason:
+            say(f"WARNING: {reason}; trying the one before")
+        try:
+            state = load_state(p)
+            for name, value in fixed.items():
+                if state["fixed"][name] != value:
+                    raise AnotherRun(f"{p} was trained with {name} {state['fixed'][name]}, not {value}: choose another "
+                                     f"--output_dir for another run")
+            changed = [f"--{name} {state['flags'][name]} -> {value}" for name, value in flags.items()
+                       if state["flags"].get(name, value) != value]
+            restore(state, objects, progress)
+        except AnotherRun:
+            raise
+        except CheckpointError as error:
+            reason = str(error)
+        except Exception as error:  # a whole file may still hold anything
+            reason = f"{p}: not a run's state ({first_line(error)[:200]})"
+        else:
+            for change in changed:
+                say(f"changed since {p} was saved: {change}")
+            return p
+    if reason:
+        raise CheckpointError(f"{reason}; no whole one is beside it: --resume none --overwrite starts anew")
+    return None
+
+
+def restore(state, objects, progress):
+    """Put a state into the objects it was saved from; raises nearly anything if it is not what they can take."""
+    for name, tensor in tensors_in(state):
+        if fault(tensor):
+            raise ValueError(f"{name} {fault(tensor)}")
+    saved, optimizer, scaler = state["progress"], objects["optimizer"], objects["scaler"]
+    scores = [*saved["knn"].values(), *saved["epoch_stats"]]
+    if types_of(saved) != types_of(progress) or min(saved["step"], saved["log_bytes"]) < 0 \
+            or any(type(text) is not str for text in (*saved["knn"], *saved["unreadable"])) \
+            or any(type(score) is not float for several in scores for score in several):
+        raise ValueError("its progress is not a run's")
+    for name in ("student", "teacher", "dino_loss"):
+        objects[name].load_state_dict(state[name])
+    if scaler.is_enabled() and state["scaler"]:  # it is empty but under fp16
+        if types_of(state["scaler"]) != types_of(scaler.state_dict()):
+            raise ValueError("its scaler is not one")
+        scaler.load_state_dict(state["scaler"])
+    ours, theirs = optimizer.state_dict(), state["optimizer"]["state"]
+    if shapes_of(theirs) != shapes_of(ours["state"]):
+        raise ValueError("its optimizer does not fit the network")
+    optimizer.load_state_dict(ours | {"state": theirs})  # the groups stay ours: nothing in them is learnt
+    progress.update(saved)
+
+
+def shapes_of(state):
+    return {name: tensor.shape for name, tensor in tensors_in(state)}
+
+
+def types_of(values):
+    return {name: type(value) for name, value in values.items()}
+
+
+def prepare_folder(output, found, overwrite):
+    """Make the folder of a run ready: `found`, what it goes on from, becomes its checkpoint.pth.
+
+    Raises:
+        AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it.
+    """
+    newest = output / "checkpoint.pth"
+    if found:
+        if found != newest:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newest, f"{newest}.damaged")
+            os.replace(found, newest)
+        return
+    learnt = [path for pattern in ("checkpoint*.pth*", "teacher.safetensors", "teacher_best.safetensors",
+                                   "student.safetensors") for path in output.glob(pattern)]
+    if learnt and not overwrite:
+        raise AnotherRun(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
+                         f"run, another --output_dir keeps it")
+    output.mkdir(parents=True, exist_ok=True)
+    for path in (*learnt, output / "log.jsonl", output / "nonfinite.json"):
+        path.unlink(missing_ok=True)
+
+
+def was_restarted():
+    """Whether torchrun or Slurm started this process again after an interruption."""
+    return any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

@@ -1,0 +1,53 @@
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from augment import MultiCrop
+from batches import Views, batch_keys, eval_loader, eval_view
+from data import ImageTree, Shapes
+
+
+def test_a_step_sees_the_same_pictures_however_it_is_divided():
+    def pictures(batch, accum, world_size):
+        ranks = [list(batch_keys(0, 9, 50, 0, batch, accum, rank, world_size)) for rank in range(world_size)]
+        return [sorted(key for rank in ranks for part in rank[step * accum:(step + 1) * accum] for key in part)
+                for step in range(9)]
+
+    whole = pictures(12, 1, 1)
+    assert whole == pictures(3, 1, 4) == pictures(3, 2, 2)
+    assert len({index for _, index in sum(whole[:4], [])}) == 48  # an epoch shows no picture twice
+    assert whole[0] != whole[4] and {epoch for epoch, _ in whole[4]} == {1}
+    assert list(batch_keys(5, 9, 50, 0, 12)) == list(batch_keys(0, 9, 50, 0, 12))[5:]
+
+
+def test_views_depend_on_seed_epoch_and_index_alone():
+    images, multicrop = Shapes("train", 20, 32), MultiCrop(32, (0.4, 1), 16, (0.1, 0.4), 2)
+    one, again = Views(images, multicrop, seed=0), Views(images, multicrop, seed=0)
+    one[0, 3], one[0, 5]  # what was drawn before does not matter
+    assert all(map(torch.equal, one[1, 7][0], again[1, 7][0]))
+    for other in (again[2, 7], again[1, 8], Views(images, multicrop, seed=1)[1, 7]):
+        assert not torch.equal(one[1, 7][0][0], other[0][0])
+
+
+def test_eval_view_is_imagenets(scene):
+    resized = TF.center_crop(TF.resize(scene, 64, TF.InterpolationMode.BICUBIC), [56, 56])
+    expected = TF.normalize(TF.to_tensor(resized), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(eval_view(scene, 56), expected, rtol=0, atol=1e-6)
+    as_is = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(eval_view(scene, 61, 97), as_is, rtol=0, atol=1e-6)
+    assert eval_view(Image.new("RGB", (500, 3)), 32).shape == (3, 32, 32)
+
+
+def test_loader_shares_each_picture_once_and_leaves_out_bad_ones(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (20, 10)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "b" / "3.png").write_bytes(b"bad")
+    seen, bad = [], []
+    for rank in range(3):
+        for images, labels, indices, unreadable in eval_loader(ImageTree(str(tmp_path)), 8, 2, rank=rank, world_size=3):
+            assert len(images) == len(labels) == len(indices)
+            seen += indices.tolist()
+            bad += unreadable
+    assert sorted(seen) == [i for i in range(10) if i != 8] and len(bad) == 1 and "3.png" in bad[0]
