@@ -103,10 +103,16 @@ def start_processes(device, timeout_minutes=30.0):
                                f"--nproc_per_node may be {torch.cuda.device_count()} at most")
         here = torch.device("cuda", local_rank)
         torch.cuda.set_device(here)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps one store over its restarts: without a part of its own a restart meets addresses of the dead.
+        # Over several machines each counts its own restarts, so there is no common name for such a part.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # gloo carries what is agreed between the hosts, without waiting for the GPUs
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-                            timeout=datetime.timedelta(minutes=timeout_minutes))
-    return dist.get_rank(), dist.get_world_size(), here
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world_size, timeout=timeout)
+    return rank, world_size, here
 
 
 def several_processes():
@@ -213,8 +219,8 @@ def of_the_machine(error):
         return f"out of memory, lower --batch_size_per_gpu or the sizes of the network ({asked[0] if asked else text})"
     if "DataLoader worker" in text:
         return f"a process that loads pictures died, often for want of memory: lower --num_workers ({text})"
-    if several_processes() and any(word in text for word in ("gloo", "NCCL", "Timed out", "onnection")):
+    if "LOCAL_RANK" in os.environ and any(word in text for word in ("loo", "NCCL", "imed out", "onnection")):
         waited = "waited in vain for" if "imed out" in text else "lost"
-        return (f"process {dist.get_rank()} of {dist.get_world_size()} {waited} the others: one of them died or hangs, "
-                f"look for one that says something else, or nothing ({text.rpartition('] ')[2] or text})")
+        return (f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} {waited} the others: one of them "
+                f"died or hangs, look for the one that says something else, or nothing ({text})")
     return None

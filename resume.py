@@ -92,6 +92,8 @@ def write_whole(path, write, keep=1):
                 os.replace(newer, older)
         os.replace(temporary, path)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        if "DataLoader worker" in str(error):  # its death is raised wherever the program happens to be
+            raise
         raise OSError(f"{path}: cannot be written, what was there is untouched ({first_line(error)})") from None
     finally:
         with contextlib.suppress(OSError):
@@ -202,8 +204,26 @@ def types_of(values):
     return {name: type(value) for name, value in values.items()}
 
 
+def claim(path):
+    """Open a file that no other living process has claimed; the claim ends when the file is closed.
+
+    Raises:
+        AnotherRun: one has. Two runs in one folder would overwrite each other.
+    """
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by workers that outlive a kill
+    except (BlockingIOError, PermissionError):
+        raise AnotherRun(f"{path}: another process is training in this folder; name another --output_dir") from None
+    except (ImportError, OSError):  # no locks on this system, or on this kind of disk
+        pass
+    return file
+
+
 def prepare_folder(output, found, overwrite):
-    """Make the folder of a run ready: `found`, what it goes on from, becomes its checkpoint.pth.
+    """Make the folder of a run ready for it: `found`, what it goes on from, becomes its checkpoint.pth.
 
     Raises:
         AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it.
@@ -215,12 +235,11 @@ def prepare_folder(output, found, overwrite):
                 os.replace(newest, f"{newest}.damaged")
             os.replace(found, newest)
         return
-    learnt = [path for pattern in ("checkpoint*.pth*", "teacher.safetensors", "teacher_best.safetensors",
-                                   "student.safetensors") for path in output.glob(pattern)]
+    learnt = sorted(path for pattern in ("checkpoint*.pth*", "teacher.safetensors", "teacher_best.safetensors",
+                                         "student.safetensors") for path in output.glob(pattern))
     if learnt and not overwrite:
         raise AnotherRun(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
                          f"run, another --output_dir keeps it")
-    output.mkdir(parents=True, exist_ok=True)
     for path in (*learnt, output / "log.jsonl", output / "nonfinite.json"):
         path.unlink(missing_ok=True)
 

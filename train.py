@@ -38,7 +38,7 @@ from data import DataError, open_data
 from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
 from knn import extract_features, knn_classifier
 from optim import build_optimizer, clip_gradients, param_groups
-from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
+from resume import CheckpointError, claim, prepare_folder, resume, save_state, was_restarted, write_whole
 from vit import SIZES, VisionTransformer
 
 # ---- flags ----
@@ -384,7 +384,7 @@ def save_run(output, keep, objects, info, **rest):
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
          "use_bn_in_head", "optimizer", "global_crops_size", "seed")  # flags that a run keeps
 FREE = ("output_dir", "resume", "overwrite", "device", "num_workers", "timeout_minutes", "log_every", "keep",
-        "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images")  # flags that do not touch what is learnt
+        "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images")  # that teach nothing
 
 
 def not_finite(output, step, pictures, images, is_fp16):
@@ -399,14 +399,14 @@ def not_finite(output, step, pictures, images, is_fp16):
             f"lower --clip_grad")
 
 
-def write_flags(path, args):
+def write_flags(file, args):
     """The resolved flags, in the form that @FILE reads, but for those that would delete the run they repeat."""
-    with open(path, "w") as file:
-        for name, value in vars(args).items():
-            if name in ("resume", "overwrite"):
-                continue
-            values = value if isinstance(value, (tuple, list)) else [value]
+    file.truncate(0)
+    for name, value in vars(args).items():
+        if name not in ("resume", "overwrite"):
+            values = value if isinstance(value, tuple) else [value]
             file.write(shlex.join([f"--{name}", *map(str, values)]) + "\n")
+    file.flush()
 
 
 def main(args):
@@ -454,8 +454,10 @@ def main(args):
     first_step, knn, epoch_stats = progress["step"], progress["knn"], progress["epoch_stats"]
     cli.require_same("a run at step", first_step)
     if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        ours = claim(output / "flags.txt")
         prepare_folder(output, found, args.overwrite)
-        write_flags(output / "flags.txt", args)
+        write_flags(ours, args)
     report.take_up(progress)
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else

@@ -40,3 +40,7 @@ def scene():
     x = x + 0.1 * torch.randn(3, 61, 97, generator=generator)
     pixels = (x.clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous()
     return Image.frombytes("RGB", (97, 61), pixels.numpy().tobytes())
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")

@@ -1,0 +1,495 @@
+"""Runs that are killed, stopped, damaged and taken up again."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cli
+import resume
+import train
+from batches import batch_keys
+from data import Shapes
+from resume import CheckpointError, load_state, save_state, saved_states, tensors_in
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 "
+        "--drop_path_rate 0.2 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --warmup_epochs 0 "
+        "--device cpu --num_workers 0 --precision fp32 --knn_every 4 --log_every 1 --batch_size_per_gpu 16 "
+        "--freeze_last_layer 1 --saveckp_freq 0").split()
+STEPS = 6  # in an epoch
+
+server = multiprocessing.get_context("forkserver")  # a process that has imported torch and computed nothing
+server.set_forkserver_preload(["train"])
+
+
+def start(target, *args, said=os.devnull, limit=resource.RLIM_INFINITY):
+    """Call target(*args) in a process of its own, which speaks to a file and may write none larger than `limit`."""
+    process = server.Process(target=alone, args=(target, args, said, limit))
+    process.start()
+    return process
+
+
+def alone(target, args, said, limit):
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers
+    target(*args)
+
+
+def kill(process):
+    """SIGKILL; its loader workers would end by themselves in five seconds, but here are not waited for."""
+    workers = children_of(process.pid)
+    process.kill()
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """96 pictures of two classes: 6 steps of 16 in an epoch."""
+    folder = tmp_path_factory.mktemp("pictures")
+    shapes = Shapes("train", 96, 32)
+    for i in range(96):
+        path = folder / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        shapes[i][0].save(path)
+    return folder
+
+
+@pytest.fixture
+def flags(pictures, tmp_path):
+    """Flags of a small run in a folder of this name: flags("whole", "--epochs 3")."""
+    def of(name, more=""):
+        return [*TINY, "--data_path", str(pictures), "--output_dir", str(tmp_path / name), *more.split()]
+    return of
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """train.main takes over signals for the rest of its process, which here goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(flags):
+    train.main(train.parse_args(flags))
+
+
+def records(folder, of="step"):
+    """What log.jsonl says, but for the speed."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+
+
+def steps_logged(folder):
+    try:
+        return (folder / "log.jsonl").read_bytes().count(b'"step"')
+    except FileNotFoundError:
+        return 0
+
+
+def assert_identical(whole, parts):
+    """Bit for bit: student, teacher, optimizer, centre, scaler, progress, log and model files."""
+    one, two = (load_state(folder / "checkpoint.pth") for folder in (whole, parts))
+    tensors, others = (dict(tensors_in(state)) for state in (one, two))
+    assert tensors.keys() == others.keys() and len(tensors) > 150
+    different = [name for name in tensors if not torch.equal(tensors[name], others[name])]
+    assert different == []
+    for name in ("knn", "step", "unreadable", "epoch_stats"):
+        assert one["progress"][name] == two["progress"][name]
+    assert one["scaler"] == two["scaler"] and records(whole) == records(parts)
+    for name in ("student", "teacher", "teacher_best"):
+        files = [load_file(folder / f"{name}.safetensors") for folder in (whole, parts)]
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+# ---- killed ----
+
+def test_kills_at_random_steps_leave_no_trace(flags, tmp_path, request):
+    """SIGKILL after a random number of steps; each start has another number of workers."""
+    kills = request.config.getoption("--kills")
+    more = f"--epochs {1 + kills} --save_every_steps 4"
+    run(flags("whole", more))
+    rng, done, parts = random.Random(0), 0, tmp_path / "parts"
+    while done < kills:
+        args = train.parse_args(flags("parts", f"{more} --num_workers {rng.choice((0, 1, 2))}"))
+        target = steps_logged(parts) // 4 * 4 + rng.randint(1, STEPS)
+        child = start(train.main, args)
+        while child.is_alive() and steps_logged(parts) < target:
+            time.sleep(0.001)
+        time.sleep(rng.choice((0, 0.002, 0.01)))  # into the step, or the save
+        assert child.is_alive(), "the run ended before it was killed often enough"
+        kill(child)
+        done += 1
+    run(flags("parts", more))
+    assert_identical(tmp_path / "whole", parts)
+
+
+def die_within_a_save(args, point):
+    """Train; at the second save be killed before its point-th step on the disk, 0 being amid the writing."""
+    saves, steps = 0, 0
+    save_run, torch_save = train.save_run, torch.save
+
+    def counted_save_run(*args, **kwargs):
+        nonlocal saves, steps
+        saves, steps = saves + 1, 0
+        save_run(*args, **kwargs)
+
+    def half_save(state, path):
+        torch_save(state, path)
+        if saves == 2 and point == 0:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadly(call):
+        def wrapped(*args):
+            nonlocal steps
+            steps += 1
+            if saves == 2 and steps == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args)
+        return wrapped
+
+    train.save_run, torch.save = counted_save_run, half_save
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    train.main(args)
+
+
+def test_kills_within_a_save_leave_no_trace(flags, tmp_path):
+    more = "--epochs 6 --save_every_steps 2 --knn_every 0"
+    run(flags("whole", more))
+    for point in range(11):  # the writing, then 10 calls of fsync and replace for checkpoint, student and teacher
+        child = start(die_within_a_save, train.parse_args(flags("parts", more)), point)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, point
+        assert len(saved_states(tmp_path / "parts" / "checkpoint.pth")) >= 1
+    run(flags("parts", more))
+    for folder in ("whole", "parts"):
+        (tmp_path / folder / "teacher_best.safetensors").touch()
+        (tmp_path / folder / "teacher_best.safetensors").unlink()
+        os.link(tmp_path / folder / "teacher.safetensors", tmp_path / folder / "teacher_best.safetensors")
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+    assert list((tmp_path / "parts").glob("*.tmp")) == []
+
+
+# ---- stopped ----
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signals_save_and_exit_0(flags, tmp_path, name):
+    """Sent to the whole job, loader workers included, as a terminal and Slurm do."""
+    more = "--epochs 4 --save_every_minutes 0"
+    run(flags("whole", more))
+    args = train.parse_args(flags("parts", f"{more} --num_workers 2"))
+    child = start(train_like_the_script, args, said=tmp_path / "said")
+    while steps_logged(tmp_path / "parts") < 8:
+        time.sleep(0.001)
+    workers = children_of(child.pid)
+    assert len(workers) == 2
+    for pid in (*workers, child.pid):
+        os.kill(pid, getattr(signal, name))
+    child.join()
+    assert child.exitcode == 0
+    said = (tmp_path / "said").read_text()
+    assert f"{name}: finishing the step, then saving" in said
+    step = load_state(tmp_path / "parts" / "checkpoint.pth")["progress"]["step"]
+    assert f"stopped by {name} after step {step} of 24" in said and "the same command goes on" in said
+    assert step >= 8 and step == steps_logged(tmp_path / "parts")
+    run(flags("parts", more))
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_interrupt_stops_at_once():
+    stop = cli.StopSignals()
+    assert stop.agreed() is None
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # torchrun and the terminal may each send one
+    assert stop.agreed() == "SIGINT"
+    stop.since -= 3
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def torchrun(flags, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more, "train.py",
+         *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_steps(process, folder, steps):
+    while steps_logged(folder) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
+    """SIGTERM to torchrun; then a killed process, and torchrun's restart; then another number of processes."""
+    folder = tmp_path / "two"
+    two = flags("two", "--batch_size_per_gpu 8 --epochs 40 --knn_every 0")
+    process = torchrun(two)
+    wait_for_steps(process, folder, 8)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    step = load_state(folder / "checkpoint.pth")["progress"]["step"]
+    assert output.count(f"stopped by SIGTERM after step {step} of 240") == 1 and "exitcode" not in output
+
+    process = torchrun(two, "--max-restarts=1")
+    wait_for_steps(process, folder, step + 8)
+    victim = [pid for pid in children_of(process.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()][1]
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert f"going on at step {step} of 240" in output and output.count("going on at step") == 2
+    assert "lost the others" in output or "finishing the step" in output
+    assert [record["step"] for record in records(folder)] == list(range(240))
+
+    run(flags("two", "--batch_size_per_gpu 16 --epochs 41 --knn_every 0"))  # one process, same global batch
+    assert [record["step"] for record in records(folder)] == list(range(246))
+
+
+def test_a_process_that_hangs_is_waited_for_in_vain(flags, tmp_path):
+    process = torchrun(flags("two", "--batch_size_per_gpu 8 --epochs 400 --knn_every 0 --timeout_minutes 0.25"))
+    wait_for_steps(process, tmp_path / "two", 3)
+    victim = [pid for pid in children_of(process.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()][1]
+    os.kill(victim, signal.SIGSTOP)
+    said = next(line for line in process.stdout if line.startswith("train.py: "))
+    os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "process 0 of 2 waited in vain for the others: one of them died or hangs" in said
+
+
+def test_processes_that_see_different_runs_refuse(monkeypatch):
+    monkeypatch.setattr(cli, "gather", lambda value: [value, 0])
+    with pytest.raises(cli.ProcessError, match="process 1 has a run at step 0, process 0 has 40"):
+        cli.require_same("a run at step", 40)
+
+
+# ---- not finite ----
+
+def nan_at(monkeypatch, steps, num_pictures=96, once=True):
+    """Make the first picture of these steps NaN, as a broken decoder might."""
+    bad = {next(batch_keys(step, step + 1, num_pictures, 0, 16))[0] for step in steps}
+
+    class Broken(train.MultiCrop):
+        def __call__(self, image, key):
+            views = super().__call__(image, key)
+            if key[1:] in bad:
+                views[0][0, 0, 0] = float("nan")
+            return views
+
+    monkeypatch.setattr(train, "MultiCrop", Broken)
+    return bad
+
+
+@pytest.mark.parametrize("more", ["", "--optimizer sgd --use_bn_in_head true", "--optimizer lars --clip_grad 0"])
+def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypatch, capsys, more):
+    more += " --epochs 3 --log_every 4 --save_every_steps 9 --keep 9 --knn_every 0"
+    run(flags("whole", more))
+    with monkeypatch.context() as patch:
+        nan_at(patch, [9])
+        with pytest.raises(FloatingPointError, match="step 9: the gradient is not finite; stopped with the state befo"):
+            run(flags("broken", more))
+    broken = load_state(tmp_path / "broken" / "checkpoint.pth")
+    assert broken["progress"]["step"] == 9
+    before = next(state for path in saved_states(tmp_path / "whole" / "checkpoint.pth")
+                  if (state := load_state(path))["progress"]["step"] == 9)
+    one, two = (dict(tensors_in({key: state[key] for key in ("student", "teacher", "dino_loss", "optimizer")}))
+                for state in (before, broken))
+    assert one.keys() == two.keys() and [name for name in one if not torch.equal(one[name], two[name])] == []
+    named = json.loads((tmp_path / "broken" / "nonfinite.json").read_text())
+    keys = next(batch_keys(9, 10, 96, 0, 16))
+    assert named["step"] == 9 and [(p["epoch"], p["index"]) for p in named["pictures"]] == keys
+    assert named["pictures"][0]["file"].endswith(".png")
+    run(flags("broken", more))  # the decoder mended
+    states = [load_state(tmp_path / name / "checkpoint.pth") for name in ("whole", "broken")]
+    for (name, a), (_, b) in zip(*(tensors_in(state["student"]) for state in states)):
+        assert torch.equal(a, b), name
+
+
+def test_fp16_leaves_out_single_steps(flags, tmp_path, monkeypatch):
+    more = "--epochs 3 --precision fp16 --knn_every 0"
+    run(flags("whole", more))
+    nan_at(monkeypatch, [11, 14])
+    run(flags("run", more))
+    whole, state = (load_state(tmp_path / name / "checkpoint.pth") for name in ("whole", "run"))
+    assert state["progress"]["step"] == 18 and state["scaler"]["scale"] == whole["scaler"]["scale"] / 4
+    assert state["optimizer"]["state"][0]["step"] == whole["optimizer"]["state"][0]["step"] - 2
+    assert all(tensor.isfinite().all() for _, tensor in tensors_in(state))
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert [i for i, loss in enumerate(losses) if loss is None] == [11, 14]
+
+
+def test_fp16_gives_up_where_no_scale_helps(flags, tmp_path, monkeypatch):
+    nan_at(monkeypatch, range(60))
+    with pytest.raises(FloatingPointError, match="no scale keeps the gradient finite in fp16.*--precision bf16"):
+        run(flags("run", "--epochs 10 --precision fp16 --knn_every 0"))
+    assert all(tensor.isfinite().all() for _, tensor in tensors_in(load_state(tmp_path / "run" / "checkpoint.pth")))
+
+
+def test_no_nan_is_ever_written(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    save_state(path, weights={"a": torch.ones(3)})
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError, match=r"state\['weights'\]\['a'\] holds NaN or infinity"):
+            save_state(path, weights={"a": torch.tensor([1.0, bad])})
+    assert torch.equal(load_state(path)["weights"]["a"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- damaged ----
+
+def flip(path, share=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(flags, tmp_path, capsys):
+    more = "--epochs 3 --save_every_steps 5 --knn_every 0"
+    run(flags("parts", more.replace("3", "2")))
+    newest = tmp_path / "parts" / "checkpoint.pth"
+    flip(newest)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        load_state(newest)
+    capsys.readouterr()
+    run(flags("parts", more))
+    out = capsys.readouterr().out
+    assert "WARNING" in out and "does not match its checksum" in out and "trying the one before" in out
+    assert "going on at step 10 of 18" in out and (tmp_path / "parts" / "checkpoint.pth.damaged").exists()
+    assert [record["step"] for record in records(tmp_path / "parts") if "step" in record] == list(range(18))
+
+
+def test_nothing_whole_is_no_reason_to_start_anew(flags, tmp_path):
+    run(flags("run", "--epochs 1 --save_every_steps 2 --keep 3"))
+    paths = saved_states(tmp_path / "run" / "checkpoint.pth")
+    assert [path.name for path in paths] == ["checkpoint.pth", "checkpoint.pth.1", "checkpoint.pth.2"]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:5000])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(CheckpointError, match=r"checkpoint.pth.2: not a checkpoint, or damaged .*--overwrite starts"):
+        run(flags("run", "--epochs 1"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def train_like_the_script(args):
+    cli.run(train.main, lambda: args, CheckpointError)
+
+
+@pytest.mark.parametrize("how", ["full", "limit"])
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(flags, tmp_path, how):
+    run(flags("run", "--epochs 1"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix != ".txt"}
+    limit = resource.RLIM_INFINITY
+    if how == "full":
+        (tmp_path / "run" / "checkpoint.pth.tmp").symlink_to("/dev/full")
+    else:
+        limit = len(before["checkpoint.pth"]) // 3
+    child = start(train_like_the_script, train.parse_args(flags("run", "--epochs 2 --knn_every 0 --log_every 9")),
+                  said=tmp_path / "said", limit=limit)
+    child.join()
+    last = (tmp_path / "said").read_text().splitlines()[-1]
+    assert child.exitcode == 2 and "checkpoint.pth: cannot be written, what was there is untouched" in last, last
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix != ".txt"}
+    assert after.pop("log.jsonl").startswith(before.pop("log.jsonl")) and after == before
+    run(flags("run", "--epochs 2"))
+    assert load_state(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 12
+
+
+# ---- what may change, and what may not ----
+
+def test_what_may_change_does_and_is_said(flags, tmp_path, capsys):
+    run(flags("run", "--epochs 1"))
+    capsys.readouterr()
+    run(flags("run", "--epochs 2 --precision bf16 --num_workers 1 --accum_steps 2 --batch_size_per_gpu 8 --lr 0.001"))
+    out = capsys.readouterr().out
+    for change in ("--epochs 1 -> 2", "--precision fp32 -> bf16", "--accum_steps 1 -> 2", "--lr 0.0005 -> 0.001",
+                   "--batch_size_per_gpu 16 -> 8"):
+        assert change in out
+    assert "num_workers" not in out and "going on at step 6 of 12" in out
+
+
+def test_other_pictures_are_another_run(flags, tmp_path, pictures):
+    run(flags("run", "--epochs 1"))
+    with pytest.raises(CheckpointError, match="number of pictures 96, not 10000"):
+        run(flags("run", "--epochs 2 --data_path shapes"))
+
+
+def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
+    run(flags("run", "--epochs 1"))
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    with pytest.raises(CheckpointError, match="holds checkpoint.pth of an earlier run: --resume none --overwrite"):
+        run(flags("run", "--epochs 2 --resume none"))
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun repeats its command after a failure
+    run(flags("run", "--epochs 2 --resume none --overwrite"))
+    assert "going on at step 6 of 12" in capsys.readouterr().out
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    run(flags("run", "--epochs 1 --resume none --overwrite --seed 7"))
+    assert load_state(tmp_path / "run" / "checkpoint.pth")["flags"]["seed"] == 7 and steps_logged(tmp_path / "run") == 6
+    words = (tmp_path / "run" / "flags.txt").read_text()
+    assert "overwrite" not in words and "resume" not in words
+    for path in saved_states(tmp_path / "run" / "checkpoint.pth"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="holds student"):  # the models are still worth something
+        run(flags("run", "--epochs 1"))
+
+
+def test_two_runs_in_one_folder_are_one_too_many(flags, tmp_path):
+    child = start(train.main, train.parse_args(flags("run", "--epochs 500 --num_workers 1")))
+    while steps_logged(tmp_path / "run") < 2:
+        time.sleep(0.001)
+    with pytest.raises(CheckpointError, match="another process is training in this folder"):
+        run(flags("run", "--epochs 500"))
+    [worker] = children_of(child.pid)
+    child.kill()
+    child.join()
+    run(flags("run", "--epochs 1"))  # a kill leaves no lock behind, though a worker may be left
+    killed = time.monotonic()
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() - killed < 60, "an orphaned worker does not end"
+        time.sleep(0.1)
+
+
+def test_a_killed_loader_worker_is_one_line(flags, tmp_path):
+    args = train.parse_args(flags("run", "--epochs 500 --num_workers 1"))
+    child = start(train_like_the_script, args, said=tmp_path / "said")
+    while steps_logged(tmp_path / "run") < 2:
+        time.sleep(0.001)
+    os.kill(children_of(child.pid)[0], signal.SIGKILL)
+    child.join()
+    last = (tmp_path / "said").read_text().splitlines()[-1]
+    assert child.exitcode == 2 and "a process that loads pictures died, often for want of memory" in last
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+def test_claims_end_with_their_file(tmp_path):
+    with resume.claim(tmp_path / "flags.txt"):
+        child = start(resume.claim, tmp_path / "flags.txt")
+        child.join()
+        assert child.exitcode == 1
+    child = start(resume.claim, tmp_path / "flags.txt")
+    child.join()
+    assert child.exitcode == 0
