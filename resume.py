@@ -223,25 +223,29 @@ def claim(path):
 
 
 def prepare_folder(output, found, overwrite):
-    """Make the folder of a run ready for it: `found`, what it goes on from, becomes its checkpoint.pth.
+    """Make a folder ready for a run: `found`, what it goes on from, becomes its checkpoint.pth; a new run finds it empty.
+
+    Returns its flags.txt, opened and claimed.
 
     Raises:
-        AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it.
+        AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it; or see `claim`.
     """
-    newest = output / "checkpoint.pth"
-    if found:
-        if found != newest:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(newest, f"{newest}.damaged")
-            os.replace(found, newest)
-        return
     learnt = sorted(path for pattern in ("checkpoint*.pth*", "teacher.safetensors", "teacher_best.safetensors",
                                          "student.safetensors") for path in output.glob(pattern))
-    if learnt and not overwrite:
+    if learnt and not found and not overwrite:
         raise AnotherRun(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
                          f"run, another --output_dir keeps it")
-    for path in (*learnt, output / "log.jsonl", output / "nonfinite.json"):
-        path.unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    flags = claim(output / "flags.txt")
+    newest = output / "checkpoint.pth"
+    if not found:
+        for path in (*learnt, output / "log.jsonl", output / "nonfinite.json"):
+            path.unlink(missing_ok=True)
+    elif found != newest:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(newest, f"{newest}.damaged")
+        os.replace(found, newest)
+    return flags
 
 
 def was_restarted():

@@ -38,7 +38,7 @@ from data import DataError, open_data
 from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
 from knn import extract_features, knn_classifier
 from optim import build_optimizer, clip_gradients, param_groups
-from resume import CheckpointError, claim, prepare_folder, resume, save_state, was_restarted, write_whole
+from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from vit import SIZES, VisionTransformer
 
 # ---- flags ----
@@ -454,10 +454,8 @@ def main(args):
     first_step, knn, epoch_stats = progress["step"], progress["knn"], progress["epoch_stats"]
     cli.require_same("a run at step", first_step)
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        ours = claim(output / "flags.txt")
-        prepare_folder(output, found, args.overwrite)
-        write_flags(ours, args)
+        flags_file = prepare_folder(output, found, args.overwrite)
+        write_flags(flags_file, args)
     report.take_up(progress)
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else

@@ -1,5 +1,6 @@
 """Mistakes end with one line that names them, and status 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import cli
 import evaluate
 import export
 import train
+from checkpoint import save_model
 from data import DataError
 from vit import VisionTransformer
 
@@ -46,7 +48,31 @@ def mistakes(tmp_path):
     grey = VisionTransformer(32, 8, in_chans=1, embed_dim=64, depth=1, num_heads=1).state_dict()
     save_file(grey, tmp_path / "grey.safetensors")
     save_file(weights | {"blocks.0.ls1.gamma": torch.ones(64)}, tmp_path / "layerscale.safetensors")
+    vit = dict(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1)
+    ours = VisionTransformer(**vit).state_dict()
+    save_model(tmp_path / "elsewhere.safetensors", ours, dict(vit=vit, data_path=f"cifar10:{tmp_path}/elsewhere"))
+    save_model(tmp_path / "number.safetensors", ours, dict(vit=vit, data_path=7))
+    save_model(tmp_path / "heads.safetensors", ours, dict(vit=vit | {"num_heads": -1}))
+    save_model(tmp_path / "deep.safetensors", ours, dict(vit=vit | {"depth": 10**9}))
+    save_model(tmp_path / "wide.safetensors", ours, dict(vit=vit | {"embed_dim": 10**6}))
+    torch.save(ours | {"norm.bias": torch.full((64,), float("nan"))}, tmp_path / "nan.pth")
+    torch.save(ours | {"pos_embed": torch.ones(1).expand(1, 10**9 + 1, 64)}, tmp_path / "claims.pth")
+    flipped = bytearray((tmp_path / "nan.pth").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(flipped)
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "a.jpg")
+    (tmp_path / "bombs").mkdir()
+    (tmp_path / "bombs" / "a.png").write_bytes(b"P6 60000 60000 255\n")
+    (tmp_path / "lines").mkdir()
+    Image.new("RGB", (3000, 1)).save(tmp_path / "lines" / "a.png")
+    (tmp_path / "model_only").mkdir()
+    (tmp_path / "model_only" / "teacher.safetensors").write_bytes(b"weeks of work")
     return tmp_path
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, evaluate.parse_args),
@@ -80,6 +106,20 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("train --output_dir {}/run", "checkpoint.pth: not a checkpoint, or damaged"),
     ("train --output_dir {}/other", "was trained with arch vit_base, not vit_small"),
     ("train --output_dir {}/a_file", "a_file"),
+    ("train --resume later", "--resume: invalid choice: 'later'"),
+    ("train --overwrite", "say --resume none as well"),
+    ("train --keep 0", "--keep: '0' is not a whole number above 0"),
+    ("train --save_every_minutes -1", "'-1' is not a number, 0 or more"),
+    ("train --timeout_minutes 0", "--timeout_minutes: '0' is not a number above 0"),
+    ("train --out_dim 100000000000000", "out of memory"),
+    ("train --embed_dim 10000000 --num_heads 1", "out of memory"),
+    ("train --data_path {}/pipes", "none of its 1 pictures can be read; the last is {}/pipes/a.jpg: not a file"),
+    ("train --data_path {}/bombs", "decompression bomb"),
+    ("train --data_path {}/lines", "3000 x 1 pixels is more of a line than a picture"),
+    ("train --data_path mnist8:{}", "torchvision has no set named 'mnist8'"),
+    ("train --output_dir {}/model_only", "holds teacher.safetensors of an earlier run: --resume none --overwrite"),
+    ("train --output_dir {}/run --resume none", "holds checkpoint.pth of an earlier run: --resume none --overwrite"),
+    ("train --output_dir /proc/here", "/proc/here"),
     ("evaluate", "the following arguments are required: task"),
     ("evaluate guess", "invalid choice: 'guess'"),
     ("evaluate knn --nb_knn 0", "--nb_knn: '0' is not a whole number above 0"),
@@ -96,23 +136,36 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("evaluate knn --ckpt {}/grey.safetensors --data_path shapes", "takes 1 channels"),
     ("evaluate knn --ckpt {}/layerscale.safetensors", "blocks.0.ls1.gamma has no place"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "of the model's patch size 8"),
+    ("evaluate knn --ckpt {}/elsewhere.safetensors", "torchvision cannot open it"),
+    ("evaluate knn --ckpt {}/number.safetensors", "does not say what it was trained on"),
+    ("evaluate knn --ckpt {}/heads.safetensors", "num_heads is -1"),
+    ("evaluate knn --ckpt {}/deep.safetensors", "1000000000 blocks of 18 tensors"),
+    ("evaluate knn --ckpt {}/wide.safetensors", "cls_token is [1, 1, 64], expected [1, 1, 1000000]"),
+    ("evaluate knn --ckpt {}/nan.pth", "norm.bias holds NaN or infinity"),
+    ("evaluate knn --ckpt {}/claims.pth", "pos_embed claims more numbers than it holds"),
+    ("evaluate knn --ckpt {}/flipped.pth", "does not match its checksum"),
     ("export", "no trained model below runs/"),
     ("export --ckpt {}/text.pth", "text.pth: not a checkpoint"),
     ("export --ckpt {}/good.safetensors --image_size 1 2 3", "takes H [W]"),
     ("export --ckpt {}/good.safetensors --image_size 33", "multiples of the model's patch size 8"),
     ("export --ckpt {}/good.safetensors --output {}/no/such/folder.onnx", "folder.onnx"),
+    ("export --ckpt {}/good.safetensors --output /proc/model.onnx", "/proc/model.onnx"),
+    ("export --ckpt {}/nan.pth", "norm.bias holds NaN or infinity"),
 ])
 def test_one_line_and_status_2(mistakes, monkeypatch, capsys, command, words):
-    name, *argv = command.format(*[mistakes] * 3).split()
+    name, *argv = command.replace("{}", str(mistakes)).split()
+    words = words.replace("{}", str(mistakes))
     main, parse_args = SCRIPTS[name]
     monkeypatch.chdir(mistakes)
     if name == "train" and not any(flag in argv for flag in ("--arch", "--embed_dim", "--output_dir")):
         argv += ["--output_dir", str(mistakes / "new")]
+    before = contents(mistakes)
     with pytest.raises(SystemExit) as stop:
         cli.run(main, lambda: parse_args(argv), *ERRORS)
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(error) == 1 and words in error[0] and "Traceback" not in error[0]
+    assert contents(mistakes) == before
 
 
 def test_from_the_shell(tmp_path):
