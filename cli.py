@@ -121,11 +121,12 @@ def several_processes():
 
 def rank_zero_first(make):
     """Call `make` on rank 0 and then on the others, so that a download is made once."""
-    if several_processes() and dist.get_rank() > 0:
-        dist.barrier()
+    waits = several_processes() and dist.get_rank() > 0
+    if waits:
+        gather(None)
     result = make()
-    if several_processes() and dist.get_rank() == 0:
-        dist.barrier()
+    if not waits:
+        gather(None)
     return result
 
 

@@ -26,6 +26,7 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+        self._step_supports_amp_scaling = True  # GradScaler then sets found_inf and need not ask the device
         self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()

@@ -223,9 +223,9 @@ def claim(path):
 
 
 def prepare_folder(output, found, overwrite):
-    """Make a folder ready for a run: `found`, what it goes on from, becomes its checkpoint.pth; a new run finds it empty.
+    """Make a folder ready for a run: `found`, what it goes on from, becomes checkpoint.pth; without, all is deleted.
 
-    Returns its flags.txt, opened and claimed.
+    Returns the folder's flags.txt, opened and claimed.
 
     Raises:
         AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it; or see `claim`.

@@ -193,6 +193,28 @@ def test_kills_within_a_save_leave_no_trace(flags, tmp_path):
     assert list((tmp_path / "parts").glob("*.tmp")) == []
 
 
+def test_the_diagnosis_of_an_epoch_survives_an_interruption_in_it(flags, monkeypatch):
+    seen = {"whole": [], "parts": []}
+
+    class Killed(Exception):
+        pass
+
+    def save_then_die(*args, **kwargs):
+        save_run(*args, **kwargs)
+        raise Killed
+
+    save_run = train.save_run
+    for name in seen:
+        monkeypatch.setattr(train, "collapse", lambda *means, name=name: seen[name].append(means))
+        if name == "parts":
+            monkeypatch.setattr(train, "save_run", save_then_die)
+            with pytest.raises(Killed):
+                run(flags(name, "--epochs 2 --save_every_steps 4 --knn_every 0"))
+            monkeypatch.setattr(train, "save_run", save_run)
+        run(flags(name, "--epochs 2 --save_every_steps 4 --knn_every 0"))
+    assert len(seen["whole"]) == 2 and seen["whole"] == seen["parts"]
+
+
 # ---- stopped ----
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
