@@ -193,26 +193,52 @@ def test_kills_within_a_save_leave_no_trace(flags, tmp_path):
     assert list((tmp_path / "parts").glob("*.tmp")) == []
 
 
-def test_the_diagnosis_of_an_epoch_survives_an_interruption_in_it(flags, monkeypatch):
-    seen = {"whole": [], "parts": []}
+class Killed(Exception):
+    pass
 
-    class Killed(Exception):
-        pass
+
+def die_after_saving(monkeypatch, times):
+    """Make a run end right after it has saved so often."""
+    save_run, saves = train.save_run, []
 
     def save_then_die(*args, **kwargs):
         save_run(*args, **kwargs)
-        raise Killed
+        saves.append(1)
+        if len(saves) == times:
+            raise Killed
 
-    save_run = train.save_run
+    monkeypatch.setattr(train, "save_run", save_then_die)
+
+
+def test_the_diagnosis_of_an_epoch_survives_an_interruption_in_it(flags, monkeypatch):
+    seen = {"whole": [], "parts": []}
     for name in seen:
         monkeypatch.setattr(train, "collapse", lambda *means, name=name: seen[name].append(means))
         if name == "parts":
-            monkeypatch.setattr(train, "save_run", save_then_die)
-            with pytest.raises(Killed):
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                die_after_saving(patch, times=1)
                 run(flags(name, "--epochs 2 --save_every_steps 4 --knn_every 0"))
-            monkeypatch.setattr(train, "save_run", save_run)
         run(flags(name, "--epochs 2 --save_every_steps 4 --knn_every 0"))
     assert len(seen["whole"]) == 2 and seen["whole"] == seen["parts"]
+
+
+def test_what_is_due_after_an_epoch_is_made_up_for(flags, tmp_path, monkeypatch, capsys):
+    """Killed between the save at the end of epoch 3 and its k-NN test and numbered checkpoint."""
+    more = "--epochs 5 --saveckp_freq 4"
+    run(flags("whole", more))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_after_saving(patch, times=4)
+        run(flags("parts", more))
+    assert "epoch 3" not in [record.get("knn") for record in records(tmp_path / "parts")]
+    run(flags("parts", more))
+    assert (tmp_path / "parts" / "checkpoint0003.pth").exists()
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+    before = (tmp_path / "parts" / "checkpoint.pth").read_bytes()
+    capsys.readouterr()
+    run(flags("parts", more))
+    out = capsys.readouterr().out  # once more, with nothing left to do
+    assert "holds a complete run" in out and "k-NN of" not in out
+    assert (tmp_path / "parts" / "checkpoint.pth").read_bytes() == before
 
 
 # ---- stopped ----
