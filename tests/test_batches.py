@@ -1,7 +1,9 @@
+import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+import batches
 from augment import MultiCrop
 from batches import Views, batch_keys, eval_loader, eval_view
 from data import ImageTree, Shapes
@@ -27,6 +29,22 @@ def test_views_depend_on_seed_epoch_and_index_alone():
     assert all(map(torch.equal, one[1, 7][0], again[1, 7][0]))
     for other in (again[2, 7], again[1, 8], Views(images, multicrop, seed=1)[1, 7]):
         assert not torch.equal(one[1, 7][0][0], other[0][0])
+
+
+def test_a_whole_disk_that_vanishes_ends_the_run(monkeypatch):
+    class Gone:
+        def __len__(self):
+            return 10**6
+
+        def __getitem__(self, i):
+            tried.append(i)
+            raise OSError(f"{i}.jpg: gone")
+
+    tried = []
+    monkeypatch.setattr(batches, "UNREADABLE_IN_A_ROW", 5)
+    with pytest.raises(OSError, match="5 pictures in a row cannot be read any more; the last is 11.jpg: gone"):
+        Views(Gone(), None, seed=0)[0, 7]
+    assert tried == [7, 8, 9, 10, 11]
 
 
 def test_eval_view_is_imagenets(scene):
