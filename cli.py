@@ -107,7 +107,8 @@ def start_processes(device, timeout_minutes=30.0):
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store over its restarts: without a part of its own a restart meets addresses of the dead.
-        # Over several machines each counts its own restarts, so there is no common name for such a part.
+        # Over several machines each counts its own restarts, so there is no common name for such a part:
+        # there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a store of its own.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # gloo carries what is agreed between the hosts, without waiting for the GPUs
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank,
@@ -204,10 +205,9 @@ def run(main, parse_args, *errors):
         if not message:
             raise
     else:
-        return
-    finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        return
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())[:1000]}", file=sys.stderr)
     sys.exit(status)
 
@@ -220,7 +220,7 @@ def of_the_machine(error):
         return f"out of memory, lower --batch_size_per_gpu or the sizes of the network ({asked[0] if asked else text})"
     if "DataLoader worker" in text:
         return f"a process that loads pictures died, often for want of memory: lower --num_workers ({text})"
-    if "LOCAL_RANK" in os.environ and any(word in text for word in ("loo", "NCCL", "imed out", "onnection")):
+    if "LOCAL_RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "timed out", "connection")):
         waited = "waited in vain for" if "imed out" in text else "lost"
         return (f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} {waited} the others: one of them "
                 f"died or hangs, look for the one that says something else, or nothing ({text})")

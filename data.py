@@ -11,6 +11,7 @@ torch, torchvision and Pillow.
 """
 
 import colorsys
+import contextlib
 import inspect
 import math
 import os
@@ -53,21 +54,32 @@ def open_rgb(path):
     Raises:
         Unreadable: the file is missing, damaged, not a picture, or too large or too long to be one.
     """
-    if not os.path.isfile(path):  # a pipe of that name would be waited for
-        raise Unreadable(f"{path}: not a file")
+    with decoding(path):
+        if not os.path.isfile(path):  # a pipe of that name would be waited for
+            raise ValueError("not a file")
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextlib.contextmanager
+def decoding(name):
+    """Whatever goes wrong within becomes Unreadable, and so does a picture above Image.MAX_IMAGE_PIXELS."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above Image.MAX_IMAGE_PIXELS
-            with Image.open(path, formats=FORMATS) as image:
-                if max(image.size) > MAX_ASPECT * min(image.size):
-                    raise ValueError(f"{image.width} x {image.height} pixels is more of a line than a picture")
-                return to_rgb(ImageOps.exif_transpose(image))
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise Unreadable(f"{path}: {error or type(error).__name__}") from None
+        raise Unreadable(f"{name}: {error or type(error).__name__}") from None
 
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB."""
+    """PIL image of any mode -> RGB.
+
+    Raises:
+        ValueError: it is more of a line than a picture.
+    """
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels is more of a line than a picture")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "IF":  # deep grey, which Pillow's own conversion would clip at 255
@@ -220,11 +232,9 @@ class TorchvisionSet(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        try:
+        with decoding(f"{type(self.images).__name__} {i}"):
             image, label = self.images[i][:2]
             image = to_rgb(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise Unreadable(f"{type(self.images).__name__} {i}: {error}") from None
         single = isinstance(label, int) or (isinstance(label, torch.Tensor) and label.numel() == 1)
         return image, int(label) if single else -1
 

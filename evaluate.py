@@ -9,6 +9,7 @@ top-5 for several numbers of neighbours. The table is also written beside the ch
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def parse_args(argv=None):
     parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     parser.add_argument("--checkpoint_key", choices=["teacher", "student"],
                         help="network to take from a full checkpoint (default: teacher)")
-    parser.add_argument("--data_path", help="labelled pictures, named as for train.py (default: what the model was "
-                                            "trained on)")
+    parser.add_argument("--data_path", help="labelled pictures, named as for train.py (default: what the newest run "
+                                            "was trained on; the built-in pictures if --ckpt says so)")
     parser.add_argument("--image_size", type=positive, metavar="PIXELS",
                         help="side of the square that is judged (default: the size the model was trained at)")
     parser.add_argument("--nb_knn", type=positive, nargs="+", default=[10, 20, 100, 200], metavar="K",
@@ -56,6 +57,9 @@ def knn(args):
     data_path = args.data_path or info.get("data_path")
     if not (data_path and isinstance(data_path, str)):
         raise DataError(f"{ckpt} does not say what it was trained on: name labelled pictures with --data_path")
+    if args.ckpt and not args.data_path and not re.fullmatch(r"shapes(:\d+)?", data_path):
+        raise DataError(f"{ckpt} says that it was trained on {data_path}; what a file names is opened when you name it "
+                        f"too: --data_path {data_path}")
     data = cli.rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
     if data.queries is None:
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")

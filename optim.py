@@ -3,8 +3,7 @@
     optimizer = build_optimizer("adamw", param_groups(network))
     norms = clip_gradients(network.parameters(), 3.0, per_parameter=True)
 
-Every optimizer here changes nothing in a step where its attribute `found_inf`, a 0-dim tensor, is 1: so the device
-itself can leave out a step, and the host need not wait to ask. This file needs torch and nothing else.
+This file needs torch and nothing else.
 """
 
 import torch
@@ -19,15 +18,10 @@ def param_groups(network):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each matrix is scaled to the matrix's norm (You et al. 2017, section 4).
-
-    Like torch's fused optimizers it changes nothing where its attribute `found_inf`, a 0-dim tensor, is 1.
-    """
+    """SGD with momentum whose step on each matrix is scaled to the matrix's norm (You et al. 2017, section 4)."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
-        self._step_supports_amp_scaling = True  # GradScaler then sets found_inf and need not ask the device
-        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self):
@@ -39,14 +33,13 @@ class LARS(torch.optim.Optimizer):
                     scale = group["trust"] * p.norm() / update.norm()
                     update = update * torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
                 momentum = self.state[p]["momentum_buffer"]
-                update = update.add(momentum, alpha=group["momentum"])
-                momentum.copy_(torch.where(self.found_inf == 1, momentum, update))
-                p.sub_(torch.where(self.found_inf == 1, 0.0, update), alpha=group["lr"])
+                momentum.mul_(group["momentum"]).add_(update)
+                p.sub_(momentum, alpha=group["lr"])
 
 
 def build_optimizer(name, groups):
     """The optimizer by name, its state there from the start; lr and weight decay are set before every step."""
-    fused = groups[0]["params"][0][1].device.type != "mps"  # only fused ones know `found_inf`
+    fused = groups[0]["params"][0][1].device.type != "mps"
     optimizer = {"adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
                  "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused),
                  "lars": lambda: LARS(groups)}[name]()

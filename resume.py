@@ -9,6 +9,7 @@ plain values, and checksums are checked, which torch.load does not. This file ne
 
 import argparse
 import contextlib
+import errno
 import os
 import warnings
 import zipfile
@@ -38,6 +39,8 @@ def save_state(path, keep=1, **state):
         if fault(tensor):
             raise FloatingPointError(f"{path}: not written, {name} {fault(tensor)}")
     write_whole(path, lambda temporary: torch.save(state, temporary), keep)
+    for older in saved_states(path)[keep:]:  # of a time when more were kept
+        older.unlink()
 
 
 def saved_states(path):
@@ -52,6 +55,7 @@ def load_state(path):
 
     Raises:
         CheckpointError: the file is missing, damaged or holds anything but tensors and plain values.
+        OSError: it cannot be read at present (permissions, a disk or network that fails); it may be sound.
     """
     try:
         require_checksums(path)
@@ -62,6 +66,9 @@ def load_state(path):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # unpickling raises nearly anything on damaged files
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE,
+                                             errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT):
+            raise
         raise CheckpointError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from None
 
 
@@ -157,7 +164,7 @@ def resume(path, fixed, flags, objects, progress, say=print):
             changed = [f"--{name} {state['flags'][name]} -> {value}" for name, value in flags.items()
                        if state["flags"].get(name, value) != value]
             restore(state, objects, progress)
-        except AnotherRun:
+        except (AnotherRun, OSError):
             raise
         except CheckpointError as error:
             reason = str(error)
@@ -179,8 +186,10 @@ def restore(state, objects, progress):
             raise ValueError(f"{name} {fault(tensor)}")
     saved, optimizer, scaler = state["progress"], objects["optimizer"], objects["scaler"]
     scores = [*saved["knn"].values(), *saved["epoch_stats"]]
-    if types_of(saved) != types_of(progress) or min(saved["step"], saved["log_bytes"]) < 0 \
+    if types_of(saved) != types_of(progress) or min(saved["step"], saved["log_bytes"]) < 0 or saved["step"] >= 2**63 \
             or any(type(text) is not str for text in (*saved["knn"], *saved["unreadable"])) \
+            or {len(accuracies) for accuracies in saved["knn"].values()} - {2} \
+            or {len(means) for means in saved["epoch_stats"]} - {3} \
             or any(type(score) is not float for several in scores for score in several):
         raise ValueError("its progress is not a run's")
     for name in ("student", "teacher", "dino_loss"):
@@ -188,7 +197,8 @@ def restore(state, objects, progress):
     if scaler.is_enabled() and state["scaler"]:  # it is empty but under fp16
         if types_of(state["scaler"]) != types_of(scaler.state_dict()):
             raise ValueError("its scaler is not one")
-        scaler.load_state_dict(state["scaler"])
+        if 1 <= state["scaler"]["scale"] < 2.0**127:  # else of a run that had given up: begin with a new one
+            scaler.load_state_dict(state["scaler"])
     ours, theirs = optimizer.state_dict(), state["optimizer"]["state"]
     if shapes_of(theirs) != shapes_of(ours["state"]):
         raise ValueError("its optimizer does not fit the network")
@@ -216,7 +226,8 @@ def claim(path):
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by workers that outlive a kill
     except (BlockingIOError, PermissionError):
-        raise AnotherRun(f"{path}: another process is training in this folder; name another --output_dir") from None
+        raise AnotherRun(f"{path.parent}: another process is training in this folder; name another "
+                         f"--output_dir") from None
     except (ImportError, OSError):  # no locks on this system, or on this kind of disk
         pass
     return file
@@ -225,19 +236,22 @@ def claim(path):
 def prepare_folder(output, found, overwrite):
     """Make a folder ready for a run: `found`, what it goes on from, becomes checkpoint.pth; without, all is deleted.
 
-    Returns the folder's flags.txt, opened and claimed.
+    Returns the claim on the folder, to be held while the run goes on.
 
     Raises:
         AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it; or see `claim`.
     """
     learnt = sorted(path for pattern in ("checkpoint*.pth*", "teacher.safetensors", "teacher_best.safetensors",
-                                         "student.safetensors") for path in output.glob(pattern))
+                                         "student.safetensors") for path in output.glob(pattern)
+                    if path.suffix != ".tmp")
     if learnt and not found and not overwrite:
         raise AnotherRun(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
                          f"run, another --output_dir keeps it")
     output.mkdir(parents=True, exist_ok=True)
-    flags = claim(output / "flags.txt")
+    held = claim(output / ".lock")
     newest = output / "checkpoint.pth"
+    for path in output.glob("*.tmp"):  # of a save that was killed
+        path.unlink()
     if not found:
         for path in (*learnt, output / "log.jsonl", output / "nonfinite.json"):
             path.unlink(missing_ok=True)
@@ -245,9 +259,10 @@ def prepare_folder(output, found, overwrite):
         with contextlib.suppress(FileNotFoundError):
             os.replace(newest, f"{newest}.damaged")
         os.replace(found, newest)
-    return flags
+    return held
 
 
 def was_restarted():
     """Whether torchrun or Slurm started this process again after an interruption."""
-    return any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)

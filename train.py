@@ -99,7 +99,8 @@ def parse_args(argv=None):
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "folder of pictures, torchvision set as NAME:ROOT, or shapes[:SIZE]")
     add(run, "--output_dir", "runs/dino", "folder for everything the run writes")
-    add(run, "--resume", "auto", "auto goes on with what output_dir holds, none starts anew", choices=["auto", "none"])
+    add(run, "--resume", "auto", "auto goes on with what output_dir holds, none starts anew (but also goes on when "
+        "torchrun or Slurm has restarted it)", choices=["auto", "none"])
     run.add_argument("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir first")
     add(run, "--save_every_minutes", 10.0, "between saves, besides those at the end of each epoch, 0 for none",
         natural_float)
@@ -237,8 +238,11 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, reached, batches,
         entropy and the entropy of its mean output (see DINOLoss.teacher_entropy), all in nats.
     """
     network = getattr(student, "module", student)
-    buffers = [*network.buffers(), *teacher.buffers(), *dino_loss.buffers()]
-    before = [buffer.clone() for buffer in buffers]
+    is_fused = optimizer.defaults.get("fused")  # then it can leave out a step by itself
+    kept = [*network.buffers(), *teacher.buffers(), *dino_loss.buffers()]  # the centre, statistics of batch norm
+    if not is_fused:
+        kept += [*network.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
+    before = [tensor.detach().clone() for tensor in kept]
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
     for group in optimizer.param_groups:
         group["lr"] = now.lr
@@ -262,13 +266,15 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, reached, batches,
     applied = norms.isfinite().all()  # of gradients that DDP has averaged: the same on every process
     if not scaler.is_enabled():
         applied &= reached == now.step
-        optimizer.found_inf = (~applied).float()
+        if is_fused:
+            optimizer.found_inf = (~applied).float()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for tensor, old in zip(kept, before):
+            tensor.copy_(torch.where(applied.to(tensor.device), tensor, old))
     move_teacher(teacher, network, now.momentum, applied)
-    for buffer, old in zip(buffers, before):  # the centre, and the statistics of batch norm
-        buffer.copy_(torch.where(applied, buffer, old))
     reached += applied | scaler.is_enabled()
     return torch.stack(results).mean(dim=0)
 
@@ -352,9 +358,12 @@ class Report:
 
     def log(self, record):
         if not self.silent:
-            with open(self.log_file, "a") as file:
-                record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}
-                file.write(json.dumps(record) + "\n")
+            record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}
+            try:
+                with open(self.log_file, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.log_file}: cannot be written ({error.strerror})") from None
 
     def step(self, record):
         self.log(record)
@@ -377,8 +386,12 @@ def save_run(output, keep, objects, info, **rest):
     """Everything needed to go on, and the two networks as files of their own."""
     states = {name: thing.state_dict() for name, thing in objects.items()}
     save_state(output / "checkpoint.pth", keep, **states, info=info, **rest)
+    save_models(output, objects, info)
+
+
+def save_models(output, objects, info):
     for name in ("student", "teacher"):
-        save_model(output / f"{name}.safetensors", states[name], info | {"network": name})
+        save_model(output / f"{name}.safetensors", objects[name].state_dict(), info | {"network": name})
 
 
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
@@ -387,26 +400,28 @@ FREE = ("output_dir", "resume", "overwrite", "device", "num_workers", "timeout_m
         "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images")  # that teach nothing
 
 
-def not_finite(output, step, pictures, images, is_fp16):
-    """Write down the (epoch, index) keys of a step that failed; returns the sentence to stop with."""
+def write_pictures(path, step, pictures, images):
+    """Write down the (epoch, index) keys of a step that failed, and the files where there are any."""
     files = getattr(images, "files", None)
     record = dict(step=step, pictures=[dict(epoch=epoch, index=index) | ({"file": files[index]} if files else {})
                                        for epoch, index in pictures])
-    (output / "nonfinite.json").write_text(json.dumps(record, indent=1))
-    what = "no scale keeps the gradient finite in fp16" if is_fp16 else "the gradient is not finite"
-    return (f"step {step}: {what}; stopped with the state before it in {output / 'checkpoint.pth'} and its pictures in "
-            f"{output / 'nonfinite.json'}; go on with --precision {'bf16' if is_fp16 else 'fp32'}, a lower --lr or a "
-            f"lower --clip_grad")
+    write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(record, indent=1)))
 
 
-def write_flags(file, args):
+def why_not_finite(output, step, precision):
+    """The sentence that a run stops with."""
+    what = "no scale keeps the gradient finite" if precision == "fp16" else "the gradient is not finite"
+    way_on = {"fp16": "--precision bf16 or ", "bf16": "--precision fp32 or ", "fp32": ""}[precision] + "a lower --lr"
+    return (f"step {step}: in {precision} {what}; the state without it is saved in {output / 'checkpoint.pth'}, its "
+            f"pictures are named in {output / 'nonfinite.json'}; look at them, or go on with {way_on}")
+
+
+def write_flags(path, args):
     """The resolved flags, in the form that @FILE reads, but for those that would delete the run they repeat."""
-    file.truncate(0)
-    for name, value in vars(args).items():
-        if name not in ("resume", "overwrite"):
-            values = value if isinstance(value, tuple) else [value]
-            file.write(shlex.join([f"--{name}", *map(str, values)]) + "\n")
-    file.flush()
+    flags = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()
+             if name not in ("resume", "overwrite")}
+    lines = [shlex.join([f"--{name}", *map(str, values)]) for name, values in flags.items()]
+    write_whole(path, lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
 
 
 def main(args):
@@ -454,8 +469,10 @@ def main(args):
     first_step, knn, epoch_stats = progress["step"], progress["knn"], progress["epoch_stats"]
     cli.require_same("a run at step", first_step)
     if rank == 0:
-        flags_file = prepare_folder(output, found, args.overwrite)
-        write_flags(flags_file, args)
+        report.claim = prepare_folder(output, found, args.overwrite)  # held as long as the run
+        write_flags(output / "flags.txt", args)
+        if found:  # the models may be of another save than the state
+            save_models(output, objects, info)
     report.take_up(progress)
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
@@ -498,6 +515,7 @@ def main(args):
             measure(f"epoch {epoch - 1}", teacher.backbone)
             save()
 
+    stop = cli.StopSignals()
     finish_epoch(first_step)
 
     # ---- training ----
@@ -505,7 +523,6 @@ def main(args):
     batches = iter(train_loader(data.train, build_multicrop(args),
                                 batch_keys(first_step, total_steps, *keys, rank, world_size),
                                 args.seed, args.num_workers, pin_memory=device.type == "cuda"))
-    stop = cli.StopSignals()
     report.start_bar(first_step, total_steps)
     clock, clock_step, saved_at = time.monotonic(), first_step, time.monotonic()
     for step in range(first_step, total_steps):
@@ -524,11 +541,14 @@ def main(args):
         report.bar.update()
         stopped_by = stop.agreed()
         if (log_now or stopped_by) and (reached.item() <= step or scaler.get_scale() < 1):
-            save()
             failed = min(reached.item(), step)
-            pictures = [key for r in range(world_size) for batch in batch_keys(failed, failed + 1, *keys, r, world_size)
-                        for key in batch]
-            raise FloatingPointError(not_finite(output, failed, pictures, data.train, scaler.is_enabled()))
+            save()
+            if rank == 0:
+                pictures = [key for r in range(world_size)
+                            for batch in batch_keys(failed, failed + 1, *keys, r, world_size) for key in batch]
+                write_pictures(output / "nonfinite.json", failed, pictures, data.train)
+            cli.gather(None)  # the first process that ends with an error ends all
+            raise FloatingPointError(why_not_finite(output, failed, args.precision))
         if log_now:
             if world_size > 1:
                 dist.all_reduce(stats)
@@ -539,7 +559,7 @@ def main(args):
             clock, clock_step = time.monotonic(), step + 1
             report.step(dict(epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
                              teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy, images_per_second=speed,
-                             unreadable=len(report.unreadable), **now._asdict()))
+                             unreadable=len(report.unreadable), loss_scale=scaler.get_scale(), **now._asdict()))
         if end_of_epoch:
             trouble = collapse(*torch.tensor(epoch_stats).nanmean(dim=0).tolist(), args.out_dim)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
@@ -553,17 +573,18 @@ def main(args):
                 report.bar.close()
                 report.say(f"stopped by {stopped_by} after step {step + 1} of {total_steps}, saved in "
                            f"{output / 'checkpoint.pth'}: the same command goes on"
-                           + " without --resume none" * (args.resume == "none"))
+                           + ", without --resume none --overwrite" * (args.resume == "none"))
                 return
             if end_of_epoch:
                 finish_epoch(step + 1)
             clock, clock_step, saved_at = time.monotonic(), step + 1, time.monotonic()
     report.bar.close()
 
-    if judging:
+    if judging and knn:
         shown = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
         report.say("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in shown))
-        report.say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}")
+        report.say(f"next: python evaluate.py knn --ckpt {output / 'teacher.safetensors'}"
+                   + f" --data_path {args.data_path}" * (not args.data_path.startswith("shapes")))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def mistakes(tmp_path):
     vit = dict(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1)
     ours = VisionTransformer(**vit).state_dict()
     save_model(tmp_path / "elsewhere.safetensors", ours, dict(vit=vit, data_path=f"cifar10:{tmp_path}/elsewhere"))
+    save_model(tmp_path / "root.safetensors", ours, dict(vit=vit, data_path="/"))
     save_model(tmp_path / "number.safetensors", ours, dict(vit=vit, data_path=7))
     save_model(tmp_path / "heads.safetensors", ours, dict(vit=vit | {"num_heads": -1}))
     save_model(tmp_path / "deep.safetensors", ours, dict(vit=vit | {"depth": 10**9}))
@@ -136,7 +137,8 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("evaluate knn --ckpt {}/grey.safetensors --data_path shapes", "takes 1 channels"),
     ("evaluate knn --ckpt {}/layerscale.safetensors", "blocks.0.ls1.gamma has no place"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "of the model's patch size 8"),
-    ("evaluate knn --ckpt {}/elsewhere.safetensors", "torchvision cannot open it"),
+    ("evaluate knn --ckpt {}/elsewhere.safetensors", "opened when you name it too: --data_path cifar10:{}/elsewhere"),
+    ("evaluate knn --ckpt {}/root.safetensors", "says that it was trained on /; what a file names is opened when you"),
     ("evaluate knn --ckpt {}/number.safetensors", "does not say what it was trained on"),
     ("evaluate knn --ckpt {}/heads.safetensors", "num_heads is -1"),
     ("evaluate knn --ckpt {}/deep.safetensors", "1000000000 blocks of 18 tensors"),

@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import evaluate
 from batches import eval_view
 from checkpoint import save_model
-from data import Shapes
+from data import DataError, Shapes
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -59,11 +59,21 @@ def test_knn_with_no_argument_judges_the_newest_run(run, monkeypatch, capsys):
         assert f"{scores['top1']:.2f}" in out
 
 
+def test_what_a_run_was_trained_on_is_never_downloaded(run, monkeypatch):
+    folder, path, model = run
+    monkeypatch.chdir(folder)
+    vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    save_model(path, model.state_dict(), dict(vit=vit, data_path=f"cifar10:{folder}"))
+    with pytest.raises(DataError, match="Dataset not found"):
+        evaluate.knn(evaluate.parse_args(["knn"]))
+
+
 def test_two_processes_give_the_same_table(run):
     folder, path, _ = run
     tables = []
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), "knn", "--ckpt", str(path)]
+        command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), "knn", "--ckpt", str(path),
+                   "--data_path", str(folder / "pictures")]
         result = subprocess.run(command + ["--num_workers", "0"], cwd=folder, capture_output=True, text=True,
                                 timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, damaged and taken up again."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cli
 import resume
@@ -109,6 +110,16 @@ def steps_logged(folder):
         return 0
 
 
+def new_steps(folder, logged):
+    """How many steps were logged since the log was this list of lines; those logged again count, their speed differs"""
+    try:
+        lines = (folder / "log.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    same = next((i for i, (a, b) in enumerate(zip(lines, logged)) if a != b), min(len(lines), len(logged)))
+    return sum('"step"' in line for line in lines[same:])
+
+
 def assert_identical(whole, parts):
     """Bit for bit: student, teacher, optimizer, centre, scaler, progress, log and model files."""
     one, two = (load_state(folder / "checkpoint.pth") for folder in (whole, parts))
@@ -134,9 +145,10 @@ def test_kills_at_random_steps_leave_no_trace(flags, tmp_path, request):
     rng, done, parts = random.Random(0), 0, tmp_path / "parts"
     while done < kills:
         args = train.parse_args(flags("parts", f"{more} --num_workers {rng.choice((0, 1, 2))}"))
-        target = steps_logged(parts) // 4 * 4 + rng.randint(1, STEPS)
+        logged = (parts / "log.jsonl").read_text().splitlines() if parts.exists() else []
+        target = rng.randint(1, STEPS)
         child = start(train.main, args)
-        while child.is_alive() and steps_logged(parts) < target:
+        while child.is_alive() and new_steps(parts, logged) < target:
             time.sleep(0.001)
         time.sleep(rng.choice((0, 0.002, 0.01)))  # into the step, or the save
         assert child.is_alive(), "the run ended before it was killed often enough"
@@ -146,8 +158,8 @@ def test_kills_at_random_steps_leave_no_trace(flags, tmp_path, request):
     assert_identical(tmp_path / "whole", parts)
 
 
-def die_within_a_save(args, point):
-    """Train; at the second save be killed before its point-th step on the disk, 0 being amid the writing."""
+def die_within_a_save(args, save, point):
+    """Train; at this save be killed before its point-th step on the disk, 0 being amid the writing."""
     saves, steps = 0, 0
     save_run, torch_save = train.save_run, torch.save
 
@@ -158,7 +170,7 @@ def die_within_a_save(args, point):
 
     def half_save(state, path):
         torch_save(state, path)
-        if saves == 2 and point == 0:
+        if saves == save and point == 0:
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -166,7 +178,7 @@ def die_within_a_save(args, point):
         def wrapped(*args):
             nonlocal steps
             steps += 1
-            if saves == 2 and steps == point:
+            if saves == save and steps == point:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args)
         return wrapped
@@ -179,11 +191,13 @@ def die_within_a_save(args, point):
 def test_kills_within_a_save_leave_no_trace(flags, tmp_path):
     more = "--epochs 6 --save_every_steps 2 --knn_every 0"
     run(flags("whole", more))
-    for point in range(11):  # the writing, then 10 calls of fsync and replace for checkpoint, student and teacher
-        child = start(die_within_a_save, train.parse_args(flags("parts", more)), point)
+    # the writing, then 10 calls of fsync and replace for checkpoint, student and teacher
+    moments = [(1, 0), (1, 2), *((2, point) for point in range(11))]
+    for save, point in moments:
+        child = start(die_within_a_save, train.parse_args(flags("parts", more)), save, point)
         child.join()
-        assert child.exitcode == -signal.SIGKILL, point
-        assert len(saved_states(tmp_path / "parts" / "checkpoint.pth")) >= 1
+        assert child.exitcode == -signal.SIGKILL, (save, point)
+        assert bool(saved_states(tmp_path / "parts" / "checkpoint.pth")) == (save > 1), (save, point)
     run(flags("parts", more))
     for folder in ("whole", "parts"):
         (tmp_path / folder / "teacher_best.safetensors").touch()
@@ -279,17 +293,35 @@ def test_a_second_interrupt_stops_at_once():
         time.sleep(1)
 
 
-def torchrun(flags, *more):
+def torchrun(flags, *more, script="train.py"):
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more, "train.py",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more, str(script),
          *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 def wait_for_steps(process, folder, steps):
     while steps_logged(folder) < steps:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
+
+
+def stop_then_train(args):
+    """A signal that comes while the pictures are being read."""
+    start_bar = train.Report.start_bar
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        start_bar(*args)
+
+    train.Report.start_bar = signalled
+    cli.run(train.main, lambda: args, CheckpointError)
+
+
+def test_a_signal_before_the_first_step_loses_nothing(flags, tmp_path):
+    child = start(stop_then_train, train.parse_args(flags("run", "--epochs 2")), said=tmp_path / "said")
+    child.join()
+    assert child.exitcode == 0 and "stopped by SIGTERM after step 1 of 12" in (tmp_path / "said").read_text()
 
 
 def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
@@ -352,13 +384,17 @@ def nan_at(monkeypatch, steps, num_pictures=96, once=True):
     return bad
 
 
-@pytest.mark.parametrize("more", ["", "--optimizer sgd --use_bn_in_head true", "--optimizer lars --clip_grad 0"])
+@pytest.mark.parametrize("more", ["", "--optimizer sgd --use_bn_in_head true", "--optimizer lars --clip_grad 0",
+                                  "not fused"])
 def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypatch, capsys, more):
+    if more == "not fused":  # as on MPS
+        more, adamw = "", torch.optim.AdamW
+        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: adamw(groups, lr))
     more += " --epochs 3 --log_every 4 --save_every_steps 9 --keep 9 --knn_every 0"
     run(flags("whole", more))
     with monkeypatch.context() as patch:
         nan_at(patch, [9])
-        with pytest.raises(FloatingPointError, match="step 9: the gradient is not finite; stopped with the state befo"):
+        with pytest.raises(FloatingPointError, match="step 9: in fp32 the gradient is not finite; the state without"):
             run(flags("broken", more))
     broken = load_state(tmp_path / "broken" / "checkpoint.pth")
     assert broken["progress"]["step"] == 9
@@ -377,6 +413,34 @@ def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypa
         assert torch.equal(a, b), name
 
 
+BROKEN = """
+import sys
+import train, cli
+
+class Broken(train.MultiCrop):
+    def __call__(self, image, key):
+        views = super().__call__(image, key)
+        if key[1:] == {key}:
+            views[0][0, 0, 0] = float("nan")
+        return views
+
+train.MultiCrop = Broken
+cli.run(train.main, train.parse_args, FloatingPointError)
+"""
+
+
+def test_what_is_not_finite_on_one_process_stops_all(flags, tmp_path):
+    two = "--batch_size_per_gpu 8 --epochs 3 --log_every 4 --knn_every 0"
+    key = list(batch_keys(9, 10, 96, 0, 8, 1, rank=1, world_size=2))[0][3]
+    (tmp_path / "broken.py").write_text(BROKEN.replace("{key}", str(key)))
+    process = torchrun(flags("run", two), script=tmp_path / "broken.py")
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 1 and "step 9: in fp32 the gradient is not finite" in output
+    assert load_state(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 9
+    named = json.loads((tmp_path / "run" / "nonfinite.json").read_text())["pictures"]
+    assert len(named) == 16 and (named[11]["epoch"], named[11]["index"]) == key
+
+
 def test_fp16_leaves_out_single_steps(flags, tmp_path, monkeypatch):
     more = "--epochs 3 --precision fp16 --knn_every 0"
     run(flags("whole", more))
@@ -392,9 +456,13 @@ def test_fp16_leaves_out_single_steps(flags, tmp_path, monkeypatch):
 
 def test_fp16_gives_up_where_no_scale_helps(flags, tmp_path, monkeypatch):
     nan_at(monkeypatch, range(60))
-    with pytest.raises(FloatingPointError, match="no scale keeps the gradient finite in fp16.*--precision bf16"):
+    with pytest.raises(FloatingPointError, match="in fp16 no scale keeps the gradient finite.*--precision bf16"):
         run(flags("run", "--epochs 10 --precision fp16 --knn_every 0"))
-    assert all(tensor.isfinite().all() for _, tensor in tensors_in(load_state(tmp_path / "run" / "checkpoint.pth")))
+    given_up = load_state(tmp_path / "run" / "checkpoint.pth")
+    assert all(tensor.isfinite().all() for _, tensor in tensors_in(given_up)) and given_up["scaler"]["scale"] < 1
+    monkeypatch.undo()
+    run(flags("run", "--epochs 10 --precision fp16 --knn_every 0"))  # with sound pictures and a new scale
+    assert records(tmp_path / "run")[-1]["step"] == 59 and records(tmp_path / "run")[-1]["loss_scale"] > 1
 
 
 def test_no_nan_is_ever_written(tmp_path):
@@ -441,27 +509,87 @@ def test_nothing_whole_is_no_reason_to_start_anew(flags, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_a_disk_that_fails_is_not_a_damaged_file(flags, tmp_path, monkeypatch):
+    """It may come back, so the newest state is neither passed over nor renamed."""
+    run(flags("run", "--epochs 1 --save_every_steps 2"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "require_checksums", fail)
+        with pytest.raises(OSError, match="Input/output error: .*checkpoint.pth'"):
+            run(flags("run", "--epochs 2"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_models_are_those_of_the_state(flags, tmp_path):
+    """Killed between the save of the state and that of the models, at the end of the run."""
+    run(flags("run", "--epochs 1 --knn_every 0"))
+    teacher = tmp_path / "run" / "teacher.safetensors"
+    before = load_file(teacher)
+    save_file({name: tensor + 1 for name, tensor in before.items()}, teacher, {"vit": "{}"})
+    run(flags("run", "--epochs 1 --knn_every 0"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(teacher).items())
+
+
+def test_fewer_are_kept_when_told_so(flags, tmp_path):
+    run(flags("run", "--epochs 1 --save_every_steps 2 --keep 3"))
+    run(flags("run", "--epochs 2 --save_every_steps 2 --keep 2"))
+    assert [path.name for path in saved_states(tmp_path / "run" / "checkpoint.pth")][-1] == "checkpoint.pth.1"
+
+
+def test_judging_switched_on_after_the_end_has_nothing_to_say(flags, capsys):
+    run(flags("run", "--epochs 2 --knn_every 0"))
+    run(flags("run", "--epochs 1 --knn_every 1"))
+    assert "complete run" in capsys.readouterr().out
+
+
+def models_of(folder):
+    """All numbers of the model files; the order of their metadata is another in each."""
+    return {path.name: {name: tensor.tolist() for name, tensor in load_file(path).items()}
+            for path in folder.glob("*.safetensors")}
+
+
 def train_like_the_script(args):
     cli.run(train.main, lambda: args, CheckpointError)
 
 
-@pytest.mark.parametrize("how", ["full", "limit"])
+def train_on_a_full_disk(args, name):
+    """Everything written to this file of the run meets a full disk."""
+    start_bar = train.Report.start_bar
+
+    def start_with_a_full_disk(report, *args):
+        path = report.log_file.parent / name
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/full")
+        start_bar(report, *args)
+
+    train.Report.start_bar = start_with_a_full_disk
+    train_like_the_script(args)
+
+
+@pytest.mark.parametrize("how", ["checkpoint.pth.tmp", "log.jsonl", "a limit"])
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(flags, tmp_path, how):
     run(flags("run", "--epochs 1"))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix != ".txt"}
-    limit = resource.RLIM_INFINITY
-    if how == "full":
-        (tmp_path / "run" / "checkpoint.pth.tmp").symlink_to("/dev/full")
+    checkpoint = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    log, models = (tmp_path / "run" / "log.jsonl").read_bytes(), models_of(tmp_path / "run")
+    args = train.parse_args(flags("run", "--epochs 2 --knn_every 0"))
+    if how == "a limit":
+        child = start(train_like_the_script, args, said=tmp_path / "said", limit=len(checkpoint) // 3)
     else:
-        limit = len(before["checkpoint.pth"]) // 3
-    child = start(train_like_the_script, train.parse_args(flags("run", "--epochs 2 --knn_every 0 --log_every 9")),
-                  said=tmp_path / "said", limit=limit)
+        child = start(train_on_a_full_disk, args, how, said=tmp_path / "said")
     child.join()
     last = (tmp_path / "said").read_text().splitlines()[-1]
-    assert child.exitcode == 2 and "checkpoint.pth: cannot be written, what was there is untouched" in last, last
-    assert "Traceback" not in (tmp_path / "said").read_text()
-    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix != ".txt"}
-    assert after.pop("log.jsonl").startswith(before.pop("log.jsonl")) and after == before
+    assert child.exitcode == 2 and "Traceback" not in (tmp_path / "said").read_text()
+    assert ("log.jsonl: cannot be written (No space left on device)" if how == "log.jsonl" else
+            "checkpoint.pth: cannot be written, what was there is untouched") in last, last
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == checkpoint and models_of(tmp_path / "run") == models
+    if how == "log.jsonl":
+        (tmp_path / "run" / "log.jsonl").unlink()
+    assert how == "log.jsonl" or (tmp_path / "run" / "log.jsonl").read_bytes().startswith(log)
+    assert list((tmp_path / "run").glob("*.tmp")) == []
     run(flags("run", "--epochs 2"))
     assert load_state(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 12
 
@@ -506,7 +634,7 @@ def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
 
 
 def test_two_runs_in_one_folder_are_one_too_many(flags, tmp_path):
-    child = start(train.main, train.parse_args(flags("run", "--epochs 500 --num_workers 1")))
+    child = start(train.main, train.parse_args(flags("run", "--epochs 500 --num_workers 1 --knn_every 0")))
     while steps_logged(tmp_path / "run") < 2:
         time.sleep(0.001)
     with pytest.raises(CheckpointError, match="another process is training in this folder"):
@@ -534,10 +662,10 @@ def test_a_killed_loader_worker_is_one_line(flags, tmp_path):
 
 
 def test_claims_end_with_their_file(tmp_path):
-    with resume.claim(tmp_path / "flags.txt"):
-        child = start(resume.claim, tmp_path / "flags.txt")
+    with resume.claim(tmp_path / "lock"):
+        child = start(resume.claim, tmp_path / "lock", said=tmp_path / "said")
         child.join()
-        assert child.exitcode == 1
-    child = start(resume.claim, tmp_path / "flags.txt")
+        assert child.exitcode == 1 and "another process is training in this folder" in (tmp_path / "said").read_text()
+    child = start(resume.claim, tmp_path / "lock")
     child.join()
     assert child.exitcode == 0
