@@ -58,7 +58,7 @@ def open_rgb(path):
         if not os.path.isfile(path):  # a pipe of that name would be waited for
             raise ValueError("not a file")
         with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(picture(image)))
 
 
 @contextlib.contextmanager
@@ -72,14 +72,15 @@ def decoding(name):
         raise Unreadable(f"{name}: {error or type(error).__name__}") from None
 
 
-def to_rgb(image):
-    """PIL image of any mode -> RGB.
-
-    Raises:
-        ValueError: it is more of a line than a picture.
-    """
+def picture(image):
+    """The image, if it has the form of a picture; raises ValueError if it is more of a line."""
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels is more of a line than a picture")
+    return image
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "IF":  # deep grey, which Pillow's own conversion would clip at 255
@@ -234,7 +235,7 @@ class TorchvisionSet(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with decoding(f"{type(self.images).__name__} {i}"):
             image, label = self.images[i][:2]
-            image = to_rgb(image)
+            image = to_rgb(picture(image))
         single = isinstance(label, int) or (isinstance(label, torch.Tensor) and label.numel() == 1)
         return image, int(label) if single else -1
 

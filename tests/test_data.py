@@ -2,11 +2,12 @@ import struct
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.transforms import functional as TF
 
 import data
-from data import DataError, ImageTree, Shapes, Unreadable, open_data, open_rgb
+from data import DataError, ImageTree, Shapes, TorchvisionSet, Unreadable, open_data, open_rgb
 from knn import knn_classifier
 
 
@@ -148,6 +149,19 @@ def test_unreadable_files_are_named(tmp_path, scene, monkeypatch):
 
 
 # ---- sets by name ----
+
+def test_sets_of_torchvision_are_checked_too(tmp_path, scene, monkeypatch):
+    for name, image in (("line", Image.new("RGB", (3000, 1))), ("whole", scene)):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        image.save(tmp_path / "class" / f"{name}.png")
+    images = TorchvisionSet(torchvision.datasets.ImageFolder(tmp_path))
+    with pytest.raises(Unreadable, match="ImageFolder 0: 3000 x 1 pixels is more of a line"):
+        images[0]
+    assert images[1][0].size == scene.size
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    with pytest.raises(Unreadable, match="ImageFolder 1: .*decompression bomb"):
+        images[1]
+
 
 def test_a_torchvision_set_by_name(tmp_path):
     raw = tmp_path / "MNIST" / "raw"

@@ -154,7 +154,8 @@ def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
         assert words in out
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoint.pth", "checkpoint.pth.1", "checkpoint0000.pth", "checkpoint0001.pth",
-                     "teacher.safetensors", "flags.txt", "student.safetensors", "teacher_best.safetensors", "log.jsonl"}
+                     "teacher.safetensors", "flags.txt", "student.safetensors", "teacher_best.safetensors", "log.jsonl",
+                     ".lock"}
     records = [line for line in lines(tmp_path) if "loss" in line]
     assert len(records) == 8
     assert records[0]["ln_k"] == pytest.approx(math.log(64)) and 0 < records[0]["teacher_entropy"] <= math.log(64)
