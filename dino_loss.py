@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+CHUNK_BYTES = (2**26, 2**22)  # of student logits worked on at once: by a GPU, by a CPU with its cache
+
 
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows have a direction and a length of their own.
@@ -31,8 +33,28 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear; the length sets how fast rows can turn
 
-    def forward(self, x):  # [..., in_dim] -> [..., out_dim]
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+    def forward(self, x):  # [M, in_dim] -> [M, out_dim]
+        return NormalizedProduct.apply(x, self.weight_g, self.weight_v)
+
+
+class NormalizedProduct(torch.autograd.Function):
+    """x @ weight.T of WeightNormLinear without a copy of the weight: with K rows it is the largest there is."""
+
+    @staticmethod
+    def forward(ctx, x, weight_g, weight_v):
+        length = weight_v.norm(dim=1, keepdim=True)  # [K, 1]
+        ctx.save_for_backward(x, weight_g, weight_v, length)
+        return (x @ weight_v.T).mul_((weight_g / length).T)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # [M, K]
+        x, weight_g, weight_v, length = ctx.saved_tensors
+        grad_x = (grad * (weight_g / length).T) @ weight_v if ctx.needs_input_grad[0] else None
+        grad_v = grad.T @ x  # with respect to weight; what is along the row changes its length, the rest its direction
+        along = (grad_v.unsqueeze(1) @ weight_v.unsqueeze(2)).squeeze(2) / length  # [K, 1]
+        grad_v.addcmul_(weight_v, along / length, value=-1).mul_(weight_g / length)
+        return grad_x, along if ctx.needs_input_grad[1] else None, grad_v
 
 
 class DINOHead(nn.Module):
@@ -91,31 +113,34 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.pending = []  # means of the teacher's logits that the centre has not taken in yet
+        self.reduced = None  # their mean over all processes, and what to wait for until it is one
 
-    def forward(self, student_logits, teacher_logits, teacher_temp, update_center=True):
+    def forward(self, student_logits, teacher_logits, teacher_temp, update_center=True, overwrite=False):
         """student_logits [V*B, K] and teacher_logits [2*B, K] -> scalar, float32.
 
         The centre moves afterwards, on the teacher's logits. With gradient accumulation pass
-        `update_center=False` for all but the last part of a step: then it moves once, on all parts.
+        `update_center=False` for all but the last part of a step: then it moves once, on all parts. With it
+        for all, `update_center()` is yours to call, and `reduce_center()` at an earlier time hides the wait.
+
+        Args:
+            overwrite: the gradient takes the place of student_logits, which must not be read any more;
+                otherwise it takes as much memory again.
 
         Raises:
             ValueError: logits that are not view-major [V*B, K] and [2*B, K] with V >= 2.
         """
-        B, K = teacher_logits.shape[0] // 2, self.center.shape[1]
+        K = self.center.shape[1]
+        B = teacher_logits.shape[0] // 2
         if student_logits.shape[1:] != (K,) or teacher_logits.shape != (2 * B, K) or B == 0 \
                 or student_logits.shape[0] % B or student_logits.shape[0] < 2 * B:
             raise ValueError(f"logits of {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}: expected "
                              f"[V*B, {K}] with V >= 2 and [2*B, {K}]")
-        V = student_logits.shape[0] // B
-        log_p = F.log_softmax(student_logits.float() / self.student_temp, dim=-1).view(V, B, K)
-        q = self.teacher_probabilities(teacher_logits, teacher_temp).view(2, B, K)
-        # The sum over pairs is a product of sums, (q_0 + q_1) . (p_0 + ... + p_V-1), less each view with itself.
-        all_pairs = (q.sum(dim=0) * log_p.sum(dim=0)).sum()
-        same_view = (q * log_p[:2]).sum()
+        loss = CrossEntropy.apply(student_logits.float(), teacher_logits.float(), self.center, self.student_temp,
+                                  teacher_temp, overwrite)
         self.pending.append(teacher_logits.detach().float().mean(dim=0, keepdim=True))
         if update_center:
             self.update_center()
-        return (same_view - all_pairs) / (B * (2 * V - 2))
+        return loss
 
     @torch.no_grad()
     def teacher_probabilities(self, teacher_logits, teacher_temp):
@@ -134,14 +159,65 @@ class DINOLoss(nn.Module):
         return torch.special.entr(q).sum(dim=-1).mean(), torch.special.entr(q.mean(dim=0)).sum()
 
     @torch.no_grad()
-    def update_center(self):
-        """Move the centre towards the mean of the pending logits over all processes, once (equation 4)."""
-        mean = torch.stack(self.pending).mean(dim=0)  # [1, K]
+    def reduce_center(self):
+        """Start to average the pending logits over all processes, so that `update_center` need not wait for them."""
+        mean, work = torch.stack(self.pending).mean(dim=0), None  # [1, K]
         self.pending.clear()
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
             mean /= dist.get_world_size()
+            work = dist.all_reduce(mean, async_op=True)
+        self.reduced = mean, work
+
+    @torch.no_grad()
+    def update_center(self):
+        """Move the centre towards the mean of the pending logits over all processes, once (equation 4)."""
+        if self.reduced is None:
+            self.reduce_center()
+        (mean, work), self.reduced = self.reduced, None
+        if work:
+            work.wait()
         self.center.lerp_(mean, 1 - self.center_momentum)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The mean over all pairs of DINOLoss, and its gradient, in one reading of the logits.
+
+    The sum over pairs is a product of sums, -(q_0 + q_1) . (log p_0 + ... + log p_V-1), less each view with
+    itself, and the gradient of -q . log_softmax(s / T) is (softmax(s / T) - q) / T. The images are taken a few
+    at a time, so that what is in between stays in the cache and no second [V*B, K] is needed.
+    """
+
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, center, student_temp, teacher_temp, overwrite):
+        B, K = teacher_logits.shape[0] // 2, teacher_logits.shape[1]
+        student, teacher = student_logits.view(-1, B, K), teacher_logits.view(2, B, K)
+        V = len(student)
+        gradient = student if overwrite else torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        total = student.new_zeros(())
+        chunk = max(1, CHUNK_BYTES[student.device.type == "cpu"] // (4 * V * K))
+        for first in range(0, B, chunk):
+            images = slice(first, first + chunk)
+            q = F.softmax((teacher[:, images] - center) / teacher_temp, dim=-1)  # [2, b, K]
+            q_sum = q.sum(dim=0)
+            x = student[:, images] / student_temp  # [V, b, K]
+            p = F.softmax(x, dim=-1)
+            log_normalizer = x.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
+            log_p = x.sub_(log_normalizer)
+            total += (q * log_p[:2]).sum() - (q_sum * log_p.sum(dim=0)).sum()
+            if ctx.needs_input_grad[0]:
+                torch.sub(p[:2], q.flip(0), out=gradient[:2, images])  # a global view learns from the other one,
+                torch.sub(p[2:], q_sum, alpha=0.5, out=gradient[2:, images])  # a local view from both
+        pairs = B * (2 * V - 2)
+        ctx.gradient, ctx.scale = gradient, 1 / (pairs * student_temp)
+        return total / pairs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        gradient, ctx.gradient = ctx.gradient, None
+        gradient[:2] *= grad_output * ctx.scale
+        gradient[2:] *= grad_output * (2 * ctx.scale)
+        return gradient.flatten(0, 1), None, None, None, None, None
 
 
 def cosine_schedule(step, total_steps, base, final, warmup_steps=0, start=0.0):

@@ -11,8 +11,6 @@ none. Healthy training starts at loss = ln(out_dim), stays there for the first h
 while the KL divergence stays above zero.
 """
 
-import contextlib
-import itertools
 import json
 import math
 import random
@@ -21,7 +19,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,11 +32,12 @@ from batches import batch_keys, counted_seed, eval_loader, train_loader
 from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
-from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
+from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
 from knn import extract_features, knn_classifier
-from optim import build_optimizer, clip_gradients, param_groups
+from optim import build_optimizer, param_groups
 from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
-from vit import SIZES, VisionTransformer
+from step import Settings, allow_tf32, autocast, build_networks, compile_regions, train_step
+from vit import SIZES
 
 # ---- flags ----
 
@@ -111,6 +109,11 @@ def parse_args(argv=None):
     add(run, "--knn_images", 20000, "at most so many labelled pictures to look neighbours up in", positive)
     add(run, "--log_every", 50, "steps between lines in the log", positive)
     add(run, "--seed", 0, "of weights, order, views and stochastic depth", natural)
+    add(run, "--compile", False, "compile the blocks: a minute or more at first, then faster steps", boolean, nargs="?",
+        const=True)
+    add(run, "--activation_checkpointing", False, "compute the student's blocks again in backward: slower, less memory",
+        boolean, nargs="?", const=True)
+    add(run, "--profile", 0, "steps to record, from the third on, in trace.json for Perfetto, 0 for none", natural)
     add(run, "--timeout_minutes", 30.0, "how long a process waits for the others before it gives up", positive_float)
     cli.add_machine_flags(run)
 
@@ -147,63 +150,7 @@ def has_fast_bf16(device):
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-# ---- networks ----
-
-class Network(nn.Module):
-    """Backbone and projection head, for views of several sizes."""
-
-    def __init__(self, backbone, head):
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, views):
-        """List of V tensors [B, C, s, s] -> logits [V*B, K], view-major; one backbone pass per run of equal sizes."""
-        runs = [torch.cat(list(run)) for _, run in itertools.groupby(views, key=lambda view: view.shape)]
-        return self.head(torch.cat([self.backbone(run) for run in runs]))
-
-
-def build_networks(args):
-    """Student, teacher (its copy, without stochastic depth or gradients), and what the model files say of them."""
-    torch.manual_seed(args.seed)
-    vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, embed_dim=args.embed_dim, depth=args.depth,
-               num_heads=args.num_heads)
-    head = dict(in_dim=args.embed_dim, out_dim=args.out_dim, use_bn=args.use_bn_in_head,
-                norm_last_layer=args.norm_last_layer, hidden_dim=args.hidden_dim)
-    student = Network(VisionTransformer(**vit, drop_path_rate=args.drop_path_rate), DINOHead(**head))
-    teacher = Network(VisionTransformer(**vit), DINOHead(**head))
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    info = dict(arch=args.arch, vit=vit, head=head, patch_size=args.patch_size, image_size=args.global_crops_size,
-                mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    return student, teacher, info
-
-
-@torch.no_grad()
-def move_teacher(teacher, student, momentum, applied=1.0):
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (section 3.1).
-
-    Args:
-        applied: 0-dim tensor, 0 where the step was not applied: then the teacher stays as it is.
-    """
-    parameters = list(teacher.parameters())
-    moves = torch._foreach_sub(list(student.parameters()), parameters)
-    torch._foreach_mul_(moves, (1 - momentum) * applied)
-    torch._foreach_add_(parameters, moves)
-
-
-# ---- optimisation ----
-
-class Settings(NamedTuple):
-    """What the schedules say about one step."""
-
-    step: int
-    lr: float
-    weight_decay: float
-    momentum: float  # of the teacher
-    teacher_temp: float
-    frozen: bool  # whether the prototypes rest
-
+# ---- what the flags mean ----
 
 def settings_at(step, steps_per_epoch, global_batch, args):
     """The settings of a step, a pure function; args.lr is scaled to the number of pictures in a step."""
@@ -219,69 +166,13 @@ def settings_at(step, steps_per_epoch, global_batch, args):
         frozen=epoch < args.freeze_last_layer)
 
 
-def train_step(student, teacher, dino_loss, optimizer, scaler, reached, batches, now, args, diagnose=False):
-    """One step: both networks forward, loss, backward, clip, optimizer, teacher.
-
-    A step whose gradient is not finite changes nothing. Under fp16 scaling it is left out alone. Otherwise
-    all later steps change nothing either, so that the device never waits to be asked: whoever finds `reached`
-    behind has the state before the step that failed.
-
-    Args:
-        student: Network, or DistributedDataParallel around it.
-        reached: 0-dim int64 tensor, the step that the state has reached; moved on by each step.
-        batches: one list of V view tensors [B, C, s, s] for each accumulated pass.
-        now: Settings of this step.
-        diagnose: also return the teacher's entropies, which cost a pass over its logits.
-
-    Returns:
-        [1] or [3], still on the device, this process's part: the loss, and by request the teacher's
-        entropy and the entropy of its mean output (see DINOLoss.teacher_entropy), all in nats.
-    """
-    network = getattr(student, "module", student)
-    is_fused = optimizer.defaults.get("fused")  # then it can leave out a step by itself
-    kept = [*network.buffers(), *teacher.buffers(), *dino_loss.buffers()]  # the centre, statistics of batch norm
-    if not is_fused:
-        kept += [*network.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
-    before = [tensor.detach().clone() for tensor in kept]
-    optimizer.param_groups[0]["weight_decay"] = now.weight_decay
-    for group in optimizer.param_groups:
-        group["lr"] = now.lr
-    results = []
-    for i, views in enumerate(batches):
-        last = i == len(batches) - 1
-        with student.no_sync() if student is not network and not last else contextlib.nullcontext():
-            with autocast(views[0].device, args.precision):
-                with torch.no_grad():
-                    teacher_logits = teacher(views[:2])
-                student_logits = student(views)
-            stats = dino_loss.teacher_entropy(teacher_logits, now.teacher_temp) if diagnose else ()
-            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, update_center=last)
-            scaler.scale(loss / len(batches)).backward()
-        results.append(torch.stack((loss.detach(), *stats)))
-    if now.frozen:
-        for p in network.head.last_layer.parameters():
-            p.grad = None
-    scaler.unscale_(optimizer)
-    norms = clip_gradients(network.parameters(), args.clip_grad, args.clip_mode == "per_parameter")
-    applied = norms.isfinite().all()  # of gradients that DDP has averaged: the same on every process
-    if not scaler.is_enabled():
-        applied &= reached == now.step
-        if is_fused:
-            optimizer.found_inf = (~applied).float()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for tensor, old in zip(kept, before):
-            tensor.copy_(torch.where(applied.to(tensor.device), tensor, old))
-    move_teacher(teacher, network, now.momentum, applied)
-    reached += applied | scaler.is_enabled()
-    return torch.stack(results).mean(dim=0)
-
-
-def autocast(device, precision):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+def model_arguments(args):
+    """The arguments of VisionTransformer and DINOHead."""
+    vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, embed_dim=args.embed_dim, depth=args.depth,
+               num_heads=args.num_heads)
+    head = dict(in_dim=args.embed_dim, out_dim=args.out_dim, use_bn=args.use_bn_in_head,
+                norm_last_layer=args.norm_last_layer, hidden_dim=args.hidden_dim)
+    return vit, head
 
 
 def build_multicrop(args):
@@ -306,7 +197,7 @@ def judge(model, data, args, rank, world_size):
     for images in (some_of(data.bank, args.knn_images), some_of(data.queries, max(1, args.knn_images // 5))):
         loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank,
                              world_size)
-        with autocast(args.device, args.precision):
+        with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):  # batches of any length
             x, labels, unreadable = extract_features(model, loader, args.device)
         features += [x, labels]
         messages += unreadable
@@ -380,6 +271,15 @@ class Report:
             tqdm.write(f"skipped unreadable picture {message}")
 
 
+def start_profiler(steps, path):
+    """Record so many steps, after one to settle and one to warm up, and write them where chrome://tracing can look."""
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), record_shapes=True,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
+    profiler.start()
+    return profiler
+
+
 # ---- interruptions ----
 
 def save_run(output, keep, objects, info, **rest):
@@ -397,7 +297,8 @@ def save_models(output, objects, info):
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
          "use_bn_in_head", "optimizer", "global_crops_size", "seed")  # flags that a run keeps
 FREE = ("output_dir", "resume", "overwrite", "device", "num_workers", "timeout_minutes", "log_every", "keep",
-        "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images")  # that teach nothing
+        "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images", "compile", "profile",
+        "activation_checkpointing")  # that teach nothing
 
 
 def write_pictures(path, step, pictures, images):
@@ -426,9 +327,6 @@ def write_flags(path, args):
 
 def main(args):
     rank, world_size, device = cli.start_processes(args.device, args.timeout_minutes)
-    tokens = (args.global_crops_size // args.patch_size) ** 2
-    if device.type == "cpu" and args.precision == "bf16" and tokens < 128:
-        torch.backends.cuda.enable_flash_sdp(False)  # rules the CPU too; slow at short bf16 rows
     output = Path(args.output_dir)
     report = Report(output / "log.jsonl", silent=rank != 0)
 
@@ -444,8 +342,10 @@ def main(args):
     report.say(data.note)
 
     # ---- networks, loss, optimizer ----
-    network, teacher, info = build_networks(args)
-    info["data_path"] = data.path
+    vit, head = model_arguments(args)
+    network, teacher = build_networks(vit, head, args.drop_path_rate, args.seed)
+    info = dict(arch=args.arch, vit=vit, head=head, patch_size=args.patch_size, image_size=args.global_crops_size,
+                mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path)  # what the model files say
     if args.use_bn_in_head and device.type == "cuda" and world_size > 1:
         network, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (network, teacher))
     network, teacher, dino_loss = network.to(device), teacher.to(device), DINOLoss(args.out_dim).to(device)
@@ -477,6 +377,10 @@ def main(args):
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
                    f"{output} holds a complete run; to train anew, name another --output_dir")
+    allow_tf32(args.precision)
+    network.backbone.activation_checkpointing = args.activation_checkpointing
+    if args.compile:
+        compile_regions(network, teacher)
     student = network
     if world_size > 1:
         student = nn.parallel.DistributedDataParallel(
@@ -524,6 +428,7 @@ def main(args):
                                 batch_keys(first_step, total_steps, *keys, rank, world_size),
                                 args.seed, args.num_workers, pin_memory=device.type == "cuda"))
     report.start_bar(first_step, total_steps)
+    profiler = start_profiler(args.profile, output / "trace.json") if args.profile and rank == 0 else None
     clock, clock_step, saved_at = time.monotonic(), first_step, time.monotonic()
     for step in range(first_step, total_steps):
         epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
@@ -536,9 +441,12 @@ def main(args):
             passes.append([view.to(device, non_blocking=view.is_pinned()) for view in views])
             report.skipped(unreadable)
 
-        stats = train_step(student, teacher, dino_loss, optimizer, scaler, reached, passes, now, args, log_now)
+        stats = train_step(student, teacher, dino_loss, optimizer, scaler, reached, passes, now, args.precision,
+                           args.clip_grad, args.clip_mode == "per_parameter", diagnose=log_now)
 
         report.bar.update()
+        if profiler:
+            profiler.step()
         stopped_by = stop.agreed()
         if (log_now or stopped_by) and (reached.item() <= step or scaler.get_scale() < 1):
             failed = min(reached.item(), step)

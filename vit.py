@@ -11,9 +11,13 @@ released DINO models, so their weights load unchanged. This file needs torch and
 Shapes in this file: B images, H x W pixels, N = H/p * W/p patches, D width.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # name -> what differs between the models
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
@@ -21,23 +25,6 @@ SIZES = {  # name -> what differs between the models
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
 }
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a residual branch per sample with probability `rate`.
-
-    What is kept is divided by 1 - rate, so the expectation stays. Huang et al. 2016, section 3.
-    """
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):  # [B, N, D]
-        if not self.training or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 
 class Attention(nn.Module):
@@ -57,7 +44,11 @@ class Attention(nn.Module):
     def forward(self, x, queries=None):
         """[B, 1+N, D] -> [B, queries, D]: what the first `queries` tokens gather from all of them."""
         q, k, v = self.heads(x)
-        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # [B, heads, queries, D/heads]
+        # On a CPU, in half precision and for few tokens, the fused kernel's backward is four times slower than the
+        # plain products are.
+        plain = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] < 128 and torch.is_grad_enabled()
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # [B, heads, queries, D/heads]
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def attention_map(self, x, queries=None):
@@ -80,18 +71,23 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each on a residual branch."""
 
-    def __init__(self, dim, num_heads, mlp_ratio, drop_path_rate):
+    def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x, queries=None):
-        """[B, 1+N, D] -> [B, queries, D]; `queries` None means every token."""
-        x = x[:, :queries] + self.drop_path(self.attn(self.norm1(x), queries))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x, queries=None, keep=None):
+        """[B, 1+N, D] -> [B, queries, D]; `queries` None means every token.
+
+        Args:
+            keep: [2, B, 1, 1], factors of the two branches for each sample (stochastic depth).
+        """
+        branch, x = self.attn(self.norm1(x), queries), x[:, :queries]
+        x = x + branch if keep is None else torch.addcmul(x, branch, keep[0])
+        branch = self.mlp(self.norm2(x))
+        return x + branch if keep is None else torch.addcmul(x, branch, keep[1])
 
 
 class PatchEmbed(nn.Module):
@@ -110,7 +106,8 @@ class VisionTransformer(nn.Module):
         img_size: pixels, the square size the position embedding is made for. Other sizes, also
             non-square ones, are resampled from it.
         patch_size: pixels; H and W of every input must be divisible by it.
-        drop_path_rate: stochastic depth of the last block; the earlier ones rise to it linearly.
+        drop_path_rate: stochastic depth in training: how often the last block's branches are dropped, for
+            each sample by itself; the earlier blocks rise to it linearly (Huang et al. 2016, section 3).
 
     Raises:
         ValueError: a size that the patch does not divide, or a width that the heads do not divide.
@@ -128,8 +125,9 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, drop_path_rate * i / max(depth - 1, 1)) for i in range(depth))
+        self.drop_path_rate = drop_path_rate
+        self.activation_checkpointing = False  # compute blocks again in backward, instead of keeping what is in them
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.init_weights()
 
@@ -146,8 +144,25 @@ class VisionTransformer(nn.Module):
 
         Only the CLS token leaves the last block, so only its row is computed there.
         """
-        x = self.run_blocks(x, self.blocks[:-1])
-        return self.norm(self.blocks[-1](x, queries=1)[:, 0])
+        x = self.prepare_tokens(x)
+        keeps = self.stochastic_depth(x)
+        for block, keep in zip(self.blocks[:-1], keeps):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, None, keep, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, None, keep)
+        return self.norm(self.blocks[-1](x, 1, keeps[-1])[:, 0])
+
+    def stochastic_depth(self, x):
+        """What each block keeps of each sample: [depth, 2, B, 1, 1], 0 or 1 / (1 - rate), so the mean stays 1.
+
+        A list of None where nothing is dropped. All is drawn at once: blocks draw nothing.
+        """
+        depth = len(self.blocks)
+        if not self.training or self.drop_path_rate == 0:
+            return [None] * depth
+        keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(depth, 1, 1, 1, 1)
+        return torch.bernoulli(keep.expand(depth, 2, len(x), 1, 1)) / keep
 
     def forward_with_attention(self, x):
         """Images -> feature [B, D] and the last block's attention of CLS over patches [B, heads, N].
@@ -179,7 +194,7 @@ class VisionTransformer(nn.Module):
         return layers
 
     def run_blocks(self, x, blocks):
-        """Images [B, C, H, W] -> tokens [B, 1+N, D] after the given leading blocks."""
+        """Images [B, C, H, W] -> tokens [B, 1+N, D] after the given leading blocks, nothing dropped."""
         x = self.prepare_tokens(x)
         for block in blocks:
             x = block(x)

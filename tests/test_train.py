@@ -14,6 +14,7 @@ import train
 from data import Shapes
 from dino_loss import DINOHead, DINOLoss
 from resume import load_state
+from step import Network, build_networks, move_teacher, train_step
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,10 @@ TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 -
 
 def no_scaler():
     return torch.amp.GradScaler("cpu", enabled=False)
+
+
+def build(args):
+    return build_networks(*train.model_arguments(args))
 
 
 # ---- the golden trajectories, through the functions that train.py runs ----
@@ -39,7 +44,7 @@ def test_24_steps_equal_the_reference(golden, image, name, flags):
         "--warmup_teacher_temp_epochs 2").split())
 
     def network():
-        result = train.Network(VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2),
+        result = Network(VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2),
                                DINOHead(32, 96, hidden_dim=64, bottleneck_dim=32, norm_last_layer=args.norm_last_layer))
         result.load_state_dict({key[5:]: value.clone() for key, value in g.items() if key.startswith("init.")})
         return result
@@ -55,8 +60,8 @@ def test_24_steps_equal_the_reference(golden, image, name, flags):
         views = [image(4, s, s, 0.3 * step + 1.1 * v) for v, s in enumerate((32, 32, 16, 16, 16))]
         now = train.settings_at(step, 6, 256, args)  # 256 pictures a step leave the lr unscaled
         reached = torch.tensor(step)
-        losses.append(train.train_step(student, teacher, dino_loss, optimizer, no_scaler(), reached, [views], now,
-                                       args)[0])
+        losses.append(train_step(student, teacher, dino_loss, optimizer, no_scaler(), reached, [views], now,
+                                 clip_grad=args.clip_grad)[0])
         assert reached == step + 1
     torch.testing.assert_close(torch.stack(losses).double(), g["loss"], rtol=0, atol=2e-5)
     torch.testing.assert_close(dino_loss.center, g["center"], rtol=0, atol=1e-4)
@@ -71,7 +76,7 @@ def test_accumulated_passes_are_one_large_batch():
     results = []
     for parts in (1, 4):
         args = train.parse_args([*TINY, "--lr", "0.1"])
-        student, teacher, _ = train.build_networks(args)
+        student, teacher = build(args)
         optimizer = train.build_optimizer("sgd", train.param_groups(student))  # adamw would magnify rounding near 0
         dino_loss = DINOLoss(64)
         generator = torch.Generator().manual_seed(0)
@@ -79,8 +84,8 @@ def test_accumulated_passes_are_one_large_batch():
             views = [torch.randn(8, 3, s, s, generator=generator) for s in (32, 32, 16)]
             passes = [[view.chunk(parts)[i] for view in views] for i in range(parts)]
             now = train.settings_at(step + 5, 10, 256, args)
-            stats = train.train_step(student, teacher, dino_loss, optimizer, no_scaler(), torch.tensor(step + 5),
-                                     passes, now, args)
+            stats = train_step(student, teacher, dino_loss, optimizer, no_scaler(), torch.tensor(step + 5),
+                                     passes, now)
         results.append((stats, dino_loss.center, *student.parameters()))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
@@ -89,7 +94,7 @@ def test_accumulated_passes_are_one_large_batch():
 def test_views_of_several_sizes_are_view_major():
     torch.manual_seed(0)
     args = train.parse_args(TINY)
-    network, _, _ = train.build_networks(args)
+    network, _ = build(args)
     views = [torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)]
     expected = torch.cat([network.head(network.backbone(view)) for view in views])
     torch.testing.assert_close(network(views), expected, rtol=0, atol=1e-5)
@@ -97,13 +102,13 @@ def test_views_of_several_sizes_are_view_major():
 
 def test_teacher_starts_as_the_student_and_moves():
     args = train.parse_args(TINY)
-    student, teacher, _ = train.build_networks(args)
+    student, teacher = build(args)
     before = [p.clone() for p in teacher.parameters()]
     assert all(torch.equal(p, q) for p, q in zip(student.parameters(), before))
     with torch.no_grad():
         for p in student.parameters():
             p.add_(1.0)
-    train.move_teacher(teacher, student, 0.9)
+    move_teacher(teacher, student, 0.9)
     for p, q in zip(teacher.parameters(), before):
         torch.testing.assert_close(p, q + 0.1, rtol=0, atol=1e-6)
 

@@ -1,0 +1,317 @@
+"""How fast, and how much memory, beside the reference implementation.
+
+    python bench.py step --settings fp32 bf16+compile --batch_size_per_gpu 8      # a whole training step
+    python bench.py step --reference DIR                              # beside a checkout of facebookresearch/dino
+    python bench.py loss --reference DIR --batch_size_per_gpu 32      # loss and centre, forward and backward
+    python bench.py update --reference DIR                            # clip, optimizer, teacher
+
+Everything is timed in one process, on the same data, turn and turn about, so that what else the machine does
+falls on all alike: read the ratios. A JSON line for each row goes to standard output, a table for people to
+standard error. The step is the function that train.py runs.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cli
+from cli import natural, positive
+from dino_loss import DINOLoss
+from optim import build_optimizer, param_groups
+from step import Settings, allow_tf32, apply_gradients, build_networks, compile_regions, train_step
+from vit import SIZES
+
+
+class BenchError(ValueError):
+    """Something that cannot be measured here."""
+
+
+def parse_args(argv=None):
+    parser = cli.parser("bench.py", __doc__)
+    parser.add_argument("task", choices=list(TASKS), help="what to time")
+    parser.add_argument("--settings", nargs="+", type=setting, metavar="S", default=[setting("fp32")],
+                        help="rows: fp32, bf16 or fp16, with +compile and +checkpointing if wanted (default: fp32)")
+    parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino to time beside")
+    parser.add_argument("--arch", choices=list(SIZES), default="vit_small", help="(default: vit_small)")
+    for name, default, kind in (("patch_size", 16, positive), ("batch_size_per_gpu", 8, positive),
+                                ("out_dim", 65536, positive), ("global_crops_size", 224, positive),
+                                ("local_crops_size", 96, positive), ("local_crops_number", 8, natural),
+                                ("warmup", 2, positive), ("runs", 5, positive)):
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"(default: {default})")
+    parser.add_argument("--device", type=cli.device, default="auto", help="cuda, mps or cpu (default: the first there)")
+    return parser.parse_args(argv)
+
+
+def setting(text):
+    """An argparse type: "bf16+compile" -> ("bf16", {"compile"})."""
+    precision, *more = text.split("+")
+    if precision not in ("fp32", "bf16", "fp16") or not {"compile", "checkpointing"}.issuperset(more):
+        raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp16, with +compile or +checkpointing behind")
+    return precision, set(more)
+
+
+# ---- what is timed ----
+
+def networks(args):
+    size = SIZES[args.arch]
+    vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, **size)
+    return build_networks(vit, dict(in_dim=size["embed_dim"], out_dim=args.out_dim), drop_path_rate=0.1)
+
+
+def random_views(args):
+    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    return [torch.randn(args.batch_size_per_gpu, 3, s, s, device=args.device) for s in sizes]
+
+
+def settings_of(step):
+    """Of a step in the middle of training."""
+    return Settings(step, lr=1e-4, weight_decay=0.1, momentum=0.998, teacher_temp=0.04, frozen=False)
+
+
+def our_step(args, precision, more):
+    dino_loss, views = DINOLoss(args.out_dim).to(args.device), random_views(args)
+    student, teacher = (network.to(args.device) for network in networks(args))
+    student.backbone.activation_checkpointing = "checkpointing" in more
+    if "compile" in more:
+        compile_regions(student, teacher)
+    optimizer = build_optimizer("adamw", param_groups(student))
+    scaler = torch.amp.GradScaler(args.device, enabled=precision == "fp16")
+    reached = torch.tensor(0, device=args.device)
+    steps = itertools.count()
+
+    def step():
+        allow_tf32(precision)
+        now = settings_of(next(steps))
+        train_step(student, teacher, dino_loss, optimizer, scaler, reached, [views], now, precision)
+    return step
+
+
+def our_loss(args, precision, more):
+    dino_loss, (student, teacher) = DINOLoss(args.out_dim).to(args.device), random_logits(args)
+    return lambda: torch.autograd.grad(dino_loss(student, teacher, 0.04, overwrite=True), student)
+
+
+def our_update(args, precision, more):
+    student, teacher = (network.to(args.device) for network in networks(args))
+    optimizer, gradients = build_optimizer("adamw", param_groups(student)), random_gradients(student)
+    scaler, reached = torch.amp.GradScaler(args.device, enabled=False), torch.tensor(0, device=args.device)
+    steps = itertools.count()
+
+    def update():
+        give(student, gradients)
+        apply_gradients(student, teacher, optimizer, scaler, reached, [], settings_of(next(steps)))
+    return update
+
+
+def random_logits(args):
+    """Cosines over 256 dimensions: what heads with prototypes of length 1 give."""
+    rows = args.batch_size_per_gpu * (2 + args.local_crops_number)
+    student = torch.randn(rows, args.out_dim, device=args.device) / 16
+    return student.requires_grad_(), torch.randn(2 * args.batch_size_per_gpu, args.out_dim, device=args.device) / 16
+
+
+def random_gradients(network):
+    """Of norms below the clip, as they mostly are."""
+    return [torch.randn_like(p) * (1 / math.sqrt(p.numel())) if p.requires_grad else None for p in network.parameters()]
+
+
+def give(network, gradients):
+    for p, gradient in zip(network.parameters(), gradients):
+        p.grad = gradient
+
+
+class Reference:
+    """facebookresearch/dino from a checkout: its classes and functions in the order in which it calls them."""
+
+    def __init__(self, folder, args):
+        if not os.path.isfile(os.path.join(folder, "main_dino.py")):
+            raise BenchError(f"--reference {folder}: no checkout of facebookresearch/dino (main_dino.py is missing)")
+        sys.path.insert(0, folder)
+        try:
+            import main_dino
+            import utils
+            import vision_transformer
+        finally:
+            sys.path.remove(folder)
+        self.main_dino, self.utils, self.args = main_dino, utils, args
+        if not dist.is_initialized():  # its loss needs a process group, of one process here
+            store = dist.HashStore()
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        self.precision = "fp16" if args.device == "cuda" else "fp32"  # what it has
+        self.scaler = torch.amp.GradScaler(args.device) if self.precision == "fp16" else None
+        width, build = SIZES[args.arch]["embed_dim"], getattr(vision_transformer, args.arch)
+        self.networks = [
+            utils.MultiCropWrapper(
+                build(patch_size=args.patch_size, img_size=[args.global_crops_size], drop_path_rate=rate),
+                vision_transformer.DINOHead(width, args.out_dim)).to(args.device) for rate in (0.1, 0.0)]
+        self.networks[1].requires_grad_(False)
+
+    def new_loss(self):
+        return self.main_dino.DINOLoss(self.args.out_dim, 2 + self.args.local_crops_number, 0.04, 0.04, 0, 1).to(
+            self.args.device)
+
+    def step(self):
+        student, teacher = self.networks
+        dino_loss, views = self.new_loss(), random_views(self.args)
+        optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
+
+        def step():
+            with torch.autocast(self.args.device, torch.float16, enabled=self.scaler is not None):
+                teacher_logits = teacher(views[:2])
+                student_logits = student(views)
+                loss = dino_loss(student_logits, teacher_logits, 0)
+            if not math.isfinite(loss.item()):
+                raise BenchError("the reference's loss is not finite")
+            optimizer.zero_grad()
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
+            self.apply(student, teacher, optimizer)
+            if self.args.device == "cuda":
+                torch.cuda.synchronize()
+            loss.item()
+        return step
+
+    def loss(self):
+        dino_loss, (student, teacher) = self.new_loss(), random_logits(self.args)
+        return lambda: torch.autograd.grad(dino_loss(student, teacher, 0), student)
+
+    def update(self):
+        student, teacher = self.networks
+        optimizer, gradients = torch.optim.AdamW(self.utils.get_params_groups(student)), random_gradients(student)
+        self.scaler = None
+
+        def update():
+            give(student, gradients)
+            self.apply(student, teacher, optimizer)
+        return update
+
+    def apply(self, student, teacher, optimizer):
+        for group, weight_decay in zip(optimizer.param_groups, (0.1, 0.0)):
+            group.update(lr=1e-4, weight_decay=weight_decay)
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
+        self.utils.clip_gradients(student, 3.0)
+        self.utils.cancel_gradients_last_layer(1, student, 1)
+        if self.scaler:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+        with torch.no_grad():  # it moves its teacher parameter by parameter
+            for ours, theirs in zip(student.parameters(), teacher.parameters()):
+                theirs.data.mul_(0.998).add_((1 - 0.998) * ours.detach().data)
+
+
+TASKS = {"step": our_step, "loss": our_loss, "update": our_update}
+
+
+# ---- how it is measured ----
+
+def flops_per_image(args):
+    """Of the matrix products, convolutions and attention of one training step, recomputation not counted."""
+    small = argparse.Namespace(**vars(args) | dict(batch_size_per_gpu=1, out_dim=256, device="cpu"))
+    counts = []
+    for out_dim in (256, 512):  # linear in out_dim, so two small ones tell the rest
+        small.out_dim = out_dim
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            our_step(small, "fp32", set())()
+        counts.append(counter.get_total_flops())
+    return counts[0] + (counts[1] - counts[0]) * (args.out_dim - 256) / 256
+
+
+def matmul_peak(device, precision):
+    """Operations a second of a large square matrix product, the best of ten."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    n = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+
+
+def seconds(call, device):
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    if device != "cpu":
+        getattr(torch, device).synchronize()
+
+
+def peak_memory(call, device):
+    """Bytes that a call holds at most, beyond what was there before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if device == "mps":
+        return math.nan
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = [event.nbytes() for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+               if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def main(args):
+    torch.manual_seed(0)
+    variants = {}
+    if args.reference:
+        reference = Reference(args.reference, args)
+        variants["reference"] = getattr(reference, args.task)()
+    for precision, more in args.settings:
+        variants["+".join([precision, *sorted(more)])] = TASKS[args.task](args, precision, more)
+    flops = flops_per_image(args) if args.task == "step" else None
+    peaks = {p: matmul_peak(args.device, p) for p in {"fp32", *(p for p, _ in args.settings)}} if flops else {}
+    for call in variants.values():
+        for _ in range(args.warmup):
+            call()
+    memory = {name: peak_memory(call, args.device) for name, call in variants.items()}
+    times = {name: [] for name in variants}
+    for _ in range(args.runs):
+        for name, call in variants.items():
+            times[name].append(seconds(call, args.device))
+
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    crops = f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}"
+    say(f"{args.task}: {args.arch}/{args.patch_size}, {crops}, batch {args.batch_size_per_gpu}, K {args.out_dim}, "
+        f"{args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, {args.runs} runs by turns")
+    say(f"{'':16s}  {'ms':>9s}  {'min':>9s}  {'max':>9s}  {'img/s':>8s}  {'MiB':>8s}  {'MFU':>5s}  ratio")
+    for name, values in times.items():
+        middle = statistics.median(values)
+        row = dict(task=args.task, row=name, arch=args.arch, patch_size=args.patch_size, crops=crops,
+                   batch=args.batch_size_per_gpu, out_dim=args.out_dim, device=args.device, torch=torch.__version__,
+                   runs=args.runs, seconds=middle, seconds_min=min(values), seconds_max=max(values),
+                   images_per_second=args.batch_size_per_gpu / middle, peak_mib=memory[name] / 2**20)
+        line = f"{name:16s}  {1000 * middle:9.1f}  {1000 * min(values):9.1f}  {1000 * max(values):9.1f}  " \
+               f"{row['images_per_second']:8.2f}  {row['peak_mib']:8.0f}  "
+        if flops:
+            precision = reference.precision if name == "reference" else name.partition("+")[0]
+            row |= dict(gflops_per_image=flops / 1e9, peak_gflops=peaks[precision] / 1e9,
+                        mfu=flops * row["images_per_second"] / peaks[precision])
+        line += f"{row['mfu']:5.0%}  " if flops else "       "
+        if args.reference:
+            row["ratio"] = statistics.median(r / v for r, v in zip(times["reference"], values))
+            line += f"{row['ratio']:.2f}x"
+        print(json.dumps(row), flush=True)
+        say(line)
+    if flops:
+        say(f"{flops / 1e9:.1f} GFLOP an image; matrix products at best " + ", ".join(
+            f"{peak / 1e9:.0f} GFLOP/s in {precision}" for precision, peak in sorted(peaks.items())))
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args, BenchError)
