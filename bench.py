@@ -268,6 +268,7 @@ def peak_memory(call, device):
 
 def main(args):
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # two sizes, the last block, the teacher: six graphs
     variants = {}
     if args.reference:
         reference = Reference(args.reference, args)

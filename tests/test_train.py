@@ -14,7 +14,7 @@ import train
 from data import Shapes
 from dino_loss import DINOHead, DINOLoss
 from resume import load_state
-from step import Network, build_networks, move_teacher, train_step
+from step import Network, build_networks, compile_regions, move_teacher, train_step
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -33,10 +33,11 @@ def build(args):
 
 # ---- the golden trajectories, through the functions that train.py runs ----
 
+@pytest.mark.parametrize("way", ["plain", "compiled", "checkpointed"])
 @pytest.mark.parametrize("name, flags", [
     ("adamw", "--optimizer adamw --lr 2e-3"),
     ("sgd_free_last", "--optimizer sgd --lr 0.1 --norm_last_layer false")])
-def test_24_steps_equal_the_reference(golden, image, name, flags):
+def test_24_steps_equal_the_reference(golden, image, name, flags, way):
     g = golden(f"trajectory_{name}")
     args = train.parse_args(TINY + flags.split() + (
         "--epochs 4 --warmup_epochs 1 --min_lr 1e-5 --weight_decay 0.04 --weight_decay_end 0.4 --momentum_teacher 0.9 "
@@ -55,6 +56,9 @@ def test_24_steps_equal_the_reference(golden, image, name, flags):
     assert sorted(n for n, _ in groups[0]["params"]) == sorted(expected["decay"])
     assert sorted(n for n, _ in groups[1]["params"]) == sorted(expected["no_decay"])
     optimizer = train.build_optimizer(args.optimizer, groups)
+    student.backbone.activation_checkpointing = way == "checkpointed"
+    if way == "compiled":
+        compile_regions(student, teacher)
     losses = []
     for step in range(24):
         views = [image(4, s, s, 0.3 * step + 1.1 * v) for v, s in enumerate((32, 32, 16, 16, 16))]
@@ -229,6 +233,14 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 def test_every_way_to_train_runs(shapes_300, tmp_path, flags):
     run(tmp_path, f"--epochs 1 {flags}")
     assert len(losses(tmp_path)) == 4 and all(math.isfinite(loss) for loss in losses(tmp_path))
+
+
+def test_a_trace_is_recorded(shapes_300, tmp_path):
+    run(tmp_path, "--epochs 2 --profile 2 --compile --activation_checkpointing")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2 and "aten::_fused_adamw_" in names
+    assert len(losses(tmp_path)) == 8
 
 
 def test_collapse_to_uniform_is_reported(shapes_300, tmp_path, capsys):

@@ -68,20 +68,73 @@ def test_initialisation_is_the_papers():
     assert model.blocks[5].attn.qkv.bias.abs().max() == 0
 
 
-def test_drop_path_keeps_the_mean_and_whole_samples():
+def test_stochastic_depth_keeps_the_mean_and_rises_linearly():
     torch.manual_seed(0)
-    drop = VisionTransformer(32, 8, drop_path_rate=0.5, depth=3).blocks[-1].drop_path
-    x = torch.ones(4000, 2, 3)
-    y = drop.train()(x)
-    assert set(y.unique().tolist()) == {0.0, 2.0}
-    assert (y.flatten(1).std(dim=1) == 0).all()  # a sample is dropped as a whole
-    assert abs(y.mean().item() - 1) < 0.05
-    assert drop.eval()(x) is x
+    model = VisionTransformer(32, 8, embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.3).train()
+    keep = model.stochastic_depth(torch.empty(20_000, 1, 1))
+    assert keep.shape == (4, 2, 20_000, 1, 1)
+    for block, rate in zip(keep, (0.0, 0.1, 0.2, 0.3)):
+        assert block.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)][rate == 0:])
+        assert (block == 0).float().mean().item() == pytest.approx(rate, abs=0.01)
+        assert ((block[0] == 0) & (block[1] == 0)).float().mean().item() == pytest.approx(rate**2, abs=0.01)
 
 
-def test_drop_path_rises_linearly():
-    model = VisionTransformer(32, 8, drop_path_rate=0.3, depth=4)
-    assert [round(block.drop_path.rate, 6) for block in model.blocks] == [0.0, 0.1, 0.2, 0.3]
+def test_a_dropped_branch_is_left_out():
+    torch.manual_seed(0)
+    block = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).blocks[0]
+    x = torch.randn(3, 5, 16)
+    whole, keep = block(x), torch.ones(2, 3, 1, 1)
+    torch.testing.assert_close(block(x, keep=keep), whole)
+    keep[:, 1] = 0
+    torch.testing.assert_close(block(x, keep=keep)[1], x[1], rtol=0, atol=0)
+    torch.testing.assert_close(block(x, keep=keep)[::2], whole[::2])
+    keep[0, 2], keep[1, 2] = 0, 2
+    torch.testing.assert_close(block(x, keep=keep)[2], (x + 2 * block.mlp(block.norm2(x)))[2])
+
+
+def test_nothing_is_dropped_in_evaluation_or_from_attention():
+    model = VisionTransformer(32, 8, embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.9)
+    x = torch.randn(8, 3, 32, 32)
+    expected = model.eval()(x)
+    assert not torch.allclose(model.train()(x), expected)
+    torch.testing.assert_close(model.forward_with_attention(x)[0], expected)
+    torch.testing.assert_close(model.get_intermediate_layers(x)[0][:, 0], expected)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["compiled", "checkpointed"])
+def test_compiled_and_checkpointed_are_the_plain_form(way, precision):
+    results = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        model = VisionTransformer(32, 8, embed_dim=32, depth=3, num_heads=2, drop_path_rate=0.5).train()
+        model.activation_checkpointing = changed and way == "checkpointed"
+        for block in model.blocks if changed and way == "compiled" else ():
+            block.compile(dynamic=False)
+        x = torch.randn(8, 3, 32, 32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            feature = model(x)
+        (feature.float() @ torch.linspace(-1, 1, 32)).sum().backward()
+        results.append([feature, *(p.grad for p in model.parameters())])
+    exact = way == "checkpointed"
+    for a, b in zip(*results):
+        bound = 0 if exact else (1e-5 if precision == torch.float32 else 0.02) * a.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("queries", [None, 1])
+def test_few_tokens_attend_as_many_do(queries):
+    """Half precision on a CPU takes another kernel below 128 tokens."""
+    torch.manual_seed(0)
+    attention = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=2).blocks[0].attn
+    x = torch.randn(3, 20, 64)
+    expected = attention(x, queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        few = attention(x, queries)
+        with torch.no_grad():
+            fused = attention(x, queries)
+    for y in (few, fused):
+        torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
 def test_channels_and_sizes():

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+import bench
+
+TINY = ("--arch vit_tiny --batch_size_per_gpu 2 --out_dim 300 --global_crops_size 32 --local_crops_size 16 "
+        "--local_crops_number 2 --warmup 1 --runs 2 --device cpu").split()
+
+
+@pytest.mark.parametrize("task, settings", [("step", ["fp32", "bf16+checkpointing"]), ("loss", ["fp32"]),
+                                            ("update", ["fp32"])])
+def test_rows_for_machines_and_for_people(capsys, task, settings):
+    bench.main(bench.parse_args([task, *TINY, "--settings", *settings]))
+    captured = capsys.readouterr()
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    assert [row["row"] for row in rows] == settings
+    for row in rows:
+        assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"] and row["row"] in captured.err
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+        assert row["crops"] == "2x32 + 2x16" and row["batch"] == 2 and row["out_dim"] == 300
+        if task == "step":
+            assert row["mfu"] == pytest.approx(
+                row["gflops_per_image"] * row["images_per_second"] / row["peak_gflops"])
+    if task == "step":
+        assert rows[1]["peak_mib"] < rows[0]["peak_mib"]
+
+
+def test_operations_are_those_of_the_formula():
+    args = bench.parse_args(["step", "--arch", "vit_small", "--local_crops_number", "3"])
+    D, K = 384, 65536
+
+    def forward(pixels):
+        n, blocks = (pixels // 16) ** 2 + 1, 12
+        tokens_through = (blocks - 1) * n + 1  # of the last block only CLS leaves
+        linear = 2 * D * (tokens_through * (D + 8 * D) + blocks * n * 3 * D)
+        attention = 4 * D * n * tokens_through
+        return linear + attention + 2 * (n - 1) * 3 * 16**2 * D
+
+    head = 2 * (D * 2048 + 2048 * 2048 + 2048 * 256 + 256 * K)
+    teacher = 2 * forward(224) + 2 * head
+    student = 2 * forward(224) + 3 * forward(96) + 5 * head
+    pixels = 2 * (2 * 196 + 3 * 36) * 3 * 16**2 * D  # whose gradient nobody wants
+    assert bench.flops_per_image(args) == pytest.approx(teacher + 3 * student - pixels, rel=0.01)
+
+
+def test_memory_is_what_is_held_at_most():
+    import torch
+
+    def call():
+        a = torch.ones(1000, 1000)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert bench.peak_memory(call, "cpu") == pytest.approx(8e6, rel=0.01)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--settings", "int8"], "'int8' is not fp32, bf16 or fp16"), (["--runs", "0"], "--runs: '0' is not a whole")])
+def test_what_cannot_be_timed_is_named(capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        bench.parse_args(["step", *argv])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_checkout_is_named(tmp_path):
+    with pytest.raises(bench.BenchError, match="no checkout of facebookresearch/dino"):
+        bench.main(bench.parse_args(["loss", *TINY, "--reference", str(tmp_path)]))
