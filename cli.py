@@ -213,11 +213,13 @@ def run(main, parse_args, *errors):
 
 
 def of_the_machine(error):
-    """What an error of torch's says of the machine (memory, workers, other processes), or None: it is a defect."""
+    """What an error of torch's says of the machine (memory, compiler, workers, processes), or None: it is a defect."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in text or "size calc" in text:
         asked = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
         return f"out of memory, lower --batch_size_per_gpu or the sizes of the network ({asked[0] if asked else text})"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"torch cannot compile here, leave --compile out or mend this: {text.strip().splitlines()[0]}"
     if "DataLoader worker" in text:
         return f"a process that loads pictures died, often for want of memory: lower --num_workers ({text})"
     if "LOCAL_RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "timed out", "connection")):

@@ -243,6 +243,15 @@ def test_a_trace_is_recorded(shapes_300, tmp_path):
     assert len(losses(tmp_path)) == 8
 
 
+def test_a_machine_without_a_compiler_is_told(tmp_path):
+    command = [sys.executable, "train.py", *TINY, "--compile", "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {
+        "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "torch cannot compile here, leave --compile out" in result.stderr.splitlines()[-1]
+    assert "compiler found" in result.stderr.splitlines()[-1]
+
+
 def test_collapse_to_uniform_is_reported(shapes_300, tmp_path, capsys):
     run(tmp_path, "--epochs 2 --warmup_teacher_temp 1 --teacher_temp 1")
     assert "WARNING: collapsed to uniform" in capsys.readouterr().out
