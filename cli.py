@@ -222,8 +222,8 @@ def of_the_machine(error):
         return f"torch cannot compile here, leave --compile out or mend this: {text.strip().splitlines()[0]}"
     if "DataLoader worker" in text:
         return f"a process that loads pictures died, often for want of memory: lower --num_workers ({text})"
-    if "LOCAL_RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "timed out", "connection")):
-        waited = "waited in vain for" if "imed out" in text else "lost"
+    if "LOCAL_RANK" in os.environ and re.search("gloo|nccl|timed out|timeout|connection|socket", text, re.IGNORECASE):
+        waited = "waited in vain for" if re.search("timed out|timeout", text, re.IGNORECASE) else "lost"
         return (f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} {waited} the others: one of them "
                 f"died or hangs, look for the one that says something else, or nothing ({text})")
     return None

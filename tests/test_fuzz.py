@@ -22,6 +22,7 @@ from batches import eval_view
 from checkpoint import CheckpointError, load_backbone, save_model
 from data import Unreadable, open_rgb
 from resume import load_state, resume, save_state
+from step import build_networks, train_step
 
 GIB = 2**30
 server = multiprocessing.get_context("forkserver")
@@ -161,7 +162,10 @@ TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 64 --depth 1 --num_heads 1 -
 def small_run():
     """What a run saves: its objects by name, the description of its networks, and a fresh progress."""
     args = train.parse_args(TINY)
-    student, teacher, info = train.build_networks(args)
+    vit, head = train.model_arguments(args)
+    student, teacher = build_networks(vit, head)
+    info = dict(arch=args.arch, vit=vit, head=head, patch_size=8, image_size=16, mean=train.IMAGENET_MEAN,
+                std=train.IMAGENET_STD, data_path="shapes")
     objects = dict(student=student, teacher=teacher, dino_loss=train.DINOLoss(8),
                    optimizer=train.build_optimizer("adamw", train.param_groups(student)),
                    scaler=torch.amp.GradScaler("cpu"))
@@ -260,7 +264,7 @@ def small_step(objects):
     """What is resumed must be able to train."""
     args = train.parse_args(TINY)
     views = [torch.zeros(2, 3, 16, 16)] * 2
-    train.train_step(*objects.values(), torch.tensor(0), [views], train.settings_at(500, 10, 256, args), args)
+    train_step(*objects.values(), torch.tensor(0), [views], train.settings_at(500, 10, 256, args), args.precision)
 
 
 def test_2000_damaged_checkpoints(tmp_path):
