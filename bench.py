@@ -11,6 +11,7 @@ standard error. The step is the function that train.py runs.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -60,7 +61,11 @@ def setting(text):
     return precision, set(more)
 
 
-# ---- what is timed ----
+# ---- what is timed: (prepare, call), of which the second is ----
+
+def nothing():
+    pass
+
 
 def networks(args):
     size = SIZES[args.arch]
@@ -69,6 +74,7 @@ def networks(args):
 
 
 def random_views(args):
+    torch.manual_seed(0)  # the same for all rows
     sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
     return [torch.randn(args.batch_size_per_gpu, 3, s, s, device=args.device) for s in sizes]
 
@@ -93,41 +99,42 @@ def our_step(args, precision, more):
         allow_tf32(precision)
         now = settings_of(next(steps))
         train_step(student, teacher, dino_loss, optimizer, scaler, reached, [views], now, precision)
-    return step
+    return nothing, step
 
 
 def our_loss(args, precision, more):
-    dino_loss, (student, teacher) = DINOLoss(args.out_dim).to(args.device), random_logits(args)
-    return lambda: torch.autograd.grad(dino_loss(student, teacher, 0.04, overwrite=True), student)
+    dino_loss, (student, teacher) = DINOLoss(args.out_dim).to(args.device), empty_logits(args)
+    return (lambda: fill(student, teacher),  # anew each time, for the gradient takes their place
+            lambda: torch.autograd.grad(dino_loss(student, teacher, 0.04, overwrite=True), student))
 
 
 def our_update(args, precision, more):
     student, teacher = (network.to(args.device) for network in networks(args))
-    optimizer, gradients = build_optimizer("adamw", param_groups(student)), random_gradients(student)
+    optimizer = build_optimizer("adamw", param_groups(student))
     scaler, reached = torch.amp.GradScaler(args.device, enabled=False), torch.tensor(0, device=args.device)
     steps = itertools.count()
-
-    def update():
-        give(student, gradients)
-        apply_gradients(student, teacher, optimizer, scaler, reached, [], settings_of(next(steps)))
-    return update
+    return (lambda: give_gradients(student),
+            lambda: apply_gradients(student, teacher, optimizer, scaler, reached, [], settings_of(next(steps))))
 
 
-def random_logits(args):
-    """Cosines over 256 dimensions: what heads with prototypes of length 1 give."""
-    rows = args.batch_size_per_gpu * (2 + args.local_crops_number)
-    student = torch.randn(rows, args.out_dim, device=args.device) / 16
-    return student.requires_grad_(), torch.randn(2 * args.batch_size_per_gpu, args.out_dim, device=args.device) / 16
+def empty_logits(args):
+    student, teacher = (torch.empty(views * args.batch_size_per_gpu, args.out_dim, device=args.device)
+                        for views in (2 + args.local_crops_number, 2))
+    return student.requires_grad_(), teacher
 
 
-def random_gradients(network):
-    """Of norms below the clip, as they mostly are."""
-    return [torch.randn_like(p) * (1 / math.sqrt(p.numel())) if p.requires_grad else None for p in network.parameters()]
+def fill(*logits):
+    """With cosines over 256 dimensions: what heads with prototypes of length 1 give."""
+    torch.manual_seed(0)
+    for x in logits:
+        x.data.normal_(std=1 / 16)
 
 
-def give(network, gradients):
-    for p, gradient in zip(network.parameters(), gradients):
-        p.grad = gradient
+def give_gradients(network):
+    """Random ones, of norms below the clip, as they mostly are."""
+    torch.manual_seed(0)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p).div_(math.sqrt(p.numel())) if p.requires_grad else None
 
 
 class Reference:
@@ -149,23 +156,30 @@ class Reference:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
         self.precision = "fp16" if args.device == "cuda" else "fp32"  # what it has
         self.scaler = torch.amp.GradScaler(args.device) if self.precision == "fp16" else None
-        width, build = SIZES[args.arch]["embed_dim"], getattr(vision_transformer, args.arch)
-        self.networks = [
-            utils.MultiCropWrapper(
+        self.vision_transformer = vision_transformer
+        if not hasattr(vision_transformer, args.arch):
+            raise BenchError(f"--reference {folder}: it has no {args.arch}")
+
+    def networks(self):
+        args, build = self.args, getattr(self.vision_transformer, self.args.arch)
+        student, teacher = (
+            self.utils.MultiCropWrapper(
                 build(patch_size=args.patch_size, img_size=[args.global_crops_size], drop_path_rate=rate),
-                vision_transformer.DINOHead(width, args.out_dim)).to(args.device) for rate in (0.1, 0.0)]
-        self.networks[1].requires_grad_(False)
+                self.vision_transformer.DINOHead(SIZES[args.arch]["embed_dim"], args.out_dim)).to(args.device)
+            for rate in (0.1, 0.0))
+        return student, teacher.requires_grad_(False)
 
     def new_loss(self):
         return self.main_dino.DINOLoss(self.args.out_dim, 2 + self.args.local_crops_number, 0.04, 0.04, 0, 1).to(
             self.args.device)
 
     def step(self):
-        student, teacher = self.networks
+        student, teacher = self.networks()
         dino_loss, views = self.new_loss(), random_views(self.args)
         optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
 
         def step():
+            allow_tf32("fp32")  # torch's default, which it leaves as it is
             with torch.autocast(self.args.device, torch.float16, enabled=self.scaler is not None):
                 teacher_logits = teacher(views[:2])
                 student_logits = student(views)
@@ -178,21 +192,18 @@ class Reference:
             if self.args.device == "cuda":
                 torch.cuda.synchronize()
             loss.item()
-        return step
+        return nothing, step
 
     def loss(self):
-        dino_loss, (student, teacher) = self.new_loss(), random_logits(self.args)
-        return lambda: torch.autograd.grad(dino_loss(student, teacher, 0), student)
+        dino_loss, (student, teacher) = self.new_loss(), empty_logits(self.args)
+        return (lambda: fill(student, teacher),
+                lambda: torch.autograd.grad(dino_loss(student, teacher, 0), student))
 
     def update(self):
-        student, teacher = self.networks
-        optimizer, gradients = torch.optim.AdamW(self.utils.get_params_groups(student)), random_gradients(student)
+        student, teacher = self.networks()
+        optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
         self.scaler = None
-
-        def update():
-            give(student, gradients)
-            self.apply(student, teacher, optimizer)
-        return update
+        return lambda: give_gradients(student), lambda: self.apply(student, teacher, optimizer)
 
     def apply(self, student, teacher, optimizer):
         for group, weight_decay in zip(optimizer.param_groups, (0.1, 0.0)):
@@ -223,7 +234,7 @@ def flops_per_image(args):
     for out_dim in (256, 512):  # linear in out_dim, so two small ones tell the rest
         small.out_dim = out_dim
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            our_step(small, "fp32", set())()
+            our_step(small, "fp32", set())[1]()
         counts.append(counter.get_total_flops())
     return counts[0] + (counts[1] - counts[0]) * (args.out_dim - 256) / 256
 
@@ -249,42 +260,49 @@ def synchronize(device):
         getattr(torch, device).synchronize()
 
 
-def peak_memory(call, device):
-    """Bytes that a call holds at most, beyond what was there before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def build_measured(build, device):
+    """Build, and call twice: what was built, and the bytes that it holds at most in the second call, all included."""
+    if device == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            prepare, call = build()
+            for name in ("first call", "second call"):
+                prepare()
+                with torch.profiler.record_function(name):
+                    call()
+        events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        start = next(event.start_ns() for event in events if event.name() == "second call")
+        changes = [event for event in events if event.name() == "[memory]"]
+        held = itertools.accumulate(event.nbytes() for event in changes)
+        return prepare, call, max(h for h, event in zip(held, changes) if event.start_ns() >= start)
+    before = torch.cuda.memory_allocated()  # 0 without CUDA
+    prepare, call = build()
+    for _ in range(2):
+        prepare()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         call()
-        return torch.cuda.max_memory_allocated() - before
-    if device == "mps":
-        return math.nan
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    changes = [event.nbytes() for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-               if event.name() == "[memory]"]
-    return max(itertools.accumulate(changes, initial=0))
+    return prepare, call, torch.cuda.max_memory_allocated() - before if device == "cuda" else None
 
 
 def main(args):
-    torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # two sizes, the last block, the teacher: six graphs
-    variants = {}
+    builds, precisions = {}, {}
     if args.reference:
         reference = Reference(args.reference, args)
-        variants["reference"] = getattr(reference, args.task)()
+        builds["reference"], precisions["reference"] = getattr(reference, args.task), reference.precision
     for precision, more in args.settings:
-        variants["+".join([precision, *sorted(more)])] = TASKS[args.task](args, precision, more)
+        name = "+".join([precision, *sorted(more)])
+        builds[name], precisions[name] = functools.partial(TASKS[args.task], args, precision, more), precision
     flops = flops_per_image(args) if args.task == "step" else None
-    peaks = {p: matmul_peak(args.device, p) for p in {"fp32", *(p for p, _ in args.settings)}} if flops else {}
-    for call in variants.values():
-        for _ in range(args.warmup):
-            call()
-    memory = {name: peak_memory(call, args.device) for name, call in variants.items()}
-    times = {name: [] for name in variants}
-    for _ in range(args.runs):
-        for name, call in variants.items():
-            times[name].append(seconds(call, args.device))
+    peaks = {p: matmul_peak(args.device, p) for p in set(precisions.values())} if flops else {}
+    calls, memory = {}, {}
+    for name, build in builds.items():
+        *calls[name], memory[name] = build_measured(build, args.device)
+    times = {name: [] for name in calls}
+    for run in range(args.warmup + args.runs):
+        for name, (prepare, call) in calls.items():
+            prepare()
+            times[name] += [seconds(call, args.device)] * (run >= args.warmup)
 
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     crops = f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}"
@@ -292,17 +310,17 @@ def main(args):
         f"{args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, {args.runs} runs by turns")
     say(f"{'':16s}  {'ms':>9s}  {'min':>9s}  {'max':>9s}  {'img/s':>8s}  {'MiB':>8s}  {'MFU':>5s}  ratio")
     for name, values in times.items():
-        middle = statistics.median(values)
+        middle, mib = statistics.median(values), memory[name] and memory[name] / 2**20
         row = dict(task=args.task, row=name, arch=args.arch, patch_size=args.patch_size, crops=crops,
                    batch=args.batch_size_per_gpu, out_dim=args.out_dim, device=args.device, torch=torch.__version__,
                    runs=args.runs, seconds=middle, seconds_min=min(values), seconds_max=max(values),
-                   images_per_second=args.batch_size_per_gpu / middle, peak_mib=memory[name] / 2**20)
+                   images_per_second=args.batch_size_per_gpu / middle, peak_mib=mib)
         line = f"{name:16s}  {1000 * middle:9.1f}  {1000 * min(values):9.1f}  {1000 * max(values):9.1f}  " \
-               f"{row['images_per_second']:8.2f}  {row['peak_mib']:8.0f}  "
+               f"{row['images_per_second']:8.2f}  {mib or math.nan:8.0f}  "
         if flops:
-            precision = reference.precision if name == "reference" else name.partition("+")[0]
-            row |= dict(gflops_per_image=flops / 1e9, peak_gflops=peaks[precision] / 1e9,
-                        mfu=flops * row["images_per_second"] / peaks[precision])
+            peak = peaks[precisions[name]]
+            row |= dict(gflops_per_image=flops / 1e9, peak_gflops=peak / 1e9,
+                        mfu=flops * row["images_per_second"] / peak)
         line += f"{row['mfu']:5.0%}  " if flops else "       "
         if args.reference:
             row["ratio"] = statistics.median(r / v for r, v in zip(times["reference"], values))

@@ -24,7 +24,8 @@ CHUNK_BYTES = (2**26, 2**22)  # of student logits worked on at once: by a GPU, b
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows have a direction and a length of their own.
 
-    weight = weight_g * weight_v / |weight_v|, row by row (Salimans & Kingma 2016, equation 2).
+    weight = weight_g * weight_v / |weight_v|, row by row (Salimans & Kingma 2016, equation 2). It computes in the
+    precision of its weights, also under autocast.
     """
 
     def __init__(self, in_dim, out_dim):
@@ -34,7 +35,8 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear; the length sets how fast rows can turn
 
     def forward(self, x):  # [M, in_dim] -> [M, out_dim]
-        return NormalizedProduct.apply(x, self.weight_g, self.weight_v)
+        with torch.autocast(x.device.type, enabled=False):
+            return NormalizedProduct.apply(x.to(self.weight_v.dtype), self.weight_g, self.weight_v)
 
 
 class NormalizedProduct(torch.autograd.Function):
@@ -85,13 +87,12 @@ class DINOHead(nn.Module):
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
     def forward(self, x):
-        """Features [M, in_dim] -> logits [M, K], float32 from the bottleneck on, also under autocast.
+        """Features [M, in_dim] -> logits [M, K], in the weights' precision from the bottleneck on, autocast or not.
 
         The logits are divided by temperatures of 0.04 to 0.1, which would magnify half-precision error.
         """
-        x = self.mlp(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.last_layer(F.normalize(x.float(), dim=-1))
+        x = self.mlp(x).to(self.last_layer.weight_v.dtype)
+        return self.last_layer(F.normalize(x, dim=-1))
 
 
 class DINOLoss(nn.Module):
@@ -215,6 +216,8 @@ class CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("DINOLoss: a second backward; the gradient was handed out by the first")
         gradient[:2] *= grad_output * ctx.scale
         gradient[2:] *= grad_output * (2 * ctx.scale)
         return gradient.flatten(0, 1), None, None, None, None, None

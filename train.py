@@ -227,7 +227,7 @@ class Report:
     """What a run says: lines on the screen, records in log.jsonl, a bar on a terminal; nothing on ranks but 0."""
 
     def __init__(self, log_file, silent):
-        self.log_file, self.silent, self.bar, self.unreadable = log_file, silent, None, set()
+        self.log_file, self.silent, self.bar, self.profiler, self.unreadable = log_file, silent, None, None, set()
 
     def take_up(self, progress):
         """Go on from a saved state: what was logged after it will be logged again."""
@@ -242,6 +242,25 @@ class Report:
     def start_bar(self, first_step, total_steps):
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step",
                         disable=self.silent or not sys.stderr.isatty())
+
+    def start_profiler(self, steps, path):
+        """Record so many steps, after one to settle and one to warm up, where chrome://tracing can look."""
+        path.unlink(missing_ok=True)
+        self.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), record_shapes=True,
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
+        self.profiler.start()
+
+    def next_step(self):
+        self.bar.update()
+        if self.profiler:
+            self.profiler.step()
+
+    def close(self):
+        """Before the last lines; a trace of fewer steps than were asked for is written too."""
+        self.bar.close()
+        if self.profiler:
+            self.profiler.stop()
 
     def say(self, text):
         if not self.silent:
@@ -269,15 +288,6 @@ class Report:
         for message in set(messages) - self.unreadable:
             self.unreadable.add(message)
             tqdm.write(f"skipped unreadable picture {message}")
-
-
-def start_profiler(steps, path):
-    """Record so many steps, after one to settle and one to warm up, and write them where chrome://tracing can look."""
-    profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), record_shapes=True,
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
-    profiler.start()
-    return profiler
 
 
 # ---- interruptions ----
@@ -428,7 +438,8 @@ def main(args):
                                 batch_keys(first_step, total_steps, *keys, rank, world_size),
                                 args.seed, args.num_workers, pin_memory=device.type == "cuda"))
     report.start_bar(first_step, total_steps)
-    profiler = start_profiler(args.profile, output / "trace.json") if args.profile and rank == 0 else None
+    if args.profile and rank == 0:
+        report.start_profiler(args.profile, output / "trace.json")
     clock, clock_step, saved_at = time.monotonic(), first_step, time.monotonic()
     for step in range(first_step, total_steps):
         epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
@@ -444,9 +455,7 @@ def main(args):
         stats = train_step(student, teacher, dino_loss, optimizer, scaler, reached, passes, now, args.precision,
                            args.clip_grad, args.clip_mode == "per_parameter", diagnose=log_now)
 
-        report.bar.update()
-        if profiler:
-            profiler.step()
+        report.next_step()
         stopped_by = stop.agreed()
         if (log_now or stopped_by) and (reached.item() <= step or scaler.get_scale() < 1):
             failed = min(reached.item(), step)
@@ -478,7 +487,7 @@ def main(args):
                 or (args.save_every_steps and (step + 1) % args.save_every_steps == 0):
             save()
             if stopped_by:
-                report.bar.close()
+                report.close()
                 report.say(f"stopped by {stopped_by} after step {step + 1} of {total_steps}, saved in "
                            f"{output / 'checkpoint.pth'}: the same command goes on"
                            + ", without --resume none --overwrite" * (args.resume == "none"))
@@ -486,7 +495,7 @@ def main(args):
             if end_of_epoch:
                 finish_epoch(step + 1)
             clock, clock_step, saved_at = time.monotonic(), step + 1, time.monotonic()
-    report.bar.close()
+    report.close()
 
     if judging and knn:
         shown = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 import bench
 
@@ -45,15 +46,33 @@ def test_operations_are_those_of_the_formula():
 
 
 def test_memory_is_what_is_held_at_most():
-    import torch
+    """With what was held before the call and let go in it, as old gradients are."""
+    def build():
+        held = [torch.zeros(1_000_000)]
 
-    def call():
-        a = torch.ones(1000, 1000)
-        b = a + 1
-        del a
-        return b * 2
+        def call():
+            held[0] = None
+            held[0] = torch.ones(1_000_000)
+            a = torch.ones(1_000_000)
+            b = a + 1
+            del a
+            return b * 2
+        return bench.nothing, call
 
-    assert bench.peak_memory(call, "cpu") == pytest.approx(8e6, rel=0.01)
+    assert bench.build_measured(build, "cpu")[2] == pytest.approx(12e6, rel=0.01)
+
+
+def test_every_call_of_the_loss_sees_the_same_logits(monkeypatch):
+    args = bench.parse_args(["loss", *TINY])
+    student, teacher = bench.empty_logits(args)
+    monkeypatch.setattr(bench, "empty_logits", lambda args: (student, teacher))
+    prepare, call = bench.our_loss(args, "fp32", set())
+    prepare()
+    before = student.detach().clone()
+    call()
+    assert not torch.equal(student, before)
+    prepare()
+    assert torch.equal(student, before) and student.std().item() == pytest.approx(1 / 16, rel=0.1)
 
 
 @pytest.mark.parametrize("argv, words", [

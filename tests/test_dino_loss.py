@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -90,6 +91,24 @@ def test_nothing_is_overwritten_unless_asked_or_for_nothing():
     with torch.no_grad():
         DINOLoss(8)(student, teacher, 0.04)
     assert torch.equal(student, before)
+
+
+def test_a_head_computes_in_the_precision_of_its_weights():
+    x, head = torch.randn(4, 8), DINOHead(8, 40, bottleneck_dim=16)
+    exact = copy.deepcopy(head).double()(x.double())
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(head(x).double(), exact, rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = head.last_layer(x.repeat(1, 2))
+    alone.sum().backward()
+    assert alone.dtype == head.last_layer.weight_v.grad.dtype == torch.float32
+
+
+def test_a_second_backward_is_refused():
+    loss = DINOLoss(8)(torch.randn(6, 8, requires_grad=True), torch.randn(4, 8), 0.04)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward"):
+        loss.backward()
 
 
 def test_prototypes_equal_torchs_weight_norm():
