@@ -1,7 +1,8 @@
 """Which pictures a step sees: batches counted by (seed, epoch, index), and each picture judged once.
 
     keys = batch_keys(0, 1000, len(images), seed=0, batch_size=64)
-    for views, unreadable in train_loader(images, multicrop, keys, seed=0, num_workers=8): ...
+    batches = train_loader(images, multicrop, keys, seed=0, num_workers=8)
+    for views, unreadable in on_device(batches, multicrop, torch.device("cuda")): ...
     for views, labels, indices, unreadable in eval_loader(images, size=224, batch_size=128): ...
 
 Nothing random is consumed, so nothing is replayed: a run that goes on at step 700 asks for the keys from 700 on,
@@ -50,38 +51,98 @@ def batch_keys(first_step, last_step, num_images, seed, batch_size, accum_steps=
 
 
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> the views of one picture, and messages about pictures that could not be read.
+    """(epoch, index) -> what a multicrop makes of one picture, and messages about pictures that could not be read.
 
-    An unreadable picture's place is taken by the next readable one, so that batches stay whole.
+    That is all views from a MultiCrop, pixels and plan from a BatchMultiCrop. An unreadable picture's place is
+    taken by the next readable one, so that batches stay whole.
     """
 
     def __init__(self, images, multicrop, seed):
         self.images, self.multicrop, self.seed = images, multicrop, seed
+        self.make = multicrop.prepare if makes_batches(multicrop) else multicrop
 
     def __getitem__(self, key):
         epoch, index = key
         unreadable = []
         for i in range(index, index + min(len(self.images), UNREADABLE_IN_A_ROW)):
             try:
-                image, _ = self.images[i % len(self.images)]
+                image = self.open(i % len(self.images))
             except OSError as error:
                 unreadable.append(str(error))
                 continue
-            return self.multicrop(image, key=(self.seed, epoch, index)), unreadable
+            return self.make(image, key=(self.seed, epoch, index)), unreadable
         raise OSError(f"{len(unreadable)} pictures in a row cannot be read any more; the last is {unreadable[-1]}")
+
+    def open(self, i):
+        """Picture i, reduced as far as its views cannot tell; `images` may have a quicker way than to decode it all."""
+        if hasattr(self.images, "open"):
+            return self.images.open(i, self.multicrop.reduction)
+        image, _ = self.images[i]
+        factor = self.multicrop.reduction(*image.size)
+        return image.reduce(factor) if factor > 1 else image
+
+
+def makes_batches(multicrop):
+    return hasattr(multicrop, "prepare")
 
 
 def collate_views(samples):
     """B samples of Views -> V tensors [B, 3, s, s], and all their messages."""
-    views = [torch.stack(view) for view in zip(*(views for views, _ in samples))]
-    return views, [message for _, unreadable in samples for message in unreadable]
+    made, messages = zip(*samples)
+    return [torch.stack(view) for view in zip(*made)], sum(messages, [])
+
+
+def collate_pictures(samples):
+    """The same for pictures that a device makes views of: (their bytes one behind the other, sizes, plans)."""
+    made, messages = zip(*samples)
+    pixels, plans = zip(*made)  # one tensor for all: each that is sent takes a file descriptor
+    sizes = torch.tensor([p.shape for p in pixels])
+    return (torch.cat([p.flatten() for p in pixels]), sizes, torch.stack(plans)), sum(messages, [])
 
 
 def train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False):
-    """Batches of (V view tensors [B, 3, s, s], messages about unreadable pictures), one for each list of keys."""
+    """Batches of (V view tensors [B, 3, s, s], messages about unreadable pictures), one for each list of keys.
+
+    With a BatchMultiCrop workers only decode; the views come from `on_device`.
+    """
+    collate = collate_pictures if makes_batches(multicrop) else collate_views
     return torch.utils.data.DataLoader(
-        Views(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers, collate_fn=collate_views,
+        Views(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers, collate_fn=collate,
         pin_memory=pin_memory, worker_init_fn=outlive_signals)
+
+
+def on_device(batches, multicrop, device):
+    """Batches of train_loader, with their views on a device; on CUDA one ahead, on a stream of its own."""
+    def send(tensor):
+        return tensor.to(device, non_blocking=tensor.is_pinned())
+
+    def make(batch):
+        if not makes_batches(multicrop):
+            return [send(view) for view in batch]
+        pixels, sizes, plans = batch
+        parts = send(pixels).split(sizes.prod(dim=1).tolist())
+        return multicrop([part.view(size) for part, size in zip(parts, sizes.tolist())], plans)
+
+    def arrived(views, messages, event):
+        here = torch.cuda.current_stream(device)
+        here.wait_event(event)
+        for view in views:
+            view.record_stream(here)
+        return views, messages
+
+    if device.type != "cuda":
+        for batch, messages in batches:
+            yield make(batch), messages
+        return
+    stream, ready = torch.cuda.Stream(device), None
+    for batch, messages in batches:
+        with torch.cuda.stream(stream):
+            coming = make(batch), messages, stream.record_event()
+        if ready:
+            yield arrived(*ready)
+        ready = coming
+    if ready:
+        yield arrived(*ready)
 
 
 # ---- to judge features on ----

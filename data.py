@@ -48,8 +48,11 @@ class Data(NamedTuple):
 
 # ---- pictures ----
 
-def open_rgb(path):
+def open_rgb(path, reduction=None):
     """Decode a file as a person would see it: upright, in RGB, transparency on white.
+
+    Args:
+        reduction: (width, height) -> by what power of two the picture may be reduced; a JPEG is not decoded further.
 
     Raises:
         Unreadable: the file is missing, damaged, not a picture, or too large or too long to be one.
@@ -58,15 +61,23 @@ def open_rgb(path):
         if not os.path.isfile(path):  # a pipe of that name would be waited for
             raise ValueError("not a file")
         with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(ImageOps.exif_transpose(picture(image)))
+            width, height = picture(image).size
+            factor = reduction(width, height) if reduction else 1
+            if image.format == "JPEG":
+                image.draft(None, (width // factor, height // factor))  # to 1/8 at most, and never below these
+            return reduced(to_rgb(ImageOps.exif_transpose(image)), factor * max(image.size) // max(width, height))
+
+
+def reduced(image, factor):
+    return image.reduce(factor) if factor > 1 else image
 
 
 @contextlib.contextmanager
 def decoding(name):
-    """Whatever goes wrong within becomes Unreadable, and so does a picture above Image.MAX_IMAGE_PIXELS."""
+    """Whatever goes wrong within becomes Unreadable, and so does a picture above twice Image.MAX_IMAGE_PIXELS."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # cameras have 108 million pixels
             yield
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise Unreadable(f"{name}: {error or type(error).__name__}") from None
@@ -178,7 +189,11 @@ class ImageTree(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        return open_rgb(os.path.join(self.root, self.files[i])), self.labels[i]
+        return self.open(i), self.labels[i]
+
+    def open(self, i, reduction=None):
+        """Picture i alone, reduced on the way (see open_rgb)."""
+        return open_rgb(os.path.join(self.root, self.files[i]), reduction)
 
 
 def walk(root):

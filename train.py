@@ -11,6 +11,7 @@ none. Healthy training starts at loss = ln(out_dim), stays there for the first h
 while the KL divergence stays above zero.
 """
 
+import functools
 import json
 import math
 import random
@@ -27,8 +28,8 @@ from torch import nn
 from tqdm import tqdm
 
 import cli
-from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
-from batches import batch_keys, counted_seed, eval_loader, train_loader
+from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, MultiCrop
+from batches import batch_keys, counted_seed, eval_loader, on_device, train_loader
 from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
@@ -93,6 +94,8 @@ def parse_args(argv=None):
     add(views, "--color_jitter", (0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue", share, nargs=4)
     add(views, "--blur", (1.0, 0.1, 0.5), "probability for first global, second global, local views", share, nargs=3)
     add(views, "--blur_radius", (0.1, 2.0), "pixels; less for small pictures", natural_float, nargs=2)
+    add(views, "--views", "auto", "where they are made: cpu in the workers, device in batches; auto is device on CUDA",
+        choices=["auto", "cpu", "device"])
 
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "folder of pictures, torchvision set as NAME:ROOT, or shapes[:SIZE]")
@@ -140,6 +143,8 @@ def parse_args(argv=None):
         parser.error("--overwrite deletes a run and starts anew: say --resume none as well")
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(args.device) else "fp32"
+    if args.views == "auto":
+        args.views = "device" if args.device == "cuda" else "cpu"
     return args
 
 
@@ -177,9 +182,10 @@ def model_arguments(args):
 
 def build_multicrop(args):
     brightness, contrast, saturation, hue = args.color_jitter
-    return MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
-                     args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
-                     blur=args.blur, blur_radius=args.blur_radius)
+    kind = functools.partial(BatchMultiCrop, compile=args.compile) if args.views == "device" else MultiCrop
+    return kind(args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
+                args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
+                blur=args.blur, blur_radius=args.blur_radius)
 
 
 # ---- judging ----
@@ -278,7 +284,8 @@ class Report:
     def step(self, record):
         self.log(record)
         line = ("loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {teacher_entropy:.2f}  KL {kl:.3f}  lr {lr:.1e}  "
-                "{images_per_second:.0f} img/s").format(**record)
+                "{images_per_second:.0f} img/s: {data_seconds:.3f} s data + {compute_seconds:.3f} s compute")
+        line = line.format(**record)
         self.bar.set_postfix_str(line)
         if self.bar.disable:
             self.say(f"epoch {record['epoch']}  step {record['step'] + 1}/{self.bar.total}  {line}")
@@ -434,23 +441,23 @@ def main(args):
 
     # ---- training ----
     keys = (len(data.train), args.seed, args.batch_size_per_gpu, args.accum_steps)
-    batches = iter(train_loader(data.train, build_multicrop(args),
-                                batch_keys(first_step, total_steps, *keys, rank, world_size),
-                                args.seed, args.num_workers, pin_memory=device.type == "cuda"))
+    multicrop = build_multicrop(args)
+    loader = train_loader(data.train, multicrop, batch_keys(first_step, total_steps, *keys, rank, world_size),
+                          args.seed, args.num_workers, pin_memory=device.type == "cuda")
+    batches = on_device(loader, multicrop, device)
     report.start_bar(first_step, total_steps)
     if args.profile and rank == 0:
         report.start_profiler(args.profile, output / "trace.json")
-    clock, clock_step, saved_at = time.monotonic(), first_step, time.monotonic()
+    clock, clock_step, waited, saved_at = time.monotonic(), first_step, 0.0, time.monotonic()
     for step in range(first_step, total_steps):
         epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
         log_now = end_of_epoch or (step + 1) % args.log_every == 0
         now = settings_at(step, steps_per_epoch, global_batch, args)
-        torch.manual_seed(counted_seed("drop path", args.seed, step, rank))
-        passes = []
-        for _ in range(args.accum_steps):
-            views, unreadable = next(batches)
-            passes.append([view.to(device, non_blocking=view.is_pinned()) for view in views])
-            report.skipped(unreadable)
+        asked = time.monotonic()
+        passes, unreadable = zip(*(next(batches) for _ in range(args.accum_steps)))
+        waited += time.monotonic() - asked
+        report.skipped(sum(unreadable, []))
+        torch.manual_seed(counted_seed("drop path", args.seed, step, rank))  # after the loader, which draws too
 
         stats = train_step(student, teacher, dino_loss, optimizer, scaler, reached, passes, now, args.precision,
                            args.clip_grad, args.clip_mode == "per_parameter", diagnose=log_now)
@@ -472,11 +479,14 @@ def main(args):
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
             report.unreadable = set().union(*cli.gather(report.unreadable))
             epoch_stats.append((entropy, entropy_of_mean, loss - entropy))
-            speed = (step + 1 - clock_step) * global_batch / (time.monotonic() - clock)
-            clock, clock_step = time.monotonic(), step + 1
+            seconds = (time.monotonic() - clock) / (step + 1 - clock_step)
+            waited /= step + 1 - clock_step
             report.step(dict(epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
-                             teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy, images_per_second=speed,
-                             unreadable=len(report.unreadable), loss_scale=scaler.get_scale(), **now._asdict()))
+                             teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy,
+                             images_per_second=global_batch / seconds, data_seconds=waited,
+                             compute_seconds=seconds - waited, unreadable=len(report.unreadable),
+                             loss_scale=scaler.get_scale(), **now._asdict()))
+            clock, clock_step, waited = time.monotonic(), step + 1, 0.0
         if end_of_epoch:
             trouble = collapse(*torch.tensor(epoch_stats).nanmean(dim=0).tolist(), args.out_dim)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
@@ -494,7 +504,7 @@ def main(args):
                 return
             if end_of_epoch:
                 finish_epoch(step + 1)
-            clock, clock_step, saved_at = time.monotonic(), step + 1, time.monotonic()
+            clock, clock_step, waited, saved_at = time.monotonic(), step + 1, 0.0, time.monotonic()
     report.close()
 
     if judging and knn:

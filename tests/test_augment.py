@@ -1,62 +1,198 @@
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from augment import MultiCrop, View, render, sample_box, to_tensor
+import augment
+from augment import BatchMultiCrop, MultiCrop, View, render, sample_box, to_pixels
+from data import Shapes, open_rgb
 
 PLAIN = View(size=32, box=(10, 5, 70, 50), flip=False, jitter=(), grey=False, blur=0.0, solarize=False)
-IDENTITY = View(size=0, box=None, flip=False, jitter=(), grey=False, blur=0.0, solarize=False)
+THEIRS = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation,
+          "hue": TF.adjust_hue}
 
 
-def same(a, b):
-    return torch.equal(TF.pil_to_tensor(a), TF.pil_to_tensor(b))
+def ours(image, view):
+    """PIL image -> [3, s, s] float32 in 0 to 255."""
+    return render(to_pixels(image).permute(2, 0, 1).unsqueeze(0), view)[0]
+
+
+def pillows(image, view):
+    """The same through torchvision and Pillow, as the reference implementation does."""
+    left, top, right, bottom = view.box
+    x = TF.resized_crop(image, top, left, bottom - top, right - left, [view.size] * 2, TF.InterpolationMode.BICUBIC)
+    x = TF.hflip(x) if view.flip else x
+    for name, amount in view.jitter:
+        x = THEIRS[name](x, amount)
+    x = TF.rgb_to_grayscale(x, num_output_channels=3) if view.grey else x
+    x = x.filter(ImageFilter.GaussianBlur(view.blur)) if view.blur else x
+    x = ImageOps.solarize(x) if view.solarize else x
+    return TF.pil_to_tensor(x).float()
+
+
+def differences(image, **altered):
+    """Between ours and Pillow's, sorted; what comes before `altered` is Pillow's in both."""
+    cropped = TF.resized_crop(image, 5, 10, 45, 60, [64, 64], TF.InterpolationMode.BICUBIC)
+    view = PLAIN._replace(size=64, box=(0, 0, 64, 64), **altered)
+    return (ours(cropped, view) - pillows(cropped, view)).abs().flatten().sort().values
 
 
 def test_crop_is_torchvisions_bicubic(scene):
-    assert same(render(scene, PLAIN), TF.resized_crop(scene, 5, 10, 45, 60, [32, 32], TF.InterpolationMode.BICUBIC))
+    for size in (16, 32, 64, 100):  # smaller and larger than the box
+        view = PLAIN._replace(size=size)
+        difference = (ours(scene, view) - pillows(scene, view)).abs()
+        assert difference.max() <= 1 and difference.mean() < 0.02
 
 
-@pytest.mark.parametrize("name, amounts, theirs", [
-    ("brightness", (0.6, 1.0, 1.4), TF.adjust_brightness), ("contrast", (0.6, 1.0, 1.4), TF.adjust_contrast),
-    ("saturation", (0.8, 1.0, 1.2), TF.adjust_saturation), ("hue", (-0.1, -0.003, 0.0, 0.07, 0.1, 0.5), TF.adjust_hue)])
-def test_jitter_is_torchvisions(scene, name, amounts, theirs):
-    cropped = render(scene, PLAIN)
+@pytest.mark.parametrize("name, amounts", [("brightness", (0.6, 1.0, 1.4)), ("contrast", (0.6, 1.0, 1.4)),
+                                           ("saturation", (0.8, 1.0, 1.2))])
+def test_jitter_is_pillows_to_the_bit(scene, name, amounts):
     for amount in amounts:
-        assert same(render(scene, PLAIN._replace(jitter=((name, amount),))), theirs(cropped, amount))
+        assert differences(scene, jitter=((name, amount),)).max() == 0
+
+
+@pytest.mark.parametrize("turn", (-0.5, -0.1, -0.003, 0.0, 0.07, 0.1, 0.5))
+def test_hue_is_pillows_but_for_rounding(scene, turn):
+    difference = differences(scene, jitter=(("hue", turn),))
+    assert difference.mean() < 0.01 and difference[-25] == 0  # of 12,288
+
+
+def test_hue_of_every_kind_of_colour():
+    """All of 0, 1, 127, 254, 255 in each channel: greys, black, white, ties of the largest channel."""
+    levels = torch.tensor([0, 1, 127, 254, 255], dtype=torch.uint8)
+    pixels = torch.cartesian_prod(levels, levels, levels).view(1, 125, 3)
+    image = Image.frombytes("RGB", (125, 1), pixels.numpy().tobytes())
+    for turn in (-0.3, 0.0, 0.1):
+        difference = augment.hue(pixels.permute(2, 0, 1)[None].float(), turn)[0] - TF.pil_to_tensor(
+            TF.adjust_hue(image, turn))
+        assert difference.abs().max() <= 1
 
 
 def test_jitter_is_applied_in_its_order(scene):
-    cropped = render(scene, PLAIN)
     jitter = (("contrast", 1.4), ("hue", 0.1), ("brightness", 0.6))
-    expected = TF.adjust_brightness(TF.adjust_hue(TF.adjust_contrast(cropped, 1.4), 0.1), 0.6)
-    assert same(render(scene, PLAIN._replace(jitter=jitter)), expected)
-    assert not same(render(scene, PLAIN._replace(jitter=jitter[::-1])), expected)
+    assert differences(scene, jitter=jitter).mean() < 0.01
+    view = PLAIN._replace(jitter=jitter)
+    assert (ours(scene, view) - pillows(scene, view._replace(jitter=jitter[::-1]))).abs().mean() > 1
 
 
-def test_flip_grey_blur_solarize_are_theirs(scene):
-    cropped = render(scene, PLAIN)
-    assert same(render(scene, PLAIN._replace(flip=True)), TF.hflip(cropped))
-    assert same(render(scene, PLAIN._replace(grey=True)), TF.rgb_to_grayscale(cropped, num_output_channels=3))
-    assert same(render(scene, PLAIN._replace(blur=1.3)), cropped.filter(ImageFilter.GaussianBlur(1.3)))
-    assert same(render(scene, PLAIN._replace(solarize=True)), ImageOps.solarize(cropped, 128))
+def test_flip_grey_solarize_are_pillows_to_the_bit(scene):
+    for altered in (dict(flip=True), dict(solarize=True), dict(grey=True)):
+        assert differences(scene, **altered).max() == 0
 
 
-def test_everything_in_the_papers_order(scene):
-    view = PLAIN._replace(flip=True, jitter=(("hue", 0.1),), grey=True, blur=0.7, solarize=True)
-    x = TF.rgb_to_grayscale(TF.adjust_hue(TF.hflip(render(scene, PLAIN)), 0.1), num_output_channels=3)
-    assert same(render(scene, view), TF.solarize(x.filter(ImageFilter.GaussianBlur(0.7)), 128))
+@pytest.mark.parametrize("sigma", (0.1, 0.4, 0.8, 1.3, 1.42, 2.0, 5.0))
+def test_blur_is_pillows_but_for_rounding(scene, sigma):
+    difference = differences(scene, blur=sigma)
+    assert difference.mean() < 0.1 and difference.max() <= 2
 
 
-def test_tensor_and_normalisation_are_torchvisions(scene):
-    torch.testing.assert_close(to_tensor(scene), TF.to_tensor(scene), rtol=0, atol=0)
+@pytest.fixture(scope="module")
+def pictures(request):
+    """Real ones from the folder that `--pictures` names, generated ones without it."""
+    folder = request.config.getoption("--pictures")
+    if folder:
+        return [open_rgb(path) for path in sorted(Path(folder).rglob("*.[jJ]*"))[:200]]
+    return [Shapes("test", 24, 300)[i][0].crop((0, 0, 300, 160 + 4 * i)) for i in range(24)]
+
+
+def test_the_chain_is_pillows_on_the_worker_and_in_batches(pictures):
+    """Mean difference at most 1 of 255, 999 of 1000 at most 4; the same numbers, ten views of each picture."""
+    multicrop, batch = MultiCrop(), BatchMultiCrop()
+    on_worker, in_batch = [], []
+    for first in range(0, len(pictures), 8):
+        images = pictures[first:first + 8]
+        pixels, plans = zip(*(batch.prepare(image, key=first + i) for i, image in enumerate(images)))
+        views = batch(pixels, torch.stack(plans))
+        for i, image in enumerate(images):
+            for v, view in enumerate(multicrop.sample(*image.size, key=first + i)):
+                expected = pillows(image, view)
+                on_worker.append((ours(image, view) - expected).abs().flatten())
+                in_batch.append((views[v][i] * multicrop.std + multicrop.mean - expected).abs().flatten())
+    for differences in (torch.cat(on_worker), torch.cat(in_batch)):
+        assert differences.mean() < 0.1
+        assert differences.kthvalue(int(0.999 * len(differences))).values <= 4
+
+
+def test_normalisation_is_torchvisions(scene):
     expected = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.testing.assert_close(MultiCrop().normalize(scene), expected, rtol=0, atol=1e-6)
+    result = MultiCrop().normalize(to_pixels(scene).permute(2, 0, 1).float())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
+
+# ---- batches ----
+
+def batch_and_each(multicrop, batch, images):
+    pixels, plans = zip(*(batch.prepare(image, key=i) for i, image in enumerate(images)))
+    together = batch(pixels, torch.stack(plans))
+    each = [torch.stack(view) for view in zip(*(multicrop(image, key=i) for i, image in enumerate(images)))]
+    return together, each
+
+
+@pytest.mark.parametrize("chunk_bytes, compile", [(2**30, False), (2**23, False), (2**30, True)])
+def test_a_batch_gives_what_each_picture_would(scene, monkeypatch, chunk_bytes, compile):
+    """Pictures of different sizes and shapes, in one chunk or several, plain or compiled."""
+    monkeypatch.setattr(augment, "CHUNK_BYTES", chunk_bytes)
+    arguments = dict(global_size=48, local_size=32, local_number=3, solarize=0.5, blur=(1.0, 0.5, 0.5))
+    batch = BatchMultiCrop(**arguments, compile=compile)
+    images = [scene.resize((60 + 37 * (i % 5), 300 - 20 * i)) for i in range(12)] + [Image.new("RGB", (1, 1), "red")]
+    assert (len(list(batch.chunks([image.size[::-1] for image in images]))) > 1) == (chunk_bytes < 2**30)
+    together, each = batch_and_each(MultiCrop(**arguments), batch, images)
+    assert [x.shape for x in together] == [x.shape for x in each]
+    for a, b in zip(together, each):
+        difference = (a - b).abs() * 58  # of 255, about
+        assert difference.mean() < 0.05 and (difference > 4).float().mean() < 1e-3
+
+
+def test_global_and_local_views_of_one_size(scene):
+    arguments = dict(global_size=32, local_size=32, local_number=2)
+    together, each = batch_and_each(MultiCrop(**arguments), BatchMultiCrop(**arguments), [scene, scene.rotate(90)])
+    assert len(together) == 4 and all((a - b).abs().mean() < 0.002 for a, b in zip(together, each))
+
+
+def test_chunks_hold_every_picture_once_and_no_more_than_fits():
+    batch = BatchMultiCrop()
+    sizes = [(300 + 17 * (i % 13), 500 - 11 * (i % 7)) for i in range(64)] + [(2250, 3000), (80, 4000)]
+    chunks = list(batch.chunks(sizes))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(66))
+    for chunk in chunks:
+        height, width = (max(sizes[i][side] for i in chunk) for side in (0, 1))
+        assert len(chunk) == 1 or 12 * height * width * len(chunk) < augment.CHUNK_BYTES / 2
+    assert len(chunks) < 6
+
+
+@pytest.mark.parametrize("width, height, factor", [
+    (500, 400, 1), (3000, 2000, 1), (4032, 3024, 2), (12_000, 9_000, 4), (12_000, 120, 1), (1, 1, 1)])
+def test_large_pictures_are_reduced(width, height, factor):
+    multicrop = MultiCrop()
+    assert multicrop.reduction(width, height) == factor
+    for view in (view for i in range(50) for view in multicrop.sample(width // factor, height // factor, key=i)):
+        left, top, right, bottom = view.box
+        assert factor == 1 or min(right - left, bottom - top) >= 3 * view.size * 0.98
+
+
+def test_a_reduced_picture_gives_the_same_views(pictures):
+    """Views so small that the pictures are large for them; the same boxes on the whole picture."""
+    multicrop = MultiCrop(global_size=16, local_size=5, local_number=4)
+    differences = []
+    for i, image in enumerate(pictures):
+        factor = multicrop.reduction(*image.size)
+        image = image.crop((0, 0, image.width // factor * factor, image.height // factor * factor))
+        reduced = image.reduce(factor)
+        assert factor > 1
+        for view in multicrop.sample(*reduced.size, key=i):
+            view = view._replace(jitter=(), solarize=False)
+            whole = view._replace(box=tuple(factor * x for x in view.box))
+            differences.append((ours(reduced, view) - ours(image, whole)).abs().flatten())
+    differences = torch.cat(differences)
+    assert differences.mean() < 1 and differences.kthvalue(int(0.999 * len(differences))).values <= 4
+
+
+# ---- numbers ----
 
 def test_boxes_are_distributed_as_torchvisions():
     torch.manual_seed(0)
@@ -73,6 +209,24 @@ def test_boxes_are_distributed_as_torchvisions():
             grid = torch.cat((a, b)).sort().values
             below_a, below_b = (torch.searchsorted(x.sort().values, grid, right=True) for x in (a, b))
             assert (below_a - below_b).abs().max() / 4000 < 1.95 * math.sqrt(2 / 4000)
+
+
+def test_colour_jitter_is_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    rng, multicrop, names = random.Random(0), MultiCrop(), list(THEIRS)
+    jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
+    a = [multicrop.sample_jitter(rng) for _ in range(4000)]
+    b = [ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(4000)]
+    for place, name in enumerate(names):  # two-sample Kolmogorov-Smirnov, bound for p = 0.001
+        x = torch.tensor([dict(amounts)[name] for amounts in a]).double().sort().values
+        y = torch.tensor([amounts[1 + place] for amounts in b]).double().sort().values
+        grid = torch.cat((x, y))
+        apart = torch.searchsorted(x, grid, right=True) - torch.searchsorted(y, grid, right=True)
+        assert apart.abs().max() / 4000 < 1.95 * math.sqrt(2 / 4000), name
+    orders = [[tuple(names.index(name) for name, _ in amounts) for amounts in a], [tuple(o[0].tolist()) for o in b]]
+    counts = torch.tensor([[order.count(o) for o in sorted(set(order))] for order in orders]).double()
+    chi_squared = ((counts[0] - counts[1]) ** 2 / counts.sum(dim=0)).sum()
+    assert counts.shape == (2, 24) and chi_squared < 49.7  # p = 0.001 of 23 degrees of freedom
 
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1, 1)])

@@ -4,8 +4,8 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import batches
-from augment import MultiCrop
-from batches import Views, batch_keys, eval_loader, eval_view
+from augment import BatchMultiCrop, MultiCrop
+from batches import Views, batch_keys, eval_loader, eval_view, on_device, train_loader
 from data import ImageTree, Shapes
 
 
@@ -29,6 +29,34 @@ def test_views_depend_on_seed_epoch_and_index_alone():
     assert all(map(torch.equal, one[1, 7][0], again[1, 7][0]))
     for other in (again[2, 7], again[1, 8], Views(images, multicrop, seed=1)[1, 7]):
         assert not torch.equal(one[1, 7][0][0], other[0][0])
+
+
+def test_workers_that_only_decode_lead_to_the_same_views(tmp_path, scene):
+    """Files of several sizes and a bad one through two workers, then views in batches, beside views on workers."""
+    for i in range(8):
+        scene.resize((40 + 11 * i, 90 - 6 * i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"bad")
+    images, arguments = ImageTree(str(tmp_path)), (32, (0.4, 1), 16, (0.1, 0.4), 2)
+    keys = list(batch_keys(0, 4, 8, 0, 4))
+    made = []
+    for multicrop in (MultiCrop(*arguments), BatchMultiCrop(*arguments)):
+        loader = train_loader(images, multicrop, keys, seed=0, num_workers=2)
+        made.append(list(on_device(loader, multicrop, torch.device("cpu"))))
+    assert len(made[0]) == len(made[1]) == 4
+    for (views, messages), (expected, expected_messages) in zip(*made):
+        assert messages == expected_messages
+        assert [x.shape for x in views] == [x.shape for x in expected] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
+        assert all((a - b).abs().mean() < 2e-3 for a, b in zip(views, expected))
+    assert sum(len(messages) for _, messages in made[0]) == 2 and "3.png" in str(made[0])
+
+
+def test_large_pictures_are_reduced_with_and_without_an_open_method(tmp_path, scene):
+    multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
+    multicrop.reduction = lambda width, height: 4 if (width, height) == (970, 610) else 1
+    scene.resize((970, 610)).save(tmp_path / "a.png")
+    tree = ImageTree(str(tmp_path))
+    one, two = Views(tree, multicrop, 0).open(0), Views([tree[0]], multicrop, 0).open(0)
+    assert one.size == two.size == (243, 153) and one.tobytes() == two.tobytes() == tree[0][0].reduce(4).tobytes()
 
 
 def test_a_whole_disk_that_vanishes_ends_the_run(monkeypatch):

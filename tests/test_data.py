@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import data
+from augment import MultiCrop
 from data import DataError, ImageTree, Shapes, TorchvisionSet, Unreadable, open_data, open_rgb
 from knn import knn_classifier
 
@@ -134,6 +135,40 @@ def test_exif_rotation_is_undone(tmp_path, orientation):
     assert open_rgb(tmp_path / "a.png").tobytes() == upright.tobytes()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("factor", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_reduced_while_it_is_read(tmp_path, scene, mode, factor, orientation):
+    """A JPEG is decoded at 1/8 at most, and anything else reduced afterwards: all near to reducing it whole."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = (970, 611) if orientation == 1 else (976, 608)  # else the odd rest would be at the other end
+    stored = scene.resize(size, Image.Resampling.BICUBIC).convert(mode)
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    asked = []
+
+    def reduction(*size):
+        asked.append(size)
+        return factor
+
+    expected = open_rgb(tmp_path / "a.jpg").reduce(factor)
+    result = open_rgb(tmp_path / "a.jpg", reduction)
+    assert result.size == expected.size and result.mode == "RGB" and sorted(asked[0]) == sorted(size)
+    difference = (TF.pil_to_tensor(result).int() - TF.pil_to_tensor(expected)).abs().float()
+    assert difference.mean() < 1.5
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png", exif=exif) if mode != "CMYK" else None
+    if mode != "CMYK":
+        assert open_rgb(tmp_path / "a.png", reduction).tobytes() == open_rgb(tmp_path / "a.png").reduce(factor).tobytes()
+
+
+def test_a_picture_of_108_million_pixels(tmp_path, scene):
+    """As telephones take them; on the way to its views it is never decoded whole."""
+    Image.new("RGB", (12_000, 9_000), (200, 100, 50)).save(tmp_path / "a.jpg")
+    multicrop = MultiCrop()
+    image = open_rgb(tmp_path / "a.jpg", multicrop.reduction)
+    assert image.size == (3000, 2250) and len(multicrop(image, key=0)) == 10
+
+
 def test_unreadable_files_are_named(tmp_path, scene, monkeypatch):
     scene.save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
@@ -143,7 +178,7 @@ def test_unreadable_files_are_named(tmp_path, scene, monkeypatch):
             open_rgb(tmp_path / f"{name}.jpg")
     with pytest.raises(Unreadable, match="missing.jpg"):
         open_rgb(tmp_path / "missing.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 97 * 61 / 2 - 1)
     with pytest.raises(Unreadable, match="decompression bomb"):
         open_rgb(tmp_path / "whole.jpg")
 
@@ -158,7 +193,7 @@ def test_sets_of_torchvision_are_checked_too(tmp_path, scene, monkeypatch):
     with pytest.raises(Unreadable, match="ImageFolder 0: 3000 x 1 pixels is more of a line"):
         images[0]
     assert images[1][0].size == scene.size
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)
     with pytest.raises(Unreadable, match="ImageFolder 1: .*decompression bomb"):
         images[1]
 

@@ -100,7 +100,8 @@ def run(flags):
 def records(folder, of="step"):
     """What log.jsonl says, but for the speed."""
     lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+    times = ("images_per_second", "data_seconds", "compute_seconds")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
 
 
 def steps_logged(folder):

@@ -227,9 +227,21 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(value, load_file(tmp_path / "two" / "teacher.safetensors")[name], rtol=0, atol=1e-4)
 
 
+def test_views_made_in_batches_teach_the_same(shapes_300, tmp_path):
+    """To rounding: each view is the same picture with the same numbers."""
+    for views in ("cpu", "device"):
+        run(tmp_path / views, f"--epochs 2 --views {views} --num_workers 2")
+    torch.testing.assert_close(losses(tmp_path / "cpu"), losses(tmp_path / "device"), rtol=0, atol=1e-3)
+    for line in (tmp_path / "device" / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        seconds = record["data_seconds"] + record["compute_seconds"]
+        assert 0 < record["data_seconds"] < seconds
+        assert record["images_per_second"] == pytest.approx(64 / seconds)
+
+
 @pytest.mark.parametrize("flags", [
     "--precision bf16 --optimizer lars", "--precision fp16 --optimizer sgd --accum_steps 2 --batch_size_per_gpu 32",
-    "--use_bn_in_head true --clip_mode global --local_crops_number 0", "--clip_grad 0 --norm_last_layer false"])
+    "--use_bn_in_head true --clip_mode global --local_crops_number 0 --views device", "--clip_grad 0 --norm_last_layer false"])
 def test_every_way_to_train_runs(shapes_300, tmp_path, flags):
     run(tmp_path, f"--epochs 1 {flags}")
     assert len(losses(tmp_path)) == 4 and all(math.isfinite(loss) for loss in losses(tmp_path))
