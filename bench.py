@@ -4,6 +4,7 @@
     python bench.py step --reference DIR                              # beside a checkout of facebookresearch/dino
     python bench.py loss --reference DIR --batch_size_per_gpu 32      # loss and centre, forward and backward
     python bench.py update --reference DIR                            # clip, optimizer, teacher
+    python bench.py views --reference DIR --data_path /photos         # files to views, and lightly's where installed
 
 Everything is timed in one process, on the same data, turn and turn about, so that what else the machine does
 falls on all alike: read the ratios. A JSON line for each row goes to standard output, a table for people to
@@ -11,22 +12,29 @@ standard error. The step is the function that train.py runs.
 """
 
 import argparse
+import atexit
 import functools
+import importlib.util
 import itertools
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
+from augment import BatchMultiCrop, MultiCrop
 from cli import natural, positive
+from data import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
 from step import Settings, allow_tf32, apply_gradients, build_networks, compile_regions, train_step
@@ -40,8 +48,9 @@ class BenchError(ValueError):
 def parse_args(argv=None):
     parser = cli.parser("bench.py", __doc__)
     parser.add_argument("task", choices=list(TASKS), help="what to time")
-    parser.add_argument("--settings", nargs="+", type=setting, metavar="S", default=[setting("fp32")],
-                        help="rows: fp32, bf16 or fp16, with +compile and +checkpointing if wanted (default: fp32)")
+    parser.add_argument("--settings", nargs="+", type=setting_name, metavar="S", default=["fp32"],
+                        help="rows: fp32, bf16 or fp16, with +compile and +checkpointing if wanted (default: fp32); "
+                             "views have rows of their own")
     parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino to time beside")
     parser.add_argument("--arch", choices=list(SIZES), default="vit_small", help="(default: vit_small)")
     for name, default, kind in (("patch_size", 16, positive), ("batch_size_per_gpu", 8, positive),
@@ -49,15 +58,22 @@ def parse_args(argv=None):
                                 ("local_crops_size", 96, positive), ("local_crops_number", 8, natural),
                                 ("warmup", 2, positive), ("runs", 5, positive)):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"(default: {default})")
+    parser.add_argument("--data_path", metavar="DIR", help="pictures to make views of (default: generated JPEGs)")
     parser.add_argument("--device", type=cli.device, default="auto", help="cuda, mps or cpu (default: the first there)")
     return parser.parse_args(argv)
 
 
-def setting(text):
-    """An argparse type: "bf16+compile" -> ("bf16", {"compile"})."""
-    precision, *more = text.split("+")
+def setting_name(text):
+    """An argparse type: what `setting` understands."""
+    precision, more = setting(text)
     if precision not in ("fp32", "bf16", "fp16") or not {"compile", "checkpointing"}.issuperset(more):
         raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp16, with +compile or +checkpointing behind")
+    return text
+
+
+def setting(name):
+    """ "bf16+compile" -> ("bf16", {"compile"})."""
+    precision, *more = name.split("+")
     return precision, set(more)
 
 
@@ -205,6 +221,13 @@ class Reference:
         self.scaler = None
         return lambda: give_gradients(student), lambda: self.apply(student, teacher, optimizer)
 
+    def views(self, files):
+        if (self.args.global_crops_size, self.args.local_crops_size) != (224, 96):
+            raise BenchError("--reference: its views have 224 and 96 pixels")
+        theirs = self.main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), self.args.local_crops_number)
+        return in_turn(files, self.args.batch_size_per_gpu,
+                       lambda files: [theirs(Image.open(file).convert("RGB")) for file in files])
+
     def apply(self, student, teacher, optimizer):
         for group, weight_decay in zip(optimizer.param_groups, (0.1, 0.0)):
             group.update(lr=1e-4, weight_decay=weight_decay)
@@ -222,7 +245,59 @@ class Reference:
                 theirs.data.mul_(0.998).add_((1 - 0.998) * ours.detach().data)
 
 
-TASKS = {"step": our_step, "loss": our_loss, "update": our_update}
+# ---- views ----
+
+def files_in(folder):
+    """JPEGs of 500 x 400 pixels are made in it if it is new."""
+    if folder is None:
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder)
+        for i in range(64):
+            Shapes("train", 64, 500)[i][0].crop((0, 50, 500, 450)).save(f"{folder}/{i}.jpg")
+    images = ImageTree(folder)
+    return [os.path.join(images.root, file) for file in images.files]
+
+
+def in_turn(files, count, use, prepare=list):
+    """(prepare, call): the next so many files, as `prepare` makes them, for `use`."""
+    numbers, taken = itertools.count(), []
+
+    def take():
+        taken[:] = prepare(files[next(numbers) % len(files)] for _ in range(count))
+
+    return take, lambda: use(taken)
+
+
+def view_rows(args, files):
+    """Files to views on a worker; files to what a worker sends; from there to views on the device; lightly's."""
+    arguments = (args.global_crops_size, (0.4, 1.0), args.local_crops_size, (0.05, 0.4), args.local_crops_number)
+    multicrop, batch = MultiCrop(*arguments), BatchMultiCrop(*arguments)
+    row = functools.partial(in_turn, files, args.batch_size_per_gpu)
+
+    def decode(files):
+        return [batch.prepare(open_rgb(file, batch.reduction)) for file in files]
+
+    def send(files):
+        return [(pixels.to(args.device), plan) for pixels, plan in decode(files)]
+
+    def render(prepared, views=batch):
+        pixels, plans = zip(*prepared)
+        return views(pixels, torch.stack(plans))
+
+    rows = {"on a worker": row(lambda files: [multicrop(open_rgb(file, multicrop.reduction)) for file in files]),
+            "files to pixels": row(decode), f"pixels on {args.device}": row(render, send)}
+    if args.device == "cuda":
+        compiled = BatchMultiCrop(*arguments, compile=True)
+        rows["the same, compiled"] = row(functools.partial(render, views=compiled), send)
+    if importlib.util.find_spec("lightly"):
+        from lightly.transforms import DINOTransform
+
+        theirs = DINOTransform(*arguments, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1)
+        rows["lightly"] = row(lambda files: [theirs(Image.open(file).convert("RGB")) for file in files])
+    return rows
+
+
+TASKS = {"step": our_step, "loss": our_loss, "update": our_update, "views": view_rows}
 
 
 # ---- how it is measured ----
@@ -285,20 +360,32 @@ def build_measured(build, device):
     return prepare, call, torch.cuda.max_memory_allocated() - before if device == "cuda" else None
 
 
-def main(args):
-    torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # two sizes, the last block, the teacher: six graphs
-    builds, precisions = {}, {}
-    if args.reference:
-        reference = Reference(args.reference, args)
-        builds["reference"], precisions["reference"] = getattr(reference, args.task), reference.precision
-    for precision, more in args.settings:
-        name = "+".join([precision, *sorted(more)])
-        builds[name], precisions[name] = functools.partial(TASKS[args.task], args, precision, more), precision
-    flops = flops_per_image(args) if args.task == "step" else None
-    peaks = dict.fromkeys(precisions.values(), 0.0) if flops else {}
+def rows_of_views(args, reference):
+    """(prepare, call) by name, and memory by name: not known, for most of it is not torch's."""
+    torch.set_num_threads(1)
+    files = files_in(args.data_path)
+    calls = {"reference": reference.views(files)} if reference else {}
+    calls |= view_rows(args, files)
+    return calls, dict.fromkeys(calls)
+
+
+def rows_of_settings(args, reference):
+    """(prepare, call) by name, and memory by name."""
+    builds = {"reference": getattr(reference, args.task)} if reference else {}
+    builds |= {name: functools.partial(TASKS[args.task], args, *setting(name)) for name in args.settings}
     calls, memory = {}, {}
     for name, build in builds.items():
         *calls[name], memory[name] = build_measured(build, args.device)
+    return calls, memory
+
+
+def main(args):
+    torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # two sizes, the last block, the teacher: six graphs
+    reference = Reference(args.reference, args) if args.reference else None
+    flops = flops_per_image(args) if args.task == "step" else None
+    calls, memory = (rows_of_views if args.task == "views" else rows_of_settings)(args, reference)
+    precisions = {name: reference.precision if name == "reference" else name.partition("+")[0] for name in calls}
+    peaks = dict.fromkeys(precisions.values(), 0.0) if flops else {}
     times = {name: [] for name in calls}
     for run in range(args.warmup + args.runs):
         for name, (prepare, call) in calls.items():
@@ -311,14 +398,14 @@ def main(args):
     crops = f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}"
     say(f"{args.task}: {args.arch}/{args.patch_size}, {crops}, batch {args.batch_size_per_gpu}, K {args.out_dim}, "
         f"{args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, {args.runs} runs by turns")
-    say(f"{'':16s}  {'ms':>9s}  {'min':>9s}  {'max':>9s}  {'img/s':>8s}  {'MiB':>8s}  {'MFU':>5s}  ratio")
+    say(f"{'':20s}  {'ms':>9s}  {'min':>9s}  {'max':>9s}  {'img/s':>8s}  {'MiB':>8s}  {'MFU':>5s}  ratio")
     for name, values in times.items():
         middle, mib = statistics.median(values), memory[name] and memory[name] / 2**20
         row = dict(task=args.task, row=name, arch=args.arch, patch_size=args.patch_size, crops=crops,
                    batch=args.batch_size_per_gpu, out_dim=args.out_dim, device=args.device, torch=torch.__version__,
                    runs=args.runs, seconds=middle, seconds_min=min(values), seconds_max=max(values),
                    images_per_second=args.batch_size_per_gpu / middle, peak_mib=mib)
-        line = f"{name:16s}  {1000 * middle:9.1f}  {1000 * min(values):9.1f}  {1000 * max(values):9.1f}  " \
+        line = f"{name:20s}  {1000 * middle:9.1f}  {1000 * min(values):9.1f}  {1000 * max(values):9.1f}  " \
                f"{row['images_per_second']:8.2f}  {mib or math.nan:8.0f}  "
         if flops:
             peak = peaks[precisions[name]]
@@ -336,4 +423,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, BenchError)
+    cli.run(main, parse_args, BenchError, DataError)

@@ -27,6 +27,29 @@ def test_rows_for_machines_and_for_people(capsys, task, settings):
         assert rows[1]["peak_mib"] < rows[0]["peak_mib"]
 
 
+def test_views_from_files(capsys, tmp_path, scene, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of the process that runs all tests
+    for i in range(3):
+        scene.save(tmp_path / f"{i}.jpg")
+    bench.main(bench.parse_args(["views", *TINY, "--data_path", str(tmp_path)]))
+    captured = capsys.readouterr()
+    rows = {(row := json.loads(line))["row"]: row for line in captured.out.splitlines()}
+    assert {"on a worker", "files to pixels", "pixels on cpu"} <= rows.keys()
+    assert rows["on a worker"]["images_per_second"] == pytest.approx(2 / rows["on a worker"]["seconds"])
+    assert rows["files to pixels"]["peak_mib"] is None
+
+
+@pytest.mark.parametrize("prepare, expected", [
+    (list, [1, 2, 3, 1, 2, 3]), (lambda files: [10 * file for file in files], [10, 20, 30, 10, 20, 30])])
+def test_rows_take_the_same_files_in_turn(prepare, expected):
+    seen = []
+    take, call = bench.in_turn([1, 2, 3], 2, seen.extend, prepare)
+    for _ in range(3):
+        take()
+        call()
+    assert seen == expected
+
+
 def test_operations_are_those_of_the_formula():
     args = bench.parse_args(["step", "--arch", "vit_small", "--local_crops_number", "3"])
     D, K = 384, 65536

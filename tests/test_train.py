@@ -241,7 +241,8 @@ def test_views_made_in_batches_teach_the_same(shapes_300, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     "--precision bf16 --optimizer lars", "--precision fp16 --optimizer sgd --accum_steps 2 --batch_size_per_gpu 32",
-    "--use_bn_in_head true --clip_mode global --local_crops_number 0 --views device", "--clip_grad 0 --norm_last_layer false"])
+    "--use_bn_in_head true --clip_mode global --local_crops_number 0 --views device",
+    "--clip_grad 0 --norm_last_layer false"])
 def test_every_way_to_train_runs(shapes_300, tmp_path, flags):
     run(tmp_path, f"--epochs 1 {flags}")
     assert len(losses(tmp_path)) == 4 and all(math.isfinite(loss) for loss in losses(tmp_path))
