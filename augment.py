@@ -10,8 +10,8 @@
 
 Caron et al. 2021, section 3.1 and appendix C; the colour changes are those of BYOL (Grill et al. 2020,
 appendix B). Randomness is counted, not consumed: `sample` draws every number of a view from its key
-alone, what follows is a pure function of picture and numbers. Every operation gives what Pillow's would,
-in whole numbers from 0 to 255. This file needs torch and nothing else.
+alone, what follows is a pure function of picture and numbers. The operations are Pillow's, in whole numbers from 0
+to 255: all but resize, hue and blur to the bit, those to rounding. This file needs torch and nothing else.
 """
 
 import functools
@@ -110,7 +110,7 @@ class MultiCrop:
 
     def normalize(self, x):
         """[..., 3, s, s] in 0 to 255 -> normalised."""
-        return (x - self.mean.to(x.device)).div_(self.std.to(x.device))
+        return (x - self.mean).div_(self.std)
 
 
 def sample_box(rng, width, height, scale, ratio):
@@ -164,7 +164,7 @@ def brightness(x, factor):
 
 
 def contrast(x, factor):
-    mean = grey(x).mean(dim=(-2, -1), keepdim=True).round_()
+    mean = grey(x).mean(dim=(-2, -1), keepdim=True).add_(0.5).floor_()
     return x.sub_(mean).mul_(factor).add_(mean).clamp_(0, 255).floor_()
 
 
@@ -176,7 +176,7 @@ def saturation(x, factor):
 def grey(x):
     """Luminance as [S, 1, H, W]: ITU-R 601-2 in 16 bits, which float32 holds exactly."""
     r, g, b = x.split(1, dim=-3)
-    return (r * (19595 / 65536)).add_(g, alpha=38470 / 65536).add_(b, alpha=7471 / 65536).round_()
+    return (r * (19595 / 65536)).add_(g, alpha=38470 / 65536).add_(b, alpha=7471 / 65536).add_(0.5).floor_()
 
 
 def hue(x, turn):
@@ -193,8 +193,10 @@ def hue(x, turn):
     step = step.sub_((step - 255).clamp_(0, 1), alpha=256)
     chroma = chroma.mul_(255).div_(value.clamp(min=1)).floor_().mul_(value).div_(255)
     # each channel falls from the value to the value less chroma with the distance of its colour on the circle
-    offset = torch.tensor([-3.0, -5.0, -1.0]).to(x.device).view(3, 1, 1)
-    fall = torch.add(offset, step, alpha=6 / 255, out=x).abs_().sub_(3).abs_().clamp_(1, 2)
+    step.mul_(6 / 255)
+    for channel, colour in ((r, 3), (g, 5), (b, 1)):
+        torch.sub(step, colour, out=channel)
+    fall = x.abs_().sub_(3).abs_().clamp_(1, 2)
     return torch.addcmul(value + chroma, fall, chroma, value=-1).round_()
 
 
@@ -243,10 +245,11 @@ JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturati
 # ---- all views of many pictures ----
 
 class BatchMultiCrop(MultiCrop):
-    """The views of a batch, on any device: what MultiCrop makes of each picture, every sample with its own numbers.
+    """The views of a batch, on any device: what MultiCrop makes of each picture, to rounding.
 
-    Crop, resize and flip are two matrix products a picture, in float32; the rest is done to all views of a size
-    together. Memory beyond the views themselves stays below CHUNK_BYTES or what a single picture needs.
+    Crop, resize and flip are two matrix products a picture, in float32 (or TF32 if allowed, which holds the pixels
+    exactly and the weights to 10 bits); the rest is done to all views of a size together, each with its own numbers.
+    Memory beyond the views themselves stays below CHUNK_BYTES, or what a single picture needs.
 
     Args:
         compile: fuse each operation with torch.compile.
@@ -272,17 +275,20 @@ class BatchMultiCrop(MultiCrop):
     @torch.no_grad()
     def __call__(self, pixels, plans):
         """B tensors [H, W, 3] uint8 on one device and plans [B, V, P] -> V tensors [B, 3, s, s], normalised."""
-        sizes = [size for size, _, _, _ in self.kinds]
-        views = [torch.empty(len(pixels), 3, size, size, device=pixels[0].device) for size in sizes]
+        device, sizes = pixels[0].device, [size for size, _, _, _ in self.kinds]
+        views = [torch.empty(len(pixels), 3, size, size, device=device) for size in sizes]
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         for chunk in self.chunks([p.shape[:2] for p in pixels]):
-            images = padded([pixels[i] for i in chunk])
+            images, where = padded([pixels[i] for i in chunk]), torch.tensor(chunk, device=device)
             for size in dict.fromkeys(sizes):
                 alike = [v for v, s in enumerate(sizes) if s == size]
                 plan = plans[chunk][:, alike]
-                x = crop(images, plan[..., :5].to(images.device), size)  # [b, V, 3, s, s]
-                x = self.normalize(self.alter(x.flatten(0, 1), plan.flatten(0, 1))).view(x.shape)
-                for v, view in zip(alike, x.unbind(1)):
-                    views[v][chunk] = view
+                numbers = plan.to(device)
+                with torch.autocast(device.type, enabled=False):
+                    x = crop(images, numbers[..., :5], size)  # [b, V, 3, s, s]
+                    altered = self.alter(x.flatten(0, 1), plan.flatten(0, 1), numbers.flatten(0, 1))
+                for v, view in zip(alike, self.normalize(altered).view(x.shape).unbind(1)):
+                    views[v][where] = view
         return views
 
     def chunks(self, sizes):
@@ -292,30 +298,26 @@ class BatchMultiCrop(MultiCrop):
         chunk = []
         for i in sorted(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1]):
             height, width = (max(sizes[j][side] for j in (*chunk, i)) for side in (0, 1))
-            floats = 3 * height * width + (6 * height + 8 * width) * rows + 6 * area  # measured: at most so many
+            floats = 3 * height * width + (8 * height + 8 * width) * rows + 8 * area  # measured: hardly more
             if chunk and 4 * floats * (len(chunk) + 1) > CHUNK_BYTES:
                 yield chunk
                 chunk = []
             chunk.append(i)
         yield chunk
 
-    def alter(self, x, plan):
-        """Everything after the crop: [S, 3, s, s] by plan [S, P]."""
-        names, amounts, (is_grey, is_solarized, is_blurred) = plan[:, 5:9], plan[:, 9:13], plan[:, 13:16].bool().T
-
-        def some(where, op, *numbers):
-            index = where.nonzero().flatten()
+    def alter(self, x, plan, numbers):
+        """Everything after the crop: [S, 3, s, s] by plan [S, P], whose `numbers` are on the device too."""
+        names, (is_grey, is_solarized, is_blurred) = plan[:, 5:9].T, plan[:, 13:16].T
+        amounts, boxes = numbers[:, 9:13].view(-1, 4, 1, 1, 1).unbind(1), numbers[:, 16:]
+        # (operation, which samples it alters, its number for each of all samples if it takes one), in their order
+        todo = [(op, name == i, [amount])
+                for name, amount in zip(names, amounts) for i, op in enumerate(JITTER.values())]
+        todo += [(grey, is_grey, []), (blur, is_blurred, [boxes]), (solarize, is_solarized, [])]
+        indices = [which.nonzero().flatten() for _, which, _ in todo]
+        indices = torch.cat(indices).to(x.device).split([len(index) for index in indices])  # one transfer for all
+        for (op, _, number), index in zip(todo, indices):
             if len(index):
-                numbers = [number[index].to(x.device) for number in numbers]
-                index = index.to(x.device)
-                x[index] = (fused(op) if self.compile else op)(x[index], *numbers)
-
-        for name, amount in zip(names.T, amounts.T):
-            for i, op in enumerate(JITTER.values()):
-                some(name == i, op, amount.view(-1, 1, 1, 1))
-        some(is_grey, grey)
-        some(is_blurred, blur, plan[:, 16:])
-        some(is_solarized, solarize)
+                x[index] = (fused(op) if self.compile else op)(x[index], *(n[index] for n in number))
         return x
 
 
@@ -354,11 +356,11 @@ def bicubic_weights(start, end, size, length):
     """
     start, end = start.view(*start.shape, 1, 1), end.view(*end.shape, 1, 1)
     scale = (end - start) / size
-    centre = start + (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * scale
-    place = torch.arange(length, device=start.device) + 0.5
+    centre = (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * scale
+    place = torch.arange(length, device=start.device) + 0.5 - start  # from the start on, for float32's sake
     x = ((place - centre) / scale.clamp(min=1)).abs_()
     inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0)) * ((place > start) & (place < end))
+    weights = torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0)) * ((place > 0) & (place < end - start))
     return weights / weights.sum(dim=-1, keepdim=True)
 
 

@@ -75,8 +75,8 @@ class Views(torch.utils.data.Dataset):
 
     def open(self, i):
         """Picture i, reduced as far as its views cannot tell; `images` may have a quicker way than to decode it all."""
-        if hasattr(self.images, "open"):
-            return self.images.open(i, self.multicrop.reduction)
+        if hasattr(self.images, "open_reduced"):
+            return self.images.open_reduced(i, self.multicrop.reduction)
         image, _ = self.images[i]
         factor = self.multicrop.reduction(*image.size)
         return image.reduce(factor) if factor > 1 else image
@@ -112,7 +112,7 @@ def train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False)
 
 
 def on_device(batches, multicrop, device):
-    """Batches of train_loader, with their views on a device; on CUDA one ahead, on a stream of its own."""
+    """Batches of train_loader, with their views on a device; on CUDA made on a stream of its own, beside the step."""
     def send(tensor):
         return tensor.to(device, non_blocking=tensor.is_pinned())
 
@@ -123,26 +123,19 @@ def on_device(batches, multicrop, device):
         parts = send(pixels).split(sizes.prod(dim=1).tolist())
         return multicrop([part.view(size) for part, size in zip(parts, sizes.tolist())], plans)
 
-    def arrived(views, messages, event):
-        here = torch.cuda.current_stream(device)
-        here.wait_event(event)
-        for view in views:
-            view.record_stream(here)
-        return views, messages
-
     if device.type != "cuda":
         for batch, messages in batches:
             yield make(batch), messages
         return
-    stream, ready = torch.cuda.Stream(device), None
+    stream = torch.cuda.Stream(device, priority=-1)
     for batch, messages in batches:
         with torch.cuda.stream(stream):
-            coming = make(batch), messages, stream.record_event()
-        if ready:
-            yield arrived(*ready)
-        ready = coming
-    if ready:
-        yield arrived(*ready)
+            views = make(batch)
+        here = torch.cuda.current_stream(device)
+        here.wait_stream(stream)
+        for view in views:
+            view.record_stream(here)
+        yield views, messages
 
 
 # ---- to judge features on ----

@@ -63,9 +63,10 @@ def open_rgb(path, reduction=None):
         with Image.open(path, formats=FORMATS) as image:
             width, height = picture(image).size
             factor = reduction(width, height) if reduction else 1
-            if image.format == "JPEG":
-                image.draft(None, (width // factor, height // factor))  # to 1/8 at most, and never below these
-            return reduced(to_rgb(ImageOps.exif_transpose(image)), factor * max(image.size) // max(width, height))
+            image.draft(None, (width // factor, height // factor))  # a JPEG: to 1/8 at most, and never below these
+            factor = factor * image.width // width
+            ImageOps.exif_transpose(image, in_place=True)
+            return reduced(to_rgb(image), factor)
 
 
 def reduced(image, factor):
@@ -189,9 +190,9 @@ class ImageTree(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        return self.open(i), self.labels[i]
+        return self.open_reduced(i), self.labels[i]
 
-    def open(self, i, reduction=None):
+    def open_reduced(self, i, reduction=None):
         """Picture i alone, reduced on the way (see open_rgb)."""
         return open_rgb(os.path.join(self.root, self.files[i]), reduction)
 

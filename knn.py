@@ -8,6 +8,8 @@ Caron et al. 2021, section 4. There is nothing to tune and nothing to train, so 
 hold. This file needs torch and nothing else.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -96,14 +98,33 @@ def nearest(queries, bank, k, columns):
     similarity = indices = None
     for first in range(0, len(bank), columns):
         block = queries @ bank[first:first + columns].T  # [R, columns]
-        s, i = block.topk(min(k, block.shape[1]), dim=1)
-        i = i + first
+        s, i = largest(block, min(k, block.shape[1]))
+        i += first
         if similarity is not None:
             s, i = torch.cat((similarity, s), dim=1), torch.cat((indices, i), dim=1)
             s, order = s.topk(min(k, s.shape[1]), dim=1)
             i = i.gather(1, order)
         similarity, indices = s, i
     return similarity, indices
+
+
+def largest(x, k):
+    """torch.topk of the rows of x [R, N], in less time: groups of columns are judged by their largest first.
+
+    A group whose largest is not among the k largest of the groups' holds none of the k largest of all.
+    """
+    size = math.isqrt(x.shape[1] // k)
+    count = x.shape[1] // max(size, 1)
+    if size < 2:
+        return x.topk(k, dim=1)
+    # group j is made of columns j, j + count, j + 2 count ...; those beyond size * count belong to none
+    best = x[:, :size * count].unflatten(1, (size, count)).amax(dim=1)
+    groups = best.topk(k, dim=1, sorted=False).indices.unsqueeze(1)  # [R, 1, k]
+    columns = (groups + count * torch.arange(size, device=x.device).view(-1, 1)).flatten(1)
+    rest = torch.arange(size * count, x.shape[1], device=x.device).expand(len(x), -1)
+    columns = torch.cat((columns, rest), dim=1)
+    values, places = x.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, places)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,17 @@ def test_hue_of_every_kind_of_colour():
         assert difference.abs().max() <= 1
 
 
+def test_grey_of_every_colour_and_means_that_end_in_a_half():
+    colours = torch.cartesian_prod(*[torch.arange(256, dtype=torch.uint8)] * 3).view(4096, 4096, 3)
+    image = Image.frombytes("RGB", (4096, 4096), colours.numpy().tobytes())
+    grey = augment.grey(colours.permute(2, 0, 1).float()).byte()
+    assert torch.equal(grey, TF.pil_to_tensor(image.convert("L")))
+    halves = Image.new("RGB", (2, 1), (10, 10, 10))
+    halves.putpixel((1, 0), (11, 11, 11))
+    x = TF.pil_to_tensor(halves)[None].float()
+    assert torch.equal(augment.contrast(x, 1.4)[0].byte(), TF.pil_to_tensor(TF.adjust_contrast(halves, 1.4)))
+
+
 def test_jitter_is_applied_in_its_order(scene):
     jitter = (("contrast", 1.4), ("hue", 0.1), ("brightness", 0.6))
     assert differences(scene, jitter=jitter).mean() < 0.01
@@ -146,6 +157,21 @@ def test_a_batch_gives_what_each_picture_would(scene, monkeypatch, chunk_bytes, 
     for a, b in zip(together, each):
         difference = (a - b).abs() * 58  # of 255, about
         assert difference.mean() < 0.05 and (difference > 4).float().mean() < 1e-3
+
+
+def test_batches_do_not_mind_autocast(scene):
+    batch = BatchMultiCrop(32, local_size=16, local_number=2)
+    pixels, plan = batch.prepare(scene, key=0)
+    expected = batch([pixels], plan[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, batch([pixels], plan[None]), expected))
+
+
+def test_crops_far_to_the_right_are_as_exact_as_those_on_the_left(scene):
+    """17,000 pixels to the right of it the same picture gives the same view."""
+    x = to_pixels(scene).permute(2, 0, 1)[None].float()
+    near, far = (torch.tensor([[[left + 10.0, 5.0, left + 70.0, 50.0, 0.0]]]) for left in (0, 17_000))
+    assert torch.equal(augment.crop(x, near, 32), augment.crop(torch.nn.functional.pad(x, (17_000, 0)), far, 32))
 
 
 def test_global_and_local_views_of_one_size(scene):

@@ -50,7 +50,7 @@ def test_workers_that_only_decode_lead_to_the_same_views(tmp_path, scene):
     assert sum(len(messages) for _, messages in made[0]) == 2 and "3.png" in str(made[0])
 
 
-def test_large_pictures_are_reduced_with_and_without_an_open_method(tmp_path, scene):
+def test_large_pictures_are_reduced_whether_or_not_a_set_can_open_them_so(tmp_path, scene):
     multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
     multicrop.reduction = lambda width, height: 4 if (width, height) == (970, 610) else 1
     scene.resize((970, 610)).save(tmp_path / "a.png")

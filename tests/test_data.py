@@ -161,6 +161,14 @@ def test_a_picture_reduced_while_it_is_read(tmp_path, scene, mode, factor, orien
     assert open_rgb(tmp_path / "a.png", reduction).tobytes() == whole.reduce(factor).tobytes()
 
 
+def test_an_mpo_of_a_camera_is_decoded_reduced(tmp_path, scene):
+    large = scene.resize((976, 608))
+    large.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[scene])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO"
+    assert open_rgb(tmp_path / "a.jpg", lambda width, height: 4).size == (244, 152)
+
+
 def test_a_picture_of_108_million_pixels(tmp_path, scene):
     """As telephones take them; on the way to its views it is never decoded whole."""
     Image.new("RGB", (12_000, 9_000), (200, 100, 50)).save(tmp_path / "a.jpg")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from knn import extract_features, knn_classifier, nearest
+from knn import extract_features, knn_classifier, largest, nearest
 
 
 def parts(g):
@@ -39,6 +39,14 @@ def test_blocks_of_the_bank_change_nothing():
         assert torch.equal(i, indices) and torch.allclose(s, similarity)
     expected = (queries @ bank.T).sort(dim=1, descending=True)
     assert torch.equal(indices, expected.indices[:, :6])
+
+
+@pytest.mark.parametrize("rows, columns, k", [(5, 1000, 7), (3, 4097, 200), (4, 50, 50), (2, 9, 2), (1, 8, 1)])
+def test_largest_is_topk(rows, columns, k):
+    x = torch.randn(rows, columns, generator=torch.manual_seed(0))
+    values, indices = largest(x, k)
+    expected = x.topk(k, dim=1)
+    assert torch.equal(values, expected.values) and torch.equal(indices, expected.indices)
 
 
 def test_small_sets_and_few_classes():
