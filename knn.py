@@ -56,11 +56,13 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
                    device="cpu"):
     """Weighted k-NN accuracy: each neighbour votes for its class with weight exp(cosine / temperature).
 
+    Under a process group all processes must call this with the same features; each asks about its share.
+
     Args:
         bank [M, D], bank_labels [M]: features to look neighbours up in, and their classes.
         queries [Q, D], query_labels [Q]: features to classify, and their true classes.
         ks: numbers of neighbours; those beyond the bank are clamped to it.
-        memory_mb: bound on the similarities held at once.
+        memory_mb: bound on the similarities held at once; the bank is held once more, normalised.
         device: on CUDA the bank is held in float16.
 
     Returns:
@@ -70,11 +72,15 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     bank = F.normalize(bank.float(), dim=1).to(device, dtype)
     bank_labels = bank_labels.to(device)
-    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    num_classes, num_queries = int(max(bank_labels.max(), query_labels.max())) + 1, len(queries)
+    together = dist.is_available() and dist.is_initialized()
+    if together:
+        share = slice(dist.get_rank(), None, dist.get_world_size())
+        queries, query_labels = queries[share], query_labels[share]
     ks = sorted({min(k, len(bank)) for k in ks})
     correct = {k: torch.zeros(2, dtype=torch.int64, device=device) for k in ks}
     # A block of similarities, rows x columns, is held about three times: itself, and its sorted part twice.
-    rows = min(len(queries), 1024)
+    rows = min(max(len(queries), 1), 1024)
     columns = max(ks[-1], memory_mb * 2**20 // (12 * rows))
     for first in range(0, len(queries), rows):
         block = F.normalize(queries[first:first + rows].float(), dim=1).to(device, dtype)
@@ -87,7 +93,10 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
             votes.scatter_add_(1, bank_labels[neighbours[:, :k]], weights[:, :k])
             best = votes.argsort(dim=1, descending=True, stable=True)[:, :min(5, k)]
             correct[k] += torch.stack(((best[:, :1] == truth).sum(), (best == truth).sum()))
-    return {k: tuple((100 * hits / len(queries)).tolist()) for k, hits in correct.items()}
+    if together:
+        for hits in correct.values():
+            dist.all_reduce(hits)
+    return {k: tuple((100 * hits / num_queries).tolist()) for k, hits in correct.items()}
 
 
 def nearest(queries, bank, k, columns):

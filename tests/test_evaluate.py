@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 import evaluate
 from batches import eval_view
-from checkpoint import save_model
+from checkpoint import CheckpointError, save_model
 from data import DataError, Shapes
 from vit import VisionTransformer
 
@@ -68,14 +70,42 @@ def test_what_a_run_was_trained_on_is_never_downloaded(run, monkeypatch):
         evaluate.knn(evaluate.parse_args(["knn"]))
 
 
-def test_two_processes_give_the_same_table(run):
+def test_two_and_three_processes_give_the_same_table(run):
     folder, path, _ = run
     tables = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+                     ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]):
         command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), "knn", "--ckpt", str(path),
                    "--data_path", str(folder / "pictures")]
         result = subprocess.run(command + ["--num_workers", "0"], cwd=folder, capture_output=True, text=True,
                                 timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         tables.append(result.stdout[result.stdout.index("     k"):])
-    assert tables[0] == tables[1] and "23 pictures among 60" in result.stdout
+    assert tables[0] == tables[1] == tables[2] and "23 pictures among 60" in result.stdout
+
+
+def test_features_are_kept_and_taken_up(run, monkeypatch, capsys):
+    folder, path, _ = run
+    monkeypatch.chdir(folder)
+    kept, command = folder / "features.safetensors", ["knn", "--num_workers", "0", "--device", "cpu", "--features"]
+    tables = []
+    for said in ("features written to", "features taken from"):
+        evaluate.knn(evaluate.parse_args([*command, str(kept)]))
+        out = capsys.readouterr().out
+        assert said in out
+        tables.append(json.loads(path.with_suffix(".knn.json").read_text()))
+    assert tables[0] == tables[1]
+    whole = load_file(kept)
+    assert whole["bank"].shape == (60, 32) and whole["queries"].shape == (23, 32)
+    with pytest.raises(CheckpointError, match="holds features with image_size 32, not 40"):
+        evaluate.knn(evaluate.parse_args([*command, str(kept), "--image_size", "40"]))
+    with safe_open(kept, "pt") as file:
+        metadata = file.metadata()
+    for name, value, words in (("bank", whole["bank"] * torch.nan, "its bank are not features"),
+                               ("query_labels", whole["query_labels"][:3], "its queries are not features")):
+        save_file(whole | {name: value}, kept, metadata)
+        with pytest.raises(CheckpointError, match=words):
+            evaluate.knn(evaluate.parse_args([*command, str(kept)]))
+    kept.write_bytes(kept.read_bytes()[:300])
+    with pytest.raises(CheckpointError, match="no features, or damaged"):
+        evaluate.knn(evaluate.parse_args([*command, str(kept)]))
