@@ -1,19 +1,24 @@
 """Judge the features of a trained backbone.
 
     python evaluate.py knn                                    # the newest run, on the data it was trained on
+    python evaluate.py linear                                 # likewise, by linear classifiers on frozen features
     python evaluate.py knn --ckpt dino_deitsmall16_pretrain.pth --data_path /data/imagenet
     torchrun --nproc_per_node=8 evaluate.py knn --ckpt runs/vits16/teacher.safetensors
 
 `knn` classifies the held-out pictures by a weighted vote of their nearest neighbours among the others, top-1 and
-top-5 for several numbers of neighbours. The table is also written beside the checkpoint, as NAME.knn.json. With
-`--features FILE` the features are kept, and taken from there the next time.
+top-5 for several numbers of neighbours. `linear` extracts the features once and trains a grid of linear classifiers on
+them; the one that is best on every tenth picture is trained again on all and asked about the held-out ones, once.
+Results are also written beside the checkpoint, as NAME.knn.json and NAME.linear.json. With `--features FILE` the
+features are kept, and taken from there the next time.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,15 +29,16 @@ from tqdm import tqdm
 import cli
 from batches import eval_loader
 from checkpoint import CheckpointError, load_backbone, newest_model
-from cli import positive, positive_float
+from cli import natural_float, positive, positive_float
 from data import DataError, open_data
 from knn import extract_features, knn_classifier
+from probe import choose, fit, top
 from resume import write_whole
 
 
 def parse_args(argv=None):
     parser = cli.parser("evaluate.py", __doc__)
-    parser.add_argument("task", choices=["knn"], help="how to judge")
+    parser.add_argument("task", choices=list(TASKS), help="how to judge")
     parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     parser.add_argument("--checkpoint_key", choices=["teacher", "student"],
                         help="network to take from a full checkpoint (default: teacher)")
@@ -45,6 +51,15 @@ def parse_args(argv=None):
     parser.add_argument("--temperature", type=positive_float, default=0.07, help="of the vote (default: 0.07)")
     parser.add_argument("--knn_memory_mb", type=positive, default=1024, metavar="MB",
                         help="bound on the similarities held at once (default: 1024)")
+    parser.add_argument("--n_last_blocks", type=positive, default=4, metavar="N",
+                        help="linear: CLS tokens of so many blocks side by side (default: 4; in the paper 1 for base)")
+    parser.add_argument("--avgpool_patchtokens", type=cli.boolean, nargs="?", const=True, default=False, metavar="X",
+                        help="linear: the last block's mean patch token beside them, as for vit_base (default: false)")
+    parser.add_argument("--lrs", type=positive_float, nargs="+", metavar="LR",
+                        default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0], help="linear: learning rates of the grid")
+    parser.add_argument("--weight_decays", type=natural_float, nargs="+", metavar="WD",
+                        default=[0.0, 1e-4, 1e-3, 1e-2, 1e-1], help="linear: weight decays of the grid")
+    parser.add_argument("--epochs", type=positive, default=100, metavar="N", help="linear: (default: 100)")
     parser.add_argument("--features", metavar="FILE", help="safetensors file to keep the features in; if it is there "
                                                            "they are taken from it")
     parser.add_argument("--batch_size_per_gpu", type=positive, default=128, metavar="B", help="(default: 128)")
@@ -90,8 +105,29 @@ def load_features(path, origin):
     return features
 
 
-def knn(args):
-    """Features of both parts, each picture once over all processes, then the vote."""
+class Tokens(torch.nn.Module):
+    """What the paper puts a linear classifier on: the CLS tokens of the last blocks, and the mean patch token."""
+
+    def __init__(self, backbone, n_last_blocks, avgpool):
+        super().__init__()
+        self.backbone, self.n_last_blocks, self.avgpool = backbone, min(n_last_blocks, len(backbone.blocks)), avgpool
+
+    def forward(self, x):  # [B, C, H, W] -> [B, n * D]
+        tokens = self.backbone.get_intermediate_layers(x, self.n_last_blocks)
+        patches = [tokens[-1][:, 1:].mean(dim=1)] if self.avgpool else []
+        return torch.cat([t[:, 0] for t in tokens] + patches, dim=1)
+
+
+def extract(args, model_of=lambda backbone: backbone, **more):
+    """The features that a task asks for, each picture once over all processes.
+
+    Args:
+        model_of: from the backbone to what is to be judged.
+        more: what else the features depend on.
+
+    Returns:
+        features by name (FEATURES), what they came from, the names of the classes, and how to speak.
+    """
     rank, world_size, device = cli.start_processes(args.device)
     say = print if rank == 0 else lambda text: None
     ckpt = args.ckpt or newest_model()
@@ -112,37 +148,87 @@ def knn(args):
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
     say(data.note)
 
-    origin = dict(ckpt=str(ckpt), sha256=sha256(ckpt), data_path=data.path, image_size=size)
-    features = load_features(args.features, origin) if args.features and os.path.exists(args.features) else None
-    if features is None:
-        features = {}
-        for part, images in (("bank", data.bank), ("queries", data.queries)):
-            loader = eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, rank, world_size)
-            with tqdm(total=len(loader.dataset), unit="img", disable=rank != 0 or not sys.stderr.isatty()) as bar:
-                x, labels, unreadable = extract_features(backbone.to(device), loader, device, bar.update)
-            features |= {part: x, {"bank": "bank_labels", "queries": "query_labels"}[part]: labels}
-            for message in unreadable:
-                say(f"skipped unreadable picture {message}")
-        if args.features and rank == 0:
-            save_features(args.features, features, origin)
-            say(f"features written to {args.features}")
-    else:
+    origin = dict(ckpt=str(ckpt), sha256=sha256(ckpt), data_path=data.path, image_size=size, **more)
+    classes = [str(name) for name in getattr(data.train, "classes", None) or []]
+    if args.features and os.path.exists(args.features):
+        features = load_features(args.features, origin)
         say(f"features taken from {args.features}")
-    scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, device)
+        return features, origin, classes, device, say
+    model, features = model_of(backbone).to(device), {}
+    for part, images in (("bank", data.bank), ("queries", data.queries)):
+        loader = eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, rank, world_size)
+        with tqdm(total=len(loader.dataset), unit="img", disable=rank != 0 or not sys.stderr.isatty()) as bar:
+            x, labels, unreadable = extract_features(model, loader, device, bar.update)
+        features |= {part: x, {"bank": "bank_labels", "queries": "query_labels"}[part]: labels}
+        for message in unreadable:
+            say(f"skipped unreadable picture {message}")
+    if args.features and rank == 0:
+        save_features(args.features, features, origin)
+        say(f"features written to {args.features}")
+    return features, origin, classes, device, say
 
+
+def write_result(task, origin, say, **result):
+    path = Path(origin["ckpt"]).with_suffix(f".{task}.json")
+    path.write_text(json.dumps(origin | result, indent=1))
+    say(f"written to {path}")
+
+
+def knn(args):
+    """A weighted vote of the nearest neighbours."""
+    features, origin, _, device, say = extract(args)
+    scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, device)
     bank, queries = len(features["bank"]), len(features["queries"])
-    say(f"k-NN of {ckpt}: {queries} pictures among {bank}, {size} pixels, temperature "
+    say(f"k-NN of {origin['ckpt']}: {queries} pictures among {bank}, {origin['image_size']} pixels, temperature "
         f"{args.temperature}\n     k   top-1   top-5")
     for k, (top1, top5) in scores.items():
         say(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
-    if rank == 0:
-        result = Path(ckpt).with_suffix(".knn.json")
+    if say is print:
         table = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}
-        result.write_text(json.dumps(dict(
-            ckpt=str(ckpt), data_path=data_path, image_size=size, temperature=args.temperature, bank=bank,
-            queries=queries, knn=table), indent=1))
-        say(f"written to {result}")
+        write_result("knn", origin, say, temperature=args.temperature, bank=bank, queries=queries, knn=table)
+
+
+def linear(args):
+    """A grid of linear classifiers on features that are extracted once."""
+    tokens = dict(n_last_blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens)
+    features, origin, classes, device, say = extract(args, lambda backbone: Tokens(backbone, **tokens), **tokens)
+    if say is print:  # the others only extract
+        judge_linear(args, *(features[name].to(device) for name in FEATURES), origin, classes, say)
+    cli.gather(None)
+
+
+def judge_linear(args, bank, bank_labels, queries, query_labels, origin, classes, say):
+    grid = list(itertools.product(args.lrs, args.weight_decays))
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    classes = classes or [str(c) for c in range(num_classes)]
+    with tqdm(total=2 * args.epochs * len(bank), unit="img", disable=not sys.stderr.isatty()) as bar:
+        best, held_out = choose(bank, bank_labels, num_classes, grid, epochs=args.epochs, progress=bar.update)
+        classifier = fit(bank, bank_labels, num_classes, [grid[best]], epochs=args.epochs, progress=bar.update)
+    lr, weight_decay = grid[best]
+    answers = top(classifier, queries)[0]  # [Q, 5]
+    hits = answers == query_labels.view(-1, 1)
+    top1, top5 = (100 * x.double().mean().item() for x in (hits[:, 0], hits.any(dim=1)))
+    say(f"linear probe of {origin['ckpt']}: {len(grid)} classifiers on {bank.shape[1]} features of {len(bank)} "
+        f"pictures; best on every tenth: lr {lr:g}, weight decay {weight_decay:g} ({held_out[best]:.2f}%)\n"
+        f"{len(queries)} pictures: top-1 {top1:.2f}, top-5 {top5:.2f}")
+    per_class = {classes[c]: 100 * hits[query_labels == c, 0].double().mean().item()
+                 for c in query_labels.unique().tolist()}
+    pairs = Counter((classes[true], classes[said]) for true, said in zip(query_labels.tolist(), answers[:, 0].tolist())
+                    if true != said)
+    say("weakest classes: " + ", ".join(f"{name} {accuracy:.1f}%"
+                                        for name, accuracy in sorted(per_class.items(), key=lambda x: x[1])[:5]))
+    say("most often taken for another: " + ", ".join(f"{true} for {said} ({count})"
+                                                     for (true, said), count in pairs.most_common(5)))
+    write_result("linear", origin, say, lr=lr, weight_decay=weight_decay, held_out=held_out[best], top1=top1, top5=top5,
+                 per_class=per_class, confused=[[*pair, count] for pair, count in pairs.most_common(50)])
+
+
+TASKS = {"knn": knn, "linear": linear}
+
+
+def main(args):
+    TASKS[args.task](args)
 
 
 if __name__ == "__main__":
-    cli.run(knn, parse_args, DataError, CheckpointError)
+    cli.run(main, parse_args, DataError, CheckpointError)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("name, words", [
     ("vit.py", "vit_small/16    21.7 M parameters"), ("dino_loss.py", "ln K = 8.3178"),
-    ("augment.py", "equal for equal keys: True"), ("knn.py", "top-1"), ("data.py", "built-in shapes"), ("cli.py", ""),
+    ("augment.py", "equal for equal keys: True"), ("knn.py", "top-1"), ("probe.py", "top-1"),
+    ("data.py", "built-in shapes"), ("cli.py", ""),
     ("batches.py", "2 processes, step 1"), ("optim.py", "lars"), ("resume.py", "")])
 def test_runs_alone(tmp_path, name, words):
     shutil.copy(ROOT / name, tmp_path)

@@ -42,7 +42,7 @@ def run(tmp_path):
 def test_knn_with_no_argument_judges_the_newest_run(run, monkeypatch, capsys):
     folder, path, model = run
     monkeypatch.chdir(folder)
-    evaluate.knn(evaluate.parse_args(["knn", "--num_workers", "0", "--device", "cpu"]))
+    evaluate.main(evaluate.parse_args(["knn", "--num_workers", "0", "--device", "cpu"]))
     out = capsys.readouterr().out
     result = json.loads(path.with_suffix(".knn.json").read_text())
     assert list(result["knn"]) == ["10", "20", "60"] and result["bank"] == 60 and result["queries"] == 23
@@ -67,7 +67,7 @@ def test_what_a_run_was_trained_on_is_never_downloaded(run, monkeypatch):
     vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     save_model(path, model.state_dict(), dict(vit=vit, data_path=f"cifar10:{folder}"))
     with pytest.raises(DataError, match="Dataset not found"):
-        evaluate.knn(evaluate.parse_args(["knn"]))
+        evaluate.main(evaluate.parse_args(["knn"]))
 
 
 def test_two_and_three_processes_give_the_same_table(run):
@@ -90,7 +90,7 @@ def test_features_are_kept_and_taken_up(run, monkeypatch, capsys):
     kept, command = folder / "features.safetensors", ["knn", "--num_workers", "0", "--device", "cpu", "--features"]
     tables = []
     for said in ("features written to", "features taken from"):
-        evaluate.knn(evaluate.parse_args([*command, str(kept)]))
+        evaluate.main(evaluate.parse_args([*command, str(kept)]))
         out = capsys.readouterr().out
         assert said in out
         tables.append(json.loads(path.with_suffix(".knn.json").read_text()))
@@ -98,14 +98,45 @@ def test_features_are_kept_and_taken_up(run, monkeypatch, capsys):
     whole = load_file(kept)
     assert whole["bank"].shape == (60, 32) and whole["queries"].shape == (23, 32)
     with pytest.raises(CheckpointError, match="holds features with image_size 32, not 40"):
-        evaluate.knn(evaluate.parse_args([*command, str(kept), "--image_size", "40"]))
+        evaluate.main(evaluate.parse_args([*command, str(kept), "--image_size", "40"]))
     with safe_open(kept, "pt") as file:
         metadata = file.metadata()
     for name, value, words in (("bank", whole["bank"] * torch.nan, "its bank are not features"),
                                ("query_labels", whole["query_labels"][:3], "its queries are not features")):
         save_file(whole | {name: value}, kept, metadata)
         with pytest.raises(CheckpointError, match=words):
-            evaluate.knn(evaluate.parse_args([*command, str(kept)]))
+            evaluate.main(evaluate.parse_args([*command, str(kept)]))
     kept.write_bytes(kept.read_bytes()[:300])
     with pytest.raises(CheckpointError, match="no features, or damaged"):
-        evaluate.knn(evaluate.parse_args([*command, str(kept)]))
+        evaluate.main(evaluate.parse_args([*command, str(kept)]))
+
+
+def test_linear_probe(run, monkeypatch, capsys):
+    """The features are the paper's, the answers scikit-learn's on these features, the report adds up."""
+    folder, path, model = run
+    monkeypatch.chdir(folder)
+    kept = folder / "features.safetensors"
+    evaluate.main(evaluate.parse_args(["linear", "--num_workers", "0", "--device", "cpu", "--features", str(kept),
+                                       "--avgpool_patchtokens", "--epochs", "40"]))
+    out = capsys.readouterr().out
+    result = json.loads(path.with_suffix(".linear.json").read_text())
+    shapes, order = Shapes("test", 23, 32), sorted(range(23), key=lambda i: (i % 3, i))
+    with torch.no_grad():
+        tokens = model.get_intermediate_layers(torch.stack([eval_view(shapes[i][0], 32) for i in order]), 1)[0]
+    x = load_file(kept)
+    torch.testing.assert_close(x["queries"], torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=1))
+    assert f"top-1 {result['top1']:.2f}" in out and list(result["per_class"]) == ["class0", "class1", "class2"]
+    counts = [8, 8, 7]
+    assert sum(n * a for n, a in zip(counts, result["per_class"].values())) / 23 == pytest.approx(result["top1"])
+    assert sum(count for *_, count in result["confused"]) == round(23 * (1 - result["top1"] / 100))
+    assert result["top5"] == 100  # of three classes
+
+
+def test_linear_probe_of_two_processes(run):
+    folder, path, _ = run
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "evaluate.py"), "linear", "--ckpt", str(path), "--data_path", str(folder / "pictures")]
+    result = subprocess.run(command + ["--num_workers", "0", "--epochs", "5"], cwd=folder, capture_output=True,
+                            text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("linear probe of") == 1 and "features of 60 pictures" in result.stdout

@@ -227,10 +227,18 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(value, load_file(tmp_path / "two" / "teacher.safetensors")[name], rtol=0, atol=1e-4)
 
 
-def test_views_made_in_batches_teach_the_same(shapes_300, tmp_path):
+def test_views_made_in_batches_teach_the_same(shapes_300, tmp_path, monkeypatch):
     """To rounding: each view is the same picture with the same numbers."""
-    for views in ("cpu", "device"):
+    class Counted(train.BatchMultiCrop):
+        def __call__(self, pixels, plans):
+            batches.append(len(pixels))
+            return super().__call__(pixels, plans)
+
+    batches = []
+    monkeypatch.setattr(train, "BatchMultiCrop", Counted)
+    for views, made in (("cpu", []), ("device", 8 * [64])):
         run(tmp_path / views, f"--epochs 2 --views {views} --num_workers 2")
+        assert batches == made
     torch.testing.assert_close(losses(tmp_path / "cpu"), losses(tmp_path / "device"), rtol=0, atol=1e-3)
     for line in (tmp_path / "device" / "log.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from probe import choose, fit, top
+
+GRID = [(lr, weight_decay) for lr in (0.003, 0.03, 0.3, 3.0) for weight_decay in (0.0, 1e-4, 1e-2)]
+
+
+def clusters(seed, count, classes=8, width=40):
+    """Overlapping classes in features of very different spread and offset."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    x = centres[labels] + 2.2 * torch.randn(count, width, generator=generator)
+    return x * torch.logspace(-2, 2, width) + 5, labels
+
+
+def test_the_same_as_scikit_learns_logistic_regression():
+    """Its C weighs the sum of the losses against half the squared weights: a weight decay of 1 / (C M)."""
+    x, y = clusters(1, 4000)
+    test_x, test_y = clusters(2, 4000)
+    strengths = (0.003, 0.03, 0.3)
+    ours = fit(x, y, 8, [(0.1, 1 / (c * len(x))) for c in strengths], epochs=100)
+    answers = top(ours, test_x, 1)[..., 0]
+    for c, answer in zip(strengths, answers):
+        theirs = LogisticRegression(C=c, max_iter=1000).fit((x - ours.mean) / ours.std, y)
+        accuracy = 100 * theirs.score((test_x - ours.mean) / ours.std, test_y)
+        assert 80 < accuracy < 90
+        assert 100 * (answer == test_y).double().mean().item() == pytest.approx(accuracy, abs=0.3)
+
+
+def test_the_best_on_held_out_pictures_is_chosen():
+    x, y = clusters(1, 2000)
+    best, accuracies = choose(x, y, 8, GRID, epochs=20)
+    assert accuracies[best] == max(accuracies) and len(accuracies) == len(GRID)
+    held_out = torch.arange(2000) % 10 == 0
+    classifiers = fit(x[~held_out], y[~held_out], 8, GRID, epochs=20)
+    for g, accuracy in enumerate(accuracies):
+        right = classifiers(x[held_out])[g].argmax(dim=1) == y[held_out]
+        assert accuracy == pytest.approx(100 * right.double().mean().item(), abs=1e-6)
+
+
+def test_each_of_the_grid_is_trained_as_if_alone():
+    x, y = clusters(1, 300)
+    together = fit(x, y, 8, GRID[:4], epochs=3, batch_size=64)
+    for g in range(4):
+        alone = fit(x, y, 8, GRID[g:g + 1], epochs=3, batch_size=64)
+        torch.testing.assert_close(together.weight[g], alone.weight[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together(x)[g], alone(x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_one_step_is_torchs_sgd():
+    """Gradient, weight decay and learning rate of the first step, by autograd and torch.optim."""
+    x, y = clusters(1, 50)
+    ours = fit(x, y, 8, [(0.5, 0.1)], epochs=2, batch_size=50)
+    layer = torch.nn.Linear(40, 8)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD([{"params": [layer.weight], "weight_decay": 0.1}, {"params": [layer.bias]}], lr=0.5,
+                                momentum=0.9)
+    for lr in (0.5, 0.25):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer((x - ours.mean) / ours.std), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(ours.weight[0].T, layer.weight.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.bias[0, 0], layer.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_diverges_is_not_chosen():
+    x, y = clusters(1, 400)
+    best, accuracies = choose(x, y, 8, [(1e30, 1.0), (0.1, 0.0)], epochs=5)
+    assert best == 1 and accuracies[0] == 0 and accuracies[1] > 40
+
+
+def test_constant_features_and_few_classes():
+    classifiers = fit(torch.ones(10, 3), torch.arange(10) % 2, 2, [(0.1, 0.0)], epochs=2)
+    assert top(classifiers, torch.ones(4, 3)).shape == (1, 4, 2) and classifiers.weight.isfinite().all()
