@@ -95,7 +95,7 @@ def test_features_are_kept_and_taken_up(run, monkeypatch, capsys):
         assert said in out
         tables.append(json.loads(path.with_suffix(".knn.json").read_text()))
     assert tables[0] == tables[1]
-    whole = load_file(kept)
+    whole = {name: tensor.clone() for name, tensor in load_file(kept).items()}  # older versions map the file
     assert whole["bank"].shape == (60, 32) and whole["queries"].shape == (23, 32)
     with pytest.raises(CheckpointError, match="holds features with image_size 32, not 40"):
         evaluate.main(evaluate.parse_args([*command, str(kept), "--image_size", "40"]))
