@@ -82,7 +82,7 @@ class MultiCrop:
         """
         shortest = min(min(width, height, math.sqrt(width * height * scale[0] * min(self.ratio[0], 1 / self.ratio[1])))
                        / size for size, scale, _, _ in self.kinds)
-        return 2 ** max(0, math.floor(math.log2(shortest / 3))) if shortest >= 3 else 1
+        return 2 ** math.floor(math.log2(max(1, shortest / 3)))
 
     def sample(self, width, height, key=None):
         """Draw the numbers of all V views of a width x height picture; equal keys, equal views."""

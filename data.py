@@ -66,11 +66,8 @@ def open_rgb(path, reduction=None):
             image.draft(None, (width // factor, height // factor))  # a JPEG: to 1/8 at most, and never below these
             factor = factor * image.width // width
             ImageOps.exif_transpose(image, in_place=True)
-            return reduced(to_rgb(image), factor)
-
-
-def reduced(image, factor):
-    return image.reduce(factor) if factor > 1 else image
+            upright = to_rgb(image)
+            return upright.reduce(factor) if factor > 1 else upright
 
 
 @contextlib.contextmanager

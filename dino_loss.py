@@ -146,7 +146,7 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def teacher_probabilities(self, teacher_logits, teacher_temp):
         """[M, K] logits -> [M, K] targets, each row summing to 1."""
-        return F.softmax((teacher_logits.float() - self.center) / teacher_temp, dim=-1)
+        return centred_softmax(teacher_logits.float(), self.center, teacher_temp)
 
     @torch.no_grad()
     def teacher_entropy(self, teacher_logits, teacher_temp):
@@ -180,6 +180,11 @@ class DINOLoss(nn.Module):
         self.center.lerp_(mean, 1 - self.center_momentum)
 
 
+def centred_softmax(logits, center, temp):
+    """What the teacher answers: centred, so that no prototype wins everywhere, and sharpened (equation 1)."""
+    return F.softmax((logits - center) / temp, dim=-1)
+
+
 class CrossEntropy(torch.autograd.Function):
     """The mean over all pairs of DINOLoss, and its gradient, in one reading of the logits.
 
@@ -198,7 +203,7 @@ class CrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_BYTES[student.device.type == "cpu"] // (4 * V * K))
         for first in range(0, B, chunk):
             images = slice(first, first + chunk)
-            q = F.softmax((teacher[:, images] - center) / teacher_temp, dim=-1)  # [2, b, K]
+            q = centred_softmax(teacher[:, images], center, teacher_temp)  # [2, b, K]
             q_sum = q.sum(dim=0)
             x = student[:, images] / student_temp  # [V, b, K]
             p = F.softmax(x, dim=-1)

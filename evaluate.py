@@ -67,7 +67,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-FEATURES = ("bank", "bank_labels", "queries", "query_labels")
+LABELS = {"bank": "bank_labels", "queries": "query_labels"}  # names in a file of features: of each part, of its labels
 
 
 def sha256(path):
@@ -89,7 +89,7 @@ def load_features(path, origin):
     """
     try:
         with safe_open(path, "pt") as file:
-            features = {name: file.get_tensor(name) for name in FEATURES}
+            features = {name: file.get_tensor(name) for part in LABELS.items() for name in part}
             found = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: no features, or damaged ({error})") from None
@@ -97,8 +97,8 @@ def load_features(path, origin):
         if name != "ckpt" and found.get(name) != value:
             raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {value}: name another "
                                   f"--features, or delete it")
-    for part in ("bank", "queries"):
-        x, y = features[part], features[FEATURES[FEATURES.index(part) + 1]]
+    for part, labels in LABELS.items():
+        x, y = features[part], features[labels]
         if x.dim() != 2 or not x.is_floating_point() or y.shape != x.shape[:1] or y.dtype != torch.int64 or not len(x) \
                 or not x.isfinite().all() or y.min() < 0:
             raise CheckpointError(f"{path}: its {part} are not features with labels")
@@ -126,7 +126,7 @@ def extract(args, model_of=lambda backbone: backbone, **more):
         more: what else the features depend on.
 
     Returns:
-        features by name (FEATURES), what they came from, the names of the classes, and how to speak.
+        features and labels by name (see LABELS), what they came from, the names of the classes, device and rank.
     """
     rank, world_size, device = cli.start_processes(args.device)
     say = print if rank == 0 else lambda text: None
@@ -153,51 +153,52 @@ def extract(args, model_of=lambda backbone: backbone, **more):
     if args.features and os.path.exists(args.features):
         features = load_features(args.features, origin)
         say(f"features taken from {args.features}")
-        return features, origin, classes, device, say
+        return features, origin, classes, device, rank
     model, features = model_of(backbone).to(device), {}
     for part, images in (("bank", data.bank), ("queries", data.queries)):
         loader = eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, rank, world_size)
         with tqdm(total=len(loader.dataset), unit="img", disable=rank != 0 or not sys.stderr.isatty()) as bar:
             x, labels, unreadable = extract_features(model, loader, device, bar.update)
-        features |= {part: x, {"bank": "bank_labels", "queries": "query_labels"}[part]: labels}
+        features |= {part: x, LABELS[part]: labels}
         for message in unreadable:
             say(f"skipped unreadable picture {message}")
     if args.features and rank == 0:
         save_features(args.features, features, origin)
         say(f"features written to {args.features}")
-    return features, origin, classes, device, say
+    return features, origin, classes, device, rank
 
 
-def write_result(task, origin, say, **result):
+def write_result(task, origin, **result):
     path = Path(origin["ckpt"]).with_suffix(f".{task}.json")
     path.write_text(json.dumps(origin | result, indent=1))
-    say(f"written to {path}")
+    print(f"written to {path}")
 
 
 def knn(args):
     """A weighted vote of the nearest neighbours."""
-    features, origin, _, device, say = extract(args)
+    features, origin, _, device, rank = extract(args)
     scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, device)
+    if rank > 0:
+        return
     bank, queries = len(features["bank"]), len(features["queries"])
-    say(f"k-NN of {origin['ckpt']}: {queries} pictures among {bank}, {origin['image_size']} pixels, temperature "
-        f"{args.temperature}\n     k   top-1   top-5")
+    print(f"k-NN of {origin['ckpt']}: {queries} pictures among {bank}, {origin['image_size']} pixels, temperature "
+          f"{args.temperature}\n     k   top-1   top-5")
     for k, (top1, top5) in scores.items():
-        say(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
-    if say is print:
-        table = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}
-        write_result("knn", origin, say, temperature=args.temperature, bank=bank, queries=queries, knn=table)
+        print(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
+    table = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}
+    write_result("knn", origin, temperature=args.temperature, bank=bank, queries=queries, knn=table)
 
 
 def linear(args):
     """A grid of linear classifiers on features that are extracted once."""
     tokens = dict(n_last_blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens)
-    features, origin, classes, device, say = extract(args, lambda backbone: Tokens(backbone, **tokens), **tokens)
-    if say is print:  # the others only extract
-        judge_linear(args, *(features[name].to(device) for name in FEATURES), origin, classes, say)
+    features, origin, classes, device, rank = extract(args, lambda backbone: Tokens(backbone, **tokens), **tokens)
+    if rank == 0:  # the others only extract
+        judge_linear(args, *(x.to(device) for x in features.values()), origin, classes)
     cli.gather(None)
 
 
-def judge_linear(args, bank, bank_labels, queries, query_labels, origin, classes, say):
+def judge_linear(args, bank, bank_labels, queries, query_labels, origin, classes):
     grid = list(itertools.product(args.lrs, args.weight_decays))
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
     classes = classes or [str(c) for c in range(num_classes)]
@@ -208,18 +209,18 @@ def judge_linear(args, bank, bank_labels, queries, query_labels, origin, classes
     answers = top(classifier, queries)[0]  # [Q, 5]
     hits = answers == query_labels.view(-1, 1)
     top1, top5 = (100 * x.double().mean().item() for x in (hits[:, 0], hits.any(dim=1)))
-    say(f"linear probe of {origin['ckpt']}: {len(grid)} classifiers on {bank.shape[1]} features of {len(bank)} "
-        f"pictures; best on every tenth: lr {lr:g}, weight decay {weight_decay:g} ({held_out[best]:.2f}%)\n"
-        f"{len(queries)} pictures: top-1 {top1:.2f}, top-5 {top5:.2f}")
+    print(f"linear probe of {origin['ckpt']}: {len(grid)} classifiers on {bank.shape[1]} features of {len(bank)} "
+          f"pictures; best on every tenth: lr {lr:g}, weight decay {weight_decay:g} ({held_out[best]:.2f}%)\n"
+          f"{len(queries)} pictures: top-1 {top1:.2f}, top-5 {top5:.2f}")
     per_class = {classes[c]: 100 * hits[query_labels == c, 0].double().mean().item()
                  for c in query_labels.unique().tolist()}
     pairs = Counter((classes[true], classes[said]) for true, said in zip(query_labels.tolist(), answers[:, 0].tolist())
                     if true != said)
-    say("weakest classes: " + ", ".join(f"{name} {accuracy:.1f}%"
-                                        for name, accuracy in sorted(per_class.items(), key=lambda x: x[1])[:5]))
-    say("most often taken for another: " + ", ".join(f"{true} for {said} ({count})"
-                                                     for (true, said), count in pairs.most_common(5)))
-    write_result("linear", origin, say, lr=lr, weight_decay=weight_decay, held_out=held_out[best], top1=top1, top5=top5,
+    print("weakest classes: " + ", ".join(f"{name} {accuracy:.1f}%"
+                                          for name, accuracy in sorted(per_class.items(), key=lambda x: x[1])[:5]))
+    print("most often taken for another: " + ", ".join(f"{true} for {said} ({count})"
+                                                       for (true, said), count in pairs.most_common(5)))
+    write_result("linear", origin, lr=lr, weight_decay=weight_decay, held_out=held_out[best], top1=top1, top5=top5,
                  per_class=per_class, confused=[[*pair, count] for pair, count in pairs.most_common(50)])
 
 

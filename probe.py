@@ -5,9 +5,8 @@
     best, accuracies = choose(features, labels, num_classes, grid)     # judged on every tenth picture
 
 Softmax regression by SGD with momentum and a cosine schedule, as Caron et al. 2021 (section 4) train it on top of a
-frozen backbone, but on features extracted once: the matrix products of all classifiers are one, so a grid of twenty
-costs little more than its largest product. Features are standardised, so that one grid suits all. This file needs
-torch and nothing else.
+frozen backbone, but on features extracted once, all classifiers of the grid in one batched product. Features are
+standardised, so that one grid suits all. This file needs torch and nothing else.
 """
 
 import math
@@ -23,10 +22,6 @@ class LinearClassifiers:
 
     def __call__(self, x):
         return torch.baddbmm(self.bias, ((x - self.mean) / self.std).expand(len(self.weight), -1, -1), self.weight)
-
-    def __getitem__(self, g):
-        """The classifiers of a slice of the grid."""
-        return LinearClassifiers(self.mean, self.std, self.weight[g], self.bias[g])
 
 
 def fit(features, labels, num_classes, grid, epochs=100, batch_size=1024, momentum=0.9, seed=0, progress=None):
