@@ -45,7 +45,8 @@ class MultiCrop:
     Args:
         global_size, local_size: side of the global and local views, pixels.
         global_scale, local_scale: range of the crop's share of the picture's area.
-        local_number: local views; the global ones are always two.
+        local_number: local views.
+        global_number: global views, 1 or 2.
         ratio: range of the crop's width / height, drawn log-uniformly.
         flip: probability of a horizontal flip.
         jitter: probability of the colour jitter, whose four parts come in random order.
@@ -61,9 +62,10 @@ class MultiCrop:
     def __init__(self, global_size=224, global_scale=(0.4, 1.0), local_size=96, local_scale=(0.05, 0.4),
                  local_number=8, ratio=(3 / 4, 4 / 3), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
                  saturation=0.2, hue=0.1, grey=0.2, blur=(1.0, 0.1, 0.5), blur_radius=(0.1, 2.0), solarize=0.2,
-                 mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 mean=IMAGENET_MEAN, std=IMAGENET_STD, global_number=2):
         # (size, scale, blur probability, solarize probability) of each view
         self.kinds = [(global_size, global_scale, blur[0], 0.0), (global_size, global_scale, blur[1], solarize)]
+        self.kinds = self.kinds[:global_number]
         self.kinds += [(local_size, local_scale, blur[2], 0.0)] * local_number
         self.ratio, self.flip, self.jitter, self.grey, self.blur_radius = ratio, flip, jitter, grey, blur_radius
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue

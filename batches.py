@@ -2,7 +2,7 @@
 
     keys = batch_keys(0, 1000, len(images), seed=0, batch_size=64)
     batches = train_loader(images, multicrop, keys, seed=0, num_workers=8)
-    for views, unreadable in on_device(batches, multicrop, torch.device("cuda")): ...
+    for views, labels, unreadable in on_device(batches, multicrop, torch.device("cuda")): ...
     for views, labels, indices, unreadable in eval_loader(images, size=224, batch_size=128): ...
 
 Nothing random is consumed, so nothing is replayed: a run that goes on at step 700 asks for the keys from 700 on,
@@ -51,7 +51,7 @@ def batch_keys(first_step, last_step, num_images, seed, batch_size, accum_steps=
 
 
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> what a multicrop makes of one picture, and messages about pictures that could not be read.
+    """(epoch, index) -> what a multicrop makes of one picture, its label, and messages about unreadable pictures.
 
     That is all views from a MultiCrop, pixels and plan from a BatchMultiCrop. An unreadable picture's place is
     taken by the next readable one, so that batches stay whole.
@@ -66,20 +66,23 @@ class Views(torch.utils.data.Dataset):
         unreadable = []
         for i in range(index, index + min(len(self.images), UNREADABLE_IN_A_ROW)):
             try:
-                image = self.open(i % len(self.images))
+                image, label = self.open(i % len(self.images))
             except OSError as error:
                 unreadable.append(str(error))
                 continue
-            return self.make(image, key=(self.seed, epoch, index)), unreadable
+            return self.make(image, key=(self.seed, epoch, index)), label, unreadable
         raise OSError(f"{len(unreadable)} pictures in a row cannot be read any more; the last is {unreadable[-1]}")
 
     def open(self, i):
-        """Picture i, reduced as far as its views cannot tell; `images` may have a quicker way than to decode it all."""
-        if hasattr(self.images, "open_reduced"):
-            return self.images.open_reduced(i, self.multicrop.reduction)
-        image, _ = self.images[i]
+        """Picture i, reduced as far as its views cannot tell, and its label; a set may have a quicker way to reduce."""
+        images = self.images
+        while isinstance(images, torch.utils.data.Subset):
+            images, i = images.dataset, images.indices[i]
+        if hasattr(images, "open_reduced"):
+            return images.open_reduced(i, self.multicrop.reduction)
+        image, label = images[i]
         factor = self.multicrop.reduction(*image.size)
-        return image.reduce(factor) if factor > 1 else image
+        return image.reduce(factor) if factor > 1 else image, label
 
 
 def makes_batches(multicrop):
@@ -87,21 +90,22 @@ def makes_batches(multicrop):
 
 
 def collate_views(samples):
-    """B samples of Views -> V tensors [B, 3, s, s], and all their messages."""
-    made, messages = zip(*samples)
-    return [torch.stack(view) for view in zip(*made)], sum(messages, [])
+    """B samples of Views -> V tensors [B, 3, s, s], labels [B], and all messages."""
+    made, labels, messages = zip(*samples)
+    return [torch.stack(view) for view in zip(*made)], torch.tensor(labels), sum(messages, [])
 
 
 def collate_pictures(samples):
     """The same for pictures that a device makes views of: (their bytes one behind the other, sizes, plans)."""
-    made, messages = zip(*samples)
+    made, labels, messages = zip(*samples)
     pixels, plans = zip(*made)  # one tensor for all: each that is sent takes a file descriptor
     sizes = torch.tensor([p.shape for p in pixels])
-    return (torch.cat([p.flatten() for p in pixels]), sizes, torch.stack(plans)), sum(messages, [])
+    batch = (torch.cat([p.flatten() for p in pixels]), sizes, torch.stack(plans))
+    return batch, torch.tensor(labels), sum(messages, [])
 
 
 def train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False):
-    """Batches of (V view tensors [B, 3, s, s], messages about unreadable pictures), one for each list of keys.
+    """Batches of (V view tensors [B, 3, s, s], labels [B], messages on unreadable pictures), one per list of keys.
 
     With a BatchMultiCrop workers only decode; the views come from `on_device`.
     """
@@ -112,7 +116,7 @@ def train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False)
 
 
 def on_device(batches, multicrop, device):
-    """Batches of train_loader, with their views on a device; on CUDA made on a stream of its own, beside the step."""
+    """Batches of train_loader, their views made on a device; on CUDA on a stream of its own, beside the step."""
     def send(tensor):
         return tensor.to(device, non_blocking=tensor.is_pinned())
 
@@ -124,18 +128,18 @@ def on_device(batches, multicrop, device):
         return multicrop([part.view(size) for part, size in zip(parts, sizes.tolist())], plans)
 
     if device.type != "cuda":
-        for batch, messages in batches:
-            yield make(batch), messages
+        for batch, labels, messages in batches:
+            yield make(batch), labels.to(device), messages
         return
     stream = torch.cuda.Stream(device, priority=-1)
-    for batch, messages in batches:
+    for batch, labels, messages in batches:
         with torch.cuda.stream(stream):
-            views = make(batch)
+            views, labels = make(batch), send(labels)
         here = torch.cuda.current_stream(device)
         here.wait_stream(stream)
-        for view in views:
-            view.record_stream(here)
-        yield views, messages
+        for tensor in (*views, labels):
+            tensor.record_stream(here)
+        yield views, labels, messages
 
 
 # ---- to judge features on ----

@@ -37,7 +37,8 @@ from cli import natural, positive
 from data import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
-from step import Settings, allow_tf32, apply_gradients, build_networks, compile_regions, train_step
+from precision import PRECISIONS, allow_tf32
+from step import Settings, apply_gradients, build_networks, compile_regions, train_step
 from vit import SIZES
 
 
@@ -66,7 +67,7 @@ def parse_args(argv=None):
 def setting_name(text):
     """An argparse type: what `setting` understands."""
     precision, more = setting(text)
-    if precision not in ("fp32", "bf16", "fp16") or not {"compile", "checkpointing"}.issuperset(more):
+    if precision not in PRECISIONS or not {"compile", "checkpointing"}.issuperset(more):
         raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp16, with +compile or +checkpointing behind")
     return text
 
@@ -316,10 +317,9 @@ def flops_per_image(args):
 
 def matmul_speed(device, precision):
     """Operations a second of large square matrix products, the best of three."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     allow_tf32(precision)
     n = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a, b = torch.randn(2, n, n, device=device).to(PRECISIONS[precision])
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(3))
 
 

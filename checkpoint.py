@@ -44,7 +44,7 @@ def load_backbone(path, key=None, say=print):
             checkpoint, or the only network there is.
 
     Returns:
-        the model in eval mode, and its description (empty for foreign files).
+        the model in eval mode, and its description (for foreign files "vit" alone, the arguments that built it).
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or not the weights of a vision transformer as in vit.py.
@@ -56,7 +56,8 @@ def load_backbone(path, key=None, say=print):
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
                               f"of DINO, timm or transformers (first: {', '.join(list(weights)[:3]) or 'none'})")
     try:
-        model, matched = build(info.get("vit") or shapes_of(ours), ours)
+        sizes = info.get("vit") or shapes_of(ours)
+        model, matched = build(sizes, ours)
     except Exception as error:  # the description is as foreign as the weights
         raise CheckpointError(f"{path}: not the weights of a vision transformer as built here: "
                               f"{' '.join(str(error).split())[:300]}") from None
@@ -67,7 +68,7 @@ def load_backbone(path, key=None, say=print):
     left = unused + outside
     say(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
-    return model.eval(), info
+    return model.eval(), info | {"vit": sizes}
 
 
 def build(sizes, weights):

@@ -187,11 +187,11 @@ class ImageTree(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        return self.open_reduced(i), self.labels[i]
+        return self.open_reduced(i)
 
     def open_reduced(self, i, reduction=None):
-        """Picture i alone, reduced on the way (see open_rgb)."""
-        return open_rgb(os.path.join(self.root, self.files[i]), reduction)
+        """Picture i, reduced on the way (see open_rgb), and its label."""
+        return open_rgb(os.path.join(self.root, self.files[i]), reduction), self.labels[i]
 
 
 def walk(root):

@@ -1,17 +1,19 @@
 """Judge the features of a trained backbone.
 
-    python evaluate.py knn                                    # the newest run, on the data it was trained on
-    python evaluate.py linear                                 # likewise, by linear classifiers on frozen features
+    python evaluate.py knn                        # the newest run, on the pictures it was trained on
+    python evaluate.py linear                     # linear classifiers on frozen features, the paper's protocol
+    python evaluate.py linear --quick             # the same on features that are extracted once
+    python evaluate.py finetune                   # the backbone is trained on, with labels
     python evaluate.py knn --ckpt dino_deitsmall16_pretrain.pth --data_path /data/imagenet
-    torchrun --nproc_per_node=8 evaluate.py knn --ckpt runs/vits16/teacher.safetensors
+    torchrun --nproc_per_node=8 evaluate.py linear --ckpt runs/vits16/teacher.safetensors
 
-`knn` classifies the held-out pictures by a weighted vote of their nearest neighbours among the others, top-1 and
-top-5 for several numbers of neighbours. `linear` extracts the features once and trains a grid of linear classifiers on
-them; the one that is best on every tenth picture is trained again on all and asked about the held-out ones, once.
-Results are also written beside the checkpoint, as NAME.knn.json and NAME.linear.json. With `--features FILE` the
-features are kept, and taken from there the next time.
+Every task has flags of its own: `python evaluate.py linear --help`. With `--untrained` the same is done to random
+weights. `knn` writes its figures beside the checkpoint, as NAME.knn.json; the others have a folder, NAME.linear and
+so on, with result.json, classifier.safetensors, log.jsonl and checkpoint.pth, from which an interrupted command goes
+on, and which `--test_only` judges again.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -20,118 +22,141 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 import cli
+from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_loader
-from checkpoint import CheckpointError, load_backbone, newest_model
-from cli import natural_float, positive, positive_float
-from data import DataError, open_data
-from knn import extract_features, knn_classifier
-from probe import choose, fit, top
+from checkpoint import CheckpointError, load_backbone, newest_model, read_weights, save_model
+from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
+from cli import boolean, natural, natural_float, positive, positive_float, rate, share
+from data import DataError, open_data, split_labels
+from features import LABELS, extract_features, load_features, save_features
+from knn import knn_classifier
+from optim import build_optimizer
+from precision import autocast, resolve
+from probe import choose, fit
 from resume import write_whole
+from vit import VisionTransformer
 
+# ---- flags ----
 
 def parse_args(argv=None):
     parser = cli.parser("evaluate.py", __doc__)
-    parser.add_argument("task", choices=list(TASKS), help="how to judge")
-    parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
-    parser.add_argument("--checkpoint_key", choices=["teacher", "student"],
-                        help="network to take from a full checkpoint (default: teacher)")
-    parser.add_argument("--data_path", help="labelled pictures, named as for train.py (default: what the newest run "
-                                            "was trained on; the built-in pictures if --ckpt says so)")
-    parser.add_argument("--image_size", type=positive, metavar="PIXELS",
-                        help="side of the square that is judged (default: the size the model was trained at)")
-    parser.add_argument("--nb_knn", type=positive, nargs="+", default=[10, 20, 100, 200], metavar="K",
-                        help="numbers of neighbours (default: 10 20 100 200; those beyond the data are clamped)")
-    parser.add_argument("--temperature", type=positive_float, default=0.07, help="of the vote (default: 0.07)")
-    parser.add_argument("--knn_memory_mb", type=positive, default=1024, metavar="MB",
-                        help="bound on the similarities held at once (default: 1024)")
-    parser.add_argument("--n_last_blocks", type=positive, default=4, metavar="N",
-                        help="linear: CLS tokens of so many blocks side by side (default: 4; in the paper 1 for base)")
-    parser.add_argument("--avgpool_patchtokens", type=cli.boolean, nargs="?", const=True, default=False, metavar="X",
-                        help="linear: the last block's mean patch token beside them, as for vit_base (default: false)")
-    parser.add_argument("--lrs", type=positive_float, nargs="+", metavar="LR",
-                        default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0], help="linear: learning rates of the grid")
-    parser.add_argument("--weight_decays", type=natural_float, nargs="+", metavar="WD",
-                        default=[0.0, 1e-4, 1e-3, 1e-2, 1e-1], help="linear: weight decays of the grid")
-    parser.add_argument("--epochs", type=positive, default=100, metavar="N", help="linear: (default: 100)")
-    parser.add_argument("--features", metavar="FILE", help="safetensors file to keep the features in; if it is there "
-                                                           "they are taken from it")
-    parser.add_argument("--batch_size_per_gpu", type=positive, default=128, metavar="B", help="(default: 128)")
-    cli.add_machine_flags(parser)
-    return parser.parse_args(argv)
+    tasks = parser.add_subparsers(prog="evaluate.py", dest="task", required=True, metavar="TASK")
+    for name, task in TASKS.items():
+        task_parser = tasks.add_parser(name, help=task.__doc__, description=task.__doc__, usage=argparse.SUPPRESS,
+                                       allow_abbrev=False)
+
+        def add(flag, default, help, type=None, add_argument=task_parser.add_argument, **kwargs):
+            shown = " ".join(map(str, default if isinstance(default, list) else [default]))
+            kwargs |= {"type": type} if type else {}
+            add_argument(flag, default=default, help=help + f" (default: {shown})" * (default is not None), **kwargs)
+
+        add("--ckpt", None, "model file (default: teacher.safetensors of the newest run)", nargs="?")
+        add("--checkpoint_key", None, "network to take from a full checkpoint (default: teacher)",
+            choices=["teacher", "student"])
+        add("--untrained", False, "judge random weights of the same shapes instead", action="store_true")
+        add("--data_path", None, "labelled pictures, named as for train.py (default: what the newest run was trained "
+            "on; the built-in pictures if --ckpt says so)")
+        add("--image_size", None, "side of the square that is judged (default: the size the model was trained at)",
+            positive, metavar="PIXELS")
+        add("--batch_size_per_gpu", 128, "pictures per process and pass", positive, metavar="B")
+        FLAGS[name](add)
+        cli.add_machine_flags(task_parser)
+    args = parser.parse_args(argv)
+    if args.task != "knn":
+        args.precision = resolve(args.precision, args.device)
+        if args.overwrite and args.resume != "none":
+            parser.error("--overwrite deletes what was trained and starts anew: say --resume none as well")
+    return args
 
 
-LABELS = {"bank": "bank_labels", "queries": "query_labels"}  # names in a file of features: of each part, of its labels
+def knn_flags(add):
+    add("--nb_knn", [10, 20, 100, 200], "numbers of neighbours; those beyond the data are clamped", positive,
+        nargs="+", metavar="K")
+    add("--temperature", 0.07, "of the vote", positive_float, metavar="T")
+    add("--knn_memory_mb", 1024, "bound on the similarities held at once", positive, metavar="MB")
+    add_features_flag(add)
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def linear_flags(add):
+    add("--n_last_blocks", 4, "CLS tokens of so many blocks side by side; in the paper 4 for small, 1 for base",
+        positive, metavar="N")
+    add("--avgpool_patchtokens", False, "the last block's mean patch token beside them, as for base", boolean,
+        nargs="?", const=True, metavar="X")
+    add("--lr", [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "one or several, for 256 pictures a step; scaled linearly "
+        "with their number. The paper searches too; of several, the best on every tenth training picture is taken",
+        positive_float, nargs="+", metavar="LR")
+    add("--weight_decay", None, "one or several (default: 0; with --quick 0 0.0001 0.001 0.01 0.1)", natural_float,
+        nargs="+", metavar="WD")
+    add("--quick", False, "extract features of the centre view once and train on them all classifiers of the grid",
+        action="store_true")
+    add_features_flag(add)
+    add_training_flags(add, epochs=100)
 
 
-def save_features(path, features, origin):
-    """Write features and labels of both parts, and what they came from."""
-    metadata = {name: json.dumps(value) for name, value in origin.items()}
-    write_whole(path, lambda temporary: save_file(features, temporary, metadata))
+def finetune_flags(add):
+    add("--lr", 0.0005, "peak, for 256 pictures a step; scaled linearly with their number", positive_float,
+        metavar="LR")
+    add("--warmup_epochs", 5, "epochs of linear learning-rate warm-up", natural, metavar="N")
+    add("--layer_decay", 0.75, "factor of the learning rate from each block to the one before", share, metavar="X")
+    add("--weight_decay", 0.05, "on matrices only", natural_float, metavar="WD")
+    add("--drop_path_rate", 0.1, "stochastic depth", rate, metavar="X")
+    add("--label_smoothing", 0.1, "share of each label that is given to all classes", share, metavar="X")
+    add("--mixup", 0.0, "its alpha, 0 for none; 0.8 for long runs", natural_float, metavar="A")
+    add("--cutmix", 0.0, "its alpha, 0 for none; 1 for long runs", natural_float, metavar="A")
+    add_training_flags(add, epochs=100)
 
 
-def load_features(path, origin):
-    """Read what `save_features` wrote.
-
-    Raises:
-        CheckpointError: the file is damaged, or holds the features of something else.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            features = {name: file.get_tensor(name) for part in LABELS.items() for name in part}
-            found = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: no features, or damaged ({error})") from None
-    for name, value in origin.items():
-        if name != "ckpt" and found.get(name) != value:
-            raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {value}: name another "
-                                  f"--features, or delete it")
-    for part, labels in LABELS.items():
-        x, y = features[part], features[labels]
-        if x.dim() != 2 or not x.is_floating_point() or y.shape != x.shape[:1] or y.dtype != torch.int64 or not len(x) \
-                or not x.isfinite().all() or y.min() < 0:
-            raise CheckpointError(f"{path}: its {part} are not features with labels")
-    return features
+def add_features_flag(add):
+    add("--features", None, "safetensors file to keep the features in; if it is there they are taken from it",
+        metavar="FILE")
 
 
-class Tokens(torch.nn.Module):
-    """What the paper puts a linear classifier on: the CLS tokens of the last blocks, and the mean patch token."""
+def add_training_flags(add, epochs):
+    add("--epochs", epochs, "passes over the pictures", positive, metavar="N")
+    add("--crop_scale", [0.08, 1.0], "share of the area that a training view shows", share, nargs=2, metavar="X")
+    add("--precision", "auto", "auto: bf16 where the device is fast at it, else fp32",
+        choices=["auto", "bf16", "fp16", "fp32"])
+    add("--val_freq", 10, "epochs between tests, 0 for none but the last", natural, metavar="N")
+    add("--output_dir", None, "folder for what is written (default: NAME.TASK beside the model file)", metavar="DIR")
+    add("--resume", "auto", "auto goes on with what the folder holds, none starts anew", choices=["auto", "none"])
+    add("--overwrite", False, "with --resume none: delete what the folder holds first", action="store_true")
+    add("--test_only", False, "judge the classifier in the folder, train nothing", action="store_true")
+    add("--save_every_minutes", 10.0, "between saves", positive_float, metavar="X")
+    add("--log_every", 50, "steps between lines in the log", positive, metavar="N")
+    add("--seed", 0, "of order, views and what is dropped", natural, metavar="X")
 
-    def __init__(self, backbone, n_last_blocks, avgpool):
-        super().__init__()
-        self.backbone, self.n_last_blocks, self.avgpool = backbone, min(n_last_blocks, len(backbone.blocks)), avgpool
 
-    def forward(self, x):  # [B, C, H, W] -> [B, n * D]
-        tokens = self.backbone.get_intermediate_layers(x, self.n_last_blocks)
-        patches = [tokens[-1][:, 1:].mean(dim=1)] if self.avgpool else []
-        return torch.cat([t[:, 0] for t in tokens] + patches, dim=1)
+# ---- what is judged ----
+
+class Subject(NamedTuple):
+    """A backbone, the pictures that it is judged on, and the process that does it."""
+
+    backbone: nn.Module
+    info: dict  # of the model file
+    data: object  # see data.Data
+    classes: list  # their names
+    size: int  # pixels
+    origin: dict  # what the features depend on, for people and files
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
 
 
-def extract(args, model_of=lambda backbone: backbone, **more):
-    """The features that a task asks for, each picture once over all processes.
-
-    Args:
-        model_of: from the backbone to what is to be judged.
-        more: what else the features depend on.
-
-    Returns:
-        features and labels by name (see LABELS), what they came from, the names of the classes, device and rank.
-    """
+def open_subject(args):
     rank, world_size, device = cli.start_processes(args.device)
-    say = print if rank == 0 else lambda text: None
     ckpt = args.ckpt or newest_model()
-    backbone, info = load_backbone(ckpt, args.checkpoint_key, say)
+    backbone, info = load_backbone(ckpt, args.checkpoint_key, print if rank == 0 else lambda text: None)
     if backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
     size = args.image_size or backbone.grid[0] * backbone.patch_size
@@ -146,85 +171,250 @@ def extract(args, model_of=lambda backbone: backbone, **more):
     data = cli.rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
     if data.queries is None:
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
-    say(data.note)
+    origin = dict(ckpt=str(ckpt), sha256=sha256(ckpt), data_path=data.path, image_size=size)
+    if args.untrained:
+        torch.manual_seed(0)
+        backbone, origin = VisionTransformer(**info["vit"]).eval(), origin | {"untrained": True}
+    subject = Subject(backbone.to(device), info, data, class_names(data.train), size, origin, device, rank, world_size)
+    subject.say(data.note)
+    return subject
 
-    origin = dict(ckpt=str(ckpt), sha256=sha256(ckpt), data_path=data.path, image_size=size, **more)
-    classes = [str(name) for name in getattr(data.train, "classes", None) or []]
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def class_names(images):
+    names = getattr(images, "classes", None) or range(1 + max(label for _, label in images))
+    return [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+
+
+def beside_checkpoint(subject, ending):
+    """Path of what is written about a model file: its name with another ending."""
+    name = Path(subject.origin["ckpt"])
+    return name.with_name(f"{name.stem}{'.untrained' * ('untrained' in subject.origin)}.{ending}")
+
+
+def extract(subject, model, images, args):
+    """model(centre view) of each picture, once over all processes: [M, ...] float32 and labels [M]."""
+    loader = eval_loader(images, subject.size, args.batch_size_per_gpu, args.num_workers, subject.rank,
+                         subject.world_size)
+    with tqdm(total=len(loader.dataset), unit="img", leave=False,
+              disable=subject.rank != 0 or not sys.stderr.isatty()) as bar:
+        x, labels, unreadable = extract_features(model, loader, subject.device, bar.update)
+    for message in unreadable:
+        subject.say(f"skipped unreadable picture {message}")
+    return x, labels
+
+
+def features_of(subject, model, args, origin):
+    """Features and labels of both parts by name (see LABELS), from --features if they are there."""
     if args.features and os.path.exists(args.features):
-        features = load_features(args.features, origin)
-        say(f"features taken from {args.features}")
-        return features, origin, classes, device, rank
-    model, features = model_of(backbone).to(device), {}
-    for part, images in (("bank", data.bank), ("queries", data.queries)):
-        loader = eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, rank, world_size)
-        with tqdm(total=len(loader.dataset), unit="img", disable=rank != 0 or not sys.stderr.isatty()) as bar:
-            x, labels, unreadable = extract_features(model, loader, device, bar.update)
-        features |= {part: x, LABELS[part]: labels}
-        for message in unreadable:
-            say(f"skipped unreadable picture {message}")
-    if args.features and rank == 0:
+        subject.say(f"features taken from {args.features}")
+        return load_features(args.features, origin)
+    features = {}
+    for part, images in (("bank", subject.data.bank), ("queries", subject.data.queries)):
+        features[part], features[LABELS[part]] = extract(subject, model, images, args)
+    if args.features and subject.rank == 0:
         save_features(args.features, features, origin)
-        say(f"features written to {args.features}")
-    return features, origin, classes, device, rank
+        subject.say(f"features written to {args.features}")
+    return features
 
 
-def write_result(task, origin, **result):
-    path = Path(origin["ckpt"]).with_suffix(f".{task}.json")
-    path.write_text(json.dumps(origin | result, indent=1))
-    print(f"written to {path}")
+def write_result(path, subject, **result):
+    text = json.dumps(subject.origin | result, indent=1)
+    write_whole(path, lambda temporary: Path(temporary).write_text(text))
+    subject.say(f"written to {path}")
 
+
+# ---- k-NN ----
 
 def knn(args):
     """A weighted vote of the nearest neighbours."""
-    features, origin, _, device, rank = extract(args)
-    scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, device)
-    if rank > 0:
+    subject = open_subject(args)
+    features = features_of(subject, subject.backbone, args, subject.origin)
+    scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, subject.device)
+    if subject.rank > 0:
         return
     bank, queries = len(features["bank"]), len(features["queries"])
-    print(f"k-NN of {origin['ckpt']}: {queries} pictures among {bank}, {origin['image_size']} pixels, temperature "
-          f"{args.temperature}\n     k   top-1   top-5")
+    print(f"k-NN of {subject.origin['ckpt']}{' untrained' * args.untrained}: {queries} pictures among {bank}, "
+          f"{subject.size} pixels, temperature {args.temperature}\n     k   top-1   top-5")
     for k, (top1, top5) in scores.items():
         print(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
     table = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}
-    write_result("knn", origin, temperature=args.temperature, bank=bank, queries=queries, knn=table)
+    write_result(beside_checkpoint(subject, "knn.json"), subject, temperature=args.temperature, bank=bank,
+                 queries=queries, knn=table)
 
+
+# ---- classifiers ----
 
 def linear(args):
-    """A grid of linear classifiers on features that are extracted once."""
-    tokens = dict(n_last_blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens)
-    features, origin, classes, device, rank = extract(args, lambda backbone: Tokens(backbone, **tokens), **tokens)
-    if rank == 0:  # the others only extract
-        judge_linear(args, *(x.to(device) for x in features.values()), origin, classes)
-    cli.gather(None)
+    """Linear classifiers on frozen features: SGD, cosine, random crops and flips; or --quick, on features once."""
+    subject = open_subject(args)
+    tokens = Tokens(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
+    output = Path(args.output_dir or beside_checkpoint(subject, "linear_quick" if args.quick else "linear"))
+    origin = subject.origin | dict(n_last_blocks=tokens.n_last_blocks, avgpool_patchtokens=tokens.avgpool)
+    grid = list(itertools.product(args.lr, args.weight_decay or ([0.0, 1e-4, 1e-3, 1e-2, 1e-1] if args.quick else [0])))
+    if args.test_only:
+        head = load_classifier(output, origin, subject)
+    elif args.quick:
+        features = features_of(subject, tokens, args, origin)
+        head, how = quick_classifier(features, grid, subject, args)
+    else:
+        head, how = trained_classifier(tokens, grid, origin, output, subject, args)
+    if head is None:  # stopped by a signal
+        return
+    if not args.test_only:
+        save_classifier(output, head, {}, subject, origin | how)
+    if args.quick and not args.test_only:
+        logits, labels = head(features["queries"].to(subject.device)).cpu(), features["query_labels"]
+    else:
+        logits, labels = extract(subject, nn.Sequential(tokens, head), subject.data.queries, args)
+    judge(logits, labels, output, subject, origin)
 
 
-def judge_linear(args, bank, bank_labels, queries, query_labels, origin, classes):
-    grid = list(itertools.product(args.lrs, args.weight_decays))
-    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    classes = classes or [str(c) for c in range(num_classes)]
-    with tqdm(total=2 * args.epochs * len(bank), unit="img", disable=not sys.stderr.isatty()) as bar:
-        best, held_out = choose(bank, bank_labels, num_classes, grid, epochs=args.epochs, progress=bar.update)
-        classifier = fit(bank, bank_labels, num_classes, [grid[best]], epochs=args.epochs, progress=bar.update)
+def quick_classifier(features, grid, subject, args):
+    """The best of the grid, trained again on all: nn.Linear, and how it was found."""
+    bank, labels = (features[name].to(subject.device) for name in ("bank", "bank_labels"))
+    batch = 1024
+    scaled = [(lr * min(batch, len(bank)) / 256, weight_decay) for lr, weight_decay in grid]
+    subject.say(f"{len(grid)} classifiers on {bank.shape[1]} features of {len(bank)} pictures; effective lr "
+                + effective(args.lr, min(batch, len(bank))))
+    with tqdm(total=2 * args.epochs * len(bank), unit="img", leave=False,
+              disable=subject.rank > 0 or not sys.stderr.isatty()) as bar:
+        how = dict(epochs=args.epochs, batch_size=batch, seed=args.seed, progress=bar.update)
+        best, accuracies = choose(bank, labels, len(subject.classes), scaled, **how)
+        head = fit(bank, labels, len(subject.classes), [scaled[best]], **how).linear()
     lr, weight_decay = grid[best]
-    answers = top(classifier, queries)[0]  # [Q, 5]
-    hits = answers == query_labels.view(-1, 1)
+    subject.say(f"best on every tenth picture ({accuracies[best]:.2f}%), then trained on all: lr {lr:g}, weight decay "
+                f"{weight_decay:g}")
+    return head, dict(quick=True, lr=lr, weight_decay=weight_decay, held_out=accuracies[best])
+
+
+def trained_classifier(tokens, grid, origin, output, subject, args):
+    """The best of the grid: nn.Linear, and how it was found; None, None if a signal ended the training."""
+    images, held_out = split_labels(subject.data.bank) if len(grid) > 1 else (subject.data.bank, subject.data.queries)
+    torch.manual_seed(args.seed)
+    network = Classifiers(tokens, len(subject.classes), len(grid)).to(subject.device)
+    optimizer = build_optimizer("sgd", head_groups(network, grid))
+
+    def accuracies():
+        said, labels = extract(subject, lambda x: network(x).argmax(dim=-1).T, held_out, args)
+        return (100 * (said == labels.view(-1, 1)).double().mean(dim=0)).tolist()
+
+    def measure():
+        top1 = accuracies()
+        return {"test_top1": top1[0]} if len(grid) == 1 else {"held_out_top1": max(top1)}
+
+    subject.say(f"{len(grid)} classifiers on {tokens.dim} features; effective lr "
+                + effective(args.lr, args.batch_size_per_gpu * subject.world_size))
+    fixed = fixed_part(origin) | {"grid": grid}
+    if not train(network, optimizer, images, fixed, measure, output, args, *place(subject)):
+        return None, None
+    top1 = accuracies() if len(grid) > 1 else [0.0]
+    best = top1.index(max(top1))
+    (lr, weight_decay), how = grid[best], dict(epochs=args.epochs)
+    if len(grid) > 1:
+        how |= dict(held_out=top1[best], grid=[(*pair, accuracy) for pair, accuracy in zip(grid, top1)])
+        subject.say(f"best on every tenth picture, which none was trained on ({top1[best]:.2f}%): lr {lr:g}, weight "
+                    f"decay {weight_decay:g}")
+    return network.heads[best], dict(lr=lr, weight_decay=weight_decay) | how
+
+
+def fixed_part(origin):
+    """What a classifier that is gone on with must have been trained on; a file may have moved."""
+    return {name: value for name, value in origin.items() if name not in ("ckpt", "data_path")}
+
+
+def place(subject):
+    return subject.size, subject.device, subject.rank, subject.world_size
+
+
+def effective(lrs, pictures):
+    return ", ".join(f"{lr * pictures / 256:.3g}" for lr in lrs) + f" = lr * {pictures} / 256 (linear scaling rule)"
+
+
+def finetune(args):
+    """Backbone and classifier trained with labels: AdamW, layer-wise lr decay, label smoothing, mixup by flag."""
+    subject = open_subject(args)
+    output = Path(args.output_dir or beside_checkpoint(subject, "finetune"))
+    tokens = Tokens(subject.backbone)
+    if args.test_only:
+        head = load_classifier(output, subject.origin, subject)
+        tokens = Tokens(load_backbone(output / "classifier.safetensors", say=subject.say)[0].to(subject.device))
+    else:
+        tokens.backbone.drop_path_rate = args.drop_path_rate
+        torch.manual_seed(args.seed)
+        network = Classifiers(tokens, len(subject.classes), frozen=False).to(subject.device)
+        head = network.heads[0]
+        optimizer = build_optimizer("adamw", layer_groups(network, args.lr, args.weight_decay, args.layer_decay))
+
+        def measure():
+            said, labels = extract(subject, lambda x: network(x)[0].argmax(dim=-1), subject.data.queries, args)
+            return {"test_top1": 100 * (said == labels).double().mean().item()}
+
+        subject.say("effective lr " + effective([args.lr], args.batch_size_per_gpu * subject.world_size)
+                    + f", at the embeddings {args.layer_decay ** (len(tokens.backbone.blocks) + 1):.2g} of it")
+        names = ("lr", "warmup_epochs", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "mixup",
+                 "cutmix")
+        how = {name: getattr(args, name) for name in names}
+        if not train(network, optimizer, subject.data.bank, fixed_part(subject.origin) | how, measure, output, args,
+                     *place(subject), args.warmup_epochs, mixing(len(subject.classes), args.mixup, args.cutmix),
+                     args.label_smoothing):
+            return
+        weights = {f"backbone.{name}": tensor for name, tensor in tokens.backbone.state_dict().items()}
+        save_classifier(output, head, weights, subject, subject.origin | how | {"epochs": args.epochs})
+    with autocast(subject.device, args.precision):
+        logits, labels = extract(subject, nn.Sequential(tokens, head).eval(), subject.data.queries, args)
+    judge(logits, labels, output, subject, subject.origin)
+
+
+def save_classifier(output, head, weights, subject, origin):
+    """classifier.safetensors: the classifier, the backbone if it has learnt, the names of the classes."""
+    if subject.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        weights = weights | {f"classifier.{name}": tensor for name, tensor in head.state_dict().items()}
+        description = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) | subject.info | origin | {"classes": subject.classes}
+        save_model(output / "classifier.safetensors", weights, description)
+
+
+def load_classifier(output, origin, subject):
+    """The nn.Linear that `save_classifier` wrote, if it is of the same backbone and classes."""
+    path = output / "classifier.safetensors"
+    weights, info = read_weights(path, None)
+    for name, value in (fixed_part(origin) | {"classes": subject.classes}).items():
+        if info.get(name) != value:
+            raise CheckpointError(f"{path}: trained with {name} {str(info.get(name))[:200]}, not {str(value)[:200]}")
+    weight, bias = (weights.get(f"classifier.{name}", torch.empty(0)) for name in ("weight", "bias"))
+    if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(bias) != len(subject.classes):
+        raise CheckpointError(f"{path}: holds no classifier of {len(subject.classes)} classes")
+    head = nn.Linear(weight.shape[1], len(bias))
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head.to(subject.device)
+
+
+def judge(logits, labels, output, subject, origin):
+    """Say and write how well logits [Q, K] answer labels [Q]."""
+    if subject.rank > 0:
+        return
+    answers, classes = logits.topk(min(5, logits.shape[1]), dim=1).indices, subject.classes
+    hits = answers == labels.view(-1, 1)
     top1, top5 = (100 * x.double().mean().item() for x in (hits[:, 0], hits.any(dim=1)))
-    print(f"linear probe of {origin['ckpt']}: {len(grid)} classifiers on {bank.shape[1]} features of {len(bank)} "
-          f"pictures; best on every tenth: lr {lr:g}, weight decay {weight_decay:g} ({held_out[best]:.2f}%)\n"
-          f"{len(queries)} pictures: top-1 {top1:.2f}, top-5 {top5:.2f}")
-    per_class = {classes[c]: 100 * hits[query_labels == c, 0].double().mean().item()
-                 for c in query_labels.unique().tolist()}
-    pairs = Counter((classes[true], classes[said]) for true, said in zip(query_labels.tolist(), answers[:, 0].tolist())
+    per_class = {classes[c]: 100 * hits[labels == c, 0].double().mean().item() for c in labels.unique().tolist()}
+    pairs = Counter((classes[true], classes[said]) for true, said in zip(labels.tolist(), answers[:, 0].tolist())
                     if true != said)
+    print(f"{len(labels)} pictures: top-1 {top1:.2f}, top-5 {top5:.2f}")
     print("weakest classes: " + ", ".join(f"{name} {accuracy:.1f}%"
                                           for name, accuracy in sorted(per_class.items(), key=lambda x: x[1])[:5]))
     print("most often taken for another: " + ", ".join(f"{true} for {said} ({count})"
                                                        for (true, said), count in pairs.most_common(5)))
-    write_result("linear", origin, lr=lr, weight_decay=weight_decay, held_out=held_out[best], top1=top1, top5=top5,
+    write_result(output / "result.json", subject, **origin, top1=top1, top5=top5, pictures=len(labels),
                  per_class=per_class, confused=[[*pair, count] for pair, count in pairs.most_common(50)])
 
 
-TASKS = {"knn": knn, "linear": linear}
+TASKS = {"knn": knn, "linear": linear, "finetune": finetune}
+FLAGS = {"knn": knn_flags, "linear": linear_flags, "finetune": finetune_flags}
 
 
 def main(args):
@@ -232,4 +422,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, CheckpointError)
+    cli.run(main, parse_args, DataError, CheckpointError, FloatingPointError)

@@ -1,6 +1,5 @@
 """The judge: weighted k-nearest-neighbour classification of frozen features.
 
-    features, labels, unreadable = extract_features(model, loader)
     scores = knn_classifier(bank, bank_labels, queries, query_labels)    # {10: (top-1, top-5), ...}
 
 Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4;
@@ -13,42 +12,6 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
-
-@torch.no_grad()
-def extract_features(model, loader, device="cpu", progress=None):
-    """Features of all pictures of a loader, in the order of their index.
-
-    Args:
-        model: images [B, C, H, W] -> features [B, D].
-        loader: yields (images, labels, indices, unreadable) per batch, each picture once. Under a process
-            group every process brings its own share, of any length.
-        progress: called with the number of pictures of each batch.
-
-    Returns:
-        features [M, D] float32, labels [M] int64, unreadable (list of messages); the same on every process.
-    """
-    features, unreadable = [], []
-    labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for images, y, i, bad in loader:
-        if len(images):
-            features.append(model(images.to(device, non_blocking=images.is_pinned())).float())
-        labels.append(y)
-        indices.append(i)
-        unreadable += bad
-        if progress:
-            progress(len(i) + len(bad))
-    part = (torch.cat(features).cpu() if features else None, torch.cat(labels), torch.cat(indices), unreadable)
-    parts = [part]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, part)
-    unreadable = [message for *_, bad in parts for message in bad]
-    if all(f is None for f, *_ in parts):
-        raise OSError(f"no picture could be read, the last: {unreadable[-1]}" if unreadable else "no pictures")
-    order = torch.cat([i for _, _, i, _ in parts]).argsort()
-    features = torch.cat([f for f, *_ in parts if f is not None])
-    return features[order], torch.cat([y for _, y, *_ in parts])[order], unreadable
 
 
 @torch.no_grad()

@@ -23,6 +23,14 @@ class LinearClassifiers:
     def __call__(self, x):
         return torch.baddbmm(self.bias, ((x - self.mean) / self.std).expand(len(self.weight), -1, -1), self.weight)
 
+    def linear(self, g=0):
+        """Classifier g as a torch.nn.Linear on features as they are, not standardised."""
+        D, C = self.weight.shape[1:]
+        layer = torch.nn.Linear(D, C, device=self.weight.device)
+        weight = (self.weight[g] / self.std.view(-1, 1)).T  # [C, D]
+        layer.load_state_dict({"weight": weight, "bias": self.bias[g, 0] - weight @ self.mean})
+        return layer.requires_grad_(False)
+
 
 def fit(features, labels, num_classes, grid, epochs=100, batch_size=1024, momentum=0.9, seed=0, progress=None):
     """Train one classifier for each (learning rate, weight decay).

@@ -137,15 +137,17 @@ def first_line(error):
 
 # ---- going on ----
 
-def resume(path, fixed, flags, objects, progress, say=print):
+def resume(path, fixed, flags, objects, progress, is_sound=lambda progress: True, say=print):
     """Load the newest whole state of a run into `objects` and `progress`; returns its path, None if there is none.
 
     Args:
         path: where `save_state(path, fixed=..., flags=..., progress=..., **state dicts)` has saved.
         fixed: {name: value} of what must be as it was.
         flags: {name: value} of what may have changed; what did is said.
-        objects: student, teacher, dino_loss, optimizer and scaler.
-        progress: dict of plain values, updated in place; those saved must be of the same types.
+        objects: {name: what has a state_dict}; "optimizer" and "scaler" among them.
+        progress: dict of plain values, "step" and "log_bytes" among them, updated in place; those saved must be of
+            the same types.
+        is_sound: whether a saved progress is one, asked when its types are right.
 
     Raises:
         AnotherRun: what must be as it was is not.
@@ -163,7 +165,7 @@ def resume(path, fixed, flags, objects, progress, say=print):
                                      f"--output_dir for another run")
             changed = [f"--{name} {state['flags'][name]} -> {value}" for name, value in flags.items()
                        if state["flags"].get(name, value) != value]
-            restore(state, objects, progress)
+            restore(state, objects, progress, is_sound)
         except (AnotherRun, OSError):
             raise
         except CheckpointError as error:
@@ -179,21 +181,18 @@ def resume(path, fixed, flags, objects, progress, say=print):
     return None
 
 
-def restore(state, objects, progress):
+def restore(state, objects, progress, is_sound):
     """Put a state into the objects it was saved from; raises nearly anything if it is not what they can take."""
     for name, tensor in tensors_in(state):
         if fault(tensor):
             raise ValueError(f"{name} {fault(tensor)}")
     saved, optimizer, scaler = state["progress"], objects["optimizer"], objects["scaler"]
-    scores = [*saved["knn"].values(), *saved["epoch_stats"]]
     if types_of(saved) != types_of(progress) or min(saved["step"], saved["log_bytes"]) < 0 or saved["step"] >= 2**63 \
-            or any(type(text) is not str for text in (*saved["knn"], *saved["unreadable"])) \
-            or {len(accuracies) for accuracies in saved["knn"].values()} - {2} \
-            or {len(means) for means in saved["epoch_stats"]} - {3} \
-            or any(type(score) is not float for several in scores for score in several):
+            or not is_sound(saved):
         raise ValueError("its progress is not a run's")
-    for name in ("student", "teacher", "dino_loss"):
-        objects[name].load_state_dict(state[name])
+    for name, thing in objects.items():
+        if thing is not optimizer and thing is not scaler:
+            thing.load_state_dict(state[name])
     if scaler.is_enabled() and state["scaler"]:  # it is empty but under fp16
         if types_of(state["scaler"]) != types_of(scaler.state_dict()):
             raise ValueError("its scaler is not one")
@@ -242,8 +241,8 @@ def prepare_folder(output, found, overwrite):
         AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it; or see `claim`.
     """
     learnt = sorted(path for pattern in ("checkpoint*.pth*", "teacher.safetensors", "teacher_best.safetensors",
-                                         "student.safetensors") for path in output.glob(pattern)
-                    if path.suffix != ".tmp")
+                                         "student.safetensors", "classifier.safetensors")
+                    for path in output.glob(pattern) if path.suffix != ".tmp")
     if learnt and not found and not overwrite:
         raise AnotherRun(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
                          f"run, another --output_dir keeps it")

@@ -15,6 +15,7 @@ from torch import nn
 
 from dino_loss import DINOHead
 from optim import clip_gradients
+from precision import autocast
 from vit import VisionTransformer
 
 # ---- networks ----
@@ -153,16 +154,6 @@ def apply_gradients(student, teacher, optimizer, scaler, reached, before, now, c
             tensor.copy_(torch.where(applied.to(tensor.device), tensor, old))
     move_teacher(teacher, student, now.momentum, applied)
     reached += applied | scaler.is_enabled()
-
-
-def allow_tf32(precision):
-    """Beside half precision, let CUDA's float32 products keep the 10 bits of fraction that fp16 has."""
-    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
-
-
-def autocast(device, precision):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import math
 import random
 import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, MultiCrop
@@ -34,10 +32,13 @@ from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
 from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
-from knn import extract_features, knn_classifier
+from features import extract_features
+from knn import knn_classifier
 from optim import build_optimizer, param_groups
+from precision import allow_tf32, autocast, resolve
+from report import Report
 from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
-from step import Settings, allow_tf32, autocast, build_networks, compile_regions, train_step
+from step import Settings, build_networks, compile_regions, train_step
 from vit import SIZES
 
 # ---- flags ----
@@ -141,18 +142,10 @@ def parse_args(argv=None):
         parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.overwrite and args.resume != "none":
         parser.error("--overwrite deletes a run and starts anew: say --resume none as well")
-    if args.precision == "auto":
-        args.precision = "bf16" if has_fast_bf16(args.device) else "fp32"
+    args.precision = resolve(args.precision, args.device)
     if args.views == "auto":
         args.views = "device" if args.device == "cuda" else "cpu"
     return args
-
-
-def has_fast_bf16(device):
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 # ---- what the flags mean ----
@@ -227,77 +220,11 @@ def collapse(entropy, entropy_of_mean, kl, out_dim):
     return None
 
 
-# ---- the run ----
+# ---- what it says and saves ----
 
-class Report:
-    """What a run says: lines on the screen, records in log.jsonl, a bar on a terminal; nothing on ranks but 0."""
+LINE = ("loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {teacher_entropy:.2f}  KL {kl:.3f}  lr {lr:.1e}  "
+        "{images_per_second:.0f} img/s: {data_seconds:.3f} s data + {compute_seconds:.3f} s compute")
 
-    def __init__(self, log_file, silent):
-        self.log_file, self.silent, self.bar, self.profiler, self.unreadable = log_file, silent, None, None, set()
-
-    def take_up(self, progress):
-        """Go on from a saved state: what was logged after it will be logged again."""
-        self.unreadable = set(progress["unreadable"])
-        if not self.silent:
-            with open(self.log_file, "a") as file:
-                file.truncate(min(file.tell(), progress["log_bytes"]))
-
-    def log_bytes(self):
-        return self.log_file.stat().st_size
-
-    def start_bar(self, first_step, total_steps):
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step",
-                        disable=self.silent or not sys.stderr.isatty())
-
-    def start_profiler(self, steps, path):
-        """Record so many steps, after one to settle and one to warm up, where chrome://tracing can look."""
-        path.unlink(missing_ok=True)
-        self.profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), record_shapes=True,
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
-        self.profiler.start()
-
-    def next_step(self):
-        self.bar.update()
-        if self.profiler:
-            self.profiler.step()
-
-    def close(self):
-        """Before the last lines; a trace of fewer steps than were asked for is written too."""
-        self.bar.close()
-        if self.profiler:
-            self.profiler.stop()
-
-    def say(self, text):
-        if not self.silent:
-            tqdm.write(text)
-
-    def log(self, record):
-        if not self.silent:
-            record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}
-            try:
-                with open(self.log_file, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.log_file}: cannot be written ({error.strerror})") from None
-
-    def step(self, record):
-        self.log(record)
-        line = ("loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {teacher_entropy:.2f}  KL {kl:.3f}  lr {lr:.1e}  "
-                "{images_per_second:.0f} img/s: {data_seconds:.3f} s data + {compute_seconds:.3f} s compute")
-        line = line.format(**record)
-        self.bar.set_postfix_str(line)
-        if self.bar.disable:
-            self.say(f"epoch {record['epoch']}  step {record['step'] + 1}/{self.bar.total}  {line}")
-
-    def skipped(self, messages):
-        """Name each unreadable picture once; every process speaks for the ones it met."""
-        for message in set(messages) - self.unreadable:
-            self.unreadable.add(message)
-            tqdm.write(f"skipped unreadable picture {message}")
-
-
-# ---- interruptions ----
 
 def save_run(output, keep, objects, info, **rest):
     """Everything needed to go on, and the two networks as files of their own."""
@@ -309,6 +236,15 @@ def save_run(output, keep, objects, info, **rest):
 def save_models(output, objects, info):
     for name in ("student", "teacher"):
         save_model(output / f"{name}.safetensors", objects[name].state_dict(), info | {"network": name})
+
+
+def is_sound(progress):
+    """Whether what a file says of k-NN tests, epochs and unreadable pictures can be true."""
+    scores = [*progress["knn"].values(), *progress["epoch_stats"]]
+    return (all(type(text) is str for text in (*progress["knn"], *progress["unreadable"]))
+            and all(len(accuracies) == 2 for accuracies in progress["knn"].values())
+            and all(len(means) == 3 for means in progress["epoch_stats"])
+            and all(type(score) is float for several in scores for score in several))
 
 
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
@@ -382,7 +318,7 @@ def main(args):
     found = None
     if args.resume == "auto" or was_restarted():
         flags = {name: value for name, value in vars(args).items() if name not in FREE}
-        found = resume(output / "checkpoint.pth", fixed, flags, objects, progress, report.say)
+        found = resume(output / "checkpoint.pth", fixed, flags, objects, progress, is_sound, report.say)
     first_step, knn, epoch_stats = progress["step"], progress["knn"], progress["epoch_stats"]
     cli.require_same("a run at step", first_step)
     if rank == 0:
@@ -445,17 +381,16 @@ def main(args):
     loader = train_loader(data.train, multicrop, batch_keys(first_step, total_steps, *keys, rank, world_size),
                           args.seed, args.num_workers, pin_memory=device.type == "cuda")
     batches = on_device(loader, multicrop, device)
-    report.start_bar(first_step, total_steps)
+    report.start_bar(first_step, total_steps, "step")
     if args.profile and rank == 0:
         report.start_profiler(args.profile, output / "trace.json")
-    clock, clock_step, waited, saved_at = time.monotonic(), first_step, 0.0, time.monotonic()
+    saved_at = time.monotonic()
+    report.restart_pace()
     for step in range(first_step, total_steps):
         epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
         log_now = end_of_epoch or (step + 1) % args.log_every == 0
         now = settings_at(step, steps_per_epoch, global_batch, args)
-        asked = time.monotonic()
-        passes, unreadable = zip(*(next(batches) for _ in range(args.accum_steps)))
-        waited += time.monotonic() - asked
+        passes, _, unreadable = zip(*(report.wait_for(batches) for _ in range(args.accum_steps)))
         report.skipped(sum(unreadable, []))
         torch.manual_seed(counted_seed("drop path", args.seed, step, rank))  # after the loader, which draws too
 
@@ -479,14 +414,10 @@ def main(args):
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
             report.unreadable = set().union(*cli.gather(report.unreadable))
             epoch_stats.append((entropy, entropy_of_mean, loss - entropy))
-            seconds = (time.monotonic() - clock) / (step + 1 - clock_step)
-            waited /= step + 1 - clock_step
             report.step(dict(epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
                              teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy,
-                             images_per_second=global_batch / seconds, data_seconds=waited,
-                             compute_seconds=seconds - waited, unreadable=len(report.unreadable),
-                             loss_scale=scaler.get_scale(), **now._asdict()))
-            clock, clock_step, waited = time.monotonic(), step + 1, 0.0
+                             **report.pace(global_batch), unreadable=len(report.unreadable),
+                             loss_scale=scaler.get_scale(), **now._asdict()), total_steps, LINE)
         if end_of_epoch:
             trouble = collapse(*torch.tensor(epoch_stats).nanmean(dim=0).tolist(), args.out_dim)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
@@ -504,7 +435,8 @@ def main(args):
                 return
             if end_of_epoch:
                 finish_epoch(step + 1)
-            clock, clock_step, waited, saved_at = time.monotonic(), step + 1, 0.0, time.monotonic()
+            report.restart_pace()
+            saved_at = time.monotonic()
     report.close()
 
     if judging and knn:

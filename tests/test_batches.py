@@ -43,11 +43,11 @@ def test_workers_that_only_decode_lead_to_the_same_views(tmp_path, scene):
         loader = train_loader(images, multicrop, keys, seed=0, num_workers=2)
         made.append(list(on_device(loader, multicrop, torch.device("cpu"))))
     assert len(made[0]) == len(made[1]) == 4
-    for (views, messages), (expected, expected_messages) in zip(*made):
-        assert messages == expected_messages
+    for (views, labels, messages), (expected, expected_labels, expected_messages) in zip(*made):
+        assert messages == expected_messages and torch.equal(labels, expected_labels)
         assert [x.shape for x in views] == [x.shape for x in expected] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
         assert all((a - b).abs().mean() < 2e-3 for a, b in zip(views, expected))
-    assert sum(len(messages) for _, messages in made[0]) == 2 and "3.png" in str(made[0])
+    assert sum(len(messages) for *_, messages in made[0]) == 2 and "3.png" in str(made[0])
 
 
 def test_large_pictures_are_reduced_whether_or_not_a_set_can_open_them_so(tmp_path, scene):
@@ -55,7 +55,7 @@ def test_large_pictures_are_reduced_whether_or_not_a_set_can_open_them_so(tmp_pa
     multicrop.reduction = lambda width, height: 4 if (width, height) == (970, 610) else 1
     scene.resize((970, 610)).save(tmp_path / "a.png")
     tree = ImageTree(str(tmp_path))
-    one, two = Views(tree, multicrop, 0).open(0), Views([tree[0]], multicrop, 0).open(0)
+    (one, _), (two, _) = (Views(images, multicrop, 0).open(0) for images in (tree, [tree[0]]))
     assert one.size == two.size == (243, 153) and one.tobytes() == two.tobytes() == tree[0][0].reduce(4).tobytes()
 
 

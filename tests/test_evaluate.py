@@ -1,5 +1,8 @@
+import contextlib
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+import classify
 import evaluate
 from batches import eval_view
-from checkpoint import CheckpointError, save_model
+from checkpoint import CheckpointError, load_backbone, save_model
 from data import DataError, Shapes
+from step import build_networks
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -70,20 +75,6 @@ def test_what_a_run_was_trained_on_is_never_downloaded(run, monkeypatch):
         evaluate.main(evaluate.parse_args(["knn"]))
 
 
-def test_two_and_three_processes_give_the_same_table(run):
-    folder, path, _ = run
-    tables = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-                     ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]):
-        command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), "knn", "--ckpt", str(path),
-                   "--data_path", str(folder / "pictures")]
-        result = subprocess.run(command + ["--num_workers", "0"], cwd=folder, capture_output=True, text=True,
-                                timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr
-        tables.append(result.stdout[result.stdout.index("     k"):])
-    assert tables[0] == tables[1] == tables[2] and "23 pictures among 60" in result.stdout
-
-
 def test_features_are_kept_and_taken_up(run, monkeypatch, capsys):
     folder, path, _ = run
     monkeypatch.chdir(folder)
@@ -111,32 +102,173 @@ def test_features_are_kept_and_taken_up(run, monkeypatch, capsys):
         evaluate.main(evaluate.parse_args([*command, str(kept)]))
 
 
-def test_linear_probe(run, monkeypatch, capsys):
-    """The features are the paper's, the answers scikit-learn's on these features, the report adds up."""
+def train(folder, task, *more):
+    """One of the tasks that train, in this process; its result."""
+    command = [task, "--num_workers", "0", "--device", "cpu", "--batch_size_per_gpu", "16", "--val_freq", "0"]
+    evaluate.main(evaluate.parse_args([*command, *more]))
+    return json.loads((folder / "runs" / "one" / f"teacher.{task}{'_quick' * ('--quick' in more)}" / "result.json")
+                      .read_text())
+
+
+def held_out(count=23):
+    """The held-out pictures in the order in which they are judged, and their classes."""
+    shapes, order = Shapes("test", count, 32), sorted(range(count), key=lambda i: (i % 3, i))
+    return torch.stack([eval_view(shapes[i][0], 32) for i in order]), torch.tensor([i % 3 for i in order])
+
+
+def test_quick_linear(run, monkeypatch, capsys):
+    """The features are the paper's, the answers those of the classifier on these features, the report adds up."""
     folder, path, model = run
     monkeypatch.chdir(folder)
     kept = folder / "features.safetensors"
-    evaluate.main(evaluate.parse_args(["linear", "--num_workers", "0", "--device", "cpu", "--features", str(kept),
-                                       "--avgpool_patchtokens", "--epochs", "40"]))
+    result = train(folder, "linear", "--quick", "--features", str(kept), "--avgpool_patchtokens", "--epochs", "40")
     out = capsys.readouterr().out
-    result = json.loads(path.with_suffix(".linear.json").read_text())
-    shapes, order = Shapes("test", 23, 32), sorted(range(23), key=lambda i: (i % 3, i))
+    images, labels = held_out()
     with torch.no_grad():
-        tokens = model.get_intermediate_layers(torch.stack([eval_view(shapes[i][0], 32) for i in order]), 1)[0]
-    x = load_file(kept)
-    torch.testing.assert_close(x["queries"], torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=1))
+        tokens = model.get_intermediate_layers(images, 1)[0]
+    x = load_file(kept)["queries"]
+    torch.testing.assert_close(x, torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=1))
+    classifier = load_file(folder / "runs" / "one" / "teacher.linear_quick" / "classifier.safetensors")
+    answers = (x @ classifier["classifier.weight"].T + classifier["classifier.bias"]).argmax(dim=1)
+    assert result["top1"] == pytest.approx(100 * (answers == labels).double().mean().item())
     assert f"top-1 {result['top1']:.2f}" in out and list(result["per_class"]) == ["class0", "class1", "class2"]
     counts = [8, 8, 7]
     assert sum(n * a for n, a in zip(counts, result["per_class"].values())) / 23 == pytest.approx(result["top1"])
     assert sum(count for *_, count in result["confused"]) == round(23 * (1 - result["top1"] / 100))
-    assert result["top5"] == 100  # of three classes
+    assert result["top5"] == 100 and "effective lr 0.000234, 0.000703," in out  # of three classes; 60 of 256 pictures
 
 
-def test_linear_probe_of_two_processes(run):
+@pytest.mark.parametrize("task, more", [("linear", ["--lr", "0.3"]), ("linear", ["--lr", "0.1", "3"]),
+                                        ("finetune", ["--lr", "0.01", "--mixup", "0.8", "--warmup_epochs", "1"])])
+def test_a_classifier_is_judged_again_from_its_file(run, monkeypatch, capsys, task, more):
+    folder, path, model = run
+    monkeypatch.chdir(folder)
+    result = train(folder, task, *more, "--epochs", "6", "--precision", "fp32")
+    said = capsys.readouterr().out
+    assert result["pictures"] == 23 and "(linear scaling rule)" in said
+    assert ("best on every tenth picture" in said) == (len(more) == 3)
+    made = folder / "runs" / "one" / f"teacher.{task}" / "classifier.safetensors"
+    images, labels = held_out()
+    backbone, _ = load_backbone(made if task == "finetune" else path)
+    classifier = load_file(made)
+    with torch.no_grad():
+        logits = backbone(images) @ classifier["classifier.weight"].T + classifier["classifier.bias"]
+    assert result["top1"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).double().mean().item())
+    (made.parent / "checkpoint.pth").unlink()
+    before = made.read_bytes()
+    assert train(folder, task, "--test_only") == result and made.read_bytes() == before
+    assert (task == "linear") == all(torch.equal(a, b) for a, b in zip(backbone.parameters(), model.parameters()))
+    for flags, words in (([], "holds classifier.safetensors of an earlier run: --resume none --overwrite"),
+                         (["--test_only", "--image_size", "40"], "trained with image_size 32, not 40"),
+                         (["--test_only", "--untrained", "--output_dir", str(made.parent)], "with untrained None")):
+        with pytest.raises(CheckpointError, match=words):
+            train(folder, task, *flags)
+
+
+class Killed(BaseException):
+    """What no handler of the program expects."""
+
+
+@pytest.mark.parametrize("task", ["linear", "finetune"])
+@pytest.mark.parametrize("end", ["killed", "SIGTERM"])
+def test_going_on_changes_nothing(run, monkeypatch, capsys, task, end):
+    """An interrupted training ends with the same classifier, backbone and log as one that was not."""
     folder, path, _ = run
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "evaluate.py"), "linear", "--ckpt", str(path), "--data_path", str(folder / "pictures")]
-    result = subprocess.run(command + ["--num_workers", "0", "--epochs", "5"], cwd=folder, capture_output=True,
-                            text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("linear probe of") == 1 and "features of 60 pictures" in result.stdout
+    monkeypatch.chdir(folder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    more = {"linear": ["--lr", "0.1", "0.3"], "finetune": ["--cutmix", "1", "--mixup", "0.8", "--warmup_epochs", "1"]}
+    more = [*more[task], "--epochs", "4", "--log_every", "1", "--save_every_minutes", "1e-9"]
+    output = folder / "runs" / "one" / f"teacher.{task}"
+    train(folder, task, *more)
+    output.rename(folder / "whole")
+    step = classify.train_step
+    calls = itertools.count()
+
+    def interrupted(*args):
+        if next(calls) == 5:
+            if end == "killed":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(classify, "train_step", interrupted)
+    capsys.readouterr()
+    with pytest.raises(Killed) if end == "killed" else contextlib.nullcontext():
+        train(folder, task, *more) if end == "killed" else evaluate.main(evaluate.parse_args(
+            [task, "--num_workers", "0", "--device", "cpu", "--batch_size_per_gpu", "16", "--val_freq", "0", *more]))
+    assert not (output / "classifier.safetensors").exists()
+    assert end == "killed" or "stopped by SIGTERM after step 6 of" in capsys.readouterr().out
+    train(folder, task, *more)
+    assert f"going on at step {5 if end == 'killed' else 6} of" in capsys.readouterr().out
+    one, two = (load_file(place / "classifier.safetensors") for place in (output, folder / "whole"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+            for place in (output, folder / "whole")]
+    assert [(r["step"], r["loss"], r["lr"]) for r in logs[0]] == [(r["step"], r["loss"], r["lr"]) for r in logs[1]]
+    with pytest.raises(CheckpointError, match="was trained with epochs 4, not 5"):
+        train(folder, task, *more, "--epochs", "5")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+SEVERAL = """
+import json, os, sys
+import torch.distributed as dist
+import evaluate
+for i, argv in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # else a group meets the addresses of the one before
+    evaluate.main(evaluate.parse_args(argv))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+"""
+
+
+def test_two_and_three_processes_judge_each_picture_once(run):
+    """60 and 23 pictures: neither 2 nor 3 divides those that are judged. Tables and losses are those of one process."""
+    folder, path, _ = run
+    tables, losses = [], []
+    for processes in (1, 2, 3):
+        common = ["--ckpt", str(path), "--data_path", str(folder / "pictures"), "--num_workers", "0", "--device", "cpu",
+                  "--batch_size_per_gpu", str(12 // processes)]
+        training = ["--epochs", "2", "--log_every", "1", "--precision", "fp32"]
+        outputs = [folder / f"{task}{processes}" for task in ("linear", "quick", "finetune")]
+        tasks = [["knn"], ["linear", "--lr", "0.3", "--output_dir", str(outputs[0]), *training],
+                 ["linear", "--quick", "--output_dir", str(outputs[1]), *training],
+                 ["finetune", "--drop_path_rate", "0", "--output_dir", str(outputs[2]), *training]]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
+                    sys.executable] if processes > 1 else []
+        result = subprocess.run([sys.executable, *launcher, "-c", SEVERAL, json.dumps([task + common for task in tasks])],
+                                cwd=ROOT, capture_output=True, text=True, timeout=300,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        assert "23 pictures among 60" in result.stdout and result.stdout.count("23 pictures: top-1") == 3
+        assert "features of 60 pictures" in result.stdout
+        tables.append([json.loads((place / "result.json").read_text()) for place in outputs]
+                      + [json.loads(path.with_name("teacher.knn.json").read_text())])
+        losses.append([json.loads(line)["loss"] for place in (outputs[0], outputs[2])
+                       for line in (place / "log.jsonl").read_text().splitlines()])
+    assert tables[0] == tables[1] == tables[2]
+    assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_untrained_is_what_train_py_starts_from(run, monkeypatch, capsys):
+    folder, path, model = run
+    monkeypatch.chdir(folder)
+    student, _ = build_networks(dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+                                dict(in_dim=32, out_dim=8, hidden_dim=8), seed=0)
+    kept = folder / "features.safetensors"
+    evaluate.main(evaluate.parse_args(["knn", "--untrained", "--num_workers", "0", "--device", "cpu", "--features",
+                                       str(kept)]))
+    assert "teacher.safetensors untrained: 23 pictures" in capsys.readouterr().out
+    assert path.with_name("teacher.untrained.knn.json").exists() and not path.with_name("teacher.knn.json").exists()
+    with torch.no_grad():
+        torch.testing.assert_close(load_file(kept)["queries"], student.backbone.eval()(held_out()[0]))
+
+
+def test_classes_keep_their_names(tmp_path):
+    pictures = Shapes("test", 9, 32)
+    assert evaluate.class_names(pictures)[:2] == ["red", "amber"]
+    assert evaluate.class_names([(None, 0), (None, 2)]) == ["0", "1", "2"]
+    pictures.classes = [("tench", "Tinca tinca"), "goldfish"]
+    assert evaluate.class_names(pictures) == ["tench, Tinca tinca", "goldfish"]

@@ -1,0 +1,120 @@
+import copy
+
+import pytest
+import timm
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
+
+from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train_step
+from optim import build_optimizer
+from vit import VisionTransformer
+
+SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return VisionTransformer(**SIZES)
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 5
+
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def test_each_frozen_classifier_is_torchs_sgd(backbone, batch):
+    images, labels = batch
+    before = copy.deepcopy(backbone.state_dict())
+    backbone.drop_path_rate = 0.5  # a frozen backbone drops nothing
+    network = Classifiers(Tokens(backbone, 2, avgpool=True), 5, count=2).train()
+    alone = copy.deepcopy(network.heads)
+    optimizer = build_optimizer("sgd", head_groups(network, [(0.1, 0.0), (0.4, 0.01)]))
+    for rate in (1.0, 0.5):
+        losses = train_step(network, optimizer, NO_SCALER, images, labels, rate)
+    with torch.no_grad():
+        tokens = backbone.eval().get_intermediate_layers(images, 2)
+        features = torch.cat((tokens[0][:, 0], tokens[1][:, 0], tokens[1][:, 1:].mean(dim=1)), dim=1)
+    for head, ours, loss, (lr, weight_decay) in zip(alone, network.heads, losses, ((0.1, 0.0), (0.4, 0.01))):
+        sgd = torch.optim.SGD(head.parameters(), momentum=0.9, weight_decay=weight_decay)
+        for rate in (1.0, 0.5):
+            sgd.param_groups[0]["lr"] = lr * rate
+            sgd.zero_grad()
+            expected = torch.nn.functional.cross_entropy(head(features), labels)
+            expected.backward()
+            sgd.step()
+        torch.testing.assert_close(ours.state_dict(), head.state_dict(), rtol=1e-5, atol=1e-6)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+
+
+def test_layer_decay_is_timms(backbone):
+    """Every parameter's learning rate, by name."""
+    network = Classifiers(Tokens(backbone), 7, frozen=False)
+    theirs = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
+    names = {id(p): name for name, p in theirs.named_parameters()}
+    expected = {names[id(p)]: group["lr_scale"] for group in param_groups_layer_decay(theirs, layer_decay=0.6)
+                for p in group["params"]}
+    ours = {name.replace("tokens.backbone.", "").replace("heads.0", "head"): (group["peak"], group["weight_decay"])
+            for group in layer_groups(network, lr=2.0, weight_decay=0.3, layer_decay=0.6)
+            for name, _ in group["params"]}
+    assert ours.keys() == expected.keys()
+    for name, (peak, weight_decay) in ours.items():
+        assert peak == pytest.approx(2 * expected[name]), name
+        assert weight_decay == (0.3 if theirs.get_parameter(name).ndim > 1 else 0)
+
+
+def test_fine_tuning_is_torchs_adamw_on_timms_loss(backbone, batch):
+    images, labels = batch
+    network = Classifiers(Tokens(backbone), 5, frozen=False)
+    alone = copy.deepcopy(network)
+    optimizer = build_optimizer("adamw", layer_groups(network, 0.01, 0.1, 1.0))
+    adamw = torch.optim.AdamW([{"params": [p for p in alone.parameters() if p.ndim > 1], "weight_decay": 0.1},
+                               {"params": [p for p in alone.parameters() if p.ndim <= 1], "weight_decay": 0.0}])
+    for rate in (0.3, 1.0):
+        loss = train_step(network, optimizer, NO_SCALER, images, labels, rate, label_smoothing=0.1)
+        for group in adamw.param_groups:
+            group["lr"] = 0.01 * rate
+        adamw.zero_grad()
+        expected = LabelSmoothingCrossEntropy(0.1)(alone(images)[0], labels)
+        expected.backward()
+        adamw.step()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for (name, ours), theirs in zip(network.named_parameters(), alone.parameters()):
+        # AdamW's first steps divide gradients by their size: those near 0 are rounding
+        assert (ours - theirs).abs().max() < 2e-3 and (ours - theirs).abs().mean() < 2e-5, name
+
+
+def test_mixing(backbone, batch):
+    images, labels = batch
+    assert mixing(5, 0, 0) is None
+    for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0)):
+        torch.manual_seed(3)
+        mixed, shares = mixing(5, mixup, cutmix)(images, labels)
+        one_hot = torch.nn.functional.one_hot(labels, 5)
+        share = ((shares - one_hot.roll(1, 0)) / (one_hot - one_hot.roll(1, 0))).nanmean()  # of each picture's own
+        assert 0.02 < share < 0.98
+        torch.testing.assert_close(shares, share * one_hot + (1 - share) * one_hot.roll(1, 0))
+        if mixup:
+            torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+        else:
+            assert ((mixed == images) | (mixed == images.roll(1, 0))).all()
+            assert (mixed == images).float().mean() == pytest.approx(share.item(), abs=1e-6)
+        network = Classifiers(Tokens(backbone), 5, frozen=False).eval()
+        expected = SoftTargetCrossEntropy()(network(mixed)[0], shares).item()
+        optimizer = build_optimizer("adamw", layer_groups(network, 0.01, 0.1, 1.0))
+        assert train_step(network, optimizer, NO_SCALER, mixed, shares).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_fine_tuning_drops_paths_and_frozen_backbones_do_not(backbone, batch):
+    backbone.drop_path_rate = 0.5
+    outputs = []
+    for frozen in (False, True):
+        network = Classifiers(Tokens(backbone), 5, frozen=frozen).train()
+        torch.manual_seed(0)
+        outputs.append((network(batch[0]), network(batch[0])))
+    assert not torch.equal(*outputs[0]) and torch.equal(*outputs[1])
