@@ -73,6 +73,10 @@ def parse_args(argv=None):
         args.precision = resolve(args.precision, args.device)
         if args.overwrite and args.resume != "none":
             parser.error("--overwrite deletes what was trained and starts anew: say --resume none as well")
+        if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+            parser.error(f"--crop_scale {' '.join(map(str, args.crop_scale))} is not a range above 0, lower end first")
+        if getattr(args, "warmup_epochs", 0) > args.epochs:
+            parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     return args
 
 

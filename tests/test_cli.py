@@ -29,6 +29,9 @@ def mistakes(tmp_path):
     (tmp_path / "few").mkdir()
     for i in range(3):
         Image.new("RGB", (40, 40)).save(tmp_path / "few" / f"{i}.png")
+    for i in range(11):
+        (tmp_path / "labels" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(tmp_path / "labels" / f"{i % 2}" / f"{i}.png")
     (tmp_path / "broken").mkdir()
     for i in range(70):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
@@ -76,7 +79,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, evaluate.parse_args),
+SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, evaluate.parse_args),
            "export": (export.main, export.parse_args)}
 
 
@@ -121,7 +124,7 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("train --output_dir {}/model_only", "holds teacher.safetensors of an earlier run: --resume none --overwrite"),
     ("train --output_dir {}/run --resume none", "holds checkpoint.pth of an earlier run: --resume none --overwrite"),
     ("train --output_dir /proc/here", "/proc/here"),
-    ("evaluate", "the following arguments are required: task"),
+    ("evaluate", "the following arguments are required: TASK"),
     ("evaluate guess", "invalid choice: 'guess'"),
     ("evaluate knn --nb_knn 0", "--nb_knn: '0' is not a whole number above 0"),
     ("evaluate knn", "no trained model below runs/"),
@@ -146,6 +149,19 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.knn, e
     ("evaluate knn --ckpt {}/nan.pth", "norm.bias holds NaN or infinity"),
     ("evaluate knn --ckpt {}/claims.pth", "pos_embed claims more numbers than it holds"),
     ("evaluate knn --ckpt {}/flipped.pth", "does not match its checksum"),
+    ("evaluate knn --lr 0.1", "unrecognized arguments: --lr 0.1"),
+    ("evaluate linear --lr 0", "--lr: '0' is not a number above 0"),
+    ("evaluate linear --crop_scale 0.5 0.1", "--crop_scale 0.5 0.1 is not a range above 0, lower end first"),
+    ("evaluate linear --overwrite", "say --resume none as well"),
+    ("evaluate linear --precision int8", "invalid choice: 'int8'"),
+    ("evaluate finetune --epochs 3", "--warmup_epochs 5 is more than --epochs 3"),
+    ("evaluate finetune --drop_path_rate 1", "'1' is not a number from 0 to below 1"),
+    ("evaluate finetune --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
+    ("evaluate finetune --ckpt {}/good.safetensors --data_path {}/labels", "9 labelled pictures are fewer than the"),
+    ("evaluate linear --ckpt {}/good.safetensors --data_path {}/labels --test_only", "classifier.safetensors: no such"),
+    ("evaluate linear --ckpt {}/good.safetensors --data_path {}/labels --batch_size_per_gpu 4 --output_dir /proc/here",
+     "/proc/here"),
+    ("evaluate linear --ckpt {}/good.safetensors --data_path {}/labels --quick --output_dir /proc/here", "/proc/here"),
     ("export", "no trained model below runs/"),
     ("export --ckpt {}/text.pth", "text.pth: not a checkpoint"),
     ("export --ckpt {}/good.safetensors --image_size 1 2 3", "takes H [W]"),

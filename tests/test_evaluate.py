@@ -234,11 +234,12 @@ def test_two_and_three_processes_judge_each_picture_once(run):
         outputs = [folder / f"{task}{processes}" for task in ("linear", "quick", "finetune")]
         tasks = [["knn"], ["linear", "--lr", "0.3", "--output_dir", str(outputs[0]), *training],
                  ["linear", "--quick", "--output_dir", str(outputs[1]), *training],
-                 ["finetune", "--drop_path_rate", "0", "--output_dir", str(outputs[2]), *training]]
+                 ["finetune", "--warmup_epochs", "1", "--drop_path_rate", "0", "--output_dir", str(outputs[2]),
+                  *training]]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
                     sys.executable] if processes > 1 else []
-        result = subprocess.run([sys.executable, *launcher, "-c", SEVERAL, json.dumps([task + common for task in tasks])],
-                                cwd=ROOT, capture_output=True, text=True, timeout=300,
+        command = [sys.executable, *launcher, "-c", SEVERAL, json.dumps([task + common for task in tasks])]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         assert "23 pictures among 60" in result.stdout and result.stdout.count("23 pictures: top-1") == 3
@@ -250,6 +251,13 @@ def test_two_and_three_processes_judge_each_picture_once(run):
     assert tables[0] == tables[1] == tables[2]
     assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_a_training_that_diverges_says_so(run, monkeypatch):
+    folder, _, _ = run
+    monkeypatch.chdir(folder)
+    with pytest.raises(FloatingPointError, match="in bf16 the loss is not finite; lower --lr or name --precision fp32"):
+        train(folder, "finetune", "--lr", "1e38", "--epochs", "2", "--warmup_epochs", "0", "--precision", "bf16")
 
 
 def test_untrained_is_what_train_py_starts_from(run, monkeypatch, capsys):
