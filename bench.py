@@ -5,6 +5,7 @@
     python bench.py loss --reference DIR --batch_size_per_gpu 32      # loss and centre, forward and backward
     python bench.py update --reference DIR                            # clip, optimizer, teacher
     python bench.py views --reference DIR --data_path /photos         # files to views, and lightly's where installed
+    python bench.py features --reference DIR --batch_size_per_gpu 32  # the frozen backbone: the paper's im/s
 
 Everything is timed in one process, on the same data, turn and turn about, so that what else the machine does
 falls on all alike: read the ratios. A JSON line for each row goes to standard output, a table for people to
@@ -37,9 +38,9 @@ from cli import natural, positive
 from data import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
-from precision import PRECISIONS, allow_tf32
+from precision import PRECISIONS, allow_tf32, autocast
 from step import Settings, apply_gradients, build_networks, compile_regions, train_step
-from vit import SIZES
+from vit import SIZES, VisionTransformer
 
 
 class BenchError(ValueError):
@@ -51,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("task", choices=list(TASKS), help="what to time")
     parser.add_argument("--settings", nargs="+", type=setting_name, metavar="S", default=["fp32"],
                         help="rows: fp32, bf16 or fp16, with +compile and +checkpointing if wanted (default: fp32); "
-                             "views have rows of their own")
+                             "views have rows of their own, features no checkpointing")
     parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino to time beside")
     parser.add_argument("--arch", choices=list(SIZES), default="vit_small", help="(default: vit_small)")
     for name, default, kind in (("patch_size", 16, positive), ("batch_size_per_gpu", 8, positive),
@@ -134,6 +135,22 @@ def our_update(args, precision, more):
             lambda: apply_gradients(student, teacher, optimizer, scaler, reached, [], settings_of(next(steps))))
 
 
+def our_features(args, precision, more):
+    if "checkpointing" in more:
+        raise BenchError("features: nothing is computed again where there is no backward")
+    images, vit = random_views(args)[0], dict(img_size=args.global_crops_size, patch_size=args.patch_size)
+    model = VisionTransformer(**vit, **SIZES[args.arch]).to(args.device).eval()
+    if "compile" in more:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+
+    def features():
+        allow_tf32(precision)
+        with torch.no_grad(), autocast(args.device, precision):
+            model(images)
+    return nothing, features
+
+
 def empty_logits(args):
     student, teacher = (torch.empty(views * args.batch_size_per_gpu, args.out_dim, device=args.device)
                         for views in (2 + args.local_crops_number, 2))
@@ -171,7 +188,7 @@ class Reference:
         if not dist.is_initialized():  # its loss needs a process group, of one process here
             store = dist.HashStore()
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
-        self.precision = "fp16" if args.device == "cuda" else "fp32"  # what it has
+        self.precision = "fp16" if args.device == "cuda" and args.task != "features" else "fp32"  # what it has
         self.scaler = torch.amp.GradScaler(args.device) if self.precision == "fp16" else None
         self.vision_transformer = vision_transformer
         if not hasattr(vision_transformer, args.arch):
@@ -221,6 +238,17 @@ class Reference:
         optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
         self.scaler = None
         return lambda: give_gradients(student), lambda: self.apply(student, teacher, optimizer)
+
+    def features(self):
+        args, images = self.args, random_views(self.args)[0]
+        model = getattr(self.vision_transformer, args.arch)(patch_size=args.patch_size,
+                                                            img_size=[args.global_crops_size]).to(args.device).eval()
+
+        def features():
+            allow_tf32("fp32")
+            with torch.no_grad():
+                model(images)
+        return nothing, features
 
     def views(self, files):
         if (self.args.global_crops_size, self.args.local_crops_size) != (224, 96):
@@ -298,19 +326,19 @@ def view_rows(args, files):
     return rows
 
 
-TASKS = {"step": our_step, "loss": our_loss, "update": our_update, "views": view_rows}
+TASKS = {"step": our_step, "loss": our_loss, "update": our_update, "views": view_rows, "features": our_features}
 
 
 # ---- how it is measured ----
 
 def flops_per_image(args):
-    """Of the matrix products, convolutions and attention of one training step, recomputation not counted."""
+    """Of matrix products, convolutions and attention in one call of the task, recomputation not counted."""
     small = argparse.Namespace(**vars(args) | dict(batch_size_per_gpu=1, out_dim=256, device="cpu"))
     counts = []
     for out_dim in (256, 512):  # linear in out_dim, so two small ones tell the rest
         small.out_dim = out_dim
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            our_step(small, "fp32", set())[1]()
+            TASKS[args.task](small, "fp32", set())[1]()
         counts.append(counter.get_total_flops())
     return counts[0] + (counts[1] - counts[0]) * (args.out_dim - 256) / 256
 
@@ -382,7 +410,7 @@ def rows_of_settings(args, reference):
 def main(args):
     torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # two sizes, the last block, the teacher: six graphs
     reference = Reference(args.reference, args) if args.reference else None
-    flops = flops_per_image(args) if args.task == "step" else None
+    flops = flops_per_image(args) if args.task in ("step", "features") else None
     calls, memory = (rows_of_views if args.task == "views" else rows_of_settings)(args, reference)
     precisions = {name: reference.precision if name == "reference" else name.partition("+")[0] for name in calls}
     peaks = dict.fromkeys(precisions.values(), 0.0) if flops else {}
@@ -396,6 +424,7 @@ def main(args):
 
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     crops = f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}"
+    crops = f"1x{args.global_crops_size}" if args.task == "features" else crops
     say(f"{args.task}: {args.arch}/{args.patch_size}, {crops}, batch {args.batch_size_per_gpu}, K {args.out_dim}, "
         f"{args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, {args.runs} runs by turns")
     say(f"{'':20s}  {'ms':>9s}  {'min':>9s}  {'max':>9s}  {'img/s':>8s}  {'MiB':>8s}  {'MFU':>5s}  ratio")

@@ -10,7 +10,7 @@ TINY = ("--arch vit_tiny --batch_size_per_gpu 2 --out_dim 300 --global_crops_siz
 
 
 @pytest.mark.parametrize("task, settings", [("step", ["fp32", "bf16+checkpointing"]), ("loss", ["fp32"]),
-                                            ("update", ["fp32"])])
+                                            ("update", ["fp32"]), ("features", ["fp32", "bf16"])])
 def test_rows_for_machines_and_for_people(capsys, task, settings):
     bench.main(bench.parse_args([task, *TINY, "--settings", *settings]))
     captured = capsys.readouterr()
@@ -19,8 +19,8 @@ def test_rows_for_machines_and_for_people(capsys, task, settings):
     for row in rows:
         assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"] and row["row"] in captured.err
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
-        assert row["crops"] == "2x32 + 2x16" and row["batch"] == 2 and row["out_dim"] == 300
-        if task == "step":
+        assert row["crops"] == ("1x32" if task == "features" else "2x32 + 2x16") and row["batch"] == 2 and row["out_dim"] == 300
+        if task in ("step", "features"):
             assert row["mfu"] == pytest.approx(
                 row["gflops_per_image"] * row["images_per_second"] / row["peak_gflops"])
     if task == "step":
@@ -66,6 +66,8 @@ def test_operations_are_those_of_the_formula():
     student = 2 * forward(224) + 3 * forward(96) + 5 * head
     pixels = 2 * (2 * 196 + 3 * 36) * 3 * 16**2 * D  # whose gradient nobody wants
     assert bench.flops_per_image(args) == pytest.approx(teacher + 3 * student - pixels, rel=0.01)
+    args.task = "features"
+    assert bench.flops_per_image(args) == pytest.approx(forward(224), rel=0.01)
 
 
 def test_memory_is_what_is_held_at_most():
@@ -104,6 +106,11 @@ def test_what_cannot_be_timed_is_named(capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
         bench.parse_args(["step", *argv])
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_features_have_no_checkpointing():
+    with pytest.raises(bench.BenchError, match="nothing is computed again where there is no backward"):
+        bench.main(bench.parse_args(["features", *TINY, "--settings", "bf16+checkpointing"]))
 
 
 def test_a_folder_that_is_no_checkout_is_named(tmp_path):
