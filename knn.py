@@ -44,10 +44,11 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
     correct = {k: torch.zeros(2, dtype=torch.int64, device=device) for k in ks}
     # A block of similarities, rows x columns, is held about three times: itself, and its sorted part twice.
     rows = min(max(len(queries), 1), 1024)
-    columns = max(ks[-1], memory_mb * 2**20 // (12 * rows))
+    columns = min(max(ks[-1], memory_mb * 2**20 // (12 * rows)), len(bank))
+    memory = torch.empty(rows, columns, dtype=dtype, device=device)  # once: fresh memory costs more than it holds
     for first in range(0, len(queries), rows):
         block = F.normalize(queries[first:first + rows].float(), dim=1).to(device, dtype)
-        similarity, neighbours = nearest(block, bank, ks[-1], columns)
+        similarity, neighbours = nearest(block, bank, ks[-1], memory[:len(block)])
         # Votes are relative, so the nearest one is given weight 1: no temperature overflows.
         weights = ((similarity - similarity[:, :1]).float() / temperature).exp()  # [rows, k]
         truth = query_labels[first:first + rows].to(device).view(-1, 1)
@@ -62,14 +63,15 @@ def knn_classifier(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 20
     return {k: tuple((100 * hits / num_queries).tolist()) for k, hits in correct.items()}
 
 
-def nearest(queries, bank, k, columns):
-    """The k bank rows most similar to each query, the bank read `columns` rows at a time.
+def nearest(queries, bank, k, memory):
+    """The k bank rows most similar to each query, as many at a time as `memory` [R, columns] has columns.
 
     queries [R, D], bank [M, D] -> similarities [R, k], descending, and indices [R, k].
     """
     similarity = indices = None
-    for first in range(0, len(bank), columns):
-        block = queries @ bank[first:first + columns].T  # [R, columns]
+    for first in range(0, len(bank), memory.shape[1]):
+        part = bank[first:first + memory.shape[1]]
+        block = torch.mm(queries, part.T, out=memory[:, :len(part)])
         s, i = largest(block, min(k, block.shape[1]))
         i += first
         if similarity is not None:

@@ -28,9 +28,9 @@ def test_equals_scikit_learn(golden):
 def test_blocks_of_the_bank_change_nothing():
     torch.manual_seed(0)
     queries, bank = torch.randn(7, 5), torch.randn(50, 5)
-    similarity, indices = nearest(queries, bank, 6, columns=50)
+    similarity, indices = nearest(queries, bank, 6, torch.empty(len(queries), 50))
     for columns in (6, 7, 49):
-        s, i = nearest(queries, bank, 6, columns)
+        s, i = nearest(queries, bank, 6, torch.empty(len(queries), columns))
         assert torch.equal(i, indices) and torch.allclose(s, similarity)
     expected = (queries @ bank.T).sort(dim=1, descending=True)
     assert torch.equal(indices, expected.indices[:, :6])
