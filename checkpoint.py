@@ -8,6 +8,7 @@ data), so whoever loads it needs no flags. Nothing here unpickles anything but t
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from foreign import config_of, standard_names
 from resume import CheckpointError, fault, first_line, load_state, write_whole
 from vit import VisionTransformer
 
@@ -34,10 +36,10 @@ def save_model(path, state_dict, info):
 def load_backbone(path, key=None, say=print):
     """Build the vision transformer that a file holds.
 
-    Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), and
-    files with the names of timm or transformers, under any common prefix (`module.`, `backbone.`, ...).
-    The arch is read from the metadata or, where there is none, from the shapes of the weights (heads are
-    then taken to be 64 wide). Says what it matched.
+    Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), files with the
+    names of timm or transformers, under any common prefix (`module.`, `backbone.`, ...), and folders that
+    transformers wrote. The arch is read from the metadata or, where there is none, from the shapes of the weights
+    (heads are then taken to be 64 wide). Says what it matched.
 
     Args:
         key: "teacher" or "student", the network that must be taken; None takes the teacher of a full
@@ -49,6 +51,7 @@ def load_backbone(path, key=None, say=print):
     Raises:
         CheckpointError: not a checkpoint, damaged, or not the weights of a vision transformer as in vit.py.
     """
+    path = os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
     weights, info = read_weights(path, key)
     inside, outside = without_prefix(weights)
     ours = standard_names(inside)
@@ -56,7 +59,7 @@ def load_backbone(path, key=None, say=print):
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
                               f"of DINO, timm or transformers (first: {', '.join(list(weights)[:3]) or 'none'})")
     try:
-        sizes = info.get("vit") or shapes_of(ours)
+        sizes = info.get("vit") or shapes_of(ours) | config_of(path)
         model, matched = build(sizes, ours)
     except Exception as error:  # the description is as foreign as the weights
         raise CheckpointError(f"{path}: not the weights of a vision transformer as built here: "
@@ -99,7 +102,6 @@ def build(sizes, weights):
 
 def read_weights(path, key):
     """File -> {name: tensor} of one network, and its description."""
-    path = str(path)
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
@@ -134,36 +136,6 @@ def without_prefix(weights):
     prefix = next((anchor[1] for anchor in anchors if anchor), "")
     inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     return inside, [name for name in weights if not name.startswith(prefix)]
-
-
-TRANSFORMERS_NAMES = [  # their names -> ours; what is not listed is the same
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.output\.dense\.|\.attention\.o_proj\.", ".attn.proj."),
-    (r"\.attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.", r".attn.\1."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"^layernorm\.", "norm."),
-]
-
-
-def standard_names(weights):
-    """Weights under the names of DINO, timm or transformers -> the same under the names of vit.py."""
-    ours = {}
-    for name, tensor in weights.items():
-        for theirs, our in TRANSFORMERS_NAMES:
-            name = re.sub(theirs, our, name)
-        ours[name] = tensor
-    for name in [name for name in ours if re.search(r"\.attn\.(query|q_proj)\.", name)]:  # separate q, k, v -> qkv
-        others = [(name.replace("query", "key"), name.replace("query", "value")),
-                  (name.replace("q_proj", "k_proj"), name.replace("q_proj", "v_proj"))]["q_proj" in name]
-        if all(other in ours for other in others):
-            ours[re.sub(r"query|q_proj", "qkv", name)] = torch.cat([ours.pop(n) for n in (name, *others)])
-    return ours
 
 
 def shapes_of(weights):

@@ -386,7 +386,7 @@ def save_classifier(output, head, weights, subject, origin):
 def load_classifier(output, origin, subject):
     """The nn.Linear that `save_classifier` wrote, if it is of the same backbone and classes."""
     path = output / "classifier.safetensors"
-    weights, info = read_weights(path, None)
+    weights, info = read_weights(str(path), None)
     for name, value in (fixed_part(origin) | {"classes": subject.classes}).items():
         if info.get(name) != value:
             raise CheckpointError(f"{path}: trained with {name} {str(info.get(name))[:200]}, not {str(value)[:200]}")

@@ -1,108 +1,62 @@
-"""Ship a trained backbone as ONNX, with features and attention.
+"""Ship a trained backbone: as ONNX with features and attention, or under the names that other libraries load.
 
     python export.py                                               # the newest run -> teacher.onnx beside it
+    python export.py --precision mixed --normalize nhwc            # half inside, takes uint8 pixels
     python export.py --ckpt dino_deitsmall16_pretrain.pth --image_size 480 320 --output vits16_480x320.onnx
+    python export.py --dynamic size                                # height and width vary too
+    python export.py --check teacher.onnx --benchmark              # compare and time an existing file
+    python export.py run teacher.onnx dog.jpg                      # use it: infer.py, which needs no torch
+    python export.py --format transformers                         # a folder for ViTModel.from_pretrained
 
-The file takes `image` [B, 3, H, W], float32, RGB in [0, 1] normalised with the mean and std in its metadata, any
-B, the H and W it was exported for. It gives `features` [B, D] and `attention` [B, heads, H/p, W/p], what CLS gives
-to each patch in the last block. Before success is reported the file is run in ONNX Runtime and compared with
-torch; if they differ there is no file.
+The ONNX file takes `image`, [B, 3, H, W] normalised with the mean and std in its metadata or, with --normalize, uint8
+pixels. It gives `features` [B, D] and `attention` [B, heads, H/p, W/p], what CLS gives to each patch in the last
+block. Before success is reported the file is run in ONNX Runtime on noise and on pictures, several batches and
+sizes, and compared with torch; if they differ there is no file.
 """
 
-import copy
+import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before torch is imported
+    import infer
+
+    sys.exit(infer.main(sys.argv[2:]))
+
+import hashlib
+import itertools
 import json
 import os
-import warnings
+import statistics
+import time
+from collections import Counter
 
+import onnx
+import onnxruntime
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 import cli
-from checkpoint import CheckpointError, load_backbone, newest_model
-from cli import positive
+from checkpoint import CheckpointError, load_backbone, newest_model, save_model
+from cli import natural, positive
+from data import Shapes
+from foreign import FORMATS, plain_weights
+from onnx_graph import build_graph
+from precision import autocast
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (1.0, 0.999), "mixed": (1.0, 0.999)}  # largest difference, least cosine
+
+
+def save_backbone(path, backbone, info, ckpt):
+    """This project's own file without the head: it says itself what it is."""
+    save_model(path, {f"backbone.{name}": tensor for name, tensor in plain_weights(backbone).items()}, info)
+
+
+FORMATS = {"safetensors": (".backbone.safetensors", save_backbone)} | FORMATS
 
 
 class ExportError(RuntimeError):
     """The exported file does not compute what the model computes."""
-
-
-class FeaturesAndAttention(nn.Module):
-    """A backbone at one image size: the position embedding is a constant, attention has the grid's shape."""
-
-    def __init__(self, backbone, height, width):
-        super().__init__()
-        self.grid = (height // backbone.patch_size, width // backbone.patch_size)
-        self.backbone = copy.deepcopy(backbone)
-        with torch.no_grad():
-            self.backbone.pos_embed = nn.Parameter(backbone.interpolate_pos_encoding(*self.grid))
-        self.backbone.grid = self.grid
-
-    def forward(self, image):
-        features, attention = self.backbone.forward_with_attention(image)
-        return features, attention.unflatten(2, self.grid)
-
-
-def export_onnx(backbone, height, width, path, metadata):
-    """Write the backbone at one size to `path`, with its metadata as strings."""
-    import onnx
-
-    model = FeaturesAndAttention(backbone, height, width).eval()
-    example = torch.randn(2, backbone.in_chans, height, width)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model, (example,), dynamo=True, opset_version=18, input_names=["image"], verbose=False,
-            output_names=["features", "attention"], dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
-    proto = program.model_proto
-    for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    onnx.save(proto, path)
-    onnx.checker.check_model(path, full_check=True)
-
-
-def differences(backbone, path, images, provider):
-    """Largest absolute difference between the backbone and the file on images [B, C, H, W], per output."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise ExportError(f"ONNX Runtime did not take {provider} but {session.get_providers()[0]}")
-    names = [output.name for output in session.get_outputs()]
-    with torch.no_grad():
-        features, attention = backbone.forward_with_attention(images)
-    grid = [side // backbone.patch_size for side in images.shape[2:]]
-    expected = {"features": features, "attention": attention.unflatten(2, grid)}
-    if set(names) != set(expected):
-        raise ExportError(f"outputs {names} instead of {list(expected)}")
-    outputs = dict(zip(names, map(torch.from_numpy, session.run(names, {"image": images.numpy()}))))
-    for name, output in outputs.items():
-        if output.shape != expected[name].shape:
-            raise ExportError(f"{name} is {list(output.shape)} instead of {list(expected[name].shape)}")
-    return {name: (outputs[name] - expected[name]).abs().max().item() for name in names}
-
-
-def check(backbone, path, height, width, tolerance):
-    """Compare torch and ONNX Runtime on batches of 1, 2 and 7; returns the largest difference per output.
-
-    Raises:
-        ExportError: they differ by more than the tolerance, or by NaN.
-    """
-    import onnxruntime
-
-    provider = "CPUExecutionProvider"
-    worst = {}
-    generator = torch.Generator().manual_seed(0)
-    for batch in (1, 2, 7):
-        images = torch.randn(batch, backbone.in_chans, height, width, generator=generator)
-        for name, difference in differences(backbone, path, images, provider).items():
-            worst[name] = max(worst.get(name, 0.0), difference)
-            if not difference <= tolerance:
-                raise ExportError(f"{name} differs from torch by {difference:.2g} at batch {batch}, more than "
-                                  f"{tolerance:g} (ONNX Runtime {onnxruntime.__version__}, {provider})")
-    return worst
 
 
 def parse_args(argv=None):
@@ -110,42 +64,264 @@ def parse_args(argv=None):
     parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     parser.add_argument("--checkpoint_key", choices=["teacher", "student"],
                         help="network to take from a full checkpoint (default: teacher)")
-    parser.add_argument("--image_size", type=positive, nargs="+", metavar="PIXELS",
-                        help="height and width, or the side of a square (default: the size the model was trained at)")
-    parser.add_argument("--output", metavar="FILE", help="(default: the model file's name with .onnx)")
+    parser.add_argument("--format", choices=["onnx", *FORMATS], default="onnx", help="(default: onnx)")
+    parser.add_argument("--output", metavar="FILE", help="(default: the model file's name with the format's ending)")
+    graph = parser.add_argument_group("ONNX")
+    graph.add_argument("--image_size", type=positive, nargs="+", metavar="PIXELS",
+                       help="height and width, or the side of a square (default: the size the model was trained at)")
+    graph.add_argument("--dynamic", choices=["batch", "size", "none"], default="batch",
+                       help="what may vary: the batch; batch, height and width; nothing (default: batch)")
+    graph.add_argument("--batch_size", type=positive, default=1, metavar="B",
+                       help="of --dynamic none and --benchmark (default: 1)")
+    graph.add_argument("--precision", choices=list(LIMITS), default="fp32",
+                       help="fp16: all in half; mixed: products in half, norms, softmax, input and outputs in float32 "
+                            "(default: fp32)")
+    graph.add_argument("--opset", type=opset, default=18, metavar="N",
+                       help="17 to what the installed onnx knows; from 20 Gelu, from 23 Attention is one node; "
+                            "TensorRT is safest with 18 to 20 (default: 18)")
+    graph.add_argument("--heads", choices=["each", "mean"], default="each",
+                       help="attention of each head or their mean (default: each)")
+    graph.add_argument("--patch_tokens", action="store_true", help="also give patch_tokens [B, N, D]")
+    graph.add_argument("--last_layers", type=natural, default=0, metavar="N",
+                       help="also give all tokens after each of the last N blocks (default: 0)")
+    graph.add_argument("--normalize", choices=["nhwc", "nchw"],
+                       help="take uint8 pixels of this layout and normalise them in the graph")
+    graph.add_argument("--check", metavar="FILE", help="compare an existing file with its model, write nothing")
+    graph.add_argument("--benchmark", action="store_true", help="time the file beside torch")
     args = parser.parse_args(argv)
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image_size takes H [W], not {len(args.image_size)} numbers")
+    if args.image_size and args.dynamic == "size":
+        parser.error("--dynamic size takes any size: leave --image_size out")
+    if args.format != "onnx" and (args.check or args.benchmark):
+        parser.error(f"--format {args.format}: only ONNX files are checked and timed")
     return args
 
 
-def main(args):
-    ckpt = args.ckpt or newest_model()
-    backbone, info = load_backbone(ckpt, args.checkpoint_key)
+def opset(text):
+    """An argparse type: a version of ONNX's operators that the graph can be written in."""
+    return cli.number(int, lambda n: 17 <= n <= onnx.defs.onnx_opset_version(),
+                      f"a whole number from 17 to {onnx.defs.onnx_opset_version()}")(text)
+
+
+# ---- the file ----
+
+def describe(backbone, info, ckpt, args):
+    """What the file says about itself: {name: plain value}."""
     p = backbone.patch_size
     size = args.image_size or [side * p for side in backbone.grid]
     height, width = size[0], size[-1]
     if height % p or width % p:
         raise CheckpointError(f"--image_size {height} {width} must be multiples of the model's patch size {p}")
-    output = args.output or os.path.splitext(ckpt)[0] + ".onnx"
+    if args.normalize and backbone.in_chans != 3:
+        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
+    if args.last_layers > len(backbone.blocks):
+        raise CheckpointError(f"--last_layers {args.last_layers}: the model has {len(backbone.blocks)} blocks")
+    outputs = {"features": "CLS after the final norm, [B, D]",
+               "attention": "of the last block, what CLS gives to each patch, "
+                            + ("one map per head, [B, heads, H/p, W/p]" if args.heads == "each" else
+                               "mean over the heads, [B, H/p, W/p]")}
+    if args.patch_tokens:
+        outputs["patch_tokens"] = "patches after the final norm, rows first, [B, N, D]"
+    depth = len(backbone.blocks)
+    for i in range(args.last_layers):
+        outputs[f"layer_{i + 1}"] = (f"CLS and patches after block {depth - args.last_layers + i + 1} of {depth}, the "
+                                     f"final norm applied, [B, 1+N, D]")
+    return dict(arch=info.get("arch", "vision transformer"), patch_size=p,
+                image_size=None if args.dynamic == "size" else [height, width],
+                batch_size=args.batch_size if args.dynamic == "none" else None,
+                mean=info.get("mean", IMAGENET_MEAN), std=info.get("std", IMAGENET_STD),
+                layout=args.normalize or "nchw", input="uint8 RGB" if args.normalize else "RGB in [0, 1], normalised",
+                interpolation="bicubic: shorter side to 8/7 of the crop's, then the centre",
+                precision=args.precision, opset=args.opset, heads=args.heads, last_layers=args.last_layers,
+                checkpoint=str(ckpt), checkpoint_key=args.checkpoint_key, sha256=sha256(ckpt), outputs=outputs)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(backbone, path, about):
+    """Write the file, with its description as JSON in its metadata."""
+    height, width = about["image_size"] or (None, None)
+    proto = build_graph(backbone, height, width, about["batch_size"], about["precision"], about["opset"],
+                        about["heads"], "patch_tokens" in about["outputs"], about["last_layers"],
+                        about["layout"] if about["input"].startswith("uint8") else None, about["mean"], about["std"])
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
+    large = proto.ByteSize() > 2**31 - 2**20  # what one protobuf holds
+    if large:
+        raise ExportError("the weights are more than the 2 GiB that one ONNX file holds: export --precision mixed")
+    onnx.save(proto, path)
+
+
+# ---- the gate ----
+
+def gate(backbone, path, about, provider="CPUExecutionProvider"):
+    """Compare a file with the model on noise and pictures, on several batches and sizes.
+
+    Returns:
+        lines that say what is in the file, and how far it is from the model.
+
+    Raises:
+        ExportError: it is no valid file, runs elsewhere, or gives something else.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=True)
+        proto = onnx.load(path)
+        session = onnxruntime.InferenceSession(path, providers=[provider])
+    except Exception as error:  # both have errors of their own kinds
+        raise ExportError(f"{path}: no ONNX file that can be run: {' '.join(str(error).split())[:500]}") from None
+    if session.get_providers()[0] != provider:
+        raise ExportError(f"{path}: ONNX Runtime took {session.get_providers()[0]}, not {provider}")
+    found = {item.domain: item.version for item in proto.opset_import}
+    if found != {"": about["opset"]}:
+        raise ExportError(f"{path}: written in {found}, not in opset {about['opset']}")
+    names = [output.name for output in session.get_outputs()]
+    if sorted(names) != sorted(about["outputs"]):
+        raise ExportError(f"{path}: outputs {names} instead of {list(about['outputs'])}")
+    p, (rows, cols) = backbone.patch_size, backbone.grid
+    sizes = [about["image_size"]] if about["image_size"] else [
+        (rows * p, cols * p), (rows * p // 2 // p * p + p, cols * p), ((rows + 3) * p, (cols + 1) * p)]
+    worst = {name: [0.0, 1.0] for name in names}
+    for batch, (height, width) in itertools.product([about["batch_size"]] if about["batch_size"] else (1, 2, 7), sizes):
+        for images, feed in samples(batch, height, width, about, backbone.in_chans, session.get_inputs()[0].type):
+            expected = compute(backbone, images, about)
+            for name, output in zip(names, session.run(names, {"image": feed})):
+                output = torch.from_numpy(output).float()
+                if output.shape != expected[name].shape:
+                    raise ExportError(f"{path}: {name} is {list(output.shape)} instead of "
+                                      f"{list(expected[name].shape)}")
+                difference = (output - expected[name]).abs().max().item()
+                cosine = F.cosine_similarity(output.flatten(1), expected[name].flatten(1)).min().item()
+                most, least = LIMITS[about["precision"]]
+                if not (difference <= most and cosine >= least):
+                    raise ExportError(f"{name} differs from torch by {difference:.2g}, cosine {cosine:.6f}, at {batch} "
+                                      f"x {height} x {width}; allowed in {about['precision']}: {most:g}, {least:g} "
+                                      f"(ONNX Runtime {onnxruntime.__version__}, {provider})")
+                worst[name] = [max(worst[name][0], difference), min(worst[name][1], cosine)]
+    counts = Counter(node.op_type for node in proto.graph.node)
+    return [f"opset {about['opset']}, {about['precision']}, {provider}; {len(proto.graph.node)} nodes: "
+            + ", ".join(f"{count} {kind}" for kind, count in counts.most_common()),
+            *(f"{value.name} {value.type[7:-1]} {value.shape}" for value in session.get_inputs()),
+            *("{} {} {}, at most {:.1e} from torch, cosine at least {:.6f}".format(
+                value.name, value.type[7:-1], value.shape, *worst[value.name]) for value in session.get_outputs())]
+
+
+def samples(batch, height, width, about, channels, kind):
+    """(normalised images [B, C, H, W] for torch, the same as the file takes them), of noise and of pictures."""
+    mean, std = (torch.tensor(about[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    noise = torch.randint(0, 256, (batch, channels, height, width), generator=torch.Generator().manual_seed(0))
+    pictures = Shapes("test", batch, max(height, width))
+    pictures = torch.stack([torch.frombuffer(bytearray(pictures[i][0].tobytes()), dtype=torch.uint8).view(
+        max(height, width), -1, 3)[:height, :width].permute(2, 0, 1) for i in range(batch)])
+    for pixels in (noise.byte(), pictures) if channels == 3 else (noise.byte(),):
+        images = (pixels / 255 - mean) / std if channels == 3 else pixels / 128 - 1
+        feed = pixels if kind == "tensor(uint8)" else images.half() if kind == "tensor(float16)" else images
+        yield images, (feed.permute(0, 2, 3, 1) if about["layout"] == "nhwc" else feed).contiguous().numpy()
+
+
+@torch.no_grad()
+def compute(backbone, images, about):
+    """What the model itself gives: {name of output: tensor}."""
+    features, attention = backbone.forward_with_attention(images)
+    attention = attention.unflatten(2, [side // backbone.patch_size for side in images.shape[2:]])
+    layers = backbone.get_intermediate_layers(images, max(1, about["last_layers"]))
+    return {"features": features, "attention": attention.mean(dim=1) if about["heads"] == "mean" else attention,
+            "patch_tokens": layers[-1][:, 1:]} | {f"layer_{i + 1}": layer for i, layer in enumerate(layers)}
+
+
+# ---- how fast ----
+
+def benchmark(backbone, path, about, batch, turns=15):
+    """Images a second of the file in ONNX Runtime and of the model in torch, turn and turn about, for the median."""
+    on_cuda = torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    device, provider = ("cuda", "CUDAExecutionProvider") if on_cuda else ("cpu", "CPUExecutionProvider")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    if session.get_providers()[0] != provider:
+        raise ExportError(f"{path}: ONNX Runtime took {session.get_providers()[0]}, not {provider}")
+    height, width = about["image_size"] or [side * backbone.patch_size for side in backbone.grid]
+    images, feed = next(samples(batch, height, width, about, backbone.in_chans, session.get_inputs()[0].type))
+    model, images = backbone.to(device), images.to(device)
+    compiled = torch.compile(model.forward_with_attention)
+    precision = "fp16" if on_cuda and about["precision"] != "fp32" else "fp32"
+
+    def in_torch(call):
+        with torch.no_grad(), autocast(device, precision):
+            call(images)
+        if on_cuda:
+            torch.cuda.synchronize()
+
+    binding = session.io_binding()  # input and outputs stay on the device
+    binding.bind_ortvalue_input("image", onnxruntime.OrtValue.ortvalue_from_numpy(feed, device))
+    for name in about["outputs"]:
+        binding.bind_output(name, device)
+
+    def in_onnxruntime():
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    rows = {f"ONNX Runtime, {provider}, {about['precision']}": in_onnxruntime,
+            f"torch {device}, {precision}": lambda: in_torch(model.forward_with_attention),
+            f"torch {device}, {precision}, compiled": lambda: in_torch(compiled)}
+    seconds = {name: [] for name in rows}
+    for turn, (name, call) in itertools.product(range(turns + 3), rows.items()):
+        start = time.perf_counter()
+        call()
+        seconds[name] += [time.perf_counter() - start] * (turn >= 3)
+    ours = next(iter(seconds.values()))
+    print(f"{batch} x {height} x {width}, {turns} turns")
+    for name, values in seconds.items():
+        ratio = statistics.median(other / mine for other, mine in zip(values, ours))
+        print(f"  {name}: {batch / statistics.median(values):.1f} img/s, ONNX Runtime is {ratio:.2f}x as fast")
+
+
+def main(args):
+    if args.check:
+        return check(args)
+    ckpt = args.ckpt or newest_model()
+    backbone, info = load_backbone(ckpt, args.checkpoint_key)
+    ending, save = FORMATS.get(args.format, (".onnx", None))
+    output = args.output or os.path.splitext(ckpt)[0] + ending
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise CheckpointError(f"--output {output}: its folder does not exist")
+    if save:
+        save(output, backbone, info, ckpt)
+        print(f"written to {output}")
+        return
     temporary = output + ".tmp"
-    metadata = dict(arch=info.get("arch", "vision transformer"), patch_size=p, image_size=[height, width],
-                    features="CLS after the final norm", attention="last block, CLS over patches, one map per head")
-    if backbone.in_chans == 3:
-        metadata |= dict(mean=info.get("mean", IMAGENET_MEAN), std=info.get("std", IMAGENET_STD), color="RGB in [0, 1]")
+    about = describe(backbone, info, ckpt, args)
     try:
-        export_onnx(backbone, height, width, temporary, metadata)
-        worst = check(backbone, temporary, height, width, tolerance=1e-4)
+        write(backbone, temporary, about)
+        found = gate(backbone, temporary, about)
         os.replace(temporary, output)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    print(f"{output}: image [B, {backbone.in_chans}, {height}, {width}] -> features [B, {backbone.embed_dim}], "
-          f"attention [B, {backbone.num_heads}, {height // p}, {width // p}]")
-    print("largest difference from torch in ONNX Runtime: "
-          + ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items()))
+    print(f"{output}: " + "\n  ".join(found))
+    if args.benchmark:
+        benchmark(backbone, output, about, about["batch_size"] or args.batch_size)
+
+
+def check(args):
+    """The gate for an existing file; its model is the one it was made from, or --ckpt."""
+    try:
+        proto = onnx.load(args.check, load_external_data=False)
+        about = {item.key: json.loads(item.value) for item in proto.metadata_props}
+        ckpt, expected = args.ckpt or about["checkpoint"], about["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{args.check}: no such file") from None
+    except Exception as error:  # anything may be in a file
+        raise CheckpointError(f"{args.check}: not a file of export.py ({' '.join(str(error).split())[:200]})") from None
+    backbone, _ = load_backbone(ckpt, args.checkpoint_key or about.get("checkpoint_key"))
+    if sha256(ckpt) != expected:
+        raise CheckpointError(f"{args.check}: was not made from {ckpt}, whose checksum is another; name its model with "
+                              f"--ckpt")
+    print(f"{args.check}: " + "\n  ".join(gate(backbone, args.check, about)))
+    if args.benchmark:
+        benchmark(backbone, args.check, about, about["batch_size"] or args.batch_size)
 
 
 if __name__ == "__main__":

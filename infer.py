@@ -1,0 +1,82 @@
+"""Features and attention of pictures from an exported file: ONNX Runtime, numpy and Pillow, nothing else.
+
+    python infer.py teacher.onnx dog.jpg cat.jpg       # prints the features' shape, writes dog.attention.png, ...
+
+    session, about = open_model("teacher.onnx")
+    features, attention = infer(session, about, picture)            # [D], [heads, H/p, W/p] or [H/p, W/p]
+
+The file says itself what it takes; what a picture goes through before is `prepare`, ten lines.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def open_model(path, provider="CPUExecutionProvider"):
+    """Session and metadata of an exported file; RuntimeError if ONNX Runtime would run it elsewhere."""
+    session = onnxruntime.InferenceSession(path, providers=[provider])
+    if session.get_providers()[0] != provider:
+        raise RuntimeError(f"ONNX Runtime took {session.get_providers()[0]}, not {provider}")
+    return session, {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+
+
+def prepare(picture, about):
+    """PIL picture -> the RGB crop that the model sees: shorter side to 8/7 of the crop's, bicubic, then the centre.
+
+    A model for any size sees the whole picture, cut to multiples of its patch size.
+    """
+    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    p = about["patch_size"]
+    height, width = about["image_size"] or (picture.height // p * p, picture.width // p * p)
+    if picture.size != (width, height) and about["image_size"]:
+        shorter = round(min(picture.size) * max(width / picture.width, height / picture.height) / 0.875)
+        sides = [int(shorter * side / min(picture.size)) for side in picture.size]
+        picture = picture.resize(sides, Image.Resampling.BICUBIC)
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def infer(session, about, picture):
+    """Feature and attention of one prepared picture, as numpy arrays."""
+    image, takes = np.asarray(picture), session.get_inputs()[0]
+    if takes.type != "tensor(uint8)":
+        image = (image / 255 - about["mean"]) / about["std"]
+    if about["layout"] == "nchw":
+        image = image.transpose(2, 0, 1)
+    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}[takes.type]
+    image = np.stack([image] * (about["batch_size"] or 1)).astype(dtype)
+    features, attention = session.run(["features", "attention"], {takes.name: image})
+    return features[0], attention[0]
+
+
+def draw(picture, attention):
+    """The picture with its attention maps beside it, each from black to white."""
+    maps = attention.reshape(-1, *attention.shape[-2:]).astype("float32")
+    maps = maps / maps.max(axis=(1, 2), keepdims=True)
+    sheet = Image.new("RGB", (picture.width * (1 + len(maps)), picture.height))
+    sheet.paste(picture, (0, 0))
+    for i, values in enumerate(maps):
+        grey = Image.fromarray((values * 255).astype("uint8")).resize(picture.size, Image.Resampling.NEAREST)
+        sheet.paste(grey, (picture.width * (i + 1), 0))
+    return sheet
+
+
+def main(argv):
+    if len(argv) < 2:
+        sys.exit("infer.py: takes FILE.onnx PICTURE [PICTURE ...]")
+    session, about = open_model(argv[0])
+    for path in argv[1:]:
+        picture = prepare(Image.open(path), about)
+        features, attention = infer(session, about, picture)
+        output = Path(path).with_suffix(".attention.png")
+        draw(picture, attention).save(output)
+        print(f"{path}: features {list(features.shape)}, attention {list(attention.shape)} -> {output}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

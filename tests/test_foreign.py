@@ -1,0 +1,92 @@
+"""Round trips with the packages themselves: their model from our file gives our numbers, and back."""
+
+import timm
+import torch
+import transformers
+
+import export
+from checkpoint import load_backbone, read_weights, save_model
+from resume import load_state, save_state
+from vit import VisionTransformer
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2)  # heads of 24, not 64
+
+
+def saved(tmp_path, **vit):
+    torch.manual_seed(0)
+    model = VisionTransformer(**vit).eval()
+    for p in model.parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, mean=0.5, std=0.2)
+    path = tmp_path / "teacher.safetensors"
+    save_model(path, {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()},
+               dict(arch="vit_tiny", vit=vit, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    return path, model
+
+
+def exported(path, name, capsys):
+    export.main(export.parse_args(["--ckpt", str(path), "--format", name]))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("written to ")
+    return line.removeprefix("written to ")
+
+
+@torch.no_grad()
+def test_timm(tmp_path, capsys):
+    path, model = saved(tmp_path, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    images = torch.randn(2, 3, 224, 224)
+    file = exported(path, "timm", capsys)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=file).eval()
+    torch.testing.assert_close(theirs(images), model(images), rtol=0, atol=1e-5)
+    torch.nn.init.normal_(theirs.norm.bias)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours, _ = load_backbone(tmp_path / "theirs.pth")
+    torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_transformers(tmp_path, capsys):
+    path, model = saved(tmp_path, **SMALL)
+    images = torch.randn(2, 3, 32, 32)
+    folder = exported(path, "transformers", capsys)
+    theirs, report = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True,
+                                                           attn_implementation="eager")
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    answer = theirs.eval()(images, output_attentions=True)
+    features, attention = model.forward_with_attention(images)
+    torch.testing.assert_close(answer.last_hidden_state[:, 0], features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(answer.attentions[-1][:, :, 0, 1:], attention, rtol=0, atol=1e-5)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_std) == [0.4, 0.5, 0.6]
+    torch.nn.init.normal_(theirs.layernorm.bias)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = load_backbone(tmp_path / "theirs")  # the folder; how wide the heads are is in its config.json
+    assert ours.num_heads == 2
+    torch.testing.assert_close(ours(images), theirs(images).last_hidden_state[:, 0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_our_own_and_the_released_layout(tmp_path, capsys):
+    path, model = saved(tmp_path, **SMALL)
+    images = torch.randn(2, 3, 32, 32)
+    whole = exported(path, "safetensors", capsys)
+    ours, info = load_backbone(whole)
+    assert torch.equal(ours(images), model(images)) and info["arch"] == "vit_tiny"
+    assert all(name.startswith("backbone.") for name in read_weights(whole, None)[0])
+    released = torch.load(exported(path, "dino", capsys), weights_only=True)
+    assert released.keys() == model.state_dict().keys()
+    assert all(torch.equal(released[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_full_checkpoint_in_the_released_layout(tmp_path, capsys):
+    _, model = saved(tmp_path, **SMALL)
+    networks = {name: {f"backbone.{key}": tensor + i for key, tensor in model.state_dict().items()}
+                | {"head.last_layer.weight_v": torch.ones(3, 3)} for i, name in enumerate(("student", "teacher"))}
+    save_state(tmp_path / "checkpoint.pth", **networks, dino_loss={"center": torch.zeros(1, 3)}, info={"vit": SMALL},
+               progress={"step": 7}, flags={"arch": "vit_tiny", "patch_size": 8})
+    full = load_state(exported(tmp_path / "checkpoint.pth", "dino_full", capsys))
+    assert set(full) == {"student", "teacher", "dino_loss", "args"} and full["args"].patch_size == 8
+    assert set(full["student"]) == {f"module.{name}" for name in networks["student"]}
+    for i, name in enumerate(("student", "teacher")):
+        weights = load_state(tmp_path / "checkpoint.dino_full.pth")[name]
+        torch.testing.assert_close(weights["module." * (i == 0) + "backbone.norm.bias"], model.norm.bias.detach() + i)
