@@ -46,13 +46,14 @@ def load_backbone(path, key=None, say=print):
             checkpoint, or the only network there is.
 
     Returns:
-        the model in eval mode, and its description (for foreign files "vit" alone, the arguments that built it).
+        the model in eval mode, and its description: "vit", the arguments that build it, "network", which one it is
+        if the file says so, and what else a file of this project says.
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or not the weights of a vision transformer as in vit.py.
     """
     path = os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
-    weights, info = read_weights(path, key)
+    weights, info, found = read_weights(path, key)
     inside, outside = without_prefix(weights)
     ours = standard_names(inside)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
@@ -71,7 +72,7 @@ def load_backbone(path, key=None, say=print):
     left = unused + outside
     say(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
-    return model.eval(), info | {"vit": sizes}
+    return model.eval(), info | {"vit": sizes, "network": found}
 
 
 def build(sizes, weights):
@@ -101,7 +102,7 @@ def build(sizes, weights):
 
 
 def read_weights(path, key):
-    """File -> {name: tensor} of one network, and its description."""
+    """File -> {name: tensor} of one network, its description, and which network it is."""
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
@@ -127,7 +128,7 @@ def read_weights(path, key):
     if key and found != key:
         raise CheckpointError(f"{path}: does not say that it holds a {key}")
     weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    return weights, info if isinstance(info, dict) and isinstance(info.get("vit"), dict) else {}
+    return weights, info if isinstance(info, dict) and isinstance(info.get("vit"), dict) else {}, found
 
 
 def without_prefix(weights):

@@ -13,6 +13,7 @@ Caron et al. 2021, section 4: linear classification and fine-tuning. `train` can
 """
 
 import contextlib
+import math
 import time
 
 import torch
@@ -141,6 +142,10 @@ def train_step(network, optimizer, scaler, images, labels, rate=1.0, precision="
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if len(losses) > 1:  # one that diverges begins again, and is not in the way of the others
+        for p, state in optimizer.state.items():
+            for tensor in (p.data, *state.values()):
+                tensor.nan_to_num_(0.0, 0.0, 0.0)
     return losses.detach()
 
 
@@ -180,18 +185,19 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
 
     # ---- a new run, or the rest of one ----
     report, path = Report(output / "log.jsonl", silent=rank != 0), output / "checkpoint.pth"
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16" and not network.frozen)
     objects = dict(network=network.heads if network.frozen else network, optimizer=optimizer, scaler=scaler)
     progress = dict(step=0, log_bytes=0, unreadable=[])
+    flags = dict(precision=args.precision)
     fixed = fixed | {"epochs": args.epochs, "seed": args.seed, "crop_scale": list(args.crop_scale), "image_size": size,
                      "number of pictures": len(pictures), "global batch": global_batch}
     found = None
     if args.resume == "auto" or was_restarted():
-        found = resume(path, fixed, {}, objects, progress, say=report.say)
+        found = resume(path, fixed, flags, objects, progress, say=report.say)
     first_step = progress["step"]
     cli.require_same("a run at step", first_step)
     if rank == 0:
-        report.claim = prepare_folder(output, found, args.overwrite)
+        report.claim = prepare_folder(output, found, args.overwrite, "classification")
     report.take_up(progress)
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}")
@@ -200,7 +206,7 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
         if rank == 0:
             progress.update(step=step, unreadable=sorted(report.unreadable), log_bytes=report.log_bytes())
             states = {name: thing.state_dict() for name, thing in objects.items()}
-            save_state(path, fixed=fixed, flags={}, progress=progress, **states)
+            save_state(path, fixed=fixed, flags=flags, progress=progress, **states)
 
     # ---- training ----
     allow_tf32(args.precision)
@@ -231,16 +237,16 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
         if end_of_epoch or (step + 1) % args.log_every == 0:
             if world_size > 1:
                 dist.all_reduce(losses)
-            if not losses.isfinite().all():
+            report.unreadable = set().union(*cli.gather(report.unreadable))
+            if not losses.isfinite().any():
                 raise FloatingPointError(f"step {step}: in {args.precision} the loss is not finite; lower --lr"
                                          + " or name --precision fp32" * (args.precision != "fp32"))
-            report.step(dict(epoch=epoch, step=step, loss=losses.min().item() / world_size,
-                             lr=max(group["lr"] for group in optimizer.param_groups), **report.pace(global_batch)),
-                        total_steps, LINE)
+            report.step(dict(epoch=epoch, step=step, loss=losses.nan_to_num(math.inf).min().item() / world_size,
+                             lr=max(group["lr"] for group in optimizer.param_groups), **report.pace(global_batch),
+                             unreadable=len(report.unreadable)), total_steps, LINE)
         if end_of_epoch and not done and args.val_freq and (epoch + 1) % args.val_freq == 0:
             network.eval()
-            with autocast(device, args.precision):
-                figures = measure()
+            figures = measure()
             network.train()
             report.log(dict(epoch=epoch) | figures)
             report.say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
@@ -249,10 +255,12 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
             save(step + 1)
             saved_at = time.monotonic()
         if stopped_by and not done:
+            stop.restore()
             report.close()
             report.say(f"stopped by {stopped_by} after step {step + 1} of {total_steps}, saved in {path}: the same "
                        f"command goes on" + ", without --resume none --overwrite" * (args.resume == "none"))
             return False
+    stop.restore()
     report.close()
     network.eval()
     return True

@@ -50,6 +50,7 @@ positive_float = number(float, lambda x: x > 0, "a number above 0")
 natural_float = number(float, lambda x: x >= 0, "a number, 0 or more")
 share = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 rate = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+seed = number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to below 2^63")
 
 
 def boolean(text):
@@ -161,9 +162,13 @@ class StopSignals:
 
     def __init__(self):
         self.number, self.since = 0, 0.0
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.receive)
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+
+    def restore(self):
+        """From here on they are what they were before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def receive(self, number, frame):
         if self.number and number == signal.SIGINT and time.monotonic() - self.since > 2:

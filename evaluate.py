@@ -14,12 +14,14 @@ on, and which `--test_only` judges again.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -34,12 +36,12 @@ from batches import eval_loader
 from checkpoint import CheckpointError, load_backbone, newest_model, read_weights, save_model
 from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
-from data import DataError, open_data, split_labels
+from data import DataError, open_data
 from features import LABELS, extract_features, load_features, save_features
 from knn import knn_classifier
 from optim import build_optimizer
-from precision import autocast, resolve
-from probe import choose, fit
+from precision import allow_tf32, autocast, resolve
+from probe import choose, fit, tenth
 from resume import write_whole
 from vit import VisionTransformer
 
@@ -66,6 +68,8 @@ def parse_args(argv=None):
         add("--image_size", None, "side of the square that is judged (default: the size the model was trained at)",
             positive, metavar="PIXELS")
         add("--batch_size_per_gpu", 128, "pictures per process and pass", positive, metavar="B")
+        add("--output_dir", None, "folder for what is written (default: " + (
+            "that of the model file)" if name == "knn" else f"NAME.{name} beside the model file)"), metavar="DIR")
         FLAGS[name](add)
         cli.add_machine_flags(task_parser)
     args = parser.parse_args(argv)
@@ -73,9 +77,11 @@ def parse_args(argv=None):
         args.precision = resolve(args.precision, args.device)
         if args.overwrite and args.resume != "none":
             parser.error("--overwrite deletes what was trained and starts anew: say --resume none as well")
+        if args.task == "linear" and args.features and not args.quick:
+            parser.error("--features keeps what --quick extracts: without it every picture is seen anew in each epoch")
         if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
             parser.error(f"--crop_scale {' '.join(map(str, args.crop_scale))} is not a range above 0, lower end first")
-        if getattr(args, "warmup_epochs", 0) > args.epochs:
+        if getattr(args, "warmup_epochs", 0) > args.epochs and not args.test_only:
             parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     return args
 
@@ -94,12 +100,12 @@ def linear_flags(add):
     add("--avgpool_patchtokens", False, "the last block's mean patch token beside them, as for base", boolean,
         nargs="?", const=True, metavar="X")
     add("--lr", [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "one or several, for 256 pictures a step; scaled linearly "
-        "with their number. The paper searches too; of several, the best on every tenth training picture is taken",
+        "with their number. Of several the best is taken, judged on a tenth of the training pictures that is held out",
         positive_float, nargs="+", metavar="LR")
     add("--weight_decay", None, "one or several (default: 0; with --quick 0 0.0001 0.001 0.01 0.1)", natural_float,
         nargs="+", metavar="WD")
-    add("--quick", False, "extract features of the centre view once and train on them all classifiers of the grid",
-        action="store_true")
+    add("--quick", False, "extract features of the centre view once, in fp32, and train on them all classifiers of "
+        "the grid; flags of views, steps, saves and tests then mean nothing", action="store_true")
     add_features_flag(add)
     add_training_flags(add, epochs=100)
 
@@ -128,13 +134,12 @@ def add_training_flags(add, epochs):
     add("--precision", "auto", "auto: bf16 where the device is fast at it, else fp32",
         choices=["auto", "bf16", "fp16", "fp32"])
     add("--val_freq", 10, "epochs between tests, 0 for none but the last", natural, metavar="N")
-    add("--output_dir", None, "folder for what is written (default: NAME.TASK beside the model file)", metavar="DIR")
     add("--resume", "auto", "auto goes on with what the folder holds, none starts anew", choices=["auto", "none"])
     add("--overwrite", False, "with --resume none: delete what the folder holds first", action="store_true")
     add("--test_only", False, "judge the classifier in the folder, train nothing", action="store_true")
     add("--save_every_minutes", 10.0, "between saves", positive_float, metavar="X")
     add("--log_every", 50, "steps between lines in the log", positive, metavar="N")
-    add("--seed", 0, "of order, views and what is dropped", natural, metavar="X")
+    add("--seed", 0, "of order, views and what is dropped", cli.seed, metavar="X")
 
 
 # ---- what is judged ----
@@ -145,12 +150,12 @@ class Subject(NamedTuple):
     backbone: nn.Module
     info: dict  # of the model file
     data: object  # see data.Data
-    classes: list  # their names
     size: int  # pixels
     origin: dict  # what the features depend on, for people and files
     device: torch.device
     rank: int
     world_size: int
+    unreadable: set  # messages on pictures
 
     def say(self, text):
         if self.rank == 0:
@@ -175,13 +180,15 @@ def open_subject(args):
     data = cli.rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
     if data.queries is None:
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
-    origin = dict(ckpt=str(ckpt), sha256=sha256(ckpt), data_path=data.path, image_size=size)
+    cli.require_same("labelled pictures:", (len(data.bank), len(data.queries)))
     if args.untrained:
         torch.manual_seed(0)
-        backbone, origin = VisionTransformer(**info["vit"]).eval(), origin | {"untrained": True}
-    subject = Subject(backbone.to(device), info, data, class_names(data.train), size, origin, device, rank, world_size)
-    subject.say(data.note)
-    return subject
+        backbone = VisionTransformer(**info["vit"]).eval()
+    origin = dict(ckpt=str(ckpt), sha256=sha256(ckpt), network=info["network"], untrained=args.untrained,
+                  data_path=data.path, pictures=[len(data.bank), len(data.queries)], image_size=size)
+    if rank == 0:
+        print(data.note)
+    return Subject(backbone.to(device), info, data, size, origin, device, rank, world_size, set())
 
 
 def sha256(path):
@@ -189,32 +196,66 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def class_names(images):
-    names = getattr(images, "classes", None) or range(1 + max(label for _, label in images))
-    return [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+def class_names(data):
+    """The names of the classes, no two the same; numbers where a set does not name them."""
+    names = getattr(data.train, "classes", None)
+    if not names:  # only the labels themselves tell how many there are
+        labels = {0}
+        for images in (data.bank, data.queries):
+            for i in range(len(images)):
+                with contextlib.suppress(OSError):
+                    labels.add(images[i][1])
+        names = range(max(labels) + 1)
+    names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
 
-def beside_checkpoint(subject, ending):
-    """Path of what is written about a model file: its name with another ending."""
-    name = Path(subject.origin["ckpt"])
-    return name.with_name(f"{name.stem}{'.untrained' * ('untrained' in subject.origin)}.{ending}")
+def place_of(subject, args, ending):
+    """Path of what is written about a model file: its name, and what was judged of it, with another ending.
+
+    Raises:
+        DataError: nothing can be written there; before hours are spent on it.
+    """
+    file, origin = Path(subject.origin["ckpt"]), subject.origin
+    network = f".{args.checkpoint_key}" * (args.checkpoint_key not in (None, "teacher", file.stem))
+    path = file.with_name(f"{file.stem}{network}{'.untrained' * origin['untrained']}.{ending}")
+    if args.task != "knn":
+        return Path(args.output_dir or path)
+    path = Path(args.output_dir or path.parent) / path.name
+    require_writable(path.parent)
+    return path
+
+
+def require_writable(folder):
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"{folder}: nothing can be written there ({error.strerror}); name another folder with "
+                        f"--output_dir or --features") from None
 
 
 def extract(subject, model, images, args):
     """model(centre view) of each picture, once over all processes: [M, ...] float32 and labels [M]."""
     loader = eval_loader(images, subject.size, args.batch_size_per_gpu, args.num_workers, subject.rank,
                          subject.world_size)
-    with tqdm(total=len(loader.dataset), unit="img", leave=False,
+    with tqdm(total=len(images), unit="img", leave=False,
               disable=subject.rank != 0 or not sys.stderr.isatty()) as bar:
-        x, labels, unreadable = extract_features(model, loader, subject.device, bar.update)
+        x, labels, unreadable = extract_features(model, loader, subject.device,
+                                                 lambda count: bar.update(count * subject.world_size))
     for message in unreadable:
-        subject.say(f"skipped unreadable picture {message}")
+        if message not in subject.unreadable:
+            subject.say(f"skipped unreadable picture {message}")
+    subject.unreadable.update(unreadable)
     return x, labels
 
 
 def features_of(subject, model, args, origin):
     """Features and labels of both parts by name (see LABELS), from --features if they are there."""
-    if args.features and os.path.exists(args.features):
+    kept = bool(args.features and os.path.exists(args.features))
+    cli.require_same("a file of features", kept)
+    if args.features and not kept:
+        require_writable(Path(args.features).parent)
+    if kept:
         subject.say(f"features taken from {args.features}")
         return load_features(args.features, origin)
     features = {}
@@ -227,7 +268,7 @@ def features_of(subject, model, args, origin):
 
 
 def write_result(path, subject, **result):
-    text = json.dumps(subject.origin | result, indent=1)
+    text = json.dumps(subject.origin | result | {"unreadable": sorted(subject.unreadable)}, indent=1)
     write_whole(path, lambda temporary: Path(temporary).write_text(text))
     subject.say(f"written to {path}")
 
@@ -237,6 +278,7 @@ def write_result(path, subject, **result):
 def knn(args):
     """A weighted vote of the nearest neighbours."""
     subject = open_subject(args)
+    path = place_of(subject, args, "knn.json")
     features = features_of(subject, subject.backbone, args, subject.origin)
     scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, subject.device)
     if subject.rank > 0:
@@ -247,7 +289,7 @@ def knn(args):
     for k, (top1, top5) in scores.items():
         print(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
     table = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in scores.items()}
-    write_result(beside_checkpoint(subject, "knn.json"), subject, temperature=args.temperature, bank=bank,
+    write_result(path, subject, temperature=args.temperature, bank=bank,
                  queries=queries, knn=table)
 
 
@@ -256,55 +298,69 @@ def knn(args):
 def linear(args):
     """Linear classifiers on frozen features: SGD, cosine, random crops and flips; or --quick, on features once."""
     subject = open_subject(args)
+    classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
     tokens = Tokens(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
-    output = Path(args.output_dir or beside_checkpoint(subject, "linear_quick" if args.quick else "linear"))
+    output = place_of(subject, args, "linear_quick" if args.quick else "linear")
     origin = subject.origin | dict(n_last_blocks=tokens.n_last_blocks, avgpool_patchtokens=tokens.avgpool)
     grid = list(itertools.product(args.lr, args.weight_decay or ([0.0, 1e-4, 1e-3, 1e-2, 1e-1] if args.quick else [0])))
     if args.test_only:
-        head = load_classifier(output, origin, subject)
+        head, how = load_classifier(output, origin, classes, subject)
     elif args.quick:
-        features = features_of(subject, tokens, args, origin)
-        head, how = quick_classifier(features, grid, subject, args)
+        head, how, logits, labels = quick_classifier(tokens, grid, origin, classes, output, subject, args)
     else:
-        head, how = trained_classifier(tokens, grid, origin, output, subject, args)
+        head, how = trained_classifier(tokens, grid, origin, classes, output, subject, args)
     if head is None:  # stopped by a signal
         return
     if not args.test_only:
-        save_classifier(output, head, {}, subject, origin | how)
-    if args.quick and not args.test_only:
-        logits, labels = head(features["queries"].to(subject.device)).cpu(), features["query_labels"]
-    else:
-        logits, labels = extract(subject, nn.Sequential(tokens, head), subject.data.queries, args)
-    judge(logits, labels, output, subject, origin)
+        save_classifier(output, head, {}, subject, origin, how, classes)
+    if not args.quick or args.test_only:
+        logits, labels = answers(tokens, head, subject, args)
+    judge(logits, labels, classes, output, subject, **origin, **how)
 
 
-def quick_classifier(features, grid, subject, args):
-    """The best of the grid, trained again on all: nn.Linear, and how it was found."""
+def quick_classifier(tokens, grid, origin, classes, output, subject, args):
+    """The best of the grid, trained again on all: nn.Linear, how it was found, and what it says of the test."""
+    if (output / "checkpoint.pth").exists():
+        raise CheckpointError(f"{output}: holds classifiers that were trained without --quick: name another "
+                              f"--output_dir")
+    if subject.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        require_writable(output)
+    features = features_of(subject, tokens, args, origin)
     bank, labels = (features[name].to(subject.device) for name in ("bank", "bank_labels"))
-    batch = 1024
-    scaled = [(lr * min(batch, len(bank)) / 256, weight_decay) for lr, weight_decay in grid]
+    if len(bank) < 2:
+        raise DataError(f"{subject.data.path}: one labelled picture is too few to choose by")
+    batch = min(1024, len(bank))
+    scaled = [(lr * batch / 256, weight_decay) for lr, weight_decay in grid]
     subject.say(f"{len(grid)} classifiers on {bank.shape[1]} features of {len(bank)} pictures; effective lr "
-                + effective(args.lr, min(batch, len(bank))))
+                + effective(args.lr, batch))
     with tqdm(total=2 * args.epochs * len(bank), unit="img", leave=False,
               disable=subject.rank > 0 or not sys.stderr.isatty()) as bar:
         how = dict(epochs=args.epochs, batch_size=batch, seed=args.seed, progress=bar.update)
-        best, accuracies = choose(bank, labels, len(subject.classes), scaled, **how)
-        head = fit(bank, labels, len(subject.classes), [scaled[best]], **how).linear()
+        best, accuracies = choose(bank, labels, len(classes), scaled, **how)
+        head = fit(bank, labels, len(classes), [scaled[best]], **how).linear()
+    if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
+        raise FloatingPointError("every classifier of the grid diverged: lower --lr")
     lr, weight_decay = grid[best]
-    subject.say(f"best on every tenth picture ({accuracies[best]:.2f}%), then trained on all: lr {lr:g}, weight decay "
+    subject.say(f"best on a tenth held out ({accuracies[best]:.2f}%), then trained on all: lr {lr:g}, weight decay "
                 f"{weight_decay:g}")
-    return head, dict(quick=True, lr=lr, weight_decay=weight_decay, held_out=accuracies[best])
+    how = dict(quick=True, epochs=args.epochs, lr=lr, weight_decay=weight_decay, held_out=accuracies[best])
+    return head, how, head(features["queries"].to(subject.device)).cpu(), features["query_labels"]
 
 
-def trained_classifier(tokens, grid, origin, output, subject, args):
+def trained_classifier(tokens, grid, origin, classes, output, subject, args):
     """The best of the grid: nn.Linear, and how it was found; None, None if a signal ended the training."""
-    images, held_out = split_labels(subject.data.bank) if len(grid) > 1 else (subject.data.bank, subject.data.queries)
+    images, judged = subject.data.bank, subject.data.queries
+    if len(grid) > 1:
+        mask = tenth(len(images))
+        images, judged = (torch.utils.data.Subset(images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
     torch.manual_seed(args.seed)
-    network = Classifiers(tokens, len(subject.classes), len(grid)).to(subject.device)
+    network = Classifiers(tokens, len(classes), len(grid)).to(subject.device)
     optimizer = build_optimizer("sgd", head_groups(network, grid))
 
     def accuracies():
-        said, labels = extract(subject, lambda x: network(x).argmax(dim=-1).T, held_out, args)
+        with autocast(subject.device, args.precision):
+            said, labels = extract(subject, lambda x: network(x).argmax(dim=-1).T, judged, args)
         return (100 * (said == labels.view(-1, 1)).double().mean(dim=0)).tolist()
 
     def measure():
@@ -313,17 +369,64 @@ def trained_classifier(tokens, grid, origin, output, subject, args):
 
     subject.say(f"{len(grid)} classifiers on {tokens.dim} features; effective lr "
                 + effective(args.lr, args.batch_size_per_gpu * subject.world_size))
-    fixed = fixed_part(origin) | {"grid": grid}
+    fixed = fixed_part(origin) | {"grid": grid, "classes": classes}
     if not train(network, optimizer, images, fixed, measure, output, args, *place(subject)):
         return None, None
     top1 = accuracies() if len(grid) > 1 else [0.0]
     best = top1.index(max(top1))
-    (lr, weight_decay), how = grid[best], dict(epochs=args.epochs)
+    (lr, weight_decay), how = grid[best], {}
     if len(grid) > 1:
-        how |= dict(held_out=top1[best], grid=[(*pair, accuracy) for pair, accuracy in zip(grid, top1)])
-        subject.say(f"best on every tenth picture, which none was trained on ({top1[best]:.2f}%): lr {lr:g}, weight "
-                    f"decay {weight_decay:g}")
-    return network.heads[best], dict(lr=lr, weight_decay=weight_decay) | how
+        how = dict(held_out=top1[best], grid=[(*pair, accuracy) for pair, accuracy in zip(grid, top1)])
+        subject.say(f"best on a tenth held out, which none was trained on ({top1[best]:.2f}%): lr {lr:g}, weight decay "
+                    f"{weight_decay:g}")
+    return network.heads[best], dict(epochs=args.epochs, lr=lr, weight_decay=weight_decay) | how
+
+
+def finetune(args):
+    """Backbone and classifier trained with labels: AdamW, layer-wise lr decay, label smoothing, mixup by flag."""
+    subject = open_subject(args)
+    classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
+    output, tokens = place_of(subject, args, "finetune"), Tokens(subject.backbone)
+    if args.test_only:
+        head, how = load_classifier(output, subject.origin, classes, subject)
+        tokens = Tokens(load_backbone(output / "classifier.safetensors", say=subject.say)[0].to(subject.device))
+    else:
+        tokens.backbone.drop_path_rate = args.drop_path_rate
+        torch.manual_seed(args.seed)
+        network = Classifiers(tokens, len(classes), frozen=False).to(subject.device)
+        head = network.heads[0]
+        optimizer = build_optimizer("adamw", layer_groups(network, args.lr, args.weight_decay, args.layer_decay))
+
+        def measure():
+            said, labels = answers(tokens, head, subject, args)
+            return {"test_top1": 100 * (said.argmax(dim=-1) == labels).double().mean().item()}
+
+        subject.say("effective lr " + effective([args.lr], args.batch_size_per_gpu * subject.world_size)
+                    + f", at the embeddings {args.layer_decay ** (len(tokens.backbone.blocks) + 1):.2g} of it")
+        names = ("lr", "warmup_epochs", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "mixup",
+                 "cutmix")
+        how = {name: getattr(args, name) for name in names}
+        if not train(network, optimizer, subject.data.bank, fixed_part(subject.origin) | how | {"classes": classes},
+                     measure, output, args, *place(subject), args.warmup_epochs,
+                     mixing(len(classes), args.mixup, args.cutmix), args.label_smoothing):
+            return
+        how["epochs"] = args.epochs
+        weights = {f"backbone.{name}": tensor for name, tensor in tokens.backbone.state_dict().items()}
+        save_classifier(output, head, weights, subject, subject.origin, how, classes)
+    logits, labels = answers(tokens.eval(), head, subject, args)
+    judge(logits, labels, classes, output, subject, **subject.origin, **how)
+
+
+def answers(tokens, head, subject, args):
+    """Logits [Q, K] on the held-out pictures, as in training: features by --precision, the classifier in float32."""
+    allow_tf32(args.precision)
+
+    def model(images):
+        with autocast(subject.device, args.precision):
+            features = tokens(images)
+        with torch.autocast(subject.device.type, enabled=False):
+            return head(features.float())
+    return extract(subject, model, subject.data.queries, args)
 
 
 def fixed_part(origin):
@@ -339,81 +442,45 @@ def effective(lrs, pictures):
     return ", ".join(f"{lr * pictures / 256:.3g}" for lr in lrs) + f" = lr * {pictures} / 256 (linear scaling rule)"
 
 
-def finetune(args):
-    """Backbone and classifier trained with labels: AdamW, layer-wise lr decay, label smoothing, mixup by flag."""
-    subject = open_subject(args)
-    output = Path(args.output_dir or beside_checkpoint(subject, "finetune"))
-    tokens = Tokens(subject.backbone)
-    if args.test_only:
-        head = load_classifier(output, subject.origin, subject)
-        tokens = Tokens(load_backbone(output / "classifier.safetensors", say=subject.say)[0].to(subject.device))
-    else:
-        tokens.backbone.drop_path_rate = args.drop_path_rate
-        torch.manual_seed(args.seed)
-        network = Classifiers(tokens, len(subject.classes), frozen=False).to(subject.device)
-        head = network.heads[0]
-        optimizer = build_optimizer("adamw", layer_groups(network, args.lr, args.weight_decay, args.layer_decay))
-
-        def measure():
-            said, labels = extract(subject, lambda x: network(x)[0].argmax(dim=-1), subject.data.queries, args)
-            return {"test_top1": 100 * (said == labels).double().mean().item()}
-
-        subject.say("effective lr " + effective([args.lr], args.batch_size_per_gpu * subject.world_size)
-                    + f", at the embeddings {args.layer_decay ** (len(tokens.backbone.blocks) + 1):.2g} of it")
-        names = ("lr", "warmup_epochs", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "mixup",
-                 "cutmix")
-        how = {name: getattr(args, name) for name in names}
-        if not train(network, optimizer, subject.data.bank, fixed_part(subject.origin) | how, measure, output, args,
-                     *place(subject), args.warmup_epochs, mixing(len(subject.classes), args.mixup, args.cutmix),
-                     args.label_smoothing):
-            return
-        weights = {f"backbone.{name}": tensor for name, tensor in tokens.backbone.state_dict().items()}
-        save_classifier(output, head, weights, subject, subject.origin | how | {"epochs": args.epochs})
-    with autocast(subject.device, args.precision):
-        logits, labels = extract(subject, nn.Sequential(tokens, head).eval(), subject.data.queries, args)
-    judge(logits, labels, output, subject, subject.origin)
-
-
-def save_classifier(output, head, weights, subject, origin):
-    """classifier.safetensors: the classifier, the backbone if it has learnt, the names of the classes."""
+def save_classifier(output, head, weights, subject, origin, how, classes):
+    """classifier.safetensors: the classifier, the backbone if it has learnt, what they are and were made from."""
     if subject.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
         weights = weights | {f"classifier.{name}": tensor for name, tensor in head.state_dict().items()}
-        description = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) | subject.info | origin | {"classes": subject.classes}
-        save_model(output / "classifier.safetensors", weights, description)
+        info = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) | subject.info | origin | dict(how=how, classes=classes)
+        save_model(output / "classifier.safetensors", weights, info)
 
 
-def load_classifier(output, origin, subject):
-    """The nn.Linear that `save_classifier` wrote, if it is of the same backbone and classes."""
+def load_classifier(output, origin, classes, subject):
+    """The nn.Linear that `save_classifier` wrote and how it was made, if it is of the same backbone and classes."""
     path = output / "classifier.safetensors"
-    weights, info = read_weights(str(path), None)
-    for name, value in (fixed_part(origin) | {"classes": subject.classes}).items():
+    weights, info, _ = read_weights(str(path), None)
+    for name, value in (fixed_part(origin) | {"classes": classes}).items():
         if info.get(name) != value:
             raise CheckpointError(f"{path}: trained with {name} {str(info.get(name))[:200]}, not {str(value)[:200]}")
     weight, bias = (weights.get(f"classifier.{name}", torch.empty(0)) for name in ("weight", "bias"))
-    if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(bias) != len(subject.classes):
-        raise CheckpointError(f"{path}: holds no classifier of {len(subject.classes)} classes")
+    if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(bias) != len(classes):
+        raise CheckpointError(f"{path}: holds no classifier of {len(classes)} classes")
     head = nn.Linear(weight.shape[1], len(bias))
     head.load_state_dict({"weight": weight, "bias": bias})
-    return head.to(subject.device)
+    return head.to(subject.device), info["how"]
 
 
-def judge(logits, labels, output, subject, origin):
+def judge(logits, labels, classes, output, subject, **about):
     """Say and write how well logits [Q, K] answer labels [Q]."""
     if subject.rank > 0:
         return
-    answers, classes = logits.topk(min(5, logits.shape[1]), dim=1).indices, subject.classes
-    hits = answers == labels.view(-1, 1)
+    said = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = said == labels.view(-1, 1)
     top1, top5 = (100 * x.double().mean().item() for x in (hits[:, 0], hits.any(dim=1)))
     per_class = {classes[c]: 100 * hits[labels == c, 0].double().mean().item() for c in labels.unique().tolist()}
-    pairs = Counter((classes[true], classes[said]) for true, said in zip(labels.tolist(), answers[:, 0].tolist())
-                    if true != said)
+    pairs = Counter((classes[true], classes[first]) for true, first in zip(labels.tolist(), said[:, 0].tolist())
+                    if true != first)
     print(f"{len(labels)} pictures: top-1 {top1:.2f}, top-5 {top5:.2f}")
     print("weakest classes: " + ", ".join(f"{name} {accuracy:.1f}%"
                                           for name, accuracy in sorted(per_class.items(), key=lambda x: x[1])[:5]))
-    print("most often taken for another: " + ", ".join(f"{true} for {said} ({count})"
-                                                       for (true, said), count in pairs.most_common(5)))
-    write_result(output / "result.json", subject, **origin, top1=top1, top5=top5, pictures=len(labels),
+    print("most often taken for another: " + ", ".join(f"{true} for {first} ({count})"
+                                                       for (true, first), count in pairs.most_common(5)))
+    write_result(output / "result.json", subject, **about, top1=top1, top5=top5, judged=len(labels),
                  per_class=per_class, confused=[[*pair, count] for pair, count in pairs.most_common(50)])
 
 

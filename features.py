@@ -71,10 +71,10 @@ def load_features(path, origin):
             found = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: no features, or damaged ({error})") from None
-    for name, value in origin.items():
-        if name != "ckpt" and found.get(name) != value:
-            raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {value}: name another "
-                                  f"--features, or delete it")
+    for name in sorted((origin.keys() | found.keys()) - {"ckpt"}):
+        if found.get(name) != origin.get(name):
+            raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {origin.get(name)}: name "
+                                  f"another --features, or delete it")
     if features["bank"].shape[1:] != features["queries"].shape[1:]:
         raise CheckpointError(f"{path}: its two parts have features of unlike widths")
     for part, labels in LABELS.items():

@@ -2,7 +2,7 @@
 
     grid = [(lr, weight_decay) for lr in (0.01, 0.1, 1) for weight_decay in (0, 1e-4)]
     classifiers = fit(features, labels, num_classes, grid)
-    best, accuracies = choose(features, labels, num_classes, grid)     # judged on every tenth picture
+    best, accuracies = choose(features, labels, num_classes, grid)     # judged on a tenth that it holds out
 
 Softmax regression by SGD with momentum and a cosine schedule, as Caron et al. 2021 (section 4) train it on top of a
 frozen backbone, but on features extracted once, all classifiers of the grid in one batched product. Features are
@@ -44,7 +44,8 @@ def fit(features, labels, num_classes, grid, epochs=100, batch_size=1024, moment
         LinearClassifiers of G; one whose training diverged answers NaN.
     """
     (M, D), G, C, device = features.shape, len(grid), num_classes, features.device
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    std = torch.where(std < 1e-6, 1.0, std)  # a constant feature tells nothing
     lr, weight_decay = (torch.tensor(values, device=device).view(G, 1, 1) for values in zip(*grid))
     weight, bias = torch.zeros(G, D, C, device=device), torch.zeros(G, 1, C, device=device)
     momentum_of_weight, momentum_of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -69,6 +70,12 @@ def fit(features, labels, num_classes, grid, epochs=100, batch_size=1024, moment
     return LinearClassifiers(mean, std, weight, bias)
 
 
+def tenth(count):
+    """A mask [count] of a tenth of so many pictures, always the same: labels may come in turns."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order < max(1, round(count / 10))
+
+
 @torch.no_grad()
 def top(classifiers, features, k=5, batch_size=8192):
     """The k best classes of each picture by each classifier: [G, M, k]."""
@@ -77,15 +84,15 @@ def top(classifiers, features, k=5, batch_size=8192):
 
 
 def choose(features, labels, num_classes, grid, **how):
-    """Which of the grid classifies every tenth picture best after training on the others.
+    """Which of the grid classifies a tenth of the pictures best after training on the others.
 
     Returns:
         index into the grid, and the accuracies of all of it on those pictures, in percent.
     """
-    held_out = torch.arange(len(features), device=features.device) % 10 == 0
+    held_out = tenth(len(features)).to(features.device)
     classifiers = fit(features[~held_out], labels[~held_out], num_classes, grid, **how)
     correct = top(classifiers, features[held_out], 1)[..., 0] == labels[held_out]
-    accuracies = 100 * correct.double().mean(dim=1)
+    accuracies = 100 * correct.sum(dim=1) / correct.shape[1]
     accuracies[~classifiers.weight.flatten(1).isfinite().all(dim=1)] = 0
     return accuracies.argmax().item(), accuracies.tolist()
 

@@ -159,10 +159,12 @@ def resume(path, fixed, flags, objects, progress, is_sound=lambda progress: True
             say(f"WARNING: {reason}; trying the one before")
         try:
             state = load_state(p)
-            for name, value in fixed.items():
-                if state["fixed"][name] != value:
-                    raise AnotherRun(f"{p} was trained with {name} {state['fixed'][name]}, not {value}: choose another "
+            for name, value in state["fixed"].items():
+                if name in fixed and fixed[name] != value:
+                    raise AnotherRun(f"{p} was trained with {name} {value}, not {fixed[name]}: choose another "
                                      f"--output_dir for another run")
+            if state["fixed"].keys() != fixed.keys():
+                raise AnotherRun(f"{p} is of another kind of run: choose another --output_dir")
             changed = [f"--{name} {state['flags'][name]} -> {value}" for name, value in flags.items()
                        if state["flags"].get(name, value) != value]
             restore(state, objects, progress, is_sound)
@@ -232,17 +234,25 @@ def claim(path):
     return file
 
 
-def prepare_folder(output, found, overwrite):
+MODELS = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "student.safetensors"),
+          "classification": ("classifier.safetensors",)}  # kind of run -> its model files
+
+
+def prepare_folder(output, found, overwrite, kind="pretraining"):
     """Make a folder ready for a run: `found`, what it goes on from, becomes checkpoint.pth; without, all is deleted.
 
     Returns the claim on the folder, to be held while the run goes on.
 
     Raises:
-        AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it; or see `claim`.
+        AnotherRun: a new run would delete something learnt, and `overwrite` does not allow it; it would delete a run
+            of another kind, which nothing allows; or see `claim`.
     """
-    learnt = sorted(path for pattern in ("checkpoint*.pth*", "teacher.safetensors", "teacher_best.safetensors",
-                                         "student.safetensors", "classifier.safetensors")
-                    for path in output.glob(pattern) if path.suffix != ".tmp")
+    for other, names in MODELS.items():
+        for name in names:
+            if other != kind and (output / name).exists():
+                raise AnotherRun(f"{output} holds {name}, of another kind of run ({other}): name another --output_dir")
+    learnt = sorted(path for pattern in ("checkpoint*.pth*", *MODELS[kind]) for path in output.glob(pattern)
+                    if path.suffix != ".tmp")
     if learnt and not found and not overwrite:
         raise AnotherRun(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
                          f"run, another --output_dir keeps it")

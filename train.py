@@ -112,7 +112,7 @@ def parse_args(argv=None):
     add(run, "--knn_every", 10, "epochs between k-NN tests where there are labels, 0 for none", natural)
     add(run, "--knn_images", 20000, "at most so many labelled pictures to look neighbours up in", positive)
     add(run, "--log_every", 50, "steps between lines in the log", positive)
-    add(run, "--seed", 0, "of weights, order, views and stochastic depth", natural)
+    add(run, "--seed", 0, "of weights, order, views and stochastic depth", cli.seed)
     add(run, "--compile", False, "compile the blocks: a minute or more at first, then faster steps", boolean, nargs="?",
         const=True)
     add(run, "--activation_checkpointing", False, "compute the student's blocks again in backward: slower, less memory",

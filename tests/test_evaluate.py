@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
@@ -18,7 +19,7 @@ import classify
 import evaluate
 from batches import eval_view
 from checkpoint import CheckpointError, load_backbone, save_model
-from data import DataError, Shapes
+from data import Data, DataError, Shapes, TorchvisionSet
 from step import build_networks
 from vit import VisionTransformer
 
@@ -102,12 +103,12 @@ def test_features_are_kept_and_taken_up(run, monkeypatch, capsys):
         evaluate.main(evaluate.parse_args([*command, str(kept)]))
 
 
-def train(folder, task, *more):
+def train(folder, task, *more, at=None):
     """One of the tasks that train, in this process; its result."""
     command = [task, "--num_workers", "0", "--device", "cpu", "--batch_size_per_gpu", "16", "--val_freq", "0"]
     evaluate.main(evaluate.parse_args([*command, *more]))
-    return json.loads((folder / "runs" / "one" / f"teacher.{task}{'_quick' * ('--quick' in more)}" / "result.json")
-                      .read_text())
+    at = at or folder / "runs" / "one" / f"teacher.{task}{'_quick' * ('--quick' in more)}"
+    return json.loads((at / "result.json").read_text())
 
 
 def held_out(count=23):
@@ -145,8 +146,8 @@ def test_a_classifier_is_judged_again_from_its_file(run, monkeypatch, capsys, ta
     monkeypatch.chdir(folder)
     result = train(folder, task, *more, "--epochs", "6", "--precision", "fp32")
     said = capsys.readouterr().out
-    assert result["pictures"] == 23 and "(linear scaling rule)" in said
-    assert ("best on every tenth picture" in said) == (len(more) == 3)
+    assert result["judged"] == 23 and result["pictures"] == [60, 23] and "(linear scaling rule)" in said
+    assert ("best on a tenth held out" in said) == (len(more) == 3)
     made = folder / "runs" / "one" / f"teacher.{task}" / "classifier.safetensors"
     images, labels = held_out()
     backbone, _ = load_backbone(made if task == "finetune" else path)
@@ -160,7 +161,7 @@ def test_a_classifier_is_judged_again_from_its_file(run, monkeypatch, capsys, ta
     assert (task == "linear") == all(torch.equal(a, b) for a, b in zip(backbone.parameters(), model.parameters()))
     for flags, words in (([], "holds classifier.safetensors of an earlier run: --resume none --overwrite"),
                          (["--test_only", "--image_size", "40"], "trained with image_size 32, not 40"),
-                         (["--test_only", "--untrained", "--output_dir", str(made.parent)], "with untrained None")):
+                         (["--test_only", "--untrained", "--output_dir", str(made.parent)], "False, not True")):
         with pytest.raises(CheckpointError, match=words):
             train(folder, task, *flags)
 
@@ -274,9 +275,125 @@ def test_untrained_is_what_train_py_starts_from(run, monkeypatch, capsys):
         torch.testing.assert_close(load_file(kept)["queries"], student.backbone.eval()(held_out()[0]))
 
 
-def test_classes_keep_their_names(tmp_path):
+def test_classes_keep_their_names():
     pictures = Shapes("test", 9, 32)
-    assert evaluate.class_names(pictures)[:2] == ["red", "amber"]
-    assert evaluate.class_names([(None, 0), (None, 2)]) == ["0", "1", "2"]
-    pictures.classes = [("tench", "Tinca tinca"), "goldfish"]
-    assert evaluate.class_names(pictures) == ["tench, Tinca tinca", "goldfish"]
+    assert evaluate.class_names(Data(pictures, pictures, pictures, "", ""))[:2] == ["red", "amber"]
+    pictures.classes = [("tench", "Tinca tinca"), "crane", "crane"]
+    names = evaluate.class_names(Data(pictures, pictures, pictures, "", ""))
+    assert names == ["tench, Tinca tinca", "crane (1)", "crane (2)"]
+
+
+class Unnamed(torch.utils.data.Dataset):
+    """As torchvision's SVHN: no names of classes, and no end for an iteration to find."""
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (32, 32)), self.labels[i]
+
+
+def test_sets_that_do_not_name_their_classes():
+    bank, queries = TorchvisionSet(Unnamed([0, 2, 1])), TorchvisionSet(Unnamed([4]))
+    queries.images.labels.append("cut")  # cannot be read
+    assert evaluate.class_names(Data(bank, bank, queries, "", "")) == ["0", "1", "2", "3", "4"]
+
+
+def test_what_was_made_from_something_else_is_refused(run, monkeypatch):
+    """Features of other blocks, of random weights, of the other network; a classifier of other classes; a run."""
+    folder, path, model = run
+    monkeypatch.chdir(folder)
+    common = ["--num_workers", "0", "--device", "cpu", "--features", "kept.safetensors"]
+
+    def knn(*more):
+        evaluate.main(evaluate.parse_args(["knn", *common, *more]))
+
+    train(folder, "linear", "--quick", "--epochs", "1", "--features", "kept.safetensors")
+    with pytest.raises(CheckpointError, match="with avgpool_patchtokens False, not None"):
+        knn()
+    Path("kept.safetensors").unlink()
+    knn("--untrained")
+    with pytest.raises(CheckpointError, match="with untrained True, not False"):
+        knn()
+    Path("kept.safetensors").unlink()
+    networks = {name: {f"backbone.{key}": tensor + i for key, tensor in model.state_dict().items()}
+                for i, name in enumerate(("student", "teacher"))}
+    torch.save(networks | {"info": load_backbone(path)[1]}, "both.pth")
+    both = ["--ckpt", "both.pth", "--data_path", "pictures"]
+    knn(*both)
+    with pytest.raises(CheckpointError, match="with network teacher, not student"):
+        knn(*both, "--checkpoint_key", "student")
+    Path("kept.safetensors").unlink()
+    knn(*both, "--checkpoint_key", "student")
+    assert {p.name for p in folder.glob("*.knn.json")} == {"both.knn.json", "both.student.knn.json"}
+    whole = path.read_bytes()
+    for flags in ([], ["--resume", "none", "--overwrite"]):
+        with pytest.raises(CheckpointError, match="holds teacher.safetensors, of another kind of run"):
+            train(folder, "linear", "--output_dir", str(path.parent), *flags)
+    assert path.read_bytes() == whole
+    train(folder, "linear", "--lr", "0.1", "--epochs", "1")
+    with pytest.raises(CheckpointError, match="holds classifiers that were trained without --quick"):
+        train(folder, "linear", "--quick", "--output_dir", str(path.parent / "teacher.linear"))
+    with pytest.raises(CheckpointError, match="is of another kind of run|was trained with"):
+        train(folder, "finetune", "--output_dir", str(path.parent / "teacher.linear"))
+    for part in ("train", "val"):
+        (folder / "pictures" / part / "class0").rename(folder / "pictures" / part / "zebra")
+    with pytest.raises(CheckpointError, match="was trained with classes .'class0'"):
+        train(folder, "linear", "--lr", "0.1", "--epochs", "1")
+
+
+def test_places_that_cannot_be_written_are_refused_at_once(run, monkeypatch):
+    folder, path, _ = run
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(evaluate, "extract", None)
+    for flags in (["--features", "/proc/f"], ["--output_dir", "/proc"], ["--output_dir", "missing"]):
+        with pytest.raises(DataError, match="nothing can be written there"):
+            evaluate.main(evaluate.parse_args(["knn", "--num_workers", "0", "--device", "cpu", *flags]))
+
+
+def test_one_that_diverges_is_not_in_the_way_of_the_others(run, monkeypatch):
+    folder, path, _ = run
+    monkeypatch.chdir(folder)
+    more = ["--epochs", "12", "--precision", "fp32", "--weight_decay", "10", "--lr", "0.3"]
+    result = train(folder, "linear", *more, "3e38")
+    assert result["lr"] == 0.3
+    train(folder, "linear", *more, "0.3", "--output_dir", str(folder / "alone"), at=folder / "alone")
+    one, two = (load_file(at / "classifier.safetensors") for at in (folder / "alone", path.with_name("teacher.linear")))
+    torch.testing.assert_close(one, two)
+    with pytest.raises(FloatingPointError, match="every classifier of the grid diverged"):
+        train(folder, "linear", "--quick", "--lr", "10", "--weight_decay", "100", "--epochs", "100")
+
+
+def test_signals_are_the_programs_own_again_after_training(run, monkeypatch):
+    folder, _, _ = run
+    monkeypatch.chdir(folder)
+    before = signal.getsignal(signal.SIGTERM)
+    train(folder, "linear", "--lr", "0.1", "--epochs", "1")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_classifier_answers_in_float32(run, monkeypatch):
+    """Under bf16 two classes of a thousand often tie."""
+    folder, _, _ = run
+    monkeypatch.chdir(folder)
+    judge, given = evaluate.judge, []
+    monkeypatch.setattr(evaluate, "judge", lambda logits, *rest, **about: (given.append(logits), judge(
+        logits, *rest, **about)))
+    train(folder, "finetune", "--epochs", "1", "--warmup_epochs", "0", "--precision", "bf16")
+    assert not torch.equal(given[0], given[0].bfloat16().float())
+
+
+def test_unreadable_pictures_are_counted(run, monkeypatch, capsys):
+    folder, _, _ = run
+    monkeypatch.chdir(folder)
+    bad = folder / "pictures" / "val" / "class1" / "01.png"
+    bad.write_bytes(b"bad")
+    (folder / "pictures" / "train" / "class1" / "01.png").write_bytes(b"bad")
+    result = train(folder, "linear", "--lr", "0.1", "--epochs", "4", "--val_freq", "1")
+    assert result["judged"] == 22 and len(result["unreadable"]) == 1
+    assert capsys.readouterr().out.count(f"skipped unreadable picture {bad}") == 1
+    log = [json.loads(line) for line in (folder / "runs/one/teacher.linear/log.jsonl").read_text().splitlines()]
+    assert log[-1]["unreadable"] == 1

@@ -44,7 +44,8 @@ def run(graph, image):
 def expected(model, x, last_layers=1):
     features, attention = model.forward_with_attention(x)
     layers = model.get_intermediate_layers(x, last_layers)
-    return {"features": features, "attention": attention.unflatten(2, [side // model.patch_size for side in x.shape[2:]]),
+    grid = [side // model.patch_size for side in x.shape[2:]]
+    return {"features": features, "attention": attention.unflatten(2, grid),
             "patch_tokens": layers[-1][:, 1:]} | {f"layer_{i + 1}": layer for i, layer in enumerate(layers)}
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from probe import choose, fit, top
+from probe import choose, fit, tenth, top
 
 GRID = [(lr, weight_decay) for lr in (0.003, 0.03, 0.3, 3.0) for weight_decay in (0.0, 1e-4, 1e-2)]
 
@@ -34,7 +34,8 @@ def test_the_best_on_held_out_pictures_is_chosen():
     x, y = clusters(1, 2000)
     best, accuracies = choose(x, y, 8, GRID, epochs=20)
     assert accuracies[best] == max(accuracies) and len(accuracies) == len(GRID)
-    held_out = torch.arange(2000) % 10 == 0
+    held_out = tenth(2000)
+    assert held_out.sum() == 200 and len((torch.arange(2000)[held_out] % 8).unique()) == 8  # labels in turns
     classifiers = fit(x[~held_out], y[~held_out], 8, GRID, epochs=20)
     for g, accuracy in enumerate(accuracies):
         right = classifiers(x[held_out])[g].argmax(dim=1) == y[held_out]
