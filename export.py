@@ -21,6 +21,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before torch is impor
 
     sys.exit(infer.main(sys.argv[2:]))
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -166,12 +167,10 @@ def gate(backbone, path, about, provider="CPUExecutionProvider"):
     Raises:
         ExportError: it is no valid file, runs elsewhere, or gives something else.
     """
-    try:
+    with running(path):
         onnx.checker.check_model(path, full_check=True)
         proto = onnx.load(path)
         session = onnxruntime.InferenceSession(path, providers=[provider])
-    except Exception as error:  # both have errors of their own kinds
-        raise ExportError(f"{path}: no ONNX file that can be run: {' '.join(str(error).split())[:500]}") from None
     if session.get_providers()[0] != provider:
         raise ExportError(f"{path}: ONNX Runtime took {session.get_providers()[0]}, not {provider}")
     found = {item.domain: item.version for item in proto.opset_import}
@@ -187,7 +186,9 @@ def gate(backbone, path, about, provider="CPUExecutionProvider"):
     for batch, (height, width) in itertools.product([about["batch_size"]] if about["batch_size"] else (1, 2, 7), sizes):
         for images, feed in samples(batch, height, width, about, backbone.in_chans, session.get_inputs()[0].type):
             expected = compute(backbone, images, about)
-            for name, output in zip(names, session.run(names, {"image": feed})):
+            with running(path):
+                outputs = session.run(names, {"image": feed})
+            for name, output in zip(names, outputs):
                 output = torch.from_numpy(output).float()
                 if output.shape != expected[name].shape:
                     raise ExportError(f"{path}: {name} is {list(output.shape)} instead of "
@@ -206,6 +207,15 @@ def gate(backbone, path, about, provider="CPUExecutionProvider"):
             *(f"{value.name} {value.type[7:-1]} {value.shape}" for value in session.get_inputs()),
             *("{} {} {}, at most {:.1e} from torch, cosine at least {:.6f}".format(
                 value.name, value.type[7:-1], value.shape, *worst[value.name]) for value in session.get_outputs())]
+
+
+@contextlib.contextmanager
+def running(path):
+    """What ONNX and its runtime raise, which is of many kinds, becomes ExportError."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"{path}: no ONNX file that can be run: {' '.join(str(error).split())[:500]}") from None
 
 
 def samples(batch, height, width, about, channels, kind):
