@@ -22,7 +22,8 @@ def open_model(path, provider="CPUExecutionProvider"):
     session = onnxruntime.InferenceSession(path, providers=[provider])
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"ONNX Runtime took {session.get_providers()[0]}, not {provider}")
-    return session, {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    return session, about
 
 
 def prepare(picture, about):
@@ -67,16 +68,32 @@ def draw(picture, attention):
 
 
 def main(argv):
+    """Exit status: 0, or 2 after one line for what could not be used."""
     if len(argv) < 2:
-        sys.exit("infer.py: takes FILE.onnx PICTURE [PICTURE ...]")
-    session, about = open_model(argv[0])
+        return complain("takes FILE.onnx PICTURE [PICTURE ...]")
+    status = 0
+    try:
+        session, about = open_model(argv[0])
+    except Exception as error:  # of ONNX Runtime's own kinds
+        return complain(f"{argv[0]}: not a file of export.py that can be run here ({error})")
     for path in argv[1:]:
-        picture = prepare(Image.open(path), about)
-        features, attention = infer(session, about, picture)
         output = Path(path).with_suffix(".attention.png")
-        draw(picture, attention).save(output)
-        print(f"{path}: features {list(features.shape)}, attention {list(attention.shape)} -> {output}")
+        try:
+            with Image.open(path) as image:
+                picture = prepare(image, about)
+            features, attention = infer(session, about, picture)
+            draw(picture, attention).save(output)
+        except Exception as error:
+            status = complain(f"{path}: {error}")
+        else:
+            print(f"{path}: features {list(features.shape)}, attention {list(attention.shape)} -> {output}")
+    return status
+
+
+def complain(text):
+    print("infer.py: " + " ".join(text.split())[:500], file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
     ("vit.py", "vit_small/16    21.7 M parameters"), ("dino_loss.py", "ln K = 8.3178"),
     ("augment.py", "equal for equal keys: True"), ("knn.py", "top-1"), ("probe.py", "top-1"),
     ("data.py", "built-in shapes"), ("cli.py", ""),
+    ("precision.py", "bf16: torch.bfloat16"), ("report.py", "skipped unreadable picture a.jpg"),
     ("batches.py", "2 processes, step 1"), ("optim.py", "lars"), ("resume.py", "")])
 def test_runs_alone(tmp_path, name, words):
     shutil.copy(ROOT / name, tmp_path)

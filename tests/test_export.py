@@ -207,3 +207,25 @@ def test_a_folder_with_file_and_picture_is_enough(saved, tmp_path, scene, script
     lit = np.asarray(sheet.convert("L"))[:, side[0]:2 * side[0]].astype(float)  # white where it is largest
     first = (maps.mean(0) if "mean" in flags else maps[0]).numpy()
     assert lit.max() == 255 and np.corrcoef(lit[4::8, 4::8].ravel(), first.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "takes FILE.onnx PICTURE"), (["missing.onnx", "dog.png"], "missing.onnx: not a file of export.py"),
+    (["dog.png", "dog.png"], "dog.png: not a file of export.py"), (["teacher.onnx", "missing.png"], "missing.png"),
+    (["teacher.onnx", "teacher.onnx"], "cannot identify image file")])
+def test_what_cannot_be_used_is_one_line(saved, scene, monkeypatch, capfd, argv, words):
+    monkeypatch.chdir(saved[0].parent)
+    make(saved[0])
+    scene.save("dog.png")
+    onnxruntime.set_default_logger_severity(4)  # it writes lines of its own
+    capfd.readouterr()
+    assert infer.main(argv) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("infer.py: ") and words in lines[0]
+
+
+def test_the_pictures_that_can_be_read_are_not_lost(saved, scene, monkeypatch, capsys):
+    monkeypatch.chdir(saved[0].parent)
+    make(saved[0])
+    scene.save("dog.png")
+    assert infer.main(["teacher.onnx", "missing.png", "dog.png"]) == 2 and Path("dog.attention.png").exists()
