@@ -160,6 +160,14 @@ def test_pictures_are_prepared_as_for_evaluation(scene, size):
     assert whole.size == (size[0] // 8 * 8, size[1] // 8 * 8)
 
 
+def test_pictures_are_turned_as_their_camera_was(scene, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken a quarter turn off
+    scene.save(tmp_path / "turned.png", exif=exif)
+    whole = infer.prepare(Image.open(tmp_path / "turned.png"), dict(patch_size=1, image_size=None))
+    assert np.array_equal(np.asarray(whole), np.rot90(np.asarray(scene), -1))
+
+
 WITHOUT = """
 import runpy, sys
 class Refuse:
