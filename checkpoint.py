@@ -7,6 +7,7 @@ A model file says in its metadata what it is (arch, patch size, image size, norm
 data), so whoever loads it needs no flags. Nothing here unpickles anything but tensors and plain values.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -52,7 +53,7 @@ def load_backbone(path, key=None, say=print):
     Raises:
         CheckpointError: not a checkpoint, damaged, or not the weights of a vision transformer as in vit.py.
     """
-    path = os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
+    path = file_of(path)
     weights, info, found = read_weights(path, key)
     inside, outside = without_prefix(weights)
     ours = standard_names(inside)
@@ -146,6 +147,16 @@ def shapes_of(weights):
     side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
     return dict(img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
                 num_heads=embed_dim // 64, mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim)
+
+
+def sha256(path):
+    """Checksum of a model file, or of the weights in a folder that transformers wrote."""
+    with open(file_of(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_of(path):
+    return os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
 
 
 def newest_model(root="runs"):

@@ -15,7 +15,6 @@ on, and which `--test_only` judges again.
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_loader
-from checkpoint import CheckpointError, load_backbone, newest_model, read_weights, save_model
+from checkpoint import CheckpointError, load_backbone, newest_model, read_weights, save_model, sha256
 from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
@@ -164,7 +163,7 @@ class Subject(NamedTuple):
 
 def open_subject(args):
     rank, world_size, device = cli.start_processes(args.device)
-    ckpt = args.ckpt or newest_model()
+    ckpt = (args.ckpt or newest_model()).rstrip("/")
     backbone, info = load_backbone(ckpt, args.checkpoint_key, print if rank == 0 else lambda text: None)
     if backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
@@ -189,11 +188,6 @@ def open_subject(args):
     if rank == 0:
         print(data.note)
     return Subject(backbone.to(device), info, data, size, origin, device, rank, world_size, set())
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def class_names(data):

@@ -6,7 +6,6 @@
 timm has the names of vit.py, so it needs no table. Everything is written whole or not at all.
 """
 
-import argparse
 import json
 import os
 import re
@@ -90,10 +89,12 @@ def save_transformers(folder, backbone, info, ckpt):
                   hidden_act="gelu", layer_norm_eps=block.norm1.eps, attention_probs_dropout_prob=0.0,
                   hidden_dropout_prob=0.0, dtype="float32")
     preparation = dict(image_processor_type="ViTImageProcessor", do_resize=True, do_rescale=True, do_normalize=True,
-                       size=dict(height=size, width=size), resample=3, rescale_factor=1 / 255,
+                       size=dict(shortest_edge=round(size / 0.875)), do_center_crop=True, resample=3,
+                       crop_size=dict(height=size, width=size), rescale_factor=1 / 255,
                        image_mean=info.get("mean", IMAGENET_MEAN), image_std=info.get("std", IMAGENET_STD))
     os.makedirs(folder, exist_ok=True)
-    for name, values in (("config", config), ("preprocessor_config", preparation)):
+    files = [("config", config)] + [("preprocessor_config", preparation)] * (backbone.in_chans == 3)
+    for name, values in files:
         text = json.dumps(values, indent=1)
         write_whole(os.path.join(folder, f"{name}.json"), lambda path, text=text: Path(path).write_text(text))
     write_whole(os.path.join(folder, "model.safetensors"), lambda path: save_file(theirs, path, {"format": "pt"}))
@@ -105,16 +106,16 @@ def save_dino(path, backbone, info, ckpt):
 
 
 def save_dino_full(path, backbone, info, ckpt):
-    """The released layout of a full checkpoint: student, teacher and centre, without an optimizer.
+    """The released layout of a full checkpoint: student, teacher and centre, without optimizer and flags.
 
     Raises:
         CheckpointError: `ckpt` does not hold both networks, as checkpoint.pth of a run does.
     """
     state = {} if str(ckpt).endswith(".safetensors") else load_state(ckpt)
-    if not all(isinstance(state.get(name), dict) for name in ("student", "teacher", "dino_loss", "progress", "flags")):
+    if not all(isinstance(state.get(name), dict) for name in ("student", "teacher", "dino_loss")):
         raise CheckpointError(f"{ckpt}: holds one network; --format dino_full needs a run's --ckpt checkpoint.pth")
     full = {"student": {f"module.{name}": tensor for name, tensor in state["student"].items()},
-            "teacher": state["teacher"], "dino_loss": state["dino_loss"], "args": argparse.Namespace(**state["flags"])}
+            "teacher": state["teacher"], "dino_loss": state["dino_loss"]}
     write_whole(path, lambda temporary: torch.save(full, temporary))
 
 

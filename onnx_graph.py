@@ -5,8 +5,8 @@
 
 There is no tracing: the graph is written from the formulas of vit.py. q, k and v have a matrix each, with the scale
 of the scores folded into q's; a norm is one LayerNormalization; the position embedding is a constant unless the size
-may vary; of the last block, only what is asked for is computed. TensorRT's parser takes every node of it.
-This file needs torch, numpy and onnx.
+may vary; of the last block, only what is asked for is computed. At a fixed size and opsets 18 to 20 TensorRT's parser
+lists every node of it. This file needs torch, numpy and onnx.
 
 Shapes in this file: B images, H x W pixels, N = H/p * W/p patches, D width.
 """

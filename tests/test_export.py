@@ -81,6 +81,14 @@ def test_everything_at_once(saved, capsys):
     assert (value.shape, value.type) == ([3, 3, 32, 32], "tensor(float16)")
 
 
+def test_other_numbers_of_channels(tmp_path):
+    torch.manual_seed(0)
+    vit = dict(img_size=32, patch_size=8, in_chans=4, embed_dim=64, depth=1, num_heads=2)
+    save_model(tmp_path / "four.safetensors", VisionTransformer(**vit).state_dict(), dict(vit=vit))
+    about = metadata(make(tmp_path / "four.safetensors"))
+    assert about["mean"] is None and about["input"] == "as trained"
+
+
 def test_a_file_that_differs_is_refused(saved, monkeypatch):
     path, _ = saved
     whole = export.write
@@ -136,6 +144,85 @@ def test_check_repeats_the_gate(saved, capsys):
         export.main(export.parse_args(["--check", str(file)]))
 
 
+def test_half_precision_that_is_not_enough_is_found(saved):
+    """On a CPU ONNX Runtime computes a mixed file in float32; on a GPU this one would give NaN."""
+    path, model = saved
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.bias[3] = 5e4
+        model.blocks[1].mlp.fc2.bias[3] = 5e4
+    other = path.with_name("large.safetensors")
+    save_model(other, model.state_dict(), dict(vit=dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)))
+    make(other)
+    with pytest.raises(export.ExportError, match="blocks.1.output leaves the range of half precision"):
+        make(other, "--precision", "mixed", "--output", str(path.with_name("mixed.onnx")))
+    assert not path.with_name("mixed.onnx").exists()
+
+
+def test_half_precision_has_limits_too(saved, monkeypatch):
+    path, _ = saved
+    whole = export.write
+
+    def larger(backbone, *args):
+        other = VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=2).eval()
+        other.load_state_dict(backbone.state_dict())
+        with torch.no_grad():
+            for p in other.norm.parameters():
+                p *= 1.05
+        whole(other, *args)
+
+    monkeypatch.setattr(export, "write", larger)
+    with pytest.raises(export.ExportError, match="features differs from torch by"):
+        make(path, "--precision", "mixed")
+
+
+def test_the_users_pictures_are_compared_on_too(saved, scene, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    scene.save(tmp_path / "pictures" / "a.png")
+    seen, compute = [], export.compute
+    monkeypatch.setattr(export, "compute", lambda backbone, images, about: seen.append(images) or compute(
+        backbone, images, about))
+    make(saved[0], "--pictures", str(tmp_path / "pictures"))
+    about = dict(patch_size=8, image_size=[32, 32])
+    expected = torch.from_numpy(np.asarray(infer.prepare(scene, about)).copy()).permute(2, 0, 1) / 255
+    mean, std = torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    alike = [len(x) for x in seen for picture in x if torch.allclose(picture, (expected - mean) / std, atol=1e-5)]
+    assert sorted(alike) == [1, 2, 2, *[7] * 7]
+    assert sorted({len(x) for x in seen}) == [1, 2, 7]
+
+
+def test_nothing_that_is_there_is_lost(saved):
+    path, _ = saved
+    whole = path.read_bytes()
+    for flags in (["--format", "timm"], []):
+        with pytest.raises(CheckpointError, match="is the model itself"):
+            make(path, *flags, "--output", str(path))
+    with pytest.raises(CheckpointError, match="is a folder"):
+        make(path, "--output", str(path.parent))
+    path.with_suffix(".onnx.tmp").write_text("mine")
+    make(path)
+    assert path.read_bytes() == whole and path.with_suffix(".onnx.tmp").read_text() == "mine"
+
+
+def test_damaged_descriptions_and_models_elsewhere(saved, monkeypatch):
+    path, _ = saved
+    file = make(path)
+    proto = onnx.load(file)
+    for key, value, error in (("precision", "int4", CheckpointError), ("image_size", [32], CheckpointError),
+                              ("mean", [0, 0, 0], export.ExportError), ("outputs", None, CheckpointError)):
+        damaged = onnx.ModelProto()
+        damaged.CopyFrom(proto)
+        next(item for item in damaged.metadata_props if item.key == key).value = json.dumps(value)
+        onnx.save(damaged, file)
+        with pytest.raises(error, match="its description is not one|says mean"):
+            export.main(export.parse_args(["--check", str(file)]))
+    onnx.save(proto, file)
+    monkeypatch.chdir("/")
+    export.main(export.parse_args(["--check", str(file)]))  # it knows where its model is
+    path.rename(path.with_name("gone"))
+    with pytest.raises(CheckpointError, match="which is not there; name its model with --ckpt"):
+        export.main(export.parse_args(["--check", str(file)]))
+
+
 def test_benchmark_says_ratios(saved, capsys):
     make(saved[0], "--benchmark", "--batch_size", "2")
     said = capsys.readouterr().out
@@ -164,8 +251,20 @@ def test_pictures_are_turned_as_their_camera_was(scene, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # taken a quarter turn off
     scene.save(tmp_path / "turned.png", exif=exif)
-    whole = infer.prepare(Image.open(tmp_path / "turned.png"), dict(patch_size=1, image_size=None))
-    assert np.array_equal(np.asarray(whole), np.rot90(np.asarray(scene), -1))
+    whole = infer.prepare(Image.open(tmp_path / "turned.png"), dict(patch_size=2, image_size=None))
+    assert np.array_equal(np.asarray(whole), np.rot90(np.asarray(scene), -1)[:96, :60])
+
+
+def test_odd_pictures(scene):
+    about = dict(patch_size=8, image_size=None)
+    deep = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype("uint16"))
+    grey = np.asarray(infer.prepare(deep, about))[:, :, 0]
+    assert grey.min() == 0 and 254 <= grey.max() <= 255 and abs(grey.mean() - 127.5) < 1
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    assert np.asarray(infer.prepare(clear, about)).min() == 255
+    assert infer.prepare(Image.new("RGB", (4000, 3000)), about).size == (584, 440)  # 4015 patches
+    with pytest.raises(ValueError, match="less than a patch"):
+        infer.prepare(Image.new("RGB", (7, 30)), about)
 
 
 WITHOUT = """
@@ -198,7 +297,7 @@ def test_a_folder_with_file_and_picture_is_enough(saved, tmp_path, scene, script
                             capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "dog.png: features [64], attention [" in result.stdout
-    sheet = Image.open(place / "dog.attention.png")
+    sheet = Image.open(place / "dog.png.attention.png")
     side = (96, 56) if "size" in flags else (32, 32)
     assert sheet.size == (side[0] * (2 if "mean" in flags else 3), side[1])
     session, about = infer.open_model(str(file))
@@ -236,4 +335,4 @@ def test_the_pictures_that_can_be_read_are_not_lost(saved, scene, monkeypatch, c
     monkeypatch.chdir(saved[0].parent)
     make(saved[0])
     scene.save("dog.png")
-    assert infer.main(["teacher.onnx", "missing.png", "dog.png"]) == 2 and Path("dog.attention.png").exists()
+    assert infer.main(["teacher.onnx", "missing.png", "dog.png"]) == 2 and Path("dog.png.attention.png").exists()

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 import export
+from batches import eval_view
 from checkpoint import load_backbone, read_weights, save_model
 from resume import load_state, save_state
 from vit import VisionTransformer
@@ -45,7 +46,7 @@ def test_timm(tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_transformers(tmp_path, capsys):
+def test_transformers(tmp_path, capsys, scene):
     path, model = saved(tmp_path, **SMALL)
     images = torch.randn(2, 3, 32, 32)
     folder = exported(path, "transformers", capsys)
@@ -58,10 +59,17 @@ def test_transformers(tmp_path, capsys):
     torch.testing.assert_close(answer.attentions[-1][:, :, 0, 1:], attention, rtol=0, atol=1e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     assert list(processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_std) == [0.4, 0.5, 0.6]
+    view = processor(scene, return_tensors="pt")["pixel_values"][0]
+    ours = (eval_view(scene, 32) * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+            + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1) - torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1)) \
+        / torch.tensor((0.4, 0.5, 0.6)).view(3, 1, 1)
+    assert (view - ours).abs().mean() < 0.05  # it rounds the longer side otherwise, and shifts by a pixel
     torch.nn.init.normal_(theirs.layernorm.bias)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = load_backbone(tmp_path / "theirs")  # the folder; how wide the heads are is in its config.json
     assert ours.num_heads == 2
+    export.main(export.parse_args(["--ckpt", f"{tmp_path}/theirs/"]))  # such a folder is exported too
+    assert (tmp_path / "theirs.onnx").exists()
     torch.testing.assert_close(ours(images), theirs(images).last_hidden_state[:, 0], rtol=0, atol=1e-5)
 
 
@@ -84,8 +92,8 @@ def test_a_full_checkpoint_in_the_released_layout(tmp_path, capsys):
                 | {"head.last_layer.weight_v": torch.ones(3, 3)} for i, name in enumerate(("student", "teacher"))}
     save_state(tmp_path / "checkpoint.pth", **networks, dino_loss={"center": torch.zeros(1, 3)}, info={"vit": SMALL},
                progress={"step": 7}, flags={"arch": "vit_tiny", "patch_size": 8})
-    full = load_state(exported(tmp_path / "checkpoint.pth", "dino_full", capsys))
-    assert set(full) == {"student", "teacher", "dino_loss", "args"} and full["args"].patch_size == 8
+    full = torch.load(exported(tmp_path / "checkpoint.pth", "dino_full", capsys))  # as the released scripts do
+    assert set(full) == {"student", "teacher", "dino_loss"}
     assert set(full["student"]) == {f"module.{name}" for name in networks["student"]}
     for i, name in enumerate(("student", "teacher")):
         weights = load_state(tmp_path / "checkpoint.dino_full.pth")[name]
