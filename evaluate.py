@@ -456,7 +456,7 @@ def load_classifier(output, origin, classes, subject):
         raise CheckpointError(f"{path}: holds no classifier of {len(classes)} classes")
     head = nn.Linear(weight.shape[1], len(bias))
     head.load_state_dict({"weight": weight, "bias": bias})
-    return head.to(subject.device), info["how"]
+    return head.to(subject.device), info.get("how", {})
 
 
 def judge(logits, labels, classes, output, subject, **about):
