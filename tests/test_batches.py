@@ -50,6 +50,36 @@ def test_workers_that_only_decode_lead_to_the_same_views(tmp_path, scene):
     assert sum(len(messages) for *_, messages in made[0]) == 2 and "3.png" in str(made[0])
 
 
+@pytest.mark.parametrize("kind", [MultiCrop, BatchMultiCrop])
+def test_labels_are_those_of_the_pictures_seen(tmp_path, kind):
+    """The colour of each picture tells its class, also of the one that takes the place of an unreadable one."""
+    for i in range(12):
+        (tmp_path / f"{i % 3}").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), tuple(255 * (i % 3 == channel) for channel in range(3))).save(
+            tmp_path / f"{i % 3}" / f"{i:02}.png")
+    (tmp_path / "0" / "09.png").write_bytes(b"bad")  # the last of its class: the next is another's
+    tree = ImageTree(str(tmp_path))
+    multicrop = kind(16, (0.4, 1), 8, (0.1, 0.4), 0, jitter=0, grey=0, blur=(0, 0, 0), global_number=1)
+    for images, zeros in ((tree, 6), (torch.utils.data.Subset(tree, list(range(11, -1, -1))), 8)):
+        seen = []
+        loader = train_loader(images, multicrop, batch_keys(0, 6, 12, 0, 4), seed=0)
+        for (views,), labels, _ in on_device(loader, multicrop, torch.device("cpu")):
+            assert views.shape == (4, 3, 16, 16)
+            assert torch.equal(views.mean(dim=(2, 3)).argmax(dim=1), labels)
+            seen += labels.tolist()
+        assert len(seen) == 24 and set(seen) == {0, 1, 2} and seen.count(0) == zeros
+
+
+def test_parts_of_a_tree_are_opened_reduced_too(tmp_path, scene):
+    scene.resize((970, 610)).save(tmp_path / "a.jpg")
+    tree = ImageTree(str(tmp_path))
+    part = torch.utils.data.Subset(torch.utils.data.Subset(tree, [0]), [0])
+    multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
+    one, two = (Views(images, multicrop, 0).open(0)[0] for images in (tree, part))
+    assert one.size == two.size and one.width < 970 and one.tobytes() == two.tobytes()
+    assert two.tobytes() != tree[0][0].reduce(970 // one.width).tobytes()  # a JPEG is not decoded whole
+
+
 def test_large_pictures_are_reduced_whether_or_not_a_set_can_open_them_so(tmp_path, scene):
     multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
     multicrop.reduction = lambda width, height: 4 if (width, height) == (970, 610) else 1

@@ -110,6 +110,15 @@ def test_mixing(backbone, batch):
         assert train_step(network, optimizer, NO_SCALER, mixed, shares).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_classifiers_compute_in_float32(backbone, batch):
+    network = Classifiers(Tokens(backbone), 5).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = network(batch[0])
+        features = network.tokens(batch[0])
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits[0], network.heads[0](features.float()), rtol=0, atol=1e-6)
+
+
 def test_fine_tuning_drops_paths_and_frozen_backbones_do_not(backbone, batch):
     backbone.drop_path_rate = 0.5
     outputs = []

@@ -343,6 +343,8 @@ def test_what_was_made_from_something_else_is_refused(run, monkeypatch):
         (folder / "pictures" / part / "class0").rename(folder / "pictures" / part / "zebra")
     with pytest.raises(CheckpointError, match="was trained with classes .'class0'"):
         train(folder, "linear", "--lr", "0.1", "--epochs", "1")
+    with pytest.raises(CheckpointError, match="trained with classes .'class0'"):
+        train(folder, "linear", "--test_only")
 
 
 def test_places_that_cannot_be_written_are_refused_at_once(run, monkeypatch):
