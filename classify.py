@@ -256,9 +256,7 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
             saved_at = time.monotonic()
         if stopped_by and not done:
             stop.restore()
-            report.close()
-            report.say(f"stopped by {stopped_by} after step {step + 1} of {total_steps}, saved in {path}: the same "
-                       f"command goes on" + ", without --resume none --overwrite" * (args.resume == "none"))
+            report.stopped(stopped_by, step + 1, total_steps, path, args.resume)
             return False
     stop.restore()
     report.close()

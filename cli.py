@@ -53,6 +53,13 @@ rate = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 seed = number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to below 2^63")
 
 
+def require_range(parser, args, name, from_zero=False):
+    """End with a parser error unless a flag of two numbers is a range, above 0 or from 0 on."""
+    low, high = getattr(args, name)
+    if low > high or (low == 0 and not from_zero):
+        parser.error(f"--{name} {low} {high} is not a range above 0, lower end first")
+
+
 def boolean(text):
     """An argparse type: true or false, in the usual spellings."""
     if text.lower() not in ("true", "false", "1", "0", "on", "off"):

@@ -78,8 +78,7 @@ def parse_args(argv=None):
             parser.error("--overwrite deletes what was trained and starts anew: say --resume none as well")
         if args.task == "linear" and args.features and not args.quick:
             parser.error("--features keeps what --quick extracts: without it every picture is seen anew in each epoch")
-        if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
-            parser.error(f"--crop_scale {' '.join(map(str, args.crop_scale))} is not a range above 0, lower end first")
+        cli.require_range(parser, args, "crop_scale")
         if getattr(args, "warmup_epochs", 0) > args.epochs and not args.test_only:
             parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     return args
@@ -208,7 +207,7 @@ def place_of(subject, args, ending):
     """Path of what is written about a model file: its name, and what was judged of it, with another ending.
 
     Raises:
-        DataError: nothing can be written there; before hours are spent on it.
+        DataError: k-NN, which makes no folder of its own, can write nothing there; before hours are spent on it.
     """
     file, origin = Path(subject.origin["ckpt"]), subject.origin
     network = f".{args.checkpoint_key}" * (args.checkpoint_key not in (None, "teacher", file.stem))
@@ -408,7 +407,7 @@ def finetune(args):
         weights = {f"backbone.{name}": tensor for name, tensor in tokens.backbone.state_dict().items()}
         save_classifier(output, head, weights, subject, subject.origin, how, classes)
     logits, labels = answers(tokens.eval(), head, subject, args)
-    judge(logits, labels, classes, output, subject, **subject.origin, **how)
+    judge(logits, labels, classes, output, subject, **how)
 
 
 def answers(tokens, head, subject, args):

@@ -39,20 +39,18 @@ import cli
 import infer
 from checkpoint import CheckpointError, load_backbone, newest_model, save_model, sha256
 from cli import natural, positive
-from data import DataError, ImageTree, Shapes, open_rgb
-from foreign import FORMATS, plain_weights
+from data import DataError, ImageTree, Shapes
+from foreign import FORMATS, IMAGENET_MEAN, IMAGENET_STD
 from onnx_graph import build_graph
 from precision import PRECISIONS
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # precision -> largest difference, absolute in fp32 and of the largest value in half, and least cosine
 LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (0.02, 0.9999), "mixed": (0.02, 0.9999)}
 
 
 def save_backbone(path, backbone, info, ckpt):
     """This project's own file without the head: it says itself what it is."""
-    save_model(path, {f"backbone.{name}": tensor for name, tensor in plain_weights(backbone).items()}, info)
+    save_model(path, {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}, info)
 
 
 FORMATS = {"safetensors": (".backbone.safetensors", save_backbone)} | FORMATS
@@ -165,11 +163,11 @@ def write(backbone, path, about):
 
 # ---- the gate ----
 
-def gate(backbone, path, about, files=(), provider="CPUExecutionProvider"):
+def gate(backbone, path, about, pictures=(), provider="CPUExecutionProvider"):
     """Compare a file with the model on noise and pictures, on several batches and sizes.
 
     Args:
-        files: pictures to look at besides those that data.py draws.
+        pictures: RGB images to look at besides those that data.py draws.
 
     Returns:
         lines that say what is in the file, and how far it is from the model.
@@ -180,10 +178,7 @@ def gate(backbone, path, about, files=(), provider="CPUExecutionProvider"):
     with running(path):
         onnx.checker.check_model(path, full_check=True)
         proto = onnx.load(path)
-        with hint(f"if ONNX Runtime {onnxruntime.__version__} does not know opset {about['opset']}, lower --opset"):
-            session = onnxruntime.InferenceSession(path, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise ExportError(f"{path}: ONNX Runtime took {session.get_providers()[0]}, not {provider}")
+    session = open_session(path, provider, about)
     found = {item.domain: item.version for item in proto.opset_import}
     if found != {"": about["opset"]}:
         raise ExportError(f"{path}: written in {found}, not in opset {about['opset']}")
@@ -194,13 +189,15 @@ def gate(backbone, path, about, files=(), provider="CPUExecutionProvider"):
     sizes = [about["image_size"]] if about["image_size"] else [
         (rows * p, cols * p), (rows * p // 2 // p * p + p, cols * p), ((rows + 3) * p, (cols + 1) * p)]
     worst = {name: [0.0, 1.0] for name in names}
+    half = half_precision_session(proto)
     kind, batches = session.get_inputs()[0].type, [about["batch_size"]] if about["batch_size"] else (1, 2, 7)
     for batch, (height, width) in itertools.product(batches, sizes):
-        for images, feed in samples(batch, height, width, about, backbone.in_chans, kind, files):
-            require_range(proto, feed)
+        for images, feed in samples(batch, height, width, about, backbone.in_chans, kind, pictures):
             expected = compute(backbone, images, about)
             with running(path):
                 outputs = session.run(names, {"image": feed})
+            if half:
+                require_range(half, feed)
             for name, output in zip(names, outputs):
                 output = torch.from_numpy(output).float()
                 if output.shape != expected[name].shape:
@@ -223,55 +220,62 @@ def gate(backbone, path, about, files=(), provider="CPUExecutionProvider"):
                 value.name, value.type[7:-1], value.shape, *worst[value.name]) for value in session.get_outputs())]
 
 
-def require_range(proto, feed):
-    """Raise ExportError if a node of half precision leaves its range.
+def half_precision_session(proto):
+    """A session that gives every sum and product of a file in half precision; None for one without such.
 
-    ONNX Runtime on a CPU computes much of such a file in float32, and would not show it; but what is an output is half.
+    ONNX Runtime on a CPU computes much of such a file in float32; but what is an output is half.
     """
-    half = [constant for constant in proto.graph.initializer if constant.data_type == onnx.TensorProto.FLOAT16]
-    if not half:
-        return
-    opened, given = onnx.ModelProto(), {output.name for output in proto.graph.output}
+    if all(constant.data_type != onnx.TensorProto.FLOAT16 for constant in proto.graph.initializer):
+        return None
+    opened = onnx.ModelProto()
     opened.CopyFrom(proto)
     names = [node.output[0] for node in proto.graph.node if node.op_type in ("Add", "MatMul")
-             and node.output[0] not in given and not node.output[0].startswith(("image.", "grid."))]
+             and not node.output[0].startswith(("image.", "grid."))]
+    del opened.graph.output[:]
     opened.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None)
                                for name in names)
-    session = onnxruntime.InferenceSession(opened.SerializeToString(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(opened.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def require_range(session, feed):
+    """Raise ExportError if a node of half_precision_session leaves the range of half precision."""
+    names = [output.name for output in session.get_outputs()]
     for name, value in zip(names, session.run(names, {"image": feed})):
         if not torch.from_numpy(value).isfinite().all():
             raise ExportError(f"{name} leaves the range of half precision: export --precision fp32")
 
 
-@contextlib.contextmanager
-def hint(text):
-    """Append it to whatever goes wrong within."""
-    try:
-        yield
-    except Exception as error:
-        raise ExportError(f"{' '.join(str(error).split())[:300]}; {text}") from None
+def open_session(path, provider, about, settings=None, options=None):
+    """An ONNX Runtime session of a file, on this provider or not at all."""
+    with running(path, f"; if ONNX Runtime {onnxruntime.__version__} does not know opset {about['opset']}, lower "
+                       f"--opset"):
+        session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings or {})])
+    if session.get_providers()[0] != provider:
+        raise ExportError(f"{path}: ONNX Runtime took {session.get_providers()[0]}, not {provider}")
+    return session
 
 
 @contextlib.contextmanager
-def running(path):
+def running(path, hint=""):
     """What ONNX and its runtime raise, which is of many kinds, becomes ExportError."""
     try:
         yield
     except Exception as error:
-        raise ExportError(f"{path}: no ONNX file that can be run: {' '.join(str(error).split())[:500]}") from None
+        text = " ".join(str(error).split())[:300]
+        raise ExportError(f"{path}: no ONNX file that can be run: {text}{hint}") from None
 
 
-def samples(batch, height, width, about, channels, kind, files=()):
+def samples(batch, height, width, about, channels, kind, pictures=()):
     """(normalised images [B, C, H, W] for torch, the same as the file takes them), of noise and of pictures."""
     mean, std = (torch.tensor(about[name] or [0.5] * channels).view(1, -1, 1, 1) for name in ("mean", "std"))
     noise = torch.randint(0, 256, (batch, channels, height, width), generator=torch.Generator().manual_seed(0))
     kinds = [noise.byte()]
     if channels == 3:
         drawn = Shapes("test", batch, max(height, width, 16))
-        opened = [[drawn[i][0] for i in range(batch)], *([open_rgb(file)] * batch for file in files)]
+        several = [[drawn[i][0] for i in range(batch)], *([picture] * batch for picture in pictures)]
         place = {"image_size": [height, width], "patch_size": about["patch_size"]}
-        kinds += [torch.stack([TF.pil_to_tensor(infer.prepare(picture, place)) for picture in several])
-                  for several in opened]
+        kinds += [torch.stack([TF.pil_to_tensor(infer.prepare(picture, place)) for picture in alike])
+                  for alike in several]
     for pixels in kinds:
         images = (pixels / 255 - mean) / std
         feed = pixels if kind == "tensor(uint8)" else images.half() if kind == "tensor(float16)" else images
@@ -298,9 +302,7 @@ def benchmark(backbone, path, about, batch, turns=15):
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow torch's turns
     settings = {"use_tf32": 0} if on_cuda else {}  # as torch in float32
-    session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
-    if session.get_providers()[0] != provider:
-        raise ExportError(f"{path}: ONNX Runtime took {session.get_providers()[0]}, not {provider}")
+    session = open_session(path, provider, about, settings, options)
     height, width = about["image_size"] or [side * backbone.patch_size for side in backbone.grid]
     images, feed = next(samples(batch, height, width, about, backbone.in_chans, session.get_inputs()[0].type))
     precision = "fp16" if on_cuda and about["precision"] != "fp32" else "fp32"
@@ -362,25 +364,30 @@ def main(args):
         print(f"written to {output}")
         return
     temporary = f"{output}.{os.getpid()}.tmp"
-    about, files = describe(backbone, info, ckpt, args), pictures_in(args.pictures)
+    about, pictures = describe(backbone, info, ckpt, args), pictures_in(args.pictures)
     try:
         write(backbone, temporary, about)
-        found = gate(backbone, temporary, about, files)
+        found = gate(backbone, temporary, about, pictures)
         os.replace(temporary, output)
     except ExportError as error:
         raise ExportError(str(error).replace(temporary, output)) from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    print(f"{output}: " + "\n  ".join(found))
-    if args.benchmark:
-        benchmark(backbone, output, about, about["batch_size"] or args.batch_size)
+    tell(output, found, backbone, about, args)
 
 
 def pictures_in(folder):
-    """Paths of the first five pictures below a folder."""
-    images = ImageTree(folder) if folder else None
-    return [os.path.join(images.root, file) for file in images.files[:5]] if images else []
+    """The first five pictures below a folder."""
+    images = ImageTree(folder) if folder else []
+    return [images[i][0] for i in range(min(5, len(images)))]
+
+
+def tell(path, found, backbone, about, args):
+    """Say what the gate found and, if it is asked for, how fast the file is."""
+    print(f"{path}: " + "\n  ".join(found))
+    if args.benchmark:
+        benchmark(backbone, path, about, about["batch_size"] or args.batch_size)
 
 
 def check(args):
@@ -406,9 +413,7 @@ def check(args):
         found = gate(backbone, args.check, about, pictures_in(args.pictures))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{args.check}: its description is not one ({type(error).__name__}: {error})") from None
-    print(f"{args.check}: " + "\n  ".join(found))
-    if args.benchmark:
-        benchmark(backbone, args.check, about, about["batch_size"] or args.batch_size)
+    tell(args.check, found, backbone, about, args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     session, about = open_model("teacher.onnx")
     features, attention = infer(session, about, picture)            # [D], [heads, H/p, W/p] or [H/p, W/p]
 
-The file says itself what it takes; what a picture goes through before is `prepare`, ten lines.
+The file says itself what it takes; what a picture goes through before is `prepare`.
 """
 
 import json

@@ -104,6 +104,12 @@ class Report:
         if self.bar.disable:
             self.say(f"epoch {record['epoch']}  step {record['step'] + 1}/{total_steps}  {line}")
 
+    def stopped(self, signal, steps, total_steps, saved, resume):
+        """The last words of a run that a signal ended: where it was saved, and how it goes on."""
+        self.close()
+        self.say(f"stopped by {signal} after step {steps} of {total_steps}, saved in {saved}: the same command goes on"
+                 + ", without --resume none --overwrite" * (resume == "none"))
+
     def skipped(self, messages):
         """Name each unreadable picture once; every process speaks for the ones it met."""
         for message in set(messages) - self.unreadable:

@@ -133,9 +133,7 @@ def parse_args(argv=None):
         if getattr(args, name) % args.patch_size:
             parser.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
     for name in ("global_crops_scale", "local_crops_scale", "blur_radius"):
-        low, high = getattr(args, name)
-        if low > high or (name != "blur_radius" and low == 0):
-            parser.error(f"--{name} {low} {high} is not a range above 0, lower end first")
+        cli.require_range(parser, args, name, from_zero=name == "blur_radius")
     if args.color_jitter[3] > 0.5:
         parser.error(f"--color_jitter: a hue of {args.color_jitter[3]} is more than half a turn, 0.5")
     if args.warmup_epochs > args.epochs:
@@ -428,10 +426,7 @@ def main(args):
                 or (args.save_every_steps and (step + 1) % args.save_every_steps == 0):
             save()
             if stopped_by:
-                report.close()
-                report.say(f"stopped by {stopped_by} after step {step + 1} of {total_steps}, saved in "
-                           f"{output / 'checkpoint.pth'}: the same command goes on"
-                           + ", without --resume none --overwrite" * (args.resume == "none"))
+                report.stopped(stopped_by, step + 1, total_steps, output / "checkpoint.pth", args.resume)
                 return
             if end_of_epoch:
                 finish_epoch(step + 1)

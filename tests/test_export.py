@@ -89,18 +89,23 @@ def test_other_numbers_of_channels(tmp_path):
     assert about["mean"] is None and about["input"] == "as trained"
 
 
-def test_a_file_that_differs_is_refused(saved, monkeypatch):
-    path, _ = saved
+def write_another(monkeypatch, change):
+    """From here on export.write writes a model whose final norm has been changed."""
     whole = export.write
 
-    def slightly_off(backbone, *args):
+    def write(backbone, *args):
         other = VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=2).eval()
         other.load_state_dict(backbone.state_dict())
         with torch.no_grad():
-            other.norm.bias[0] += 1e-3
+            change(other.norm)
         whole(other, *args)
 
-    monkeypatch.setattr(export, "write", slightly_off)
+    monkeypatch.setattr(export, "write", write)
+
+
+def test_a_file_that_differs_is_refused(saved, monkeypatch):
+    path, _ = saved
+    write_another(monkeypatch, lambda norm: norm.bias[0].add_(1e-3))
     with pytest.raises(export.ExportError, match="features differs from torch by 0.001, cosine 1.0"):
         make(path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -159,20 +164,9 @@ def test_half_precision_that_is_not_enough_is_found(saved):
 
 
 def test_half_precision_has_limits_too(saved, monkeypatch):
-    path, _ = saved
-    whole = export.write
-
-    def larger(backbone, *args):
-        other = VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=2).eval()
-        other.load_state_dict(backbone.state_dict())
-        with torch.no_grad():
-            for p in other.norm.parameters():
-                p *= 1.05
-        whole(other, *args)
-
-    monkeypatch.setattr(export, "write", larger)
+    write_another(monkeypatch, lambda norm: [p.mul_(1.05) for p in norm.parameters()])
     with pytest.raises(export.ExportError, match="features differs from torch by"):
-        make(path, "--precision", "mixed")
+        make(saved[0], "--precision", "mixed")
 
 
 def test_the_users_pictures_are_compared_on_too(saved, scene, tmp_path, monkeypatch):
