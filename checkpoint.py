@@ -76,6 +76,39 @@ def load_backbone(path, key=None, say=print):
     return model.eval(), info | {"vit": sizes, "network": found}
 
 
+def open_backbone(args, say=print):
+    """The backbone of pictures that --ckpt, --checkpoint_key and --untrained name (see cli.add_model_flags).
+
+    Returns:
+        the model in eval mode, its description (see `load_backbone`), and where it comes from, for people and files:
+        {"ckpt": ..., "sha256": ..., "network": ..., "untrained": ...}.
+    """
+    ckpt = (args.ckpt or newest_model()).rstrip("/")
+    backbone, info = load_backbone(ckpt, args.checkpoint_key, say)
+    if backbone.in_chans != 3:
+        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
+    if args.untrained:
+        backbone = untrained(info)
+    return backbone, info, dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained)
+
+
+def untrained(info):
+    """Random weights of the same shapes, the same ones each time."""
+    torch.manual_seed(0)
+    return VisionTransformer(**info["vit"]).eval()
+
+
+def place_beside(origin, key, ending):
+    """Path of what is written about a model file: its name, what was judged of it, and an ending.
+
+    Args:
+        origin, key: see `open_backbone`.
+    """
+    file = Path(origin["ckpt"])
+    network = f".{key}" * (key not in (None, "teacher", file.stem))
+    return file.with_name(f"{file.stem}{network}{'.untrained' * origin['untrained']}.{ending}")
+
+
 def build(sizes, weights):
     """The vision transformer of these sizes with these weights, and those of the weights that it took.
 

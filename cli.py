@@ -67,6 +67,14 @@ def boolean(text):
     return text.lower() in ("true", "1", "on")
 
 
+def add_model_flags(group):
+    """The flags of every command that judges a backbone: --ckpt, --checkpoint_key and --untrained."""
+    group.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
+    group.add_argument("--checkpoint_key", choices=["teacher", "student"],
+                       help="network to take from a full checkpoint (default: teacher)")
+    group.add_argument("--untrained", action="store_true", help="judge random weights of the same shapes instead")
+
+
 def add_machine_flags(group):
     """The flags of every command that runs a network: --device and --num_workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

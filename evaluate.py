@@ -16,7 +16,6 @@ on, and which `--test_only` judges again.
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import re
 import sys
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_loader
-from checkpoint import CheckpointError, load_backbone, newest_model, read_weights, save_model, sha256
+from checkpoint import CheckpointError, load_backbone, open_backbone, place_beside, read_weights, save_model
 from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
@@ -41,8 +40,7 @@ from knn import knn_classifier
 from optim import build_optimizer
 from precision import allow_tf32, autocast, resolve
 from probe import choose, fit, tenth
-from resume import write_whole
-from vit import VisionTransformer
+from resume import write_json
 
 # ---- flags ----
 
@@ -58,10 +56,7 @@ def parse_args(argv=None):
             kwargs |= {"type": type} if type else {}
             add_argument(flag, default=default, help=help + f" (default: {shown})" * (default is not None), **kwargs)
 
-        add("--ckpt", None, "model file (default: teacher.safetensors of the newest run)", nargs="?")
-        add("--checkpoint_key", None, "network to take from a full checkpoint (default: teacher)",
-            choices=["teacher", "student"])
-        add("--untrained", False, "judge random weights of the same shapes instead", action="store_true")
+        cli.add_model_flags(task_parser)
         add("--data_path", None, "labelled pictures, named as for train.py (default: what the newest run was trained "
             "on; the built-in pictures if --ckpt says so)")
         add("--image_size", None, "side of the square that is judged (default: the size the model was trained at)",
@@ -162,28 +157,22 @@ class Subject(NamedTuple):
 
 def open_subject(args):
     rank, world_size, device = cli.start_processes(args.device)
-    ckpt = (args.ckpt or newest_model()).rstrip("/")
-    backbone, info = load_backbone(ckpt, args.checkpoint_key, print if rank == 0 else lambda text: None)
-    if backbone.in_chans != 3:
-        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
+    backbone, info, origin = open_backbone(args, print if rank == 0 else lambda text: None)
     size = args.image_size or backbone.grid[0] * backbone.patch_size
     if size % backbone.patch_size:
         raise DataError(f"--image_size {size} is not a multiple of the model's patch size {backbone.patch_size}")
     data_path = args.data_path or info.get("data_path")
     if not (data_path and isinstance(data_path, str)):
-        raise DataError(f"{ckpt} does not say what it was trained on: name labelled pictures with --data_path")
+        raise DataError(f"{origin['ckpt']} does not say what it was trained on: name labelled pictures with "
+                        f"--data_path")
     if args.ckpt and not args.data_path and not re.fullmatch(r"shapes(:\d+)?", data_path):
-        raise DataError(f"{ckpt} says that it was trained on {data_path}; what a file names is opened when you name it "
-                        f"too: --data_path {data_path}")
+        raise DataError(f"{origin['ckpt']} says that it was trained on {data_path}; what a file names is opened when "
+                        f"you name it too: --data_path {data_path}")
     data = cli.rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
     if data.queries is None:
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
     cli.require_same("labelled pictures:", (len(data.bank), len(data.queries)))
-    if args.untrained:
-        torch.manual_seed(0)
-        backbone = VisionTransformer(**info["vit"]).eval()
-    origin = dict(ckpt=str(ckpt), sha256=sha256(ckpt), network=info["network"], untrained=args.untrained,
-                  data_path=data.path, pictures=[len(data.bank), len(data.queries)], image_size=size)
+    origin |= dict(data_path=data.path, pictures=[len(data.bank), len(data.queries)], image_size=size)
     if rank == 0:
         print(data.note)
     return Subject(backbone.to(device), info, data, size, origin, device, rank, world_size, set())
@@ -209,9 +198,7 @@ def place_of(subject, args, ending):
     Raises:
         DataError: k-NN, which makes no folder of its own, can write nothing there; before hours are spent on it.
     """
-    file, origin = Path(subject.origin["ckpt"]), subject.origin
-    network = f".{args.checkpoint_key}" * (args.checkpoint_key not in (None, "teacher", file.stem))
-    path = file.with_name(f"{file.stem}{network}{'.untrained' * origin['untrained']}.{ending}")
+    path = place_beside(subject.origin, args.checkpoint_key, ending)
     if args.task != "knn":
         return Path(args.output_dir or path)
     path = Path(args.output_dir or path.parent) / path.name
@@ -261,8 +248,7 @@ def features_of(subject, model, args, origin):
 
 
 def write_result(path, subject, **result):
-    text = json.dumps(subject.origin | result | {"unreadable": sorted(subject.unreadable)}, indent=1)
-    write_whole(path, lambda temporary: Path(temporary).write_text(text))
+    write_json(path, subject.origin | result | {"unreadable": sorted(subject.unreadable)})
     subject.say(f"written to {path}")
 
 

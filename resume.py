@@ -10,6 +10,7 @@ plain values, and checksums are checked, which torch.load does not. This file ne
 import argparse
 import contextlib
 import errno
+import json
 import os
 import warnings
 import zipfile
@@ -109,6 +110,11 @@ def write_whole(path, write, keep=1):
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)  # the renaming too
         os.close(folder)
+
+
+def write_json(path, content):
+    """Write plain values so that there is always a whole file, see `write_whole`."""
+    write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
 
 
 def tensors_in(state, name="state"):

@@ -1,0 +1,164 @@
+"""Pictures and videos with masks: the layouts of VOC2012 and DAVIS, and the built-in shapes.
+
+    for item in open_masked("/data/VOC2012"): image, objects, void = item       # or "shapes", or a folder of DAVIS
+    for name, frames in find_sequences("/data/DAVIS").items(): mask = mask_of(frames[0])
+    values, palette, void = read_mask(mask, (854, 480))
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from data import DataError, Unreadable, decoding, open_data, open_rgb
+
+VOID = 255  # in a mask with a palette: pixels that nobody labelled
+
+
+class Masked(torch.utils.data.Dataset):
+    """Pictures with masks: RGB [3, H, W] in [0, 1], objects bool [O, H, W], unlabelled pixels bool [H, W].
+
+    In place of one that cannot be used there is the message that says why.
+    """
+
+    def __init__(self, entries, read):
+        self.entries, self.read = entries, read
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        try:
+            return self.read(self.entries[i])
+        except Unreadable as error:
+            return str(error)
+
+
+def open_masked(data_path, at_most=None):
+    """The pictures with masks that a name or a folder holds: shapes[:PIXELS], VOC2012, or the frames of DAVIS.
+
+    Args:
+        at_most: no more than these, evenly spread.
+
+    Raises:
+        DataError: nothing of these is there.
+    """
+    if not os.path.exists(data_path) and data_path.partition(":")[0] == "shapes":
+        shapes = open_data(data_path).queries
+        entries, read = range(len(shapes)), partial(read_shape, shapes)
+    else:
+        entries, read = voc_files(data_path) or davis_files(data_path), read_files
+    step = -(-len(entries) // (at_most or len(entries)))
+    return Masked(entries[::step], read)
+
+
+def voc_files(data_path):
+    """(picture, mask) of VOC's validation part; None if the folder has another layout."""
+    for root in (Path(data_path), Path(data_path, "VOC2012"), Path(data_path, "VOCdevkit", "VOC2012")):
+        if (root / "SegmentationClass").is_dir():
+            return [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
+                    for name in names_in(root / "ImageSets" / "Segmentation" / "val.txt")]
+    return None
+
+
+def davis_files(data_path):
+    """(frame, mask) of all frames that have one."""
+    frames = [frame for frames in find_sequences(data_path).values() for frame in frames]
+    pairs = [(frame, mask_of(frame)) for frame in frames if mask_of(frame).is_file()]
+    if not pairs:
+        raise DataError(f"{data_path}: none of its {len(frames)} frames has a mask; the first of them would be "
+                        f"{mask_of(frames[0])}")
+    return pairs
+
+
+def read_shape(shapes, i):
+    image, mask = shapes.render(i)
+    return TF.to_tensor(image), mask[None], torch.zeros_like(mask)
+
+
+def read_files(files):
+    """A picture and its mask, each value of which is an object, or in VOC a class of objects."""
+    image = open_rgb(files[0])
+    values, _, void = read_mask(files[1], image.size)
+    found = np.unique(values[values > 0])
+    if not len(found):
+        raise Unreadable(f"{files[1]}: holds no object")
+    return TF.to_tensor(image), torch.from_numpy(values == found[:, None, None]), torch.from_numpy(void)
+
+
+def read_mask(path, size):
+    """A mask as it is stored: object numbers uint8 [H, W], palette, and unlabelled pixels bool [H, W], which are 0.
+
+    Args:
+        size: (width, height) that it must have, pixels.
+
+    Raises:
+        Unreadable: no mask of that size is there.
+    """
+    with decoding(str(path)):
+        if not path.is_file():
+            raise ValueError("no such file")
+        with Image.open(path) as image:
+            indexed = image.mode == "P"
+            palette = image.getpalette() if indexed else [level for level in range(256) for _ in "RGB"]
+            values = np.array(image if indexed else image.convert("L"))
+        height, width = values.shape
+        if (width, height) != size:
+            raise ValueError(f"the mask is {width} x {height} pixels, its picture {size[0]} x {size[1]}")
+    void = (values == VOID) & indexed
+    values[void] = 0
+    return values, palette, void
+
+
+def save_mask(path, values, palette):
+    """Write object numbers [H, W] as DAVIS does, an indexed PNG."""
+    image = Image.fromarray(values.astype(np.uint8))
+    image.putpalette(palette)
+    image.save(path)
+
+
+def names_in(path):
+    """The first word of each line of a list.
+
+    Raises:
+        DataError: there is none.
+    """
+    names = [line.split()[0] for line in path.read_text(errors="replace").splitlines() if line.strip()] \
+        if path.is_file() else []
+    if not names:
+        raise DataError(f"{path}: expected a list of names")
+    return names
+
+
+def find_sequences(root, names=None):
+    """{name: paths of its frames in order}: all of a folder in the layout of DAVIS, or those named.
+
+    Raises:
+        DataError: there is no such layout, or no sequence of a name.
+    """
+    folders = [path for name in ("480p", "Full-Resolution") if (path := Path(root, "JPEGImages", name)).is_dir()]
+    if not folders:
+        raise DataError(f"{root}: expected JPEGImages/480p/SEQUENCE/FRAME.jpg and Annotations/480p/SEQUENCE/FRAME.png"
+                        + "; there is no such folder" * (not os.path.isdir(root)))
+    names = names or sorted(path.name for path in folders[0].iterdir() if path.is_dir())
+    sequences = {name: sorted(folders[0].joinpath(name).glob("*.jpg")) for name in names}
+    empty = [name for name, frames in sequences.items() if not frames]
+    if empty or not sequences:
+        raise DataError(f"{folders[0]}: no frames (*.jpg) {'in ' + ', '.join(empty[:5]) if empty else 'below it'}")
+    return sequences
+
+
+def mask_of(frame):
+    """Where the layout of DAVIS keeps the mask of a frame."""
+    resolution, sequence, _ = frame.parts[-3:]
+    return frame.parents[3] / "Annotations" / resolution / sequence / f"{frame.stem}.png"
+
+
+if __name__ == "__main__":
+    pictures = open_masked("shapes", at_most=4)
+    for image, objects, _ in map(pictures.__getitem__, range(len(pictures))):
+        print(f"picture {list(image.shape)}, {len(objects)} object on {objects.float().mean():.0%} of it")

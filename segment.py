@@ -1,0 +1,264 @@
+"""What attention and patch features segment, without having learnt to: the paper's emergent properties.
+
+    python segment.py masks                                     # attention of the newest run, on the built-in pictures
+    python segment.py masks --ckpt dino_deitsmall16_pretrain.pth --data_path /data/VOC2012
+    python segment.py video --ckpt dino_deitsmall16_pretrain.pth --data_path /data/DAVIS
+
+`masks` overlaps the patches that get most of the last block's CLS attention with the objects of each picture, and
+says the same of random weights; the figures go into NAME.masks.json beside the model file. `video` carries the masks
+of a first frame through the video, writes them as DAVIS wants them, NAME.video/SEQUENCE/FRAME.png, and judges them by
+its rules; the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+import cli
+from augment import IMAGENET_MEAN, IMAGENET_STD
+from checkpoint import CheckpointError, open_backbone, place_beside, untrained
+from cli import natural, positive, positive_float, share
+from data import DataError, Unreadable, open_rgb
+from mask_data import find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
+from masks import boundary_f, jaccard, keep_mass, over_time
+from precision import allow_tf32, autocast
+from propagate import decide, follow, one_hot
+from resume import write_json
+
+
+def parse_args(argv=None):
+    parser = cli.parser("segment.py", __doc__)
+    tasks = parser.add_subparsers(prog="segment.py", dest="task", required=True, metavar="TASK")
+    subs = {name: tasks.add_parser(name, help=task.__doc__, description=task.__doc__, usage=argparse.SUPPRESS,
+                                   allow_abbrev=False) for name, task in TASKS.items()}
+    add = subs["masks"].add_argument
+    cli.add_model_flags(subs["masks"])
+    add("--data_path", default="shapes", help="shapes[:PIXELS], a folder in the layout of VOC2012, or one in that of "
+        "DAVIS, whose frames are taken as pictures (default: shapes)")
+    add("--image_size", type=positive, metavar="PIXELS", help="shorter side of a picture (default: 480 for a model "
+        "trained at 224, and in proportion)")
+    add("--mass", type=share, default=0.6, metavar="X", help="share of the attention that a mask keeps (default: 0.6)")
+    add("--pictures", type=positive, metavar="N", help="at most so many, evenly spread (default: all)")
+    add("--output_dir", metavar="DIR", help="folder for NAME.masks.json (default: that of the model file)")
+
+    add = subs["video"].add_argument
+    cli.add_model_flags(subs["video"])
+    add("--data_path", required=True, metavar="DIR", help="with JPEGImages/480p/SEQUENCE/FRAME.jpg and "
+        "Annotations/480p/SEQUENCE/FRAME.png, of the first frame at least")
+    add("--sequences", nargs="+", metavar="NAME", help="(default: those of ImageSets/2017/val.txt, or all)")
+    add("--image_size", type=positive, default=480, metavar="PIXELS", help="shorter side of a frame (default: 480)")
+    add("--n_last_frames", type=natural, default=7, metavar="N",
+        help="frames that labels come from, besides the first (default: 7)")
+    add("--size_mask_neighborhood", type=natural, default=12, metavar="N",
+        help="patches that an object may move in each direction, 0 for any (default: 12)")
+    add("--topk", type=positive, default=5, metavar="K", help="patches that each takes its label from (default: 5)")
+    add("--temperature", type=positive_float, default=0.1, metavar="T", help="of their weights (default: 0.1)")
+    add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the backbone (default: fp32)")
+    add("--output_dir", metavar="DIR", help="folder for the masks (default: NAME.video beside the model file)")
+    for sub in subs.values():
+        cli.add_machine_flags(sub)
+    return parser.parse_args(argv)
+
+
+# ---- masks of attention ----
+
+def masks(args):
+    """Jaccard of the thresholded CLS attention: the best head for each object, the heads' mean, random weights."""
+    pictures = open_masked(args.data_path, args.pictures)
+    model, info, origin = open_backbone(args)
+    p = model.patch_size
+    shorter = args.image_size or round(480 / 224 * model.grid[0]) * p
+    path = place_beside(origin, args.checkpoint_key, "masks.json")
+    path = Path(args.output_dir or path.parent) / path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    models = {"untrained" if args.untrained else "trained": model.to(args.device)}
+    models.setdefault("untrained", untrained(info).to(args.device))
+    scores, left_out = {name: [] for name in models}, []
+    loader = torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=args.num_workers)
+    for item in tqdm(loader, unit="img", leave=False, disable=not sys.stderr.isatty()):
+        if isinstance(item, str):
+            left_out.append(item)
+            continue
+        image, objects, void = item
+        H, W = image.shape[1:]
+        rows, cols = (max(1, round(side * shorter / min(H, W) / p)) for side in (H, W))
+        x = TF.resize(image, [rows * p, cols * p], TF.InterpolationMode.BICUBIC)
+        x = TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD)[None].to(args.device)
+        for name, network in models.items():
+            scores[name].append(overlap(network, x, objects.to(args.device), void.to(args.device), args.mass))
+    count = len(pictures) - len(left_out)
+    if not count:
+        raise DataError(f"{args.data_path}: no picture with its mask can be used; the last: {left_out[-1]}")
+    table = {name: torch.stack(rows).mean(dim=0).mul(100).tolist() for name, rows in scores.items()}
+    print(f"Jaccard of {args.mass:.0%} of the attention and the objects of {count} pictures, shorter side {shorter} "
+          f"pixels\n{'':12}best head  mean of heads   each head")
+    for name, (best, mean, *heads) in table.items():
+        print(f"{name:12}{best:9.1f}  {mean:13.1f}   {' '.join(f'{head:.1f}' for head in heads)}")
+    write_json(path, origin | dict(
+        data_path=args.data_path, image_size=shorter, mass=args.mass, pictures=count, left_out=left_out,
+        jaccard={name: dict(best_head=row[0], mean_of_heads=row[1], heads=row[2:]) for name, row in table.items()}))
+    print(f"written to {path}")
+    if left_out:
+        raise DataError(f"{len(left_out)} of {len(pictures)} pictures were left out; the first: {left_out[0]}")
+
+
+@torch.no_grad()
+def overlap(model, x, objects, void, mass):
+    """Jaccard of a picture's attention and its objects: the best head for each, the mean of heads, and each head.
+
+    Args:
+        x: the picture, [1, 3, h*p, w*p].
+        objects, void: bool [O, H, W] and [H, W], of the picture at any size.
+
+    Returns:
+        float64 [2 + heads], means over the objects.
+    """
+    attention = model.forward_with_attention(x)[1][0]  # [heads, N]
+    attention = torch.cat((attention, attention.mean(dim=0, keepdim=True)))
+    kept = keep_mass(attention, mass).view(1, len(attention), x.shape[-2] // model.patch_size, -1)
+    kept = F.interpolate(kept.float(), size=objects.shape[-2:], mode="nearest-exact")[0] > 0
+    *heads, mean = (jaccard(mask, objects, void) for mask in kept)  # [O] each
+    heads = torch.stack(heads)
+    return torch.cat((torch.stack((heads.amax(dim=0), mean)), heads)).mean(dim=1).cpu()
+
+
+# ---- objects of a video ----
+
+def video(args):
+    """Objects of a first frame followed through the video by patch features, and their J and F."""
+    listed = Path(args.data_path, "ImageSets", "2017", "val.txt")
+    names = args.sequences or (names_in(listed) if listed.is_file() else None)
+    sequences = find_sequences(args.data_path, names)
+    model, _, origin = open_backbone(args)
+    model.to(args.device)
+    allow_tf32(args.precision)
+    output = Path(args.output_dir or place_beside(origin, args.checkpoint_key, "video"))
+    output.mkdir(parents=True, exist_ok=True)
+    flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
+    origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}
+    scores, failed = scores_before(output / "result.json", origin, sequences), []
+    if scores:
+        print(f"{output} has {len(scores)} of {len(sequences)} sequences already")
+    to_do = {name: frames for name, frames in sequences.items() if name not in scores}
+    with tqdm(total=sum(map(len, to_do.values())), unit="frame", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for name, frames in to_do.items():
+            bar.set_description(name)
+            try:
+                scores[name] = follow_sequence(model, frames, output / name, args, bar)
+            except Unreadable as error:
+                failed.append(str(error))
+                tqdm.write(f"{name}: left out, {error}")
+                continue
+            tqdm.write(f"{name}: {score_line(scores[name].values())}")
+            write_json(output / "result.json", origin | {"sequences": scores})
+    objects = [score for by_object in scores.values() for score in by_object.values()]
+    print(f"{len(scores)} sequences with {len(objects)} objects: {score_line(objects)}\nmasks and result.json are in "
+          f"{output}")
+    if failed:
+        raise DataError(f"{len(failed)} of {len(sequences)} sequences could not be followed to their end; the first: "
+                        f"{failed[0]}")
+
+
+def scores_before(path, origin, sequences):
+    """What a command with the same flags has already found of these sequences."""
+    try:
+        result = json.loads(path.read_text())
+        if all(result[name] == value for name, value in origin.items() if name != "ckpt"):
+            return {name: result["sequences"][name] for name in sequences if name in result["sequences"]}
+    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged
+        pass
+    return {}
+
+
+def follow_sequence(model, frames, folder, args, bar):
+    """Write the mask of each frame into a folder: {object: {"J": ..., "F": ...}}, empty without masks to judge by.
+
+    Raises:
+        Unreadable: a frame or a mask cannot be used; the masks of the frames before it are written.
+    """
+    size, p = open_rgb(frames[0]).size, model.patch_size
+    values, palette, _ = read_mask(mask_of(frames[0]), size)
+    classes = np.unique(np.append(values, 0))  # object numbers; class 0 is the ground
+    rows, cols = grid_of(*size, args.image_size, p)
+    first = one_hot(torch.from_numpy(np.searchsorted(classes, values)), len(classes), rows, cols).to(args.device)
+    features = (patch_features(model, read_frame(frame, size, rows * p, cols * p), args) for frame in frames)
+    folder.mkdir(exist_ok=True)
+    save_mask(folder / f"{frames[0].stem}.png", values, palette)
+    found = {}
+    for frame, labels in zip(frames[1:], follow(features, first, args.n_last_frames, args.topk,
+                                                args.size_mask_neighborhood, args.temperature)):
+        mask = Image.fromarray(decide(labels, rows * p, cols * p).byte().cpu().numpy())
+        found[frame] = classes[np.asarray(mask.resize(size, Image.Resampling.NEAREST))]
+        save_mask(folder / f"{frame.stem}.png", found[frame], palette)
+        bar.update()
+    return judge(found, size)
+
+
+def grid_of(width, height, shorter, p):
+    """Rows and columns of patches for a frame: its longer side is cut to a multiple of 64 pixels, as was published."""
+    step = 64 if 64 % p == 0 else p
+    short, long = shorter // p, max(width, height) * shorter // min(width, height) // step * step // p
+    if not short or not long:
+        raise DataError(f"--image_size {shorter}: less than a patch of a frame of {width} x {height} pixels")
+    return (short, long) if height <= width else (long, short)
+
+
+def read_frame(path, size, height, width):
+    """A frame of `size` pixels -> [1, 3, height, width], bilinear without antialiasing, as was published."""
+    image = open_rgb(path)
+    if image.size != size:
+        raise Unreadable(f"{path}: {image.width} x {image.height} pixels, the first frame has {size[0]} x {size[1]}")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, size=(height, width), mode="bilinear").round()
+    return TF.normalize(pixels / 255, IMAGENET_MEAN, IMAGENET_STD)
+
+
+@torch.no_grad()
+def patch_features(model, image, args):
+    """Image [1, 3, H, W] -> the last block's patch tokens [H/p, W/p, D]."""
+    with autocast(torch.device(args.device), args.precision):
+        tokens = model.get_intermediate_layers(image.to(args.device))[0][0, 1:]
+    return tokens.unflatten(0, (image.shape[-2] // model.patch_size, -1))
+
+
+def judge(found, size):
+    """J and F over time of each object, on the frames that have masks but the last (and the first), as DAVIS does."""
+    truths = {frame: read_mask(mask_of(frame), size) for frame in list(found)[:-1] if mask_of(frame).is_file()}
+    result = {}
+    for number in sorted(set().union(*(np.unique(values).tolist() for values, _, _ in truths.values())) - {0}):
+        triples = [[torch.from_numpy(mask) for mask in (found[frame] == number, values == number, void)]
+                   for frame, (values, _, void) in truths.items()]
+        result[str(number)] = {name: over_time(torch.stack([measure(*triple) for triple in triples]))
+                               for name, measure in (("J", jaccard), ("F", boundary_f))}
+    return result
+
+
+def score_line(scores):
+    """Means of J and F over objects, percent; J&F is the mean of both."""
+    if not scores:
+        return "no masks to judge by"
+    means = {name: {of: 100 * sum(score[name][of] for score in scores) / len(scores)
+                    for of in ("mean", "recall", "decay")} for name in ("J", "F")}
+    return f"J&F {(means['J']['mean'] + means['F']['mean']) / 2:.1f}, " + ", ".join(
+        "{} {mean:.1f} (recall {recall:.1f}, decay {decay:.1f})".format(name, **values)
+        for name, values in means.items())
+
+
+TASKS = {"masks": masks, "video": video}
+
+
+def main(args):
+    TASKS[args.task](args)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args, DataError, CheckpointError)
