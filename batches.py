@@ -159,10 +159,10 @@ def eval_view(image, height, width=None):
 
 
 class EvalViews(torch.utils.data.Dataset):
-    """The centre view of each picture: index -> ([3, size, size], label, index), or (None, reason, index)."""
+    """One view of each picture: index -> (view, label, index), or (None, reason, index)."""
 
-    def __init__(self, images, size):
-        self.images, self.size = images, size
+    def __init__(self, images, size, view):
+        self.images, self.size, self.view = images, size, view
 
     def __len__(self):
         return len(self.images)
@@ -172,7 +172,7 @@ class EvalViews(torch.utils.data.Dataset):
             image, label = self.images[index]
         except OSError as error:
             return None, str(error), index
-        return eval_view(image, self.size), label, index
+        return self.view(image, self.size), label, index
 
 
 def collate_readable(samples):
@@ -184,9 +184,13 @@ def collate_readable(samples):
     return views, labels, indices, [reason for view, reason, _ in samples if view is None]
 
 
-def eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1):
-    """Batches of centre views, each picture on one of the processes: (images, labels, indices, unreadable)."""
-    share = torch.utils.data.Subset(EvalViews(images, size), range(rank, len(images), world_size))
+def eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1, view=eval_view):
+    """Batches of views, each picture on one of the processes: (images, labels, indices, unreadable).
+
+    Args:
+        view: (RGB image, size) -> [3, H, W]; the centre view if it is not given.
+    """
+    share = torch.utils.data.Subset(EvalViews(images, size, view), range(rank, len(images), world_size))
     return torch.utils.data.DataLoader(share, batch_size, num_workers=num_workers, collate_fn=collate_readable,
                                        pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals)
 

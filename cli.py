@@ -136,6 +136,10 @@ def several_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first_process():
+    return not several_processes() or dist.get_rank() == 0
+
+
 def rank_zero_first(make):
     """Call `make` on rank 0 and then on the others, so that a download is made once."""
     waits = several_processes() and dist.get_rank() > 0

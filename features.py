@@ -17,6 +17,14 @@ from resume import CheckpointError, write_whole
 LABELS = {"bank": "bank_labels", "queries": "query_labels"}  # names of each part and of its labels
 
 
+class NothingReadable(OSError):
+    """No picture of a loader can be read; its messages on them are in `unreadable`."""
+
+    def __init__(self, unreadable):
+        super().__init__(f"no picture could be read, the last: {unreadable[-1]}" if unreadable else "no pictures")
+        self.unreadable = unreadable
+
+
 @torch.no_grad()
 def extract_features(model, loader, device="cpu", progress=None):
     """Features of all pictures of a loader, in the order of their index.
@@ -29,6 +37,9 @@ def extract_features(model, loader, device="cpu", progress=None):
 
     Returns:
         features [M, D] float32, labels [M] int64, unreadable (list of messages); the same on every process.
+
+    Raises:
+        NothingReadable: on every process.
     """
     features, unreadable = [], []
     labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
@@ -47,7 +58,7 @@ def extract_features(model, loader, device="cpu", progress=None):
         dist.all_gather_object(parts, part)
     unreadable = [message for *_, bad in parts for message in bad]
     if all(f is None for f, *_ in parts):
-        raise OSError(f"no picture could be read, the last: {unreadable[-1]}" if unreadable else "no pictures")
+        raise NothingReadable(unreadable)
     order = torch.cat([i for _, _, i, _ in parts]).argsort()
     features = torch.cat([f for f, *_ in parts if f is not None])
     return features[order], torch.cat([y for _, y, *_ in parts])[order], unreadable
