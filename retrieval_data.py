@@ -87,9 +87,10 @@ def read_landmarks(path):
 class PlainUnpickler(pickle.Unpickler):
     """Takes plain values and numpy arrays alone: a pickle that asks for more could run anything."""
 
-    NUMPY = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
+    ALLOWED = {"numpy": ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"), "_codecs": ("encode",),
+               "builtins": ("bytes",), "__builtin__": ("bytes",)}  # the last ones are how Python 2 pickled arrays
 
     def find_class(self, module, name):
-        if (module.partition(".")[0] == "numpy" and name in self.NUMPY) or (module, name) == ("_codecs", "encode"):
+        if name in self.ALLOWED.get(module.partition(".")[0], ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"asks for {module}.{name}")

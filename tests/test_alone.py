@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("name, words", [
     ("vit.py", "vit_small/16    21.7 M parameters"), ("dino_loss.py", "ln K = 8.3178"),
     ("augment.py", "equal for equal keys: True"), ("knn.py", "top-1"), ("probe.py", "top-1"),
+    ("masks.py", "0.854"), ("propagate.py", "columns 2 to 9, 100.0%"), ("ranking.py", "1.00  1.00  1.00  1.00"),
+    ("descriptor.py", "whitened: variances"), ("sheet.py", "three pictures in two columns"),
     ("data.py", "built-in shapes"), ("cli.py", ""),
     ("precision.py", "bf16: torch.bfloat16"), ("report.py", "skipped unreadable picture a.jpg"),
     ("batches.py", "2 processes, step 1"), ("optim.py", "lars"), ("resume.py", "")])

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 import cli
 import evaluate
 import export
+import retrieve
+import segment
 import train
 from checkpoint import save_model
 from data import DataError
@@ -70,6 +72,12 @@ def mistakes(tmp_path):
     (tmp_path / "bombs" / "a.png").write_bytes(b"P6 60000 60000 255\n")
     (tmp_path / "lines").mkdir()
     Image.new("RGB", (3000, 1)).save(tmp_path / "lines" / "a.png")
+    (tmp_path / "voc" / "SegmentationClass").mkdir(parents=True)
+    (tmp_path / "davis" / "JPEGImages" / "480p" / "cat").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (40, 40)).save(tmp_path / "davis" / "JPEGImages" / "480p" / "cat" / f"{i}.jpg")
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "truth" / "gnd_x.pkl").write_bytes(b"cos\nsystem\n(S'echo broken'\ntR.")
     (tmp_path / "model_only").mkdir()
     (tmp_path / "model_only" / "teacher.safetensors").write_bytes(b"weeks of work")
     return tmp_path
@@ -80,7 +88,8 @@ def contents(folder):
 
 
 SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, evaluate.parse_args),
-           "export": (export.main, export.parse_args)}
+           "export": (export.main, export.parse_args), "segment": (segment.main, segment.parse_args),
+           "retrieve": (retrieve.main, retrieve.parse_args)}
 
 
 @pytest.mark.parametrize("command, words", [
@@ -183,6 +192,29 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("export --ckpt {}/good.safetensors --output {}/no/such/folder.onnx", "folder.onnx"),
     ("export --ckpt {}/good.safetensors --output /proc/model.onnx", "/proc/model.onnx"),
     ("export --ckpt {}/nan.pth", "norm.bias holds NaN or infinity"),
+    ("segment", "the following arguments are required: TASK"),
+    ("segment masks --mass 2", "--mass: '2' is not a number from 0 to 1"),
+    ("segment masks", "no trained model below runs/"),
+    ("segment masks --ckpt {}/grey.safetensors", "takes 1 channels"),
+    ("segment masks --ckpt {}/good.safetensors --data_path shapes:7", "shapes:7: the side of the pictures"),
+    ("segment masks --ckpt {}/good.safetensors --data_path {}/missing", "there is no such folder"),
+    ("segment masks --ckpt {}/good.safetensors --data_path {}/few", "few: expected JPEGImages/480p/SEQUENCE/FRAME.jpg"),
+    ("segment masks --ckpt {}/good.safetensors --data_path {}/voc", "val.txt: expected a list of names"),
+    ("segment masks --ckpt {}/good.safetensors --data_path {}/davis", "none of its 2 frames has a mask"),
+    ("segment video --ckpt {}/good.safetensors", "the following arguments are required: --data_path"),
+    ("segment video --ckpt {}/good.safetensors --data_path {}/few", "few: expected JPEGImages/480p/SEQUENCE/FRAME.jpg"),
+    ("segment video --ckpt {}/good.safetensors --data_path {}/davis --sequences cat dog", "no frames (*.jpg) in dog"),
+    ("segment video --ckpt {}/good.safetensors --data_path {}/davis --topk 0", "'0' is not a whole number above 0"),
+    ("segment video --ckpt {}/good.safetensors --data_path {}/davis --output_dir /proc/here", "/proc/here"),
+    ("retrieve search --ckpt {}/good.safetensors --data_path {}/few", "the following arguments are required: query"),
+    ("retrieve search --ckpt {}/good.safetensors --data_path {}/empty {}/few/0.png", "empty: no picture found"),
+    ("retrieve search --ckpt {}/good.safetensors --data_path {}/few {}/few/0.png --output_dir /proc/x", "/proc/x"),
+    ("retrieve search --ckpt {}/good.safetensors --data_path {}/few {}/few/0.png --image_size 30", "patch size 8"),
+    ("retrieve copies --ckpt {}/good.safetensors --data_path {}/few", "few/original: no such folder"),
+    ("retrieve copies --ckpt {}/good.safetensors --data_path {}/labels", "labels/original: no such folder"),
+    ("retrieve landmarks --ckpt {}/good.safetensors --data_path {}/few", "few: expected gnd_roxford5k.pkl or"),
+    ("retrieve landmarks --ckpt {}/good.safetensors --data_path {}/truth", "gnd_x.pkl: not the ground truth of"),
+    ("retrieve landmarks --multiscale perhaps", "'perhaps' is not true or false"),
 ])
 def test_one_line_and_status_2(mistakes, monkeypatch, capsys, command, words):
     name, *argv = command.replace("{}", str(mistakes)).split()

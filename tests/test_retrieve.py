@@ -1,0 +1,324 @@
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from sklearn.metrics import auc, precision_recall_curve
+from torch.testing import assert_close
+from torchvision.transforms import functional as TF
+
+import cli
+import retrieve
+from augment import IMAGENET_MEAN, IMAGENET_STD
+from batches import eval_view
+from checkpoint import save_model
+from data import DataError, Shapes
+from descriptor import cls_and_gem, learn_whitening
+from retrieval_data import read_copydays, read_landmarks
+from sheet import contact_sheet
+from vit import VisionTransformer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Random weights and their file."""
+    torch.manual_seed(3)
+    vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+    network = VisionTransformer(**vit).eval()
+    path = tmp_path / "runs" / "one" / "teacher.safetensors"
+    path.parent.mkdir(parents=True)
+    save_model(path, {f"backbone.{k}": v for k, v in network.state_dict().items()}, dict(vit=vit))
+    return network, path
+
+
+def save_shape(path, i, size=64):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Shapes("test", 2000, size)[i][0].save(path, quality=95)
+
+
+def run(*argv):
+    retrieve.main(retrieve.parse_args([str(x) for x in argv] + ["--num_workers", "0", "--device", "cpu"]))
+
+
+def stopped(capsys, *argv):
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda args: run(*argv), lambda: None, DataError)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1
+    return error[0]
+
+
+def normalised(image):
+    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)[None]
+
+
+def mean_ap(similarity, positives):
+    """Areas below scikit-learn's curves, percent."""
+    aps = []
+    for scores, right in zip(similarity.numpy(), positives):
+        precision, recall, _ = precision_recall_curve(np.isin(np.arange(len(scores)), right), scores)
+        aps.append(auc(recall, precision))
+    return 100 * np.mean(aps)
+
+
+# ---- copies ----
+
+def strong_edits(image, i):
+    """What a copy may have gone through: two of crop, blur, overlay and JPEG 5."""
+    w, h = image.size
+    if i % 2:
+        image = image.crop((w // 4, h // 4, w // 4 + w // 2, h // 4 + h // 2))
+    else:
+        image = image.filter(ImageFilter.GaussianBlur(w / 60))
+    if i % 3 == 0:
+        image.paste((255, 255, 0), (0, 0, image.width // 3, image.height // 3))
+    return image, dict(quality=5 if i % 3 else 90)
+
+
+@pytest.fixture
+def copydays(tmp_path):
+    root = tmp_path / "copydays"
+    for i in range(12):
+        save_shape(root / "original" / f"{2000 + i}00.jpg", i)
+        image, options = strong_edits(Shapes("test", 2000, 64)[i][0], i)
+        for folder, name in (("strong", f"{2000 + i}01.jpg"), ("jpegqual/5", f"{2000 + i}00.jpg")):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            image.save(root / folder / name, **options)
+    save_shape(root / "strong" / "200099.jpg", 0)  # a second copy of the first
+    for i in range(100, 150):
+        save_shape(tmp_path / "others" / f"{i}.jpg", i)
+    return root
+
+
+@pytest.mark.parametrize("whitening", [False, True])
+@torch.no_grad()
+def test_copies_equal_the_protocol_by_hand(model, copydays, capsys, whitening):
+    network, path = model
+    others = copydays.parent / "others"
+    run("copies", "--ckpt", path, "--data_path", copydays, "--image_size", 48, "--distractors", others,
+        "--batch_size_per_gpu", 7, *["--whitening", others] * whitening)
+    result = json.loads(path.with_suffix(".copies.json").read_text())
+
+    def features(folder):
+        images = [Image.open(file).convert("RGB").resize((48, 48), Image.Resampling.BICUBIC)
+                  for file in sorted(folder.iterdir())]
+        return cls_and_gem(network, torch.cat([normalised(image) for image in images]))
+    database, strong, jpeg = (features(copydays / name) for name in ("original", "strong", "jpegqual/5"))
+    distractors = features(others)
+    white = learn_whitening(distractors) if whitening else lambda x: x
+    database = F.normalize(white(torch.cat((database, distractors))), dim=1)
+    strong, jpeg = (F.normalize(white(x), dim=1) @ database.T for x in (strong, jpeg))
+    assert result["mAP"]["strong"] == pytest.approx(mean_ap(strong, [0, *range(12)]))  # 200001, 200099, 200101, ...
+    assert result["mAP"]["jpegqual/5"] == pytest.approx(mean_ap(jpeg, range(12)))
+    assert result["database"] == 62 and list(result["mAP"]) == ["strong", "jpegqual/5"]
+    out = capsys.readouterr().out
+    assert f"strong          13 queries  {result['mAP']['strong']:5.1f}" in out
+    assert ("it may do harm" in out) == whitening  # 50 pictures, 64 features
+
+
+def test_layout_of_copydays(copydays, tmp_path):
+    for name in ("crops/80", "crops/10", "jpegqual/75"):
+        shutil.copytree(copydays / "jpegqual" / "5", copydays / name)
+    originals, blocks = read_copydays(copydays)
+    assert list(blocks) == ["strong", "crops/10", "crops/80", "jpegqual/5", "jpegqual/75"] and len(originals) == 12
+    assert blocks["strong"][1] == [[0], [0], *([i] for i in range(1, 12))]
+    save_shape(copydays / "strong" / "999901.jpg", 0)
+    with pytest.raises(DataError, match="999901.jpg: no picture in .*original has a name with the same first four"):
+        read_copydays(copydays)
+    (tmp_path / "half").mkdir()
+    shutil.copytree(copydays / "original", tmp_path / "half" / "original")
+    with pytest.raises(DataError, match="expected strong/, jpegqual/N/ or crops/N/ beside original/"):
+        read_copydays(tmp_path / "half")
+
+
+def test_a_copy_that_cannot_be_read_ends_it(model, copydays, capsys):
+    (copydays / "strong" / "200301.jpg").write_bytes(b"bad")
+    line = stopped(capsys, "copies", "--ckpt", model[1], "--data_path", copydays, "--image_size", 48)
+    assert "1 of 13 pictures cannot be read; the first: " in line and "200301.jpg" in line
+
+
+# ---- landmarks ----
+
+@pytest.fixture
+def oxford(tmp_path):
+    """Ten pictures of 90 x 61, three queries, ground truth as published."""
+    root = tmp_path / "roxford5k"
+    for i in range(13):
+        path = root / "jpg" / f"p{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Shapes("test", 2000, 96)[i][0].crop((3, 5, 93, 66)).save(path, quality=95)
+    none = np.array([], dtype=int)
+    gnd = [dict(bbx=[10.2, 5.0, 70.0, 50.7], easy=np.array([1, 2]), hard=np.array([5]), junk=np.array([0, 7])),
+           dict(bbx=[0.0, 0.0, 90.0, 61.0], easy=none, hard=np.array([3, 4]), junk=none),
+           dict(bbx=[5.0, 5.0, 60.0, 60.0], easy=np.array([8]), hard=none, junk=np.array([9]))]
+    truth = dict(gnd=gnd, imlist=[f"p{i}" for i in range(10)], qimlist=["p10", "p11", "p12"])
+    (root / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth, protocol=2))
+    return root, truth
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@torch.no_grad()
+def test_landmarks_equal_the_protocol_by_hand(model, oxford, capsys, crop):
+    network, path = model
+    root, truth = oxford
+    run("landmarks", "--ckpt", path, "--data_path", root.parent, "--image_size", 64, *["--crop_queries"] * crop)
+    result = json.loads(path.with_suffix(".landmarks.json").read_text())["result"]["roxford5k"]
+
+    def feature(name, box=None):
+        image = Image.open(root / "jpg" / f"{name}.jpg").convert("RGB")
+        image = image.crop([round(side) for side in box]) if box else image
+        image.thumbnail((64, 64), Image.Resampling.LANCZOS)
+        x, total = normalised(image), 0
+        for scale in (1, 2 ** -0.5, 0.5):
+            y = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear")
+            total = total + network(y[..., :y.shape[-2] // 8 * 8, :y.shape[-1] // 8 * 8])
+        return F.normalize(total)[0]
+    database = torch.stack([feature(name) for name in truth["imlist"]])
+    queries = torch.stack([feature(name, answer["bbx"] if crop else None)
+                           for name, answer in zip(truth["qimlist"], truth["gnd"])])
+    similarity = queries @ database.T
+    for level, (right, passed) in dict(easy=(["easy"], ["hard", "junk"]), medium=(["easy", "hard"], ["junk"]),
+                                       hard=(["hard"], ["easy", "junk"])).items():
+        aps, first = [], []
+        for scores, answer in zip(similarity, truth["gnd"]):
+            kept = [i for i in range(10) if not any(i in answer[name] for name in passed)]
+            positives = [any(i in answer[name] for name in right) for i in kept]
+            if any(positives):
+                precision, recall, _ = precision_recall_curve(positives, scores[kept].numpy())
+                aps.append(auc(recall, precision))
+                first.append(positives[scores[kept].argmax()])
+        assert result[level]["mAP"] == pytest.approx(100 * np.mean(aps))
+        assert result[level]["mP@1"] == pytest.approx(100 * np.mean(first))
+    assert f"medium   {result['medium']['mAP']:5.1f}" in capsys.readouterr().out
+
+
+def test_one_scale_and_whitening(model, oxford, tmp_path):
+    _, path = model
+    root, _ = oxford
+    for i in range(40):
+        save_shape(tmp_path / "others" / f"{i}.png", i)
+    results = []
+    for flags in ([], ["--multiscale", "false"], ["--whitening", tmp_path / "others"]):
+        run("landmarks", "--ckpt", path, "--data_path", root, "--image_size", 64, *flags)
+        results.append(json.loads(path.with_suffix(".landmarks.json").read_text())["result"])
+    assert results[0] != results[1] and results[0] != results[2]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo broken into > broken",)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda truth: Evil(), "UnpicklingError: asks for posix.system"),
+    (lambda truth: [1, 2], "TypeError"),
+    (lambda truth: truth | dict(gnd=truth["gnd"][:1]), "its parts do not fit each other"),
+    (lambda truth: truth | dict(imlist=["p1"]), "its parts do not fit each other"),
+    (lambda truth: truth | dict(qimlist=["p10", "p11", "lost"]), "1 of the pictures that it names are missing"),
+])
+def test_ground_truth_that_is_none(oxford, monkeypatch, damage, words):
+    root, truth = oxford
+    monkeypatch.chdir(root)
+    file = root / "gnd_roxford5k.pkl"
+    file.write_bytes(pickle.dumps(damage(truth)))
+    with pytest.raises(DataError, match=words):
+        read_landmarks(file)
+    assert not (root / "broken").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_ground_truth_of_any_pickle(oxford, protocol):
+    root, truth = oxford
+    (root / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth, protocol=protocol))
+    read = read_landmarks(root / "gnd_roxford5k.pkl")
+    assert read.answers[0] == dict(easy=[1, 2], hard=[5], junk=[0, 7]) and read.boxes[0] == [10, 5, 70, 51]
+    assert read.name == "roxford5k" and read.queries[2].endswith("p12.jpg")
+
+
+# ---- search ----
+
+@pytest.fixture
+def photos(tmp_path):
+    for i in range(9):
+        save_shape(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png", i)
+    return tmp_path / "photos"
+
+
+@torch.no_grad()
+def test_search_finds_what_is_nearest(model, photos, tmp_path, capsys):
+    network, path = model
+    save_shape(tmp_path / "query.png", 4)
+    run("search", "--ckpt", path, "--data_path", photos, "--nearest", 3, tmp_path / "query.png", photos / "a" / "2.png")
+    first, second = capsys.readouterr().out.split(f"{photos / 'a' / '2.png'}:\n")
+    files = sorted(photos.rglob("*.png"))
+    features = F.normalize(torch.cat([network(eval_view(Image.open(file), 32)[None]) for file in files]))
+    scores = features @ features[files.index(photos / "a" / "4.png")]
+    order = scores.argsort(descending=True)[:3].tolist()
+    assert [f"  {scores[i]:6.3f}  {files[i]}" for i in order] == first.splitlines()[-4:-1]
+    assert "   1.000  " + str(photos / "a" / "4.png") in first and str(photos / "a" / "2.png") not in second  # itself
+    output = path.with_suffix(".search")
+    for name in ("query.png.0.nearest.png", "2.png.1.nearest.png"):
+        assert Image.open(output / name).size == (4 * 188 + 8, 212 + 8)
+    index = next(output.glob("photos-*.safetensors")).stat().st_mtime_ns
+    run("search", "--ckpt", path, "--data_path", photos, tmp_path / "query.png")
+    out = capsys.readouterr().out
+    assert "has 9 of 9 pictures" in out and len(list(output.glob("*.safetensors"))) == 1
+    assert next(output.glob("photos-*.safetensors")).stat().st_mtime_ns == index
+    for flags in (["--untrained"], ["--image_size", 64]):  # features of another kind have a file of their own
+        run("search", "--ckpt", path, "--data_path", photos, tmp_path / "query.png", "--output_dir", output, *flags)
+        assert "has 0 of 9 pictures" in capsys.readouterr().out
+
+
+def test_queries_that_cannot_be_read_leave_the_others(model, photos, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    line = stopped(capsys, "search", "--ckpt", model[1], "--data_path", photos, tmp_path / "bad.png",
+                   photos / "b" / "1.png", tmp_path / "none.png")
+    assert "2 of 3 queries cannot be read; the first: " in line and "bad.png" in line
+    assert (model[1].with_suffix(".search") / "1.png.1.nearest.png").exists()
+
+
+def test_two_processes_find_the_same(model, photos, tmp_path):
+    _, path = model
+    save_shape(tmp_path / "query.png", 4)
+    (photos / "a" / "bad.png").write_bytes(b"bad")
+    outputs = []
+    for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                                     "--master_port=29671"]):
+        result = subprocess.run(
+            [*start, str(ROOT / "retrieve.py"), "search", "--ckpt", str(path), "--data_path", str(photos), "--device",
+             "cpu", "--num_workers", "0", "--output_dir", str(tmp_path / f"out{len(outputs)}"),
+             str(tmp_path / "query.png")], capture_output=True, text=True, timeout=120, cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        outputs.append([line for line in result.stdout.splitlines() if line.startswith("  ") and "->" not in line])
+        assert result.stdout.count("skipped unreadable picture") == 1
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 9
+
+
+# ---- sheet ----
+
+def test_sheet_shows_each_picture_in_its_place():
+    colors = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
+    sizes = (400, 200), (50, 90), (180, 180), (10, 700)
+    pictures = [(Image.new("RGB", size, color), "a picture with a name that is much too long")
+                for size, color in zip(sizes, colors)]
+    sheet = contact_sheet(pictures, columns=3)
+    assert sheet.size == (3 * 188 + 8, 2 * 212 + 8)
+    for i, color in enumerate(colors):
+        left, top = 8 + i % 3 * 188, 8 + i // 3 * 212
+        assert sheet.getpixel((left + 90, top + 90)) == color
+        caption = np.asarray(sheet.crop((left, top + 182, left + 180, top + 204)))
+        beside = np.asarray(sheet.crop((left + 180, top, left + 188, top + 204)))
+        assert (caption < 100).any() and (beside == 255).all()  # there is a caption, and it ends in time
+    assert_close(torch.tensor(sheet.getpixel((8 + 90, 8 + 30))), torch.tensor((255, 255, 255)))  # 400 x 200 -> 180 x 90

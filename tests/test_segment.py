@@ -1,0 +1,276 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_masks import f_by_definition
+from test_propagate import by_definition
+from torchvision.transforms import functional as TF
+
+import cli
+import segment
+from augment import IMAGENET_MEAN, IMAGENET_STD
+from checkpoint import save_model
+from data import DataError, Shapes
+from vit import VisionTransformer
+
+PALETTE = [0, 0, 0, 200, 0, 0, 0, 200, 0] + [9] * 759
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Random weights and their file."""
+    torch.manual_seed(3)
+    vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+    network = VisionTransformer(**vit).eval()
+    path = tmp_path / "runs" / "one" / "teacher.safetensors"
+    path.parent.mkdir(parents=True)
+    save_model(path, {f"backbone.{k}": v for k, v in network.state_dict().items()}, dict(vit=vit))
+    return network, path
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """Two sequences: two objects on a noisy ground, one of which enters later; and one in black and white."""
+    root, rng = tmp_path / "DAVIS", np.random.default_rng(0)
+    for name, colored in (("pair", True), ("single", False)):
+        ground = rng.integers(0, 256, (100, 150, 3)).astype(np.uint8)
+        for t in range(6):
+            frame, mask = ground.copy(), np.zeros((100, 150), np.uint8)
+            for number, (top, left, color) in enumerate(((20, 10 + 8 * t, 240), (60, 20 * t - 30, 20)), start=1):
+                area = slice(top, top + 30), slice(max(left, 0), max(left + 30, 0))
+                if number == 1 or colored:
+                    frame[area], mask[area] = (color, 255 - color, color), number if colored else 255
+            for kind, array in (("JPEGImages", frame), ("Annotations", mask)):
+                path = root / kind / "480p" / name / f"{t:05}.{'jpg' if kind == 'JPEGImages' else 'png'}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image = Image.fromarray(array)
+                if kind == "Annotations" and colored:
+                    image.putpalette(PALETTE)
+                image.save(path, quality=95)
+    return root
+
+
+def run(*argv):
+    segment.main(segment.parse_args([str(x) for x in argv] + ["--num_workers", "0", "--device", "cpu"]))
+
+
+def stopped(capsys, *argv):
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda args: run(*argv), lambda: None, DataError)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1
+    return error[0]
+
+
+# ---- masks ----
+
+def jaccard_of_attention(network, image, truths, size, mass):
+    """[heads + mean, objects], from the full attention matrix, patch by patch."""
+    height, width = truths[0].shape
+    rows, cols = (max(1, round(side * size / min(height, width) / 8)) for side in (height, width))
+    x = TF.normalize(TF.to_tensor(image.resize((cols * 8, rows * 8), Image.Resampling.BICUBIC)), IMAGENET_MEAN,
+                     IMAGENET_STD)
+    with torch.no_grad():
+        attention = network.get_last_selfattention(x[None])[0, :, 0, 1:].double().numpy()
+    result = []
+    for row in [*attention, attention.mean(axis=0)]:
+        kept, total = set(), 0.0
+        for patch in np.argsort(-row):
+            if total >= mass * row.sum():
+                break
+            kept.add(int(patch))
+            total += row[patch]
+        mask = np.array([[int((y + 0.5) * rows / height) * cols + int((x + 0.5) * cols / width) in kept
+                          for x in range(width)] for y in range(height)])
+        result.append([(mask & truth).sum() / (mask | truth).sum() for truth in truths])
+    return np.array(result)
+
+
+def test_masks_of_shapes(model, capsys):
+    network, path = model
+    run("masks", "--ckpt", path, "--data_path", "shapes:32", "--pictures", 5, "--image_size", 64, "--mass", 0.5)
+    result = json.loads(path.with_suffix(".masks.json").read_text())
+    assert result["pictures"] == 5 and result["left_out"] == []
+    torch.manual_seed(0)
+    untrained = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4).eval()
+    for name, weights in (("trained", network), ("untrained", untrained)):
+        tables = []
+        for i in range(0, 2000, 400):
+            picture, mask = Shapes("test", 2000, 32).render(i)
+            tables.append(jaccard_of_attention(weights, picture, [mask.numpy()], 64, 0.5)[:, 0])
+        found = result["jaccard"][name]
+        # PIL resizes bytes, torchvision floats: a patch at the limit may fall on the other side
+        assert found["best_head"] == pytest.approx(100 * np.mean([t[:4].max() for t in tables]), abs=1)
+        assert found["mean_of_heads"] == pytest.approx(100 * np.mean([t[4] for t in tables]), abs=1)
+        assert found["heads"] == pytest.approx(100 * np.mean([t[:4] for t in tables], axis=0), abs=1)
+    assert result["jaccard"]["trained"] != result["jaccard"]["untrained"]
+    out = capsys.readouterr().out
+    assert f"trained     {result['jaccard']['trained']['best_head']:9.1f}" in out and "shorter side 64 pixels" in out
+
+
+def test_untrained_is_said_once(model, capsys):
+    _, path = model
+    run("masks", "--ckpt", path, "--pictures", 2, "--untrained")
+    result = json.loads((path.parent / "teacher.untrained.masks.json").read_text())
+    assert list(result["jaccard"]) == ["untrained"] and result["image_size"] == 72  # 480 to 224 as 72 to 32, nearly
+
+
+def test_each_object_has_its_best_head(model, davis):
+    network, path = model
+    run("masks", "--ckpt", path, "--data_path", davis, "--image_size", 64)
+    best = []
+    for name in ("pair", "single"):
+        for t in range(6):
+            values = np.asarray(Image.open(davis / "Annotations" / "480p" / name / f"{t:05}.png"))
+            image = Image.open(davis / "JPEGImages" / "480p" / name / f"{t:05}.jpg")
+            truths = [values == number for number in np.unique(values) if number]
+            best.append(jaccard_of_attention(network, image, truths, 64, 0.6)[:4].max(axis=0).mean())
+    result = json.loads(path.with_suffix(".masks.json").read_text())
+    assert result["pictures"] == 12
+    assert result["jaccard"]["trained"]["best_head"] == pytest.approx(100 * np.mean(best), abs=1)
+
+
+def test_masks_that_cannot_be_used_are_named_and_the_others_judged(model, davis, capsys):
+    _, path = model
+    Image.new("L", (10, 10), 255).save(davis / "Annotations" / "480p" / "single" / "00002.png")
+    Image.new("L", (150, 100)).save(davis / "Annotations" / "480p" / "single" / "00003.png")
+    line = stopped(capsys, "masks", "--ckpt", path, "--data_path", davis)
+    assert "2 of 12 pictures were left out; the first: " in line
+    assert "00002.png: the mask is 10 x 10 pixels, its picture 150 x 100" in line
+    result = json.loads(path.with_suffix(".masks.json").read_text())
+    assert result["pictures"] == 10 and result["left_out"][1].endswith("00003.png: holds no object")
+
+
+# ---- video ----
+
+def propagated(network, davis, name, shorter, cols, rows):
+    """Masks of a sequence by the definition, object numbers [T-1, H, W]."""
+    paths = sorted((davis / "JPEGImages" / "480p" / name).glob("*.jpg"))
+    first = np.asarray(Image.open(davis / "Annotations" / "480p" / name / "00000.png"))
+    numbers = np.unique(first)
+    small = np.asarray(Image.fromarray(first).resize((cols, rows), Image.Resampling.NEAREST))
+    known = [torch.from_numpy(np.stack([small == number for number in numbers])).double()]
+    frames, result = [], []
+    for path in paths:
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float()
+        pixels = F.interpolate(pixels, size=(rows * 8, cols * 8), mode="bilinear").round() / 255
+        with torch.no_grad():
+            tokens = network.get_intermediate_layers(TF.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))[0][0, 1:]
+        frames.append(F.normalize(tokens.double(), dim=-1).view(rows, cols, -1))
+        if len(frames) == 1:
+            continue
+        context = [0, *range(max(1, len(frames) - 1 - 2), len(frames) - 1)]  # the first and the last two
+        labels = by_definition(frames[-1], torch.stack([frames[i] for i in context]),
+                               torch.stack([known[i] for i in context]), 3, 4, 0.1)
+        known.append(labels)
+        large = F.interpolate(labels[None], scale_factor=8, mode="bilinear")[0].numpy()
+        for c in range(len(large)):
+            if large[c].max() > 0:
+                large[c] -= large[c].min()
+                large[c] /= large[c].max()
+        decided = Image.fromarray(large.argmax(axis=0).astype(np.uint8)).resize((150, 100), Image.Resampling.NEAREST)
+        result.append(numbers[np.asarray(decided)])
+    return np.stack(result)
+
+
+def test_video_equals_the_definition(model, davis, capsys):
+    network, path = model
+    run("video", "--ckpt", path, "--data_path", davis, "--image_size", 96, "--n_last_frames", 2, "--topk", 3,
+        "--size_mask_neighborhood", 4)
+    output = path.with_suffix(".video")
+    result = json.loads((output / "result.json").read_text())
+    assert list(result["sequences"]) == ["pair", "single"]
+    lines = capsys.readouterr().out
+    for name, numbers in (("pair", [1, 2]), ("single", [255])):
+        expected = propagated(network, davis, name, 96, 16, 12)  # 100 x 150 pixels -> 96 x 144 -> 96 x 128
+        masks = [Image.open(output / name / f"{t:05}.png") for t in range(6)]
+        assert {mask.mode for mask in masks} == {"P"}
+        found = np.stack([np.asarray(mask) for mask in masks])
+        truth = np.stack([np.asarray(Image.open(davis / "Annotations" / "480p" / name / f"{t:05}.png"))
+                          for t in range(6)])
+        assert (found[0] == truth[0]).all() and (found[1:] == expected).mean() > 0.9999
+        assert list(result["sequences"][name]) == [str(number) for number in numbers]  # also the one that comes later
+        for number in numbers:
+            pairs = [(found[t] == number, truth[t] == number) for t in range(1, 5)]  # neither first nor last
+            J = [(a & b).sum() / (a | b).sum() for a, b in pairs]
+            contour = [f_by_definition(*map(torch.from_numpy, pair), 0.008) for pair in pairs]
+            score = result["sequences"][name][str(number)]
+            assert score["J"]["mean"] == pytest.approx(np.mean(J))
+            assert score["F"]["mean"] == pytest.approx(np.mean(contour))
+            assert score["J"]["recall"] == np.mean(np.array(J) > 0.5)
+    assert result["sequences"]["pair"]["2"]["J"]["mean"] == 0  # was not in the first frame
+    assert masks[0].convert("RGB").getpixel((20, 25)) == (255, 255, 255)
+    means = [100 * np.mean([score[of]["mean"] for by in result["sequences"].values() for score in by.values()])
+             for of in "JF"]
+    assert f"2 sequences with 3 objects: J&F {sum(means) / 2:.1f}, J {means[0]:.1f}" in lines
+
+
+def test_video_goes_on_where_it_was(model, davis, capsys):
+    _, path = model
+    flags = "video", "--ckpt", path, "--data_path", davis, "--image_size", 64
+    run(*flags, "--sequences", "pair")
+    output = path.with_suffix(".video")
+    before = (output / "pair" / "00003.png").stat().st_mtime_ns
+    (output / "single").mkdir()
+    run(*flags)
+    assert "has 1 of 2 sequences already" in capsys.readouterr().out
+    assert (output / "pair" / "00003.png").stat().st_mtime_ns == before and (output / "single" / "00005.png").exists()
+    run(*flags, "--topk", 2)
+    assert "already" not in capsys.readouterr().out
+    assert (output / "pair" / "00003.png").stat().st_mtime_ns != before
+    (output / "result.json").write_text("[]")
+    run(*flags)
+    assert "already" not in capsys.readouterr().out
+
+
+def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, capsys):
+    _, path = model
+    frames, masks = davis / "JPEGImages" / "480p", davis / "Annotations" / "480p"
+    for name in ("a_cut", "b_unmasked", "c_small_mask", "d_other_mask"):
+        (frames / name).mkdir()
+        (masks / name).mkdir()
+        for t in range(6):
+            (frames / name / f"{t:05}.jpg").write_bytes((frames / "pair" / f"{t:05}.jpg").read_bytes())
+        (masks / name / "00000.png").write_bytes((masks / "pair" / "00000.png").read_bytes())
+    Image.new("RGB", (150, 90)).save(frames / "a_cut" / "00003.jpg")
+    (masks / "b_unmasked" / "00000.png").unlink()
+    Image.new("L", (15, 10)).save(masks / "c_small_mask" / "00000.png")
+    Image.new("L", (15, 10)).save(masks / "d_other_mask" / "00002.png")
+    line = stopped(capsys, "video", "--ckpt", path, "--data_path", davis, "--image_size", 64)
+    assert "4 of 6 sequences could not be followed to their end; the first: " in line
+    assert line.endswith("00003.jpg: 150 x 90 pixels, the first frame has 150 x 100")
+    output = path.with_suffix(".video")
+    assert list(json.loads((output / "result.json").read_text())["sequences"]) == ["pair", "single"]
+    assert sorted(x.name for x in (output / "a_cut").iterdir()) == [f"{t:05}.png" for t in range(3)]
+    assert not (output / "b_unmasked").exists() and not (output / "c_small_mask").exists()
+    assert (output / "d_other_mask" / "00005.png").exists()  # only judging it failed
+
+
+def test_without_masks_to_judge_by(model, davis, capsys):
+    _, path = model
+    for mask in (davis / "Annotations" / "480p" / "pair").glob("0000[1-5].png"):
+        mask.unlink()
+    listed = davis / "ImageSets" / "2017" / "val.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("pair\n")
+    run("video", "--ckpt", path, "--data_path", davis, "--image_size", 64, "--precision", "bf16", "--output_dir",
+        davis / "out")
+    out = capsys.readouterr().out
+    assert "pair: no masks to judge by" in out and "1 sequences with 0 objects" in out
+    assert len(list((davis / "out" / "pair").iterdir())) == 6 and not (davis / "out" / "single").exists()
+
+
+@pytest.mark.parametrize("width, height, shorter, p, expected", [
+    (854, 480, 480, 16, (30, 52)), (854, 480, 480, 8, (60, 104)), (480, 854, 480, 16, (52, 30)),
+    (1920, 1080, 480, 16, (30, 52)), (480, 480, 480, 16, (30, 28)), (854, 480, 490, 14, (35, 62))])
+def test_grid_is_the_published_one(width, height, shorter, p, expected):
+    assert segment.grid_of(width, height, shorter, p) == expected
+
+
+def test_frames_smaller_than_a_patch_are_refused():
+    with pytest.raises(DataError, match="--image_size 60: less than a patch of a frame of 50 x 50 pixels"):
+        segment.grid_of(50, 50, 60, 8)
