@@ -6,6 +6,7 @@
     python bench.py update --reference DIR                            # clip, optimizer, teacher
     python bench.py views --reference DIR --data_path /photos         # files to views, and lightly's where installed
     python bench.py features --reference DIR --batch_size_per_gpu 32  # the frozen backbone: the paper's im/s
+    python bench.py video --reference DIR --patch_size 8              # labels of 8 frames to the next, of 480 x 832
 
 Everything is timed in one process, on the same data, turn and turn about, so that what else the machine does
 falls on all alike: read the ratios. A JSON line for each row goes to standard output, a table for people to
@@ -15,6 +16,7 @@ standard error. The step is the function that train.py runs.
 import argparse
 import atexit
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -25,9 +27,12 @@ import statistics
 import sys
 import tempfile
 import time
+import types
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +44,7 @@ from data import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
 from precision import PRECISIONS, allow_tf32, autocast
+from propagate import transfer
 from step import Settings, apply_gradients, build_networks, compile_regions, train_step
 from vit import SIZES, VisionTransformer
 
@@ -52,7 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("task", choices=list(TASKS), help="what to time")
     parser.add_argument("--settings", nargs="+", type=setting_name, metavar="S", default=["fp32"],
                         help="rows: fp32, bf16 or fp16, with +compile and +checkpointing if wanted (default: fp32); "
-                             "views have rows of their own, features no checkpointing")
+                             "views have rows of their own, features and video no checkpointing")
     parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino to time beside")
     parser.add_argument("--arch", choices=list(SIZES), default="vit_small", help="(default: vit_small)")
     for name, default, kind in (("patch_size", 16, positive), ("batch_size_per_gpu", 8, positive),
@@ -135,20 +141,43 @@ def our_update(args, precision, more):
             lambda: apply_gradients(student, teacher, optimizer, scaler, reached, [], settings_of(next(steps))))
 
 
-def our_features(args, precision, more):
+def frozen_backbone(args, more):
     if "checkpointing" in more:
-        raise BenchError("features: nothing is computed again where there is no backward")
-    images, vit = random_views(args)[0], dict(img_size=args.global_crops_size, patch_size=args.patch_size)
-    model = VisionTransformer(**vit, **SIZES[args.arch]).to(args.device).eval()
+        raise BenchError(f"{args.task}: nothing is computed again where there is no backward")
+    model = VisionTransformer(args.global_crops_size, args.patch_size, **SIZES[args.arch]).to(args.device).eval()
     if "compile" in more:
         for block in model.blocks:
             block.compile(dynamic=False)
+    return model
+
+
+def our_features(args, precision, more):
+    images, model = random_views(args)[0], frozen_backbone(args, more)
 
     def features():
         allow_tf32(precision)
         with torch.no_grad(), autocast(args.device, precision):
             model(images)
     return nothing, features
+
+
+def our_video(args, precision, more):
+    model, (frame, features, labels) = frozen_backbone(args, more), video_so_far(args)
+
+    def video():
+        allow_tf32(precision)
+        with torch.no_grad(), autocast(args.device, precision):
+            tokens = model.get_intermediate_layers(frame[None])[0][0, 1:]
+        transfer(F.normalize(tokens.float(), dim=-1).view_as(features[0]), features, labels)
+    return nothing, video
+
+
+def video_so_far(args):
+    """A frame of DAVIS, [3, 480, 832], and features [8, h, w, D] and labels [8, 3, h, w] of those before it."""
+    h, w = 480 // args.patch_size, 832 // args.patch_size
+    features = torch.randn(8, h, w, SIZES[args.arch]["embed_dim"], device=args.device)
+    labels = torch.rand(8, 3, h, w, device=args.device)
+    return torch.randn(3, 480, 832, device=args.device), F.normalize(features, dim=-1), labels
 
 
 def empty_logits(args):
@@ -177,22 +206,24 @@ class Reference:
     def __init__(self, folder, args):
         if not os.path.isfile(os.path.join(folder, "main_dino.py")):
             raise BenchError(f"--reference {folder}: no checkout of facebookresearch/dino (main_dino.py is missing)")
-        sys.path.insert(0, folder)
-        try:
-            import main_dino
-            import utils
-            import vision_transformer
-        finally:
-            sys.path.remove(folder)
-        self.main_dino, self.utils, self.args = main_dino, utils, args
+        self.folder, self.args = folder, args
+        self.main_dino, self.utils = self.module("main_dino"), self.module("utils")
+        self.vision_transformer = self.module("vision_transformer")
         if not dist.is_initialized():  # its loss needs a process group, of one process here
             store = dist.HashStore()
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
-        self.precision = "fp16" if args.device == "cuda" and args.task != "features" else "fp32"  # what it has
+        trains = args.task not in ("features", "video")
+        self.precision = "fp16" if args.device == "cuda" and trains else "fp32"  # what it has
         self.scaler = torch.amp.GradScaler(args.device) if self.precision == "fp16" else None
-        self.vision_transformer = vision_transformer
-        if not hasattr(vision_transformer, args.arch):
+        if not hasattr(self.vision_transformer, args.arch):
             raise BenchError(f"--reference {folder}: it has no {args.arch}")
+
+    def module(self, name):
+        sys.path.insert(0, self.folder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(self.folder)
 
     def networks(self):
         args, build = self.args, getattr(self.vision_transformer, self.args.arch)
@@ -249,6 +280,24 @@ class Reference:
             with torch.no_grad():
                 model(images)
         return nothing, features
+
+    def video(self):
+        args, (frame, features, labels) = self.args, video_so_far(self.args)
+        sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # reads its frames
+        theirs = self.module("eval_video_segmentation")
+        theirs.args = argparse.Namespace(size_mask_neighborhood=12, topk=5)
+        model = getattr(self.vision_transformer, args.arch)(patch_size=args.patch_size,
+                                                            img_size=[args.global_crops_size]).to(args.device).eval()
+        before = [x.flatten(0, 1).T for x in features], list(labels[:, None])
+        stay = {} if args.device == "cuda" else {"cuda": lambda tensor, **kwargs: tensor}  # it calls .cuda() anywhere
+        near = None  # which patches are near each other is found once for a video
+
+        def video():
+            nonlocal near
+            allow_tf32("fp32")
+            with torch.no_grad(), mock.patch.multiple(torch.Tensor, **stay):
+                near = theirs.label_propagation(theirs.args, model, frame, *before, near)[2]
+        return nothing, video
 
     def views(self, files):
         if (self.args.global_crops_size, self.args.local_crops_size) != (224, 96):
@@ -326,7 +375,8 @@ def view_rows(args, files):
     return rows
 
 
-TASKS = {"step": our_step, "loss": our_loss, "update": our_update, "views": view_rows, "features": our_features}
+TASKS = {"step": our_step, "loss": our_loss, "update": our_update, "views": view_rows, "features": our_features,
+         "video": our_video}
 
 
 # ---- how it is measured ----
@@ -408,6 +458,8 @@ def rows_of_settings(args, reference):
 
 
 def main(args):
+    if args.task == "video":
+        args.batch_size_per_gpu = 1
     torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # two sizes, the last block, the teacher: six graphs
     reference = Reference(args.reference, args) if args.reference else None
     flops = flops_per_image(args) if args.task in ("step", "features") else None
@@ -424,7 +476,7 @@ def main(args):
 
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     crops = f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}"
-    crops = f"1x{args.global_crops_size}" if args.task == "features" else crops
+    crops = {"features": f"1x{args.global_crops_size}", "video": "480x832"}.get(args.task, crops)
     say(f"{args.task}: {args.arch}/{args.patch_size}, {crops}, batch {args.batch_size_per_gpu}, K {args.out_dim}, "
         f"{args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, {args.runs} runs by turns")
     say(f"{'':20s}  {'ms':>9s}  {'min':>9s}  {'max':>9s}  {'img/s':>8s}  {'MiB':>8s}  {'MFU':>5s}  ratio")

@@ -44,4 +44,4 @@ def scene():
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")
-    parser.addoption("--pictures", help="folder of real pictures for the tests of views (default: generated ones)")
+    parser.addoption("--pictures", help="folder of real pictures for tests of views and copies (default: generated)")

@@ -109,9 +109,18 @@ def test_what_cannot_be_timed_is_named(capsys, argv, words):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_features_have_no_checkpointing():
+@pytest.mark.parametrize("task", ["features", "video"])
+def test_frozen_backbones_have_no_checkpointing(task):
     with pytest.raises(bench.BenchError, match="nothing is computed again where there is no backward"):
-        bench.main(bench.parse_args(["features", *TINY, "--settings", "bf16+checkpointing"]))
+        bench.main(bench.parse_args([task, *TINY, "--settings", "bf16+checkpointing"]))
+
+
+def test_video_is_one_frame(capsys):
+    bench.main(bench.parse_args(["video", *TINY, "--patch_size", "32", "--settings", "fp32", "bf16"]))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["row"] for row in rows] == ["fp32", "bf16"]
+    assert {(row["batch"], row["crops"]) for row in rows} == {(1, "480x832")}
+    assert rows[0]["images_per_second"] == pytest.approx(1 / rows[0]["seconds"])
 
 
 def test_a_folder_that_is_no_checkout_is_named(tmp_path):

@@ -20,7 +20,7 @@ import retrieve
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_view
 from checkpoint import save_model
-from data import DataError, Shapes
+from data import DataError, ImageTree, Shapes
 from descriptor import cls_and_gem, learn_whitening
 from retrieval_data import read_copydays, read_landmarks
 from sheet import contact_sheet
@@ -74,31 +74,38 @@ def mean_ap(similarity, positives):
 
 # ---- copies ----
 
-def strong_edits(image, i):
-    """What a copy may have gone through: two of crop, blur, overlay and JPEG 5."""
+def strong_edits(image):
+    """What a copy may have gone through: (picture, JPEG quality) each."""
     w, h = image.size
-    if i % 2:
-        image = image.crop((w // 4, h // 4, w // 4 + w // 2, h // 4 + h // 2))
-    else:
-        image = image.filter(ImageFilter.GaussianBlur(w / 60))
-    if i % 3 == 0:
-        image.paste((255, 255, 0), (0, 0, image.width // 3, image.height // 3))
-    return image, dict(quality=5 if i % 3 else 90)
+    covered = image.copy()
+    covered.paste((255, 255, 0), (w // 2, h // 2, w, h))
+    covered.paste((0, 0, 0), (w // 8, h // 8, w // 3, h // 5))
+    return [(image.crop((w // 4, h // 4, w // 4 + w // 2, h // 4 + h // 2)), 75),
+            (image.filter(ImageFilter.GaussianBlur(max(w, h) / 40)), 75), (covered, 75), (image, 5)]
+
+
+def make_copydays(root, images):
+    """Originals, strong copies and JPEGs of quality 5, in the layout of Copydays."""
+    for folder in ("original", "strong", "jpegqual/5"):
+        (root / folder).mkdir(parents=True)
+    for i, image in enumerate(images):
+        image.save(root / "original" / f"{2000 + i}00.jpg", quality=95)
+        image.save(root / "jpegqual" / "5" / f"{2000 + i}00.jpg", quality=5)
+        for n, (copy, quality) in enumerate(strong_edits(image), start=1):
+            copy.save(root / "strong" / f"{2000 + i}{n:02}.jpg", quality=quality)
 
 
 @pytest.fixture
-def copydays(tmp_path):
-    root = tmp_path / "copydays"
-    for i in range(12):
-        save_shape(root / "original" / f"{2000 + i}00.jpg", i)
-        image, options = strong_edits(Shapes("test", 2000, 64)[i][0], i)
-        for folder, name in (("strong", f"{2000 + i}01.jpg"), ("jpegqual/5", f"{2000 + i}00.jpg")):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            image.save(root / folder / name, **options)
-    save_shape(root / "strong" / "200099.jpg", 0)  # a second copy of the first
-    for i in range(100, 150):
-        save_shape(tmp_path / "others" / f"{i}.jpg", i)
-    return root
+def copydays(tmp_path, request):
+    """Copies of 12 pictures, and 50 others beside them; of --pictures if that is given."""
+    real = request.config.getoption("--pictures")
+    images = ImageTree(real) if real else Shapes("test", 62, 64)
+    pictures = [images[i][0] for i in range(62)]
+    make_copydays(tmp_path / "copydays", pictures[:12])
+    (tmp_path / "others").mkdir()
+    for i, image in enumerate(pictures[12:]):
+        image.save(tmp_path / "others" / f"{i:02}.png")
+    return tmp_path / "copydays"
 
 
 @pytest.mark.parametrize("whitening", [False, True])
@@ -119,11 +126,11 @@ def test_copies_equal_the_protocol_by_hand(model, copydays, capsys, whitening):
     white = learn_whitening(distractors) if whitening else lambda x: x
     database = F.normalize(white(torch.cat((database, distractors))), dim=1)
     strong, jpeg = (F.normalize(white(x), dim=1) @ database.T for x in (strong, jpeg))
-    assert result["mAP"]["strong"] == pytest.approx(mean_ap(strong, [0, *range(12)]))  # 200001, 200099, 200101, ...
+    assert result["mAP"]["strong"] == pytest.approx(mean_ap(strong, [i // 4 for i in range(48)]))
     assert result["mAP"]["jpegqual/5"] == pytest.approx(mean_ap(jpeg, range(12)))
     assert result["database"] == 62 and list(result["mAP"]) == ["strong", "jpegqual/5"]
     out = capsys.readouterr().out
-    assert f"strong          13 queries  {result['mAP']['strong']:5.1f}" in out
+    assert f"strong          48 queries  {result['mAP']['strong']:5.1f}" in out
     assert ("it may do harm" in out) == whitening  # 50 pictures, 64 features
 
 
@@ -132,7 +139,7 @@ def test_layout_of_copydays(copydays, tmp_path):
         shutil.copytree(copydays / "jpegqual" / "5", copydays / name)
     originals, blocks = read_copydays(copydays)
     assert list(blocks) == ["strong", "crops/10", "crops/80", "jpegqual/5", "jpegqual/75"] and len(originals) == 12
-    assert blocks["strong"][1] == [[0], [0], *([i] for i in range(1, 12))]
+    assert blocks["strong"][1] == [[i // 4] for i in range(48)]
     save_shape(copydays / "strong" / "999901.jpg", 0)
     with pytest.raises(DataError, match="999901.jpg: no picture in .*original has a name with the same first four"):
         read_copydays(copydays)
@@ -145,7 +152,7 @@ def test_layout_of_copydays(copydays, tmp_path):
 def test_a_copy_that_cannot_be_read_ends_it(model, copydays, capsys):
     (copydays / "strong" / "200301.jpg").write_bytes(b"bad")
     line = stopped(capsys, "copies", "--ckpt", model[1], "--data_path", copydays, "--image_size", 48)
-    assert "1 of 13 pictures cannot be read; the first: " in line and "200301.jpg" in line
+    assert "1 of 48 pictures cannot be read; the first: " in line and "200301.jpg" in line
 
 
 # ---- landmarks ----
