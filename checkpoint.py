@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from foreign import config_of, standard_names
-from resume import CheckpointError, fault, first_line, load_state, write_whole
+from resume import CheckpointError, fault, first_line, load_state, require_writable, write_whole
 from vit import VisionTransformer
 
 
@@ -98,11 +98,25 @@ def untrained(info):
     return VisionTransformer(**info["vit"]).eval()
 
 
-def place_beside(origin, key, ending):
-    """Path of what is written about a model file: its name, what was judged of it, and an ending.
+def file_for(origin, args, ending):
+    """Path of a file about a model file: its name, what was judged of it, an ending; in --output_dir or beside it.
+
+    Raises:
+        OSError: nothing can be written there; said before hours are spent.
+    """
+    path = folder_for(origin, args.checkpoint_key, ending)
+    folder = Path(args.output_dir or path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    require_writable(folder)
+    return folder / path.name
+
+
+def folder_for(origin, key, ending):
+    """Path beside a model file: its name, what was judged of it, and an ending.
 
     Args:
-        origin, key: see `open_backbone`.
+        origin: see `open_backbone`.
+        key: --checkpoint_key.
     """
     file = Path(origin["ckpt"])
     network = f".{key}" * (key not in (None, "teacher", file.stem))

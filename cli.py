@@ -31,6 +31,13 @@ def parser(prog, doc):
     return result
 
 
+def add_tasks(parser, tasks):
+    """A subparser for each task: {name: function whose docstring says what it does} -> {name: parser}."""
+    subparsers = parser.add_subparsers(prog=parser.prog, dest="task", required=True, metavar="TASK")
+    return {name: subparsers.add_parser(name, help=task.__doc__, description=task.__doc__, usage=argparse.SUPPRESS,
+                                        allow_abbrev=False) for name, task in tasks.items()}
+
+
 def number(kind, allowed, words):
     """An argparse type: text -> kind, refused with `words` unless it is finite and allowed."""
     def parse(text):
@@ -241,7 +248,7 @@ def of_the_machine(error):
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in text or "size calc" in text:
         asked = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
-        return f"out of memory, lower --batch_size_per_gpu or the sizes of the network ({asked[0] if asked else text})"
+        return f"out of memory: smaller batches, pictures or networks take less ({asked[0] if asked else text})"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"torch cannot compile here, leave --compile out or mend this: {text.strip().splitlines()[0]}"
     if "DataLoader worker" in text:

@@ -48,11 +48,12 @@ class Data(NamedTuple):
 
 # ---- pictures ----
 
-def open_rgb(path, reduction=None):
+def open_rgb(path, reduction=None, upright=True):
     """Decode a file as a person would see it: upright, in RGB, transparency on white.
 
     Args:
         reduction: (width, height) -> by what power of two the picture may be reduced; a JPEG is not decoded further.
+        upright: False leaves it as it lies in the file, whatever EXIF says.
 
     Raises:
         Unreadable: the file is missing, damaged, not a picture, or too large or too long to be one.
@@ -65,9 +66,11 @@ def open_rgb(path, reduction=None):
             factor = reduction(width, height) if reduction else 1
             image.draft(None, (width // factor, height // factor))  # a JPEG: to 1/8 at most, and never below these
             factor = factor * image.width // width
-            ImageOps.exif_transpose(image, in_place=True)
-            upright = to_rgb(image)
-            return upright.reduce(factor) if factor > 1 else upright
+            image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            image = to_rgb(image)
+            return image.reduce(factor) if factor > 1 else image
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """One vector per picture to find it by: several scales, pooled patches, whitening.
 
-    x = multi_scale(model, image)                        # for landmarks
+    x = multi_scale(model, images)                       # for landmarks
     x = cls_and_gem(model, images)                       # for copies
     whiten = learn_whitening(features_of_other_pictures)
     similarity = F.normalize(whiten(queries)) @ F.normalize(whiten(database)).T
@@ -11,13 +11,19 @@ The settings are those of the released scripts for Oxford, Paris and Copydays. T
 import torch
 import torch.nn.functional as F
 
+SCALES = (1.0, 0.5 ** 0.5, 0.5)
 
-def multi_scale(model, images, patch_size, scales=(1.0, 0.5 ** 0.5, 0.5)):
+
+def multi_scale(model, images, scales=SCALES):
     """The sum of a picture's features at several sizes, of length 1: [B, C, H, W] -> [B, D].
 
     Sizes are cut to multiples of the patch at the right and below, as the released backbone does by itself; what would
     be less than a patch is enlarged to one.
+
+    Args:
+        model: images -> features; model.patch_size in pixels.
     """
+    patch_size = model.patch_size
     total = 0
     for scale in scales:
         x = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")

@@ -13,13 +13,11 @@ so on, with result.json, classifier.safetensors, log.jsonl and checkpoint.pth, f
 on, and which `--test_only` judges again.
 """
 
-import argparse
 import contextlib
 import itertools
 import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +29,7 @@ from tqdm import tqdm
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_loader
-from checkpoint import CheckpointError, load_backbone, open_backbone, place_beside, read_weights, save_model
+from checkpoint import CheckpointError, file_for, folder_for, load_backbone, open_backbone, read_weights, save_model
 from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
@@ -40,17 +38,13 @@ from knn import knn_classifier
 from optim import build_optimizer
 from precision import allow_tf32, autocast, resolve
 from probe import choose, fit, tenth
-from resume import write_json
+from resume import require_writable, write_json
 
 # ---- flags ----
 
 def parse_args(argv=None):
     parser = cli.parser("evaluate.py", __doc__)
-    tasks = parser.add_subparsers(prog="evaluate.py", dest="task", required=True, metavar="TASK")
-    for name, task in TASKS.items():
-        task_parser = tasks.add_parser(name, help=task.__doc__, description=task.__doc__, usage=argparse.SUPPRESS,
-                                       allow_abbrev=False)
-
+    for name, task_parser in cli.add_tasks(parser, TASKS).items():
         def add(flag, default, help, type=None, add_argument=task_parser.add_argument, **kwargs):
             shown = " ".join(map(str, default if isinstance(default, list) else [default]))
             kwargs |= {"type": type} if type else {}
@@ -192,28 +186,6 @@ def class_names(data):
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
 
-def place_of(subject, args, ending):
-    """Path of what is written about a model file: its name, and what was judged of it, with another ending.
-
-    Raises:
-        DataError: k-NN, which makes no folder of its own, can write nothing there; before hours are spent on it.
-    """
-    path = place_beside(subject.origin, args.checkpoint_key, ending)
-    if args.task != "knn":
-        return Path(args.output_dir or path)
-    path = Path(args.output_dir or path.parent) / path.name
-    require_writable(path.parent)
-    return path
-
-
-def require_writable(folder):
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise DataError(f"{folder}: nothing can be written there ({error.strerror}); name another folder with "
-                        f"--output_dir or --features") from None
-
-
 def extract(subject, model, images, args):
     """model(centre view) of each picture, once over all processes: [M, ...] float32 and labels [M]."""
     loader = eval_loader(images, subject.size, args.batch_size_per_gpu, args.num_workers, subject.rank,
@@ -257,7 +229,7 @@ def write_result(path, subject, **result):
 def knn(args):
     """A weighted vote of the nearest neighbours."""
     subject = open_subject(args)
-    path = place_of(subject, args, "knn.json")
+    path = file_for(subject.origin, args, "knn.json")
     features = features_of(subject, subject.backbone, args, subject.origin)
     scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, subject.device)
     if subject.rank > 0:
@@ -279,7 +251,7 @@ def linear(args):
     subject = open_subject(args)
     classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
     tokens = Tokens(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
-    output = place_of(subject, args, "linear_quick" if args.quick else "linear")
+    output = output_folder(subject, args, "linear_quick" if args.quick else "linear")
     origin = subject.origin | dict(n_last_blocks=tokens.n_last_blocks, avgpool_patchtokens=tokens.avgpool)
     grid = list(itertools.product(args.lr, args.weight_decay or ([0.0, 1e-4, 1e-3, 1e-2, 1e-1] if args.quick else [0])))
     if args.test_only:
@@ -365,7 +337,7 @@ def finetune(args):
     """Backbone and classifier trained with labels: AdamW, layer-wise lr decay, label smoothing, mixup by flag."""
     subject = open_subject(args)
     classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
-    output, tokens = place_of(subject, args, "finetune"), Tokens(subject.backbone)
+    output, tokens = output_folder(subject, args, "finetune"), Tokens(subject.backbone)
     if args.test_only:
         head, how = load_classifier(output, subject.origin, classes, subject)
         tokens = Tokens(load_backbone(output / "classifier.safetensors", say=subject.say)[0].to(subject.device))
@@ -415,6 +387,10 @@ def fixed_part(origin):
 
 def place(subject):
     return subject.size, subject.device, subject.rank, subject.world_size
+
+
+def output_folder(subject, args, ending):
+    return Path(args.output_dir or folder_for(subject.origin, args.checkpoint_key, ending))
 
 
 def effective(lrs, pictures):

@@ -1,6 +1,6 @@
 """Features of a folder of pictures, kept in a file: only what is new or has changed is looked at again.
 
-    features, names = bring_up_to_date("photos.safetensors", "/photos", names, extract)
+    features, names = bring_up_to_date("photos.safetensors", "/photos", names, look)
 """
 
 import json
@@ -14,52 +14,56 @@ import cli
 from resume import write_whole
 
 
-def bring_up_to_date(path, root, names, extract, say=print, save_every=10_000):
+def bring_up_to_date(path, root, names, look, say=print, save_every=10_000):
     """Features of the pictures of a folder, from a file as far as it has them.
 
     Args:
         path: the file; it is written again after each `save_every` new pictures, or half as many as it has.
         names: of the pictures, below root.
-        extract: paths -> (features [M, D], their places among the paths [M], messages on the others). Under a process
+        look: paths -> (features [M, D], their places among the paths [M], messages on the others). Under a process
             group all processes take part; process 0 writes the file, which all can see.
 
     Returns:
         features [M, D], and the names they belong to: those of `names` that can be read.
     """
     stamps = {name: stamp(os.path.join(root, name)) for name in names}
-    features, files = load_gallery(path)
-    still = [row for row, (name, *stamp) in enumerate(files) if stamps.get(name) == stamp]
+    features, files, unreadable = load_gallery(path)
+    still = [row for row, (name, *found) in enumerate(files) if stamps.get(name) == found]
     features, files = features[still], [files[row] for row in still]
-    known = {name for name, *_ in files}
+    unreadable = [[name, *found] for name, *found in unreadable if stamps.get(name) == found]
+    known = {name for name, *_ in files + unreadable}
     new = [name for name in names if name not in known]
     cli.require_same("new pictures:", len(new))
-    say(f"{path} has {len(files)} of {len(names)} pictures" + f"; looking at {len(new)}" * bool(new))
+    say(f"{path} has {len(files)} of {len(names)} pictures" + f"; {len(unreadable)} cannot be read" * bool(unreadable)
+        + f"; looking at {len(new)}" * bool(new))
     while new:
         count = max(save_every, len(files) // 2)
         part, new = new[:count], new[count:]
-        found, places, unreadable = extract([os.path.join(root, name) for name in part])
-        for message in unreadable:
+        found, places, messages = look([os.path.join(root, name) for name in part])
+        for message in messages:
             say(f"skipped unreadable picture {message}")
-        if len(found):
+        readable = set(places.tolist())
+        if readable:
             features = torch.cat((features, found)) if files else found
         files += [[part[place], *stamps[part[place]]] for place in places.tolist()]
+        unreadable += [[name, *stamps[name]] for i, name in enumerate(part) if i not in readable]
         if cli.is_first_process():
-            save_gallery(path, features, files)
+            save_gallery(path, features, files, unreadable)
     return features, [name for name, *_ in files]
 
 
 def stamp(path):
-    """[bytes, time of the last change in ns] of a file; None if it is gone."""
+    """[bytes, time of the last change in ns] of a file; [] if it is gone."""
     try:
         status = os.stat(path)
     except OSError:
-        return None
+        return []
     return [status.st_size, status.st_mtime_ns]
 
 
-def save_gallery(path, features, files):
-    """Write features [M, D] and, for each, [name, bytes, time of the last change in ns]."""
-    text = torch.frombuffer(bytearray(json.dumps(files).encode()), dtype=torch.uint8)
+def save_gallery(path, features, files, unreadable):
+    """Write features [M, D] and, for each, [name, bytes, time of the last change]; the same of unreadable ones."""
+    text = torch.frombuffer(bytearray(json.dumps([files, unreadable]).encode()), dtype=torch.uint8)
     write_whole(path, lambda temporary: save_file({"features": features, "files": text}, temporary))
 
 
@@ -67,9 +71,10 @@ def load_gallery(path):
     """What `save_gallery` wrote; nothing where there is none or it is damaged, so that it is made anew."""
     try:
         with safe_open(path, "pt") as file:
-            features, files = file.get_tensor("features"), json.loads(bytes(file.get_tensor("files").numpy()))
-        if len(features) == len(files) and features.isfinite().all() and all(len(entry) == 3 for entry in files):
-            return features, files
+            features, text = file.get_tensor("features"), bytes(file.get_tensor("files").numpy())
+        files, unreadable = json.loads(text)
+        if len(features) == len(files) and features.isfinite().all() and all(map(len, files + unreadable)):
+            return features, files, unreadable
     except (OSError, SafetensorError, ValueError, TypeError):
         pass
-    return torch.empty(0), []
+    return torch.empty(0), [], []

@@ -52,8 +52,8 @@ def open_masked(data_path, at_most=None):
         entries, read = range(len(shapes)), partial(read_shape, shapes)
     else:
         entries, read = voc_files(data_path) or davis_files(data_path), read_files
-    step = -(-len(entries) // (at_most or len(entries)))
-    return Masked(entries[::step], read)
+    count = min(at_most or len(entries), len(entries))
+    return Masked([entries[i * len(entries) // count] for i in range(count)], read)
 
 
 def voc_files(data_path):
@@ -93,6 +93,8 @@ def read_files(files):
 def read_mask(path, size):
     """A mask as it is stored: object numbers uint8 [H, W], palette, and unlabelled pixels bool [H, W], which are 0.
 
+    Numbers are those of a palette or of grey levels; what has neither, colours or 16 bits, may show one object.
+
     Args:
         size: (width, height) that it must have, pixels.
 
@@ -105,13 +107,27 @@ def read_mask(path, size):
         with Image.open(path) as image:
             indexed = image.mode == "P"
             palette = image.getpalette() if indexed else [level for level in range(256) for _ in "RGB"]
-            values = np.array(image if indexed else image.convert("L"))
+            if image.mode not in ("P", "L"):
+                image = one_object(image)
+            values = np.array(image)
         height, width = values.shape
         if (width, height) != size:
             raise ValueError(f"the mask is {width} x {height} pixels, its picture {size[0]} x {size[1]}")
     void = (values == VOID) & indexed
     values[void] = 0
     return values, palette, void
+
+
+def one_object(image):
+    """Image of any other mode -> black and white; ValueError if it has more than one level or colour but black."""
+    deep = image.mode[0] in "IF"
+    levels = np.array(image if deep else image.convert("L" if image.mode == "1" else "RGB"))
+    levels = levels.reshape(*levels.shape[:2], -1)
+    seen = levels[levels.any(axis=-1)]
+    if (seen != seen[:1]).any():
+        raise ValueError(f"{image.mode} with more than one level or colour; expected a palette, or grey levels of 8 "
+                         f"bits")
+    return Image.fromarray(levels.any(axis=-1).astype(np.uint8) * 255)
 
 
 def save_mask(path, values, palette):
@@ -141,15 +157,23 @@ def find_sequences(root, names=None):
         DataError: there is no such layout, or no sequence of a name.
     """
     folders = [path for name in ("480p", "Full-Resolution") if (path := Path(root, "JPEGImages", name)).is_dir()]
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: no such folder")
     if not folders:
-        raise DataError(f"{root}: expected JPEGImages/480p/SEQUENCE/FRAME.jpg and Annotations/480p/SEQUENCE/FRAME.png"
-                        + "; there is no such folder" * (not os.path.isdir(root)))
-    names = names or sorted(path.name for path in folders[0].iterdir() if path.is_dir())
-    sequences = {name: sorted(folders[0].joinpath(name).glob("*.jpg")) for name in names}
+        raise DataError(f"{root}: expected JPEGImages/480p/SEQUENCE/FRAME.jpg and Annotations/480p/SEQUENCE/FRAME.png")
+    names = names or sorted(path.name for path in folders[0].glob("[!.]*") if path.is_dir())
+    if not names:
+        raise DataError(f"{folders[0]}: no folder of frames in it")
+    sequences = {name: sorted(folders[0].joinpath(name).glob("[!.]*.jpg"), key=frame_number) for name in names}
     empty = [name for name, frames in sequences.items() if not frames]
-    if empty or not sequences:
-        raise DataError(f"{folders[0]}: no frames (*.jpg) {'in ' + ', '.join(empty[:5]) if empty else 'below it'}")
+    if empty:
+        raise DataError(f"{folders[0]}: no frames (*.jpg) in {', '.join(empty[:5])}")
     return sequences
+
+
+def frame_number(path):
+    """What frames are ordered by: their number, or their name."""
+    return int(path.stem) if path.stem.isdecimal() else 0, path.name
 
 
 def mask_of(frame):

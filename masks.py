@@ -50,14 +50,19 @@ def boundary_f(masks, truth, void=None, tolerance=0.008):
         void: bool [..., H, W], pixels that are taken as ground in both.
         tolerance: the disk's radius as a share of the picture's diagonal, rounded up to pixels.
     """
-    masks, truth = (boundary(x) for x in without(void, masks, truth))
-    radius = math.ceil(tolerance * math.hypot(*masks.shape[-2:]))
-    right, found = masks & dilate(truth, radius), truth & dilate(masks, radius)
-    right, masks, found, truth = (x.sum(dim=(-2, -1), dtype=torch.float64) for x in (right, masks, found, truth))
-    precision = torch.where(masks > 0, right / masks.clamp(min=1), (truth > 0).double())
-    recall = torch.where(truth > 0, found / truth.clamp(min=1), (masks > 0).double())
+    edges, true_edges = (boundary(x) for x in without(void, masks, truth))
+    radius = math.ceil(tolerance * math.hypot(*edges.shape[-2:]))
+    precision = share(edges & dilate(true_edges, radius), edges)
+    recall = share(true_edges & dilate(edges, radius), true_edges)
     score = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-    return torch.where((masks == 0) & (truth == 0), 1.0, score)
+    empty, truly_empty = (~x.flatten(-2).any(dim=-1) for x in (edges, true_edges))
+    return torch.where(empty & truly_empty, 1.0, torch.where(empty | truly_empty, 0.0, score))
+
+
+def share(part, whole):
+    """How much of a mask another is: bool [..., H, W] twice -> float64 [...]; 0 of an empty one."""
+    part, whole = (x.sum(dim=(-2, -1), dtype=torch.float64) for x in (part, whole))
+    return part / whole.clamp(min=1)
 
 
 def without(void, *masks):
@@ -86,7 +91,8 @@ def dilate(mask, radius):
 def over_time(scores):
     """What DAVIS says of an object's scores in T frames [T]: their mean, recall and decay.
 
-    Recall is the share above 0.5, decay the mean of the first quarter minus that of the last.
+    Recall is the share above 0.5, decay the mean of the first quarter minus that of the last; a frame on the border
+    of two quarters counts in both, and a border between two frames is moved to the later one, as published.
     """
     ends = (torch.linspace(1, len(scores), 5, dtype=torch.float64) + 1e-10).round().int() - 1
     first, last = scores[:ends[1] + 1], scores[ends[3]:]

@@ -21,7 +21,8 @@ def follow(features, labels, n_last=7, topk=5, radius=12, temperature=0.1):
     """Carry the labels of the first frame through all others.
 
     Args:
-        features: iterable of frames, [h, w, D] each; only n_last + 2 of them are held at once.
+        features: iterable of frames, [h, w, D] each. Held at once are n_last + 2 of them, and a copy of the sources
+            while they are compared.
         labels: of the first, [C, h, w], shares of each class.
         n_last: frames that labels come from, besides the first.
         topk, radius, temperature: see `transfer`.
@@ -34,6 +35,7 @@ def follow(features, labels, n_last=7, topk=5, radius=12, temperature=0.1):
     for frame in frames:
         sources, known = (torch.stack(x) for x in zip(first, *last))
         labels = transfer(frame, sources, known, topk, radius, temperature)
+        del sources, known
         last.append((frame, labels))
         yield labels
 

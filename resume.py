@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -115,6 +116,14 @@ def write_whole(path, write, keep=1):
 def write_json(path, content):
     """Write plain values so that there is always a whole file, see `write_whole`."""
     write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
+
+
+def require_writable(folder):
+    """Raise OSError if no file can be made in a folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{folder}: nothing can be written there ({error.strerror})") from None
 
 
 def tensors_in(state, name="state"):

@@ -32,7 +32,8 @@ def read_copydays(root):
     """
     root = Path(root)
     originals = pictures_in(root / "original")
-    folders = [folder for pattern in ("strong", "jpegqual/*", "crops/*") for folder in root.glob(pattern)]
+    folders = [folder for pattern in ("strong", "jpegqual/[!.]*", "crops/[!.]*") for folder in root.glob(pattern)
+               if folder.is_dir()]
     if not folders:
         raise DataError(f"{root}: expected strong/, jpegqual/N/ or crops/N/ beside original/")
     numbers, blocks = {}, {}
@@ -73,8 +74,10 @@ def read_landmarks(path):
         answers = [{name: np.ravel(answer[name]).astype(int).tolist() for name in ("easy", "hard", "junk")}
                    for answer in truth["gnd"]]
         named = {i for answer in answers for part in answer.values() for i in part}
-        if len(answers) != len(queries) or named - set(range(len(database))) or any(len(box) != 4 for box in boxes):
+        if not queries or len(answers) != len(queries) or named - set(range(len(database))):
             raise ValueError("its parts do not fit each other")
+        if any(len(box) != 4 or box[0] >= box[2] or box[1] >= box[3] for box in boxes):
+            raise ValueError("a box is none")
     except Exception as error:  # a pickle may hold anything
         raise DataError(f"{path}: not the ground truth of revisited Oxford or Paris "
                         f"({type(error).__name__}: {error})") from None

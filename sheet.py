@@ -27,6 +27,7 @@ def contact_sheet(pictures, columns=6, side=180):
         image = image.copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
+        caption = " ".join(caption.split())
         if draw.textlength(caption, font) > side:
             while draw.textlength(caption + "…", font) > side:
                 caption = caption[:-1]

@@ -42,6 +42,35 @@ def scene():
     return Image.frombytes("RGB", (97, 61), pixels.numpy().tobytes())
 
 
+@pytest.fixture
+def model(tmp_path):
+    """A small backbone with random weights, and its file."""
+    from checkpoint import save_model
+    from vit import VisionTransformer
+    torch.manual_seed(3)
+    vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+    network = VisionTransformer(**vit).eval()
+    path = tmp_path / "runs" / "one" / "teacher.safetensors"
+    path.parent.mkdir(parents=True)
+    save_model(path, {f"backbone.{k}": v for k, v in network.state_dict().items()}, dict(vit=vit))
+    return network, path
+
+
+@pytest.fixture
+def stopped(capsys):
+    """stopped(run, *argv): the one line with which a command ends."""
+    import cli
+    from data import DataError
+
+    def stopped(run, *argv):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(lambda args: run(*argv), lambda: None, DataError)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(error) == 1
+        return error[0]
+    return stopped
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")
     parser.addoption("--pictures", help="folder of real pictures for tests of views and copies (default: generated)")

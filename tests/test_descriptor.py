@@ -32,10 +32,10 @@ def test_multi_scale_by_parts(model):
     image = torch.randn(1, 3, 70, 101, generator=torch.Generator().manual_seed(1))
     whole = model(image[..., :64, :96])
     smaller, half = model(sampled(image, 0.5 ** 0.5)[..., :48, :64]), model(sampled(image, 0.5)[..., :32, :48])
-    assert_close(multi_scale(model, image, 8), F.normalize(whole + smaller + half), atol=1e-4, rtol=0)
-    assert_close(multi_scale(model, image, 8, (1.0,)), F.normalize(whole))
-    assert_close(multi_scale(model, image, 8, (1.0, 0.5)), F.normalize(whole + half))
-    assert multi_scale(model, image[..., :9, :70], 8).isfinite().all()  # half of it is less than a patch
+    assert_close(multi_scale(model, image), F.normalize(whole + smaller + half), atol=1e-4, rtol=0)
+    assert_close(multi_scale(model, image, (1.0,)), F.normalize(whole))
+    assert_close(multi_scale(model, image, (1.0, 0.5)), F.normalize(whole + half))
+    assert multi_scale(model, image[..., :9, :70]).isfinite().all()  # half of it is less than a patch
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ def folder(tmp_path):
 
 
 def look(asked):
-    """An extractor: a file's feature is its length; those that hold a question mark cannot be read."""
+    """What looks at files: a file's feature is its length; those that hold a question mark cannot be read."""
     def extract(paths):
         asked.extend(os.path.basename(path) for path in paths)
-        texts = [Path(path).read_text() for path in paths]
+        texts = [Path(path).read_text() if os.path.exists(path) else "?" for path in paths]
         good = [i for i, text in enumerate(texts) if "?" not in text]
         features = torch.tensor([[float(len(texts[i])), 1.0] for i in good]) if good else torch.empty(0, 1)
         return features, torch.tensor(good, dtype=torch.int64), [p for p, text in zip(paths, texts) if "?" in text]
@@ -57,6 +57,16 @@ def test_what_cannot_be_read_is_named_and_left_out(folder):
     asked, said = [], []
     assert len(update(folder, asked, said)) == 6
     assert said[0].endswith("has 0 of 7 pictures; looking at 7") and said[1].endswith("1.jpg")
+    asked.clear(), said.clear()
+    before = (folder.parent / "g.safetensors").stat().st_mtime_ns
+    assert len(update(folder, asked, said)) == 6 and asked == []  # nor is it looked at again
+    assert said == [f"{folder.parent / 'g.safetensors'} has 6 of 7 pictures; 1 cannot be read"]
+    assert (folder.parent / "g.safetensors").stat().st_mtime_ns == before
+    (folder / "1.jpg").write_text("mended")
+    assert len(update(folder, asked, said)) == 7 and asked == ["1.jpg"]
+    (folder / "lost.jpg").symlink_to(folder / "nowhere.jpg")
+    assert len(update(folder, asked, said)) == 7
+    (folder / "lost.jpg").unlink()
     for i in range(7):
         (folder / f"{i}.jpg").write_text("?")
     assert update(folder, asked) == []

@@ -53,7 +53,7 @@ def test_shapes():
     assert len(pictures) == 7
     image, objects, void = pictures[1]
     assert image.shape == (3, 48, 48) and objects.shape == (1, 48, 48) and not void.any()
-    picture, mask = Shapes("test", 2000, 48).render(286)  # evenly spread: every 286th
+    picture, mask = Shapes("test", 2000, 48).render(285)  # evenly spread: a seventh of 2,000 on
     assert objects[0].equal(mask)
     assert (image * 255).round().byte().permute(1, 2, 0).numpy().tobytes() == picture.tobytes()
 
@@ -76,9 +76,36 @@ def test_davis(tmp_path):
     assert (objects.numpy() == [values == 1, values == 2]).all()
     with pytest.raises(DataError, match="no frames .* in c"):
         find_sequences(str(tmp_path), ["a", "c"])
-    for folder in (tmp_path / "nothing", tmp_path / "JPEGImages"):
-        with pytest.raises(DataError, match="expected JPEGImages/480p/SEQUENCE"):
-            open_masked(str(folder))
+    for name, words in (("nothing", "no such folder"), ("JPEGImages", "expected JPEGImages/480p/SEQUENCE")):
+        with pytest.raises(DataError, match=words):
+            open_masked(str(tmp_path / name))
+
+
+def test_frames_come_in_order_and_hidden_files_are_none(tmp_path):
+    folder = tmp_path / "JPEGImages" / "480p"
+    for name in ("12.jpg", "2.jpg", "0.jpg", "._0.jpg"):
+        write(folder / "b" / name, np.zeros((4, 4, 3), np.uint8))
+    for name in ("frame_b.jpg", "frame_a.jpg"):
+        write(folder / "a" / name, np.zeros((4, 4, 3), np.uint8))
+    (folder / ".checkpoints").mkdir()
+    sequences = find_sequences(str(tmp_path))
+    assert {name: [frame.name for frame in frames] for name, frames in sequences.items()} == {
+        "a": ["frame_a.jpg", "frame_b.jpg"], "b": ["0.jpg", "2.jpg", "12.jpg"]}
+
+
+def test_colours_and_deep_levels_may_show_one_object(tmp_path):
+    two = np.zeros((20, 30, 3), np.uint8)
+    two[2:9], two[12:15] = (0, 100, 0), (196, 0, 0)  # the same grey
+    deep = np.zeros((20, 30), np.uint16)
+    deep[2:9], deep[12:15] = 300, 400
+    for array in (two, deep):
+        write(tmp_path / "mask.png", array)
+        with pytest.raises(Unreadable, match="more than one level or colour"):
+            read_mask(tmp_path / "mask.png", (30, 20))
+        array[12:15] = 0
+        write(tmp_path / "mask.png", array)
+        values, _, _ = read_mask(tmp_path / "mask.png", (30, 20))
+        assert (values == 255).sum() == 7 * 30 and (values[2:9] == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["P", "L", "1", "RGB"])

@@ -61,8 +61,8 @@ def test_largest_are_those_of_topk():
     assert largest(x[:, :3], 5)[0].shape == (50, 3)
 
 
-def test_first_frame_and_last_frames_alone_give_labels():
-    """Each frame has a patch of its own kind: who may give labels decides what is found."""
+def test_each_frame_is_looked_at_once():
+    """Every patch is of its own kind and stays in its place, so its label does too."""
     h, w, frames = 4, 4, 6
     kinds = F.one_hot(torch.arange(h * w), 16).float().view(h, w, 16)
     seen = []
@@ -77,13 +77,12 @@ def test_first_frame_and_last_frames_alone_give_labels():
         result = list(follow(features(), first, n_last, topk=1, radius=0))
         assert len(result) == frames - 1
         for labels in result:
-            assert_close(labels, first)  # every kind finds itself
+            assert_close(labels, first)
         asked.append(len(seen))
     assert asked == [6, 12, 18]  # each frame is looked at once
 
 
-def test_memory_of_the_last_frames():
-    """A label that only the third frame could have given is lost when two frames are remembered."""
+def test_labels_come_from_the_first_frame_and_the_last_ones():
     generator = torch.Generator().manual_seed(0)
     frames = [torch.randn(5, 5, 8, generator=generator) for _ in range(6)]
     labels = one_hot(torch.ones(5, 5).long().tril(), 2, 5, 5)
