@@ -351,8 +351,10 @@ def test_places_that_cannot_be_written_are_refused_at_once(run, monkeypatch):
     folder, path, _ = run
     monkeypatch.chdir(folder)
     monkeypatch.setattr(evaluate, "extract", None)
-    for flags in (["--features", "/proc/f"], ["--output_dir", "/proc"], ["--output_dir", "missing"]):
-        with pytest.raises(DataError, match="nothing can be written there"):
+    for flags, words in ((["--features", "/proc/f"], "/proc: nothing can be written there"),
+                         (["--output_dir", "/proc"], "/proc: nothing can be written there"),
+                         (["--output_dir", "/proc/missing"], "/proc/missing")):
+        with pytest.raises(OSError, match=words):
             evaluate.main(evaluate.parse_args(["knn", "--num_workers", "0", "--device", "cpu", *flags]))
 
 
