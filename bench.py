@@ -173,11 +173,19 @@ def our_video(args, precision, more):
 
 
 def video_so_far(args):
-    """A frame of DAVIS, [3, 480, 832], and features [8, h, w, D] and labels [8, 3, h, w] of those before it."""
+    """A frame of the size of DAVIS's, [3, 480, 832], features [8, h, w, D] and labels [8, 3, h, w] of those before it.
+
+    A smooth scene that moves and is noisy: where nothing is like anything else the largest are found sooner.
+    """
     h, w = 480 // args.patch_size, 832 // args.patch_size
-    features = torch.randn(8, h, w, SIZES[args.arch]["embed_dim"], device=args.device)
+    scene = F.interpolate(torch.randn(1, 3, 30, 60, device=args.device), size=(480, 960), mode="bicubic")
+    frames = torch.cat([scene[..., 4 * t:832 + 4 * t] for t in range(9)])
+    frames = frames + 0.05 * torch.randn_like(frames)
+    model = VisionTransformer(args.global_crops_size, args.patch_size, **SIZES[args.arch]).to(args.device).eval()
+    with torch.no_grad():
+        features = torch.cat([model.get_intermediate_layers(frame[None])[0][:, 1:] for frame in frames[:8]])
     labels = torch.rand(8, 3, h, w, device=args.device)
-    return torch.randn(3, 480, 832, device=args.device), F.normalize(features, dim=-1), labels
+    return frames[8], F.normalize(features, dim=-1).unflatten(1, (h, w)), labels
 
 
 def empty_logits(args):

@@ -188,6 +188,8 @@ def follow_sequence(model, frames, folder, args, bar):
     size, p = open_rgb(frames[0]).size, model.patch_size
     values, palette, _ = read_mask(mask_of(frames[0]), size)
     classes = np.unique(np.append(values, 0))  # object numbers; class 0 is the ground
+    if len(classes) == 1:
+        raise Unreadable(f"{mask_of(frames[0])}: holds no object")
     rows, cols = grid_of(*size, args.image_size, p)
     first = one_hot(torch.from_numpy(np.searchsorted(classes, values)), len(classes), rows, cols).to(args.device)
     loader = torch.utils.data.DataLoader(Frames(frames, size, rows * p, cols * p), batch_size=None,

@@ -246,7 +246,7 @@ def test_video_keeps_what_was_done(model, davis, capsys, monkeypatch):
 def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, stopped):
     _, path = model
     frames, masks = davis / "JPEGImages" / "480p", davis / "Annotations" / "480p"
-    for name in ("a_cut", "b_unmasked", "c_small_mask", "d_other_mask"):
+    for name in ("a_cut", "b_unmasked", "c_small_mask", "d_other_mask", "e_nothing"):
         (frames / name).mkdir()
         (masks / name).mkdir()
         for t in range(6):
@@ -257,13 +257,14 @@ def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, stoppe
     Image.new("L", (15, 10)).save(masks / "c_small_mask" / "00000.png")
     Image.new("L", (15, 10)).save(masks / "d_other_mask" / "00002.png")
     (masks / "d_other_mask" / "00003.png").write_bytes((masks / "pair" / "00003.png").read_bytes())
+    Image.new("L", (150, 100)).save(masks / "e_nothing" / "00000.png")
     line = stopped(run, "video", "--ckpt", path, "--data_path", davis, "--image_size", 64)
-    assert "4 of 6 sequences could not be followed to their end; the first: " in line
+    assert "5 of 7 sequences could not be followed to their end; the first: " in line
     assert line.endswith("00003.jpg: 150 x 90 pixels, the first frame has 150 x 100")
     output = path.with_suffix(".video")
     assert list(json.loads((output / "result.json").read_text())["sequences"]) == ["pair", "single"]
     assert sorted(x.name for x in (output / "a_cut").iterdir()) == [f"{t:05}.png" for t in range(3)]
-    assert not (output / "b_unmasked").exists() and not (output / "c_small_mask").exists()
+    assert not any((output / name).exists() for name in ("b_unmasked", "c_small_mask", "e_nothing"))
     assert (output / "d_other_mask" / "00005.png").exists()  # only judging it failed
 
 
