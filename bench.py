@@ -43,7 +43,7 @@ from cli import natural, positive
 from data import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
-from precision import PRECISIONS, allow_tf32, autocast
+from precision import PRECISIONS, autocast, fast_products, usual_products
 from propagate import transfer
 from step import Settings, apply_gradients, build_networks, compile_regions, train_step
 from vit import SIZES, VisionTransformer
@@ -120,7 +120,7 @@ def our_step(args, precision, more):
     steps = itertools.count()
 
     def step():
-        allow_tf32(precision)
+        fast_products(args.device, precision)
         now = settings_of(next(steps))
         train_step(student, teacher, dino_loss, optimizer, scaler, reached, [views], now, precision)
     return nothing, step
@@ -155,7 +155,7 @@ def our_features(args, precision, more):
     images, model = random_views(args)[0], frozen_backbone(args, more)
 
     def features():
-        allow_tf32(precision)
+        fast_products(args.device, precision)
         with torch.no_grad(), autocast(args.device, precision):
             model(images)
     return nothing, features
@@ -165,7 +165,7 @@ def our_video(args, precision, more):
     model, (frame, features, labels) = frozen_backbone(args, more), video_so_far(args)
 
     def video():
-        allow_tf32(precision)
+        fast_products(args.device, precision)
         with torch.no_grad(), autocast(args.device, precision):
             tokens = model.get_intermediate_layers(frame[None])[0][0, 1:]
         transfer(F.normalize(tokens.float(), dim=-1).view_as(features[0]), features, labels)
@@ -252,7 +252,7 @@ class Reference:
         optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
 
         def step():
-            allow_tf32("fp32")  # torch's default, which it leaves as it is
+            usual_products(self.args.device)
             with torch.autocast(self.args.device, torch.float16, enabled=self.scaler is not None):
                 teacher_logits = teacher(views[:2])
                 student_logits = student(views)
@@ -284,7 +284,7 @@ class Reference:
                                                             img_size=[args.global_crops_size]).to(args.device).eval()
 
         def features():
-            allow_tf32("fp32")
+            usual_products(args.device)
             with torch.no_grad():
                 model(images)
         return nothing, features
@@ -302,7 +302,7 @@ class Reference:
 
         def video():
             nonlocal near
-            allow_tf32("fp32")
+            usual_products(args.device)
             with torch.no_grad(), mock.patch.multiple(torch.Tensor, **stay):
                 near = theirs.label_propagation(theirs.args, model, frame, *before, near)[2]
         return nothing, video
@@ -403,7 +403,7 @@ def flops_per_image(args):
 
 def matmul_speed(device, precision):
     """Operations a second of large square matrix products, the best of three."""
-    allow_tf32(precision)
+    fast_products(device, precision)
     n = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(PRECISIONS[precision])
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(3))

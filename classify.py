@@ -27,7 +27,7 @@ from augment import BatchMultiCrop, MultiCrop
 from batches import batch_keys, counted_seed, on_device, train_loader
 from data import DataError
 from dino_loss import cosine_schedule
-from precision import allow_tf32, autocast
+from precision import autocast, fast_products
 from report import Report
 from resume import prepare_folder, resume, save_state, was_restarted
 
@@ -209,7 +209,7 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
             save_state(path, fixed=fixed, flags=flags, progress=progress, **states)
 
     # ---- training ----
-    allow_tf32(args.precision)
+    fast_products(device, args.precision)
     network.train()
     model = network
     if world_size > 1:

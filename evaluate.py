@@ -36,7 +36,7 @@ from data import DataError, open_data
 from features import LABELS, extract_features, load_features, save_features
 from knn import knn_classifier
 from optim import build_optimizer
-from precision import allow_tf32, autocast, resolve
+from precision import autocast, fast_products, resolve
 from probe import choose, fit, tenth
 from resume import require_writable, write_json
 
@@ -151,6 +151,7 @@ class Subject(NamedTuple):
 
 def open_subject(args):
     rank, world_size, device = cli.start_processes(args.device)
+    fast_products(device, "fp32")
     backbone, info, origin = open_backbone(args, print if rank == 0 else lambda text: None)
     size = args.image_size or backbone.grid[0] * backbone.patch_size
     if size % backbone.patch_size:
@@ -370,7 +371,7 @@ def finetune(args):
 
 def answers(tokens, head, subject, args):
     """Logits [Q, K] on the held-out pictures, as in training: features by --precision, the classifier in float32."""
-    allow_tf32(args.precision)
+    fast_products(subject.device, args.precision)
 
     def model(images):
         with autocast(subject.device, args.precision):

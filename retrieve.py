@@ -33,6 +33,7 @@ from data import DataError, ImageTree, Unreadable, open_rgb
 from descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
 from features import NothingReadable, extract_features
 from gallery import bring_up_to_date
+from precision import fast_products
 from ranking import judge, mean_judgement
 from resume import require_writable, write_json
 from retrieval_data import pictures_in, read_copydays, read_landmarks
@@ -112,6 +113,7 @@ class Looker:
 
     def __init__(self, args, describe, view, batch_size, upright=True):
         self.rank, self.world_size, self.device = cli.start_processes(args.device)
+        fast_products(self.device, "fp32")
         self.backbone, _, self.origin = open_backbone(args, self.say)
         self.backbone.to(self.device)
         self.size = args.image_size or self.backbone.grid[0] * self.backbone.patch_size

@@ -29,7 +29,7 @@ from cli import natural, positive, positive_float, share
 from data import DataError, Unreadable, open_rgb
 from mask_data import find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
 from masks import boundary_f, jaccard, keep_mass, over_time
-from precision import allow_tf32, autocast
+from precision import autocast, fast_products
 from propagate import decide, follow, one_hot
 from resume import write_json
 
@@ -62,6 +62,7 @@ def parse_args(argv=None):
         help="of the softmax that weights them (default: 0.1)")
     add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the backbone (default: fp32)")
     add("--output_dir", metavar="DIR", help="folder for the masks (default: NAME.video beside the model file)")
+    tasks["masks"].set_defaults(precision="fp32")
     for task in tasks.values():
         cli.add_machine_flags(task)
     return parser.parse_args(argv)
@@ -137,7 +138,6 @@ def video(args):
     sequences = find_sequences(args.data_path, names)
     model, _, origin = open_backbone(args)
     model.to(args.device)
-    allow_tf32(args.precision)
     output = Path(args.output_dir or folder_for(origin, args.checkpoint_key, "video"))
     output.mkdir(parents=True, exist_ok=True)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
@@ -288,6 +288,7 @@ TASKS = {"masks": attention_masks, "video": video}
 def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("one process does it: start it with python, not with torchrun")
+    fast_products(args.device, args.precision)
     TASKS[args.task](args)
 
 

@@ -35,7 +35,7 @@ from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
 from features import extract_features
 from knn import knn_classifier
 from optim import build_optimizer, param_groups
-from precision import allow_tf32, autocast, resolve
+from precision import autocast, fast_products, resolve
 from report import Report
 from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from step import Settings, build_networks, compile_regions, train_step
@@ -328,7 +328,7 @@ def main(args):
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
                    f"{output} holds a complete run; to train anew, name another --output_dir")
-    allow_tf32(args.precision)
+    fast_products(args.device, args.precision)
     network.backbone.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         compile_regions(network, teacher)

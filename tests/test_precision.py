@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from precision import allow_tf32, autocast, resolve
+from precision import autocast, fast_products, onednn_keeps_float32, resolve, usual_products
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -24,6 +24,38 @@ def test_auto_is_bf16_where_the_processor_multiplies_it():
 def test_tf32_stands_beside_half_precision_alone():
     before = torch.backends.cuda.matmul.allow_tf32
     for precision, allowed in (("bf16", True), ("fp32", False), ("fp16", True)):
-        allow_tf32(precision)
+        fast_products("cuda", precision)
         assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    usual_products("cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("shape", [(8, 384, 1536), (1561, 384, 384), (2000, 64, 50), (3, 4097, 5)])
+def test_fast_products_on_a_cpu_are_float32(shape):
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*size, generator=generator).requires_grad_() for size in ((m, k), (n, k)))
+    exact = a.detach().double(), b.detach().double()
+    usual_products("cpu")
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    fast_products("cpu", "fp32")
+    product = torch.nn.functional.linear(a, b)
+    product.sum().backward()
+    for found, expected in ((product, exact[0] @ exact[1].T), (a.grad, exact[1].sum(dim=0).expand(m, k)),
+                            (b.grad, exact[0].sum(dim=0).expand(n, k)),
+                            (a.view(1, m, k) @ b.T, (exact[0] @ exact[1].T)[None])):
+        assert (found.double() - expected).norm() < 2e-6 * expected.norm()
+
+
+def test_onednn_is_not_asked_where_it_would_round(monkeypatch):
+    onednn_keeps_float32.cache_clear()
+    product = torch.Tensor.__matmul__
+
+    def rounds(a, b):
+        asked = a.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        return product(a.bfloat16(), b.bfloat16()).float() if asked else product(a, b)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounds)
+    fast_products("cpu", "fp32")
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    onednn_keeps_float32.cache_clear()
