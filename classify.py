@@ -209,7 +209,7 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
             save_state(path, fixed=fixed, flags=flags, progress=progress, **states)
 
     # ---- training ----
-    fast_products(device, args.precision)
+    fast_products(device, args.precision, network.tokens.backbone.embed_dim)
     network.train()
     model = network
     if world_size > 1:

@@ -151,8 +151,8 @@ class Subject(NamedTuple):
 
 def open_subject(args):
     rank, world_size, device = cli.start_processes(args.device)
-    fast_products(device, "fp32")
     backbone, info, origin = open_backbone(args, print if rank == 0 else lambda text: None)
+    fast_products(device, "fp32", backbone.embed_dim)
     size = args.image_size or backbone.grid[0] * backbone.patch_size
     if size % backbone.patch_size:
         raise DataError(f"--image_size {size} is not a multiple of the model's patch size {backbone.patch_size}")
@@ -371,7 +371,7 @@ def finetune(args):
 
 def answers(tokens, head, subject, args):
     """Logits [Q, K] on the held-out pictures, as in training: features by --precision, the classifier in float32."""
-    fast_products(subject.device, args.precision)
+    fast_products(subject.device, args.precision, subject.backbone.embed_dim)
 
     def model(images):
         with autocast(subject.device, args.precision):

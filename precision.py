@@ -18,16 +18,19 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def fast_products(device, precision):
+def fast_products(device, precision, width=128):
     """Let products that stay in float32 be made as fast as that allows.
 
     CUDA: beside half precision they may keep the 10 bits of fraction that fp16 has (TF32). CPU: by oneDNN in place of
     the BLAS, which takes twice the time on AMD, where oneDNN is found to keep float32's accuracy.
+
+    Args:
+        width: of the network; below 128 a call of oneDNN costs more than it saves.
     """
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     elif torch.device(device).type == "cpu":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if onednn_keeps_float32() else "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if width >= 128 and onednn_keeps_float32() else "none"
 
 
 def usual_products(device):

@@ -113,8 +113,8 @@ class Looker:
 
     def __init__(self, args, describe, view, batch_size, upright=True):
         self.rank, self.world_size, self.device = cli.start_processes(args.device)
-        fast_products(self.device, "fp32")
         self.backbone, _, self.origin = open_backbone(args, self.say)
+        fast_products(self.device, "fp32", self.backbone.embed_dim)
         self.backbone.to(self.device)
         self.size = args.image_size or self.backbone.grid[0] * self.backbone.patch_size
         self.describe, self.view, self.batch_size, self.upright = describe, view, batch_size, upright

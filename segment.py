@@ -62,7 +62,6 @@ def parse_args(argv=None):
         help="of the softmax that weights them (default: 0.1)")
     add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the backbone (default: fp32)")
     add("--output_dir", metavar="DIR", help="folder for the masks (default: NAME.video beside the model file)")
-    tasks["masks"].set_defaults(precision="fp32")
     for task in tasks.values():
         cli.add_machine_flags(task)
     return parser.parse_args(argv)
@@ -74,6 +73,7 @@ def attention_masks(args):
     """Jaccard of the thresholded CLS attention: the best head for each object, the heads' mean, random weights."""
     pictures = open_masked(args.data_path, args.pictures)
     model, info, origin = open_backbone(args)
+    fast_products(args.device, "fp32", model.embed_dim)
     p = model.patch_size
     shorter = args.image_size or round(480 / 224 * model.grid[0]) * p
     path = file_for(origin, args, "masks.json")
@@ -137,6 +137,7 @@ def video(args):
     names = args.sequences or (names_in(listed) if listed.is_file() else None)
     sequences = find_sequences(args.data_path, names)
     model, _, origin = open_backbone(args)
+    fast_products(args.device, args.precision, model.embed_dim)
     model.to(args.device)
     output = Path(args.output_dir or folder_for(origin, args.checkpoint_key, "video"))
     output.mkdir(parents=True, exist_ok=True)
@@ -288,7 +289,6 @@ TASKS = {"masks": attention_masks, "video": video}
 def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("one process does it: start it with python, not with torchrun")
-    fast_products(args.device, args.precision)
     TASKS[args.task](args)
 
 

@@ -328,7 +328,7 @@ def main(args):
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
                    f"{output} holds a complete run; to train anew, name another --output_dir")
-    fast_products(args.device, args.precision)
+    fast_products(args.device, args.precision, args.embed_dim)
     network.backbone.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         compile_regions(network, teacher)

@@ -39,6 +39,8 @@ def test_fast_products_on_a_cpu_are_float32(shape):
     exact = a.detach().double(), b.detach().double()
     usual_products("cpu")
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    fast_products("cpu", "fp32", width=64)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
     fast_products("cpu", "fp32")
     product = torch.nn.functional.linear(a, b)
     product.sum().backward()
