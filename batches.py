@@ -155,7 +155,25 @@ def eval_view(image, height, width=None):
         scale = max(width / image.width, height / image.height) / 0.875
         image = TF.resize(image, round(min(image.size) * scale), TF.InterpolationMode.BICUBIC)
         image = TF.center_crop(image, [height, width])
-    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+    return normalised(image)
+
+
+def large_size(backbone):
+    """Shorter side, pixels, at which attention is looked at: 480 for a model trained at 224, and in proportion."""
+    return round(480 / 224 * backbone.grid[0]) * backbone.patch_size
+
+
+def whole_view(image, shorter, patch_size):
+    """The whole of an RGB image or [3, H, W], resized so that patches fill it: about `shorter` pixels, bicubic."""
+    _, H, W = TF.get_dimensions(image)
+    sides = [max(1, round(side * shorter / min(H, W) / patch_size)) * patch_size for side in (H, W)]
+    return TF.resize(image, sides, TF.InterpolationMode.BICUBIC)
+
+
+def normalised(image):
+    """RGB image or [3, H, W] in [0, 1] -> [3, H, W], less ImageNet's mean over its standard deviation."""
+    image = image if isinstance(image, torch.Tensor) else TF.to_tensor(image)
+    return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
 
 class EvalViews(torch.utils.data.Dataset):

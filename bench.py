@@ -16,7 +16,6 @@ standard error. The step is the function that train.py runs.
 import argparse
 import atexit
 import functools
-import importlib
 import importlib.util
 import itertools
 import json
@@ -181,7 +180,7 @@ def video_so_far(args):
     scene = F.interpolate(torch.randn(1, 3, 30, 60, device=args.device), size=(480, 960), mode="bicubic")
     frames = torch.cat([scene[..., 4 * t:832 + 4 * t] for t in range(9)])
     frames = frames + 0.05 * torch.randn_like(frames)
-    model = VisionTransformer(args.global_crops_size, args.patch_size, **SIZES[args.arch]).to(args.device).eval()
+    model = frozen_backbone(args, set())
     with torch.no_grad():
         features = torch.cat([model.get_intermediate_layers(frame[None])[0][:, 1:] for frame in frames[:8]])
     labels = torch.rand(8, 3, h, w, device=args.device)
@@ -278,31 +277,33 @@ class Reference:
         self.scaler = None
         return lambda: give_gradients(student), lambda: self.apply(student, teacher, optimizer)
 
+    def frozen_backbone(self):
+        build = getattr(self.vision_transformer, self.args.arch)
+        model = build(patch_size=self.args.patch_size, img_size=[self.args.global_crops_size])
+        return model.to(self.args.device).eval()
+
     def features(self):
-        args, images = self.args, random_views(self.args)[0]
-        model = getattr(self.vision_transformer, args.arch)(patch_size=args.patch_size,
-                                                            img_size=[args.global_crops_size]).to(args.device).eval()
+        model, images = self.frozen_backbone(), random_views(self.args)[0]
 
         def features():
-            usual_products(args.device)
+            usual_products(self.args.device)
             with torch.no_grad():
                 model(images)
         return nothing, features
 
     def video(self):
-        args, (frame, features, labels) = self.args, video_so_far(self.args)
+        device, (frame, features, labels) = self.args.device, video_so_far(self.args)
         sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # reads its frames
         theirs = self.module("eval_video_segmentation")
         theirs.args = argparse.Namespace(size_mask_neighborhood=12, topk=5)
-        model = getattr(self.vision_transformer, args.arch)(patch_size=args.patch_size,
-                                                            img_size=[args.global_crops_size]).to(args.device).eval()
+        model = self.frozen_backbone()
         before = [x.flatten(0, 1).T for x in features], list(labels[:, None])
-        stay = {} if args.device == "cuda" else {"cuda": lambda tensor, **kwargs: tensor}  # it calls .cuda() anywhere
+        stay = {} if device == "cuda" else {"cuda": lambda tensor, **kwargs: tensor}  # it calls .cuda() anywhere
         near = None  # which patches are near each other is found once for a video
 
         def video():
             nonlocal near
-            usual_products(args.device)
+            usual_products(device)
             with torch.no_grad(), mock.patch.multiple(torch.Tensor, **stay):
                 near = theirs.label_propagation(theirs.args, model, frame, *before, near)[2]
         return nothing, video

@@ -104,23 +104,23 @@ def file_for(origin, args, ending):
     Raises:
         OSError: nothing can be written there; said before hours are spent.
     """
-    path = folder_for(origin, args.checkpoint_key, ending)
+    path = beside(origin["ckpt"], args.checkpoint_key, ending, args.untrained)
     folder = Path(args.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     require_writable(folder)
     return folder / path.name
 
 
-def folder_for(origin, key, ending):
-    """Path beside a model file: its name, what was judged of it, and an ending.
+def folder_for(origin, args, ending):
+    """Path of a folder about a model file: --output_dir, or beside it under its name, what was judged, an ending."""
+    return Path(args.output_dir or beside(origin["ckpt"], args.checkpoint_key, ending, args.untrained))
 
-    Args:
-        origin: see `open_backbone`.
-        key: --checkpoint_key.
-    """
-    file = Path(origin["ckpt"])
+
+def beside(ckpt, key, ending, untrained=False):
+    """Path beside a model file: its name, the network that --checkpoint_key took if not the teacher, an ending."""
+    file = Path(ckpt)
     network = f".{key}" * (key not in (None, "teacher", file.stem))
-    return file.with_name(f"{file.stem}{network}{'.untrained' * origin['untrained']}.{ending}")
+    return file.with_name(f"{file.stem}{network}{'.untrained' * untrained}.{ending}")
 
 
 def build(sizes, weights):
@@ -204,6 +204,18 @@ def sha256(path):
 
 def file_of(path):
     return os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
+
+
+def square_size(image_size, backbone):
+    """Side of the square that is looked at, pixels: --image_size, or what the backbone was trained at.
+
+    Raises:
+        CheckpointError: patches do not fill it.
+    """
+    p = backbone.patch_size
+    if image_size and image_size % p:
+        raise CheckpointError(f"--image_size {image_size} is not a multiple of the model's patch size {p}")
+    return image_size or backbone.grid[0] * p
 
 
 def newest_model(root="runs"):

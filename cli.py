@@ -149,11 +149,10 @@ def is_first_process():
 
 def rank_zero_first(make):
     """Call `make` on rank 0 and then on the others, so that a download is made once."""
-    waits = several_processes() and dist.get_rank() > 0
-    if waits:
+    if not is_first_process():
         gather(None)
     result = make()
-    if not waits:
+    if is_first_process():
         gather(None)
     return result
 

@@ -29,7 +29,16 @@ from tqdm import tqdm
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_loader
-from checkpoint import CheckpointError, file_for, folder_for, load_backbone, open_backbone, read_weights, save_model
+from checkpoint import (
+    CheckpointError,
+    file_for,
+    folder_for,
+    load_backbone,
+    open_backbone,
+    read_weights,
+    save_model,
+    square_size,
+)
 from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
@@ -153,9 +162,7 @@ def open_subject(args):
     rank, world_size, device = cli.start_processes(args.device)
     backbone, info, origin = open_backbone(args, print if rank == 0 else lambda text: None)
     fast_products(device, "fp32", backbone.embed_dim)
-    size = args.image_size or backbone.grid[0] * backbone.patch_size
-    if size % backbone.patch_size:
-        raise DataError(f"--image_size {size} is not a multiple of the model's patch size {backbone.patch_size}")
+    size = square_size(args.image_size, backbone)
     data_path = args.data_path or info.get("data_path")
     if not (data_path and isinstance(data_path, str)):
         raise DataError(f"{origin['ckpt']} does not say what it was trained on: name labelled pictures with "
@@ -191,10 +198,7 @@ def extract(subject, model, images, args):
     """model(centre view) of each picture, once over all processes: [M, ...] float32 and labels [M]."""
     loader = eval_loader(images, subject.size, args.batch_size_per_gpu, args.num_workers, subject.rank,
                          subject.world_size)
-    with tqdm(total=len(images), unit="img", leave=False,
-              disable=subject.rank != 0 or not sys.stderr.isatty()) as bar:
-        x, labels, unreadable = extract_features(model, loader, subject.device,
-                                                 lambda count: bar.update(count * subject.world_size))
+    x, labels, unreadable = extract_features(model, loader, subject.device, total=len(images))
     for message in unreadable:
         if message not in subject.unreadable:
             subject.say(f"skipped unreadable picture {message}")
@@ -252,7 +256,7 @@ def linear(args):
     subject = open_subject(args)
     classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
     tokens = Tokens(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
-    output = output_folder(subject, args, "linear_quick" if args.quick else "linear")
+    output = folder_for(subject.origin, args, "linear_quick" if args.quick else "linear")
     origin = subject.origin | dict(n_last_blocks=tokens.n_last_blocks, avgpool_patchtokens=tokens.avgpool)
     grid = list(itertools.product(args.lr, args.weight_decay or ([0.0, 1e-4, 1e-3, 1e-2, 1e-1] if args.quick else [0])))
     if args.test_only:
@@ -338,7 +342,7 @@ def finetune(args):
     """Backbone and classifier trained with labels: AdamW, layer-wise lr decay, label smoothing, mixup by flag."""
     subject = open_subject(args)
     classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
-    output, tokens = output_folder(subject, args, "finetune"), Tokens(subject.backbone)
+    output, tokens = folder_for(subject.origin, args, "finetune"), Tokens(subject.backbone)
     if args.test_only:
         head, how = load_classifier(output, subject.origin, classes, subject)
         tokens = Tokens(load_backbone(output / "classifier.safetensors", say=subject.say)[0].to(subject.device))
@@ -388,10 +392,6 @@ def fixed_part(origin):
 
 def place(subject):
     return subject.size, subject.device, subject.rank, subject.world_size
-
-
-def output_folder(subject, args, ending):
-    return Path(args.output_dir or folder_for(subject.origin, args.checkpoint_key, ending))
 
 
 def effective(lrs, pictures):

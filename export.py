@@ -37,7 +37,7 @@ from torchvision.transforms import functional as TF
 
 import cli
 import infer
-from checkpoint import CheckpointError, load_backbone, newest_model, save_model, sha256
+from checkpoint import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
 from cli import natural, positive
 from data import DataError, ImageTree, Shapes
 from foreign import FORMATS, IMAGENET_MEAN, IMAGENET_STD
@@ -53,7 +53,7 @@ def save_backbone(path, backbone, info, ckpt):
     save_model(path, {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}, info)
 
 
-FORMATS = {"safetensors": (".backbone.safetensors", save_backbone)} | FORMATS
+FORMATS = {"safetensors": ("backbone.safetensors", save_backbone)} | FORMATS
 
 
 class ExportError(RuntimeError):
@@ -349,10 +349,8 @@ def main(args):
         return check(args)
     ckpt = (args.ckpt or newest_model()).rstrip("/")
     backbone, info = load_backbone(ckpt, args.checkpoint_key)
-    ending, save = FORMATS.get(args.format, (".onnx", None))
-    stem = os.path.splitext(ckpt)[0]
-    student = ".student" * (args.checkpoint_key == "student" and os.path.basename(stem) != "student")
-    output = (args.output or stem + student + ending).rstrip("/")
+    ending, save = FORMATS.get(args.format, ("onnx", None))
+    output = (args.output or str(beside(ckpt, args.checkpoint_key, ending))).rstrip("/")
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise CheckpointError(f"--output {output}: its folder does not exist")
     if os.path.isdir(output) and args.format != "transformers":

@@ -6,11 +6,13 @@
 """
 
 import json
+import sys
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from resume import CheckpointError, write_whole
 
@@ -26,14 +28,14 @@ class NothingReadable(OSError):
 
 
 @torch.no_grad()
-def extract_features(model, loader, device="cpu", progress=None):
+def extract_features(model, loader, device="cpu", total=None):
     """Features of all pictures of a loader, in the order of their index.
 
     Args:
         model: images [B, C, H, W] -> features [B, D].
         loader: yields (images, labels, indices, unreadable) per batch, each picture once. Under a process
             group every process brings its own share, of any length.
-        progress: called with the number of pictures of each batch.
+        total: pictures of all processes, for a bar on the first one's terminal; None for no bar.
 
     Returns:
         features [M, D] float32, labels [M] int64, unreadable (list of messages); the same on every process.
@@ -43,18 +45,20 @@ def extract_features(model, loader, device="cpu", progress=None):
     """
     features, unreadable = [], []
     labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for images, y, i, bad in loader:
-        if len(images):
-            features.append(model(images.to(device, non_blocking=images.is_pinned())).float())
-        labels.append(y)
-        indices.append(i)
-        unreadable += bad
-        if progress:
-            progress(len(i) + len(bad))
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    with tqdm(total=total, unit="img", leave=False,
+              disable=total is None or rank > 0 or not sys.stderr.isatty()) as bar:
+        for images, y, i, bad in loader:
+            if len(images):
+                features.append(model(images.to(device, non_blocking=images.is_pinned())).float())
+            labels.append(y)
+            indices.append(i)
+            unreadable += bad
+            bar.update(min((len(i) + len(bad)) * world_size, (total or 0) - bar.n))
     part = (torch.cat(features).cpu() if features else None, torch.cat(labels), torch.cat(indices), unreadable)
     parts = [part]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
+    if world_size > 1:
+        parts = [None] * world_size
         dist.all_gather_object(parts, part)
     unreadable = [message for *_, bad in parts for message in bad]
     if all(f is None for f, *_ in parts):

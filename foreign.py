@@ -133,5 +133,5 @@ NAMES_FOR_TRANSFORMERS = [  # ours -> those of their files
     (r"^norm\.", "layernorm."),
 ]
 FORMATS = {  # name -> what is appended to the model file's name, and (path, backbone, info, ckpt) -> None
-    "timm": (".timm.safetensors", save_timm), "transformers": (".transformers", save_transformers),
-    "dino": (".dino.pth", save_dino), "dino_full": (".dino_full.pth", save_dino_full)}
+    "timm": ("timm.safetensors", save_timm), "transformers": ("transformers", save_transformers),
+    "dino": ("dino.pth", save_dino), "dino_full": ("dino_full.pth", save_dino_full)}

@@ -19,11 +19,8 @@ from data import DataError, Unreadable, decoding, open_data, open_rgb
 VOID = 255  # in a mask with a palette: pixels that nobody labelled
 
 
-class Masked(torch.utils.data.Dataset):
-    """Pictures with masks: RGB [3, H, W] in [0, 1], objects bool [O, H, W], unlabelled pixels bool [H, W].
-
-    In place of one that cannot be used there is the message that says why.
-    """
+class Readable(torch.utils.data.Dataset):
+    """read(entry) of each entry; in place of one that is Unreadable the message that says why."""
 
     def __init__(self, entries, read):
         self.entries, self.read = entries, read
@@ -44,6 +41,9 @@ def open_masked(data_path, at_most=None):
     Args:
         at_most: no more than these, evenly spread.
 
+    Returns:
+        a set of RGB [3, H, W] in [0, 1], objects bool [O, H, W], and unlabelled pixels bool [H, W].
+
     Raises:
         DataError: nothing of these is there.
     """
@@ -53,7 +53,7 @@ def open_masked(data_path, at_most=None):
     else:
         entries, read = voc_files(data_path) or davis_files(data_path), read_files
     count = min(at_most or len(entries), len(entries))
-    return Masked([entries[i * len(entries) // count] for i in range(count)], read)
+    return Readable([entries[i * len(entries) // count] for i in range(count)], read)
 
 
 def voc_files(data_path):

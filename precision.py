@@ -46,11 +46,14 @@ def onednn_keeps_float32():
 
     That leave is how torch is told to ask oneDNN at all.
     """
-    before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
+    if not torch.backends.mkldnn.is_available():
+        return False
     a, b = torch.sin(torch.arange(2 * 384 * 384.0)).view(2, 384, 384)
-    error = ((a @ b).double() - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
+    exact = a.double() @ b.double()
+    before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
+    product = a @ b
     torch.backends.mkldnn.matmul.fp32_precision = before
-    return torch.backends.mkldnn.is_available() and error.item() < 1e-5
+    return ((product.double() - exact).norm() / exact.norm()).item() < 1e-5
 
 
 def resolve(precision, device):

@@ -14,20 +14,17 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 import cli
-from augment import IMAGENET_MEAN, IMAGENET_STD
-from batches import eval_loader, eval_view
-from checkpoint import CheckpointError, file_for, folder_for, open_backbone
+from batches import eval_loader, eval_view, normalised
+from checkpoint import CheckpointError, file_for, folder_for, open_backbone, square_size
 from cli import boolean, positive
 from data import DataError, ImageTree, Unreadable, open_rgb
 from descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
@@ -116,7 +113,7 @@ class Looker:
         self.backbone, _, self.origin = open_backbone(args, self.say)
         fast_products(self.device, "fp32", self.backbone.embed_dim)
         self.backbone.to(self.device)
-        self.size = args.image_size or self.backbone.grid[0] * self.backbone.patch_size
+        self.size = args.image_size if view is within else square_size(args.image_size, self.backbone)
         self.describe, self.view, self.batch_size, self.upright = describe, view, batch_size, upright
         self.num_workers = args.num_workers
 
@@ -124,22 +121,14 @@ class Looker:
         if self.rank == 0:
             tqdm.write(text)
 
-    def require_patches(self):
-        if self.size % self.backbone.patch_size:
-            raise DataError(f"--image_size {self.size} is not a multiple of the model's patch size "
-                            f"{self.backbone.patch_size}")
-
     def look(self, paths, boxes=None):
         """Features [M, D] of the pictures that can be read, their numbers [M], and messages on the others."""
         loader = eval_loader(Files(paths, boxes, self.upright), self.size, self.batch_size, self.num_workers, self.rank,
                              self.world_size, self.view)
-        with tqdm(total=len(paths), unit="img", leave=False,
-                  disable=self.rank > 0 or not sys.stderr.isatty()) as bar:
-            try:
-                return extract_features(lambda images: self.describe(self.backbone, images), loader, self.device,
-                                        lambda count: bar.update(count * self.world_size))
-            except NothingReadable as error:
-                return torch.empty(0, 1), torch.empty(0, dtype=torch.int64), error.unreadable
+        try:
+            return extract_features(partial(self.describe, self.backbone), loader, self.device, total=len(paths))
+        except NothingReadable as error:
+            return torch.empty(0, 1), torch.empty(0, dtype=torch.int64), error.unreadable
 
     def look_at_all(self, paths, boxes=None):
         """Features of pictures of which none may be left out; raises DataError if one cannot be read."""
@@ -159,15 +148,14 @@ class Looker:
 
 def squeezed(image, size):
     """RGB image -> [3, size, size], bicubic, whatever its shape."""
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+    return normalised(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def within(image, size):
     """RGB image -> [3, H, W], its longer side no more than size, as Pillow's thumbnails with Lanczos are."""
     image = image.copy()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+    return normalised(image)
 
 
 def normaliser(looker, folder):
@@ -192,7 +180,6 @@ def copies(args):
     """Copies of pictures found among the originals: Copydays, CLS and pooled patch tokens."""
     originals, blocks = read_copydays(args.data_path)
     looker = Looker(args, cls_and_gem, squeezed, args.batch_size_per_gpu)
-    looker.require_patches()
     path = file_for(looker.origin, args, "copies.json")
     queries = {name: looker.look_at_all(paths) for name, (paths, _) in blocks.items()}
     database = looker.look_at_all(originals)
@@ -265,8 +252,7 @@ def judge_landmarks(name, orders, answers):
 def search(args):
     """The pictures of a folder that look most like others, and a sheet of them."""
     looker = Looker(args, unit_cls, eval_view, args.batch_size_per_gpu)
-    looker.require_patches()
-    output = Path(args.output_dir or folder_for(looker.origin, args.checkpoint_key, "search"))
+    output = folder_for(looker.origin, args, "search")
     queries, numbers, unreadable = looker.look(args.query)
     features, paths = gallery(looker, args.data_path, output)
     if looker.rank > 0:

@@ -13,21 +13,21 @@ its rules; the same command goes on where it was stopped.
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 import cli
-from augment import IMAGENET_MEAN, IMAGENET_STD
+from batches import large_size, normalised, whole_view
 from checkpoint import CheckpointError, file_for, folder_for, open_backbone, untrained
 from cli import natural, positive, positive_float, share
 from data import DataError, Unreadable, open_rgb
-from mask_data import find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
+from mask_data import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
 from masks import boundary_f, jaccard, keep_mass, over_time
 from precision import autocast, fast_products
 from propagate import decide, follow, one_hot
@@ -74,12 +74,10 @@ def attention_masks(args):
     pictures = open_masked(args.data_path, args.pictures)
     model, info, origin = open_backbone(args)
     fast_products(args.device, "fp32", model.embed_dim)
-    p = model.patch_size
-    shorter = args.image_size or round(480 / 224 * model.grid[0]) * p
+    shorter = args.image_size or large_size(model)
     path = file_for(origin, args, "masks.json")
-    models = {"untrained": untrained(info).to(args.device)}
-    if not args.untrained:
-        models = {"trained": model.to(args.device)} | models
+    models = {"untrained": model} if args.untrained else {"trained": model, "untrained": untrained(info)}
+    models = {name: network.to(args.device) for name, network in models.items()}
     scores, left_out = {name: [] for name in models}, []
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=args.num_workers)
     for item in tqdm(loader, unit="img", leave=False, disable=not sys.stderr.isatty()):
@@ -87,10 +85,7 @@ def attention_masks(args):
             left_out.append(item)
             continue
         image, objects, void = item
-        H, W = image.shape[1:]
-        rows, cols = (max(1, round(side * shorter / min(H, W) / p)) for side in (H, W))
-        x = TF.resize(image, [rows * p, cols * p], TF.InterpolationMode.BICUBIC)
-        x = TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD)[None].to(args.device)
+        x = normalised(whole_view(image, shorter, model.patch_size))[None].to(args.device)
         for name, network in models.items():
             scores[name].append(overlap(network, x, objects.to(args.device), void.to(args.device), args.mass))
     count = len(pictures) - len(left_out)
@@ -139,7 +134,7 @@ def video(args):
     model, _, origin = open_backbone(args)
     fast_products(args.device, args.precision, model.embed_dim)
     model.to(args.device)
-    output = Path(args.output_dir or folder_for(origin, args.checkpoint_key, "video"))
+    output = folder_for(origin, args, "video")
     output.mkdir(parents=True, exist_ok=True)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}
@@ -193,8 +188,8 @@ def follow_sequence(model, frames, folder, args, bar):
         raise Unreadable(f"{mask_of(frames[0])}: holds no object")
     rows, cols = grid_of(*size, args.image_size, p)
     first = one_hot(torch.from_numpy(np.searchsorted(classes, values)), len(classes), rows, cols).to(args.device)
-    loader = torch.utils.data.DataLoader(Frames(frames, size, rows * p, cols * p), batch_size=None,
-                                         num_workers=args.num_workers)
+    read = partial(read_frame, size=size, height=rows * p, width=cols * p)
+    loader = torch.utils.data.DataLoader(Readable(frames, read), batch_size=None, num_workers=args.num_workers)
     features = (patch_features(model, frame, args) for frame in loader)
     folder.mkdir(exist_ok=True)
     save_mask(folder / f"{frames[0].stem}.png", values, palette)
@@ -218,30 +213,17 @@ def grid_of(width, height, shorter, p):
     return (short, long) if height <= width else (long, short)
 
 
-class Frames(torch.utils.data.Dataset):
-    """Frames of `size` pixels as [1, 3, height, width]; the message in place of one that cannot be used.
+def read_frame(path, size, height, width):
+    """A frame of `size` pixels as [1, 3, height, width].
 
-    They are resized as in the published evaluation: bilinear without antialiasing, to whole levels. Its slip in the
-    red channel, a standard deviation of 0.228 for 0.229, is not repeated.
+    It is resized as in the published evaluation: bilinear without antialiasing, to whole levels. Its slip in the red
+    channel, a standard deviation of 0.228 for 0.229, is not repeated.
     """
-
-    def __init__(self, paths, size, height, width):
-        self.paths, self.size, self.height, self.width = paths, size, height, width
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            image = open_rgb(self.paths[i])
-        except Unreadable as error:
-            return str(error)
-        if image.size != self.size:
-            return (f"{self.paths[i]}: {image.width} x {image.height} pixels, the first frame has {self.size[0]} x "
-                    f"{self.size[1]}")
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-        pixels = F.interpolate(pixels, size=(self.height, self.width), mode="bilinear").round()
-        return TF.normalize(pixels / 255, IMAGENET_MEAN, IMAGENET_STD)
+    image = open_rgb(path)
+    if image.size != size:
+        raise Unreadable(f"{path}: {image.width} x {image.height} pixels, the first frame has {size[0]} x {size[1]}")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    return normalised(F.interpolate(pixels, size=(height, width), mode="bilinear").round() / 255)
 
 
 @torch.no_grad()
