@@ -144,6 +144,13 @@ def on_device(batches, multicrop, device):
 
 # ---- to judge features on ----
 
+def some_of(images, most):
+    """At most so many of the images, always the same ones, drawn at random: an even step may fall in with classes."""
+    if len(images) <= most:
+        return images
+    return torch.utils.data.Subset(images, sorted(random.Random(0).sample(range(len(images)), most)))
+
+
 def eval_view(image, height, width=None):
     """RGB image -> [3, height, width], normalised: the one view that features are judged on.
 

@@ -82,10 +82,12 @@ def add_model_flags(group):
     group.add_argument("--untrained", action="store_true", help="judge random weights of the same shapes instead")
 
 
-def add_machine_flags(group):
-    """The flags of every command that runs a network: --device and --num_workers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def add_machine_flags(group, workers=True):
+    """The flags of every command that runs a network: --device and, if it loads pictures in workers, --num_workers."""
     group.add_argument("--device", type=device, default="auto", help="cuda, mps or cpu (default: the first there is)")
+    if not workers:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     group.add_argument("--num_workers", type=natural, default=min(10, cores), metavar="N",
                        help=f"processes that load pictures, for each that computes (default: {min(10, cores)})")
 
@@ -211,6 +213,9 @@ class StopSignals:
         return signal.Signals(number.item()).name if number else None
 
 
+OPTIONAL = {"matplotlib": "matplotlib", "av": "av"}  # module -> what pip calls it: what only some commands need
+
+
 def run(main, parse_args, *errors):
     """Call main(parse_args()); the given errors, and those of the machine, end as one line and status 2.
 
@@ -224,6 +229,10 @@ def run(main, parse_args, *errors):
     except (*errors, ProcessError, OSError) as error:
         # What a loader's worker raises arrives with its traceback before the message.
         message = str(error).rpartition(f"{type(error).__name__}: ")[2]
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        message = f"this needs {error.name}, which is not installed: pip install {OPTIONAL[error.name]}"
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except RecursionError:

@@ -14,26 +14,41 @@ def contact_sheet(pictures, columns=6, side=180):
     """RGB images with captions -> one RGB image.
 
     Args:
-        pictures: (PIL image, text) each; an image is made smaller to fit into side x side pixels, never larger, and a
-            text is cut to that width.
+        pictures: (PIL image, text) each, or None for an empty place; an image is made smaller to fit into side x side
+            pixels, never larger, and a text is cut to that width. Rows are as high as their highest picture.
     """
-    font = ImageFont.load_default(12)
+    font = ImageFont.load_default(max(12, side // 20))
     columns = min(columns, len(pictures))
-    width, height = side + GAP, side + 24 + GAP
-    sheet = Image.new("RGB", (columns * width + GAP, -(-len(pictures) // columns) * height + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(pictures):
-        left, top = GAP + i % columns * width, GAP + i // columns * height
-        image = image.copy()
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
-        caption = " ".join(caption.split())
-        if draw.textlength(caption, font) > side:
-            while draw.textlength(caption + "…", font) > side:
-                caption = caption[:-1]
-            caption += "…"
-        draw.text((left, top + side + 4), caption, "black", font)
+    rows = [[picture and (fitted(picture[0], side), picture[1]) for picture in pictures[first:first + columns]]
+            for first in range(0, len(pictures), columns)]
+    heights = [max((picture[0].height for picture in row if picture), default=0) for row in rows]
+    below = 2 * int(font.size)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, sum(heights) + len(rows) * (below + GAP) + GAP), "white")
+    draw, top = ImageDraw.Draw(sheet), GAP
+    for row, height in zip(rows, heights):
+        for left, picture in zip(range(GAP, sheet.width, side + GAP), row):
+            if picture:
+                image, caption = picture
+                sheet.paste(image, (left, top))
+                draw.text((left, top + height + 4), cut(caption, font, side), "black", font)
+        top += height + below + GAP
     return sheet
+
+
+def fitted(image, side):
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+def cut(caption, font, width):
+    """A caption in one line of at most `width` pixels."""
+    caption = " ".join(caption.split())
+    if font.getlength(caption) > width:
+        while caption and font.getlength(caption + "…") > width:
+            caption = caption[:-1]
+        caption += "…"
+    return caption
 
 
 if __name__ == "__main__":

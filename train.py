@@ -14,7 +14,6 @@ while the KL divergence stays above zero.
 import functools
 import json
 import math
-import random
 import shlex
 import shutil
 import time
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
-from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, MultiCrop
-from batches import batch_keys, counted_seed, eval_loader, on_device, train_loader
+from augment import IMAGENET_MEAN, IMAGENET_STD
+from batches import batch_keys, counted_seed, eval_loader, on_device, some_of, train_loader
 from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
@@ -39,6 +38,7 @@ from precision import autocast, fast_products, resolve
 from report import Report
 from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from step import Settings, build_networks, compile_regions, train_step
+from views import add_view_flags, build_multicrop, require_views
 from vit import SIZES
 
 # ---- flags ----
@@ -86,17 +86,7 @@ def parse_args(argv=None):
     add(optim, "--precision", "auto", "auto: bf16 where the device is fast at it, else fp32",
         choices=["auto", "bf16", "fp16", "fp32"])
 
-    views = parser.add_argument_group("views")
-    add(views, "--global_crops_size", 224, "pixels", positive)
-    add(views, "--global_crops_scale", (0.4, 1.0), "share of the area; 0.14 1 without local crops", share, nargs=2)
-    add(views, "--local_crops_number", 8, "0 for no multi-crop", natural)
-    add(views, "--local_crops_size", 96, "pixels", positive)
-    add(views, "--local_crops_scale", (0.05, 0.4), "share of the area", share, nargs=2)
-    add(views, "--color_jitter", (0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue", share, nargs=4)
-    add(views, "--blur", (1.0, 0.1, 0.5), "probability for first global, second global, local views", share, nargs=3)
-    add(views, "--blur_radius", (0.1, 2.0), "pixels; less for small pictures", natural_float, nargs=2)
-    add(views, "--views", "auto", "where they are made: cpu in the workers, device in batches; auto is device on CUDA",
-        choices=["auto", "cpu", "device"])
+    add_view_flags(functools.partial(add, parser.add_argument_group("views")))
 
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "folder of pictures, torchvision set as NAME:ROOT, or shapes[:SIZE]")
@@ -132,10 +122,7 @@ def parse_args(argv=None):
     for name in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
         if getattr(args, name) % args.patch_size:
             parser.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
-    for name in ("global_crops_scale", "local_crops_scale", "blur_radius"):
-        cli.require_range(parser, args, name, from_zero=name == "blur_radius")
-    if args.color_jitter[3] > 0.5:
-        parser.error(f"--color_jitter: a hue of {args.color_jitter[3]} is more than half a turn, 0.5")
+    require_views(parser, args)
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.overwrite and args.resume != "none":
@@ -171,22 +158,7 @@ def model_arguments(args):
     return vit, head
 
 
-def build_multicrop(args):
-    brightness, contrast, saturation, hue = args.color_jitter
-    kind = functools.partial(BatchMultiCrop, compile=args.compile) if args.views == "device" else MultiCrop
-    return kind(args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
-                args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
-                blur=args.blur, blur_radius=args.blur_radius)
-
-
 # ---- judging ----
-
-def some_of(images, most):
-    """At most so many of the images, always the same ones."""
-    if len(images) <= most:
-        return images
-    return torch.utils.data.Subset(images, sorted(random.Random(0).sample(range(len(images)), most)))
-
 
 def judge(model, data, args, rank, world_size):
     """k-NN of a model's features of the labelled pictures, 20 neighbours: (top-1, top-5) in percent, and messages."""
@@ -375,7 +347,7 @@ def main(args):
 
     # ---- training ----
     keys = (len(data.train), args.seed, args.batch_size_per_gpu, args.accum_steps)
-    multicrop = build_multicrop(args)
+    multicrop = build_multicrop(args, args.compile)
     loader = train_loader(data.train, multicrop, batch_keys(first_step, total_steps, *keys, rank, world_size),
                           args.seed, args.num_workers, pin_memory=device.type == "cuda")
     batches = on_device(loader, multicrop, device)

@@ -1,0 +1,60 @@
+"""Who looks at a picture: a backbone, or the file that export.py made of it.
+
+    look, origin = open_attention(args)                     # of the flags of cli.add_model_flags, and --image_size
+    seen, maps = look(picture)                              # RGB image -> what was seen of it, [heads, rows, columns]
+"""
+
+import numpy as np
+import torch
+
+import infer
+from batches import large_size, normalised, whole_view
+from checkpoint import CheckpointError, open_backbone
+from precision import fast_products
+
+
+def open_attention(args):
+    """A function from pictures to the attention of CLS over patches in the last block, and where it comes from.
+
+    A backbone, and an exported file for any size, sees the whole picture, its shorter side resized to --image_size; an
+    exported file of a fixed size sees the crop that it was made for.
+
+    Returns:
+        look: RGB image -> the part of it that was seen, RGB, and float32 [heads, rows, columns]; each head's sum is 1
+            less what CLS gives to itself.
+        origin: see `open_backbone`.
+    """
+    return (exported if args.ckpt and args.ckpt.endswith(".onnx") else trained)(args)
+
+
+def trained(args):
+    model, _, origin = open_backbone(args)
+    fast_products(args.device, "fp32", model.embed_dim)
+    model.to(args.device)
+    shorter, p = args.image_size or large_size(model), model.patch_size
+
+    @torch.no_grad()
+    def look(picture):
+        x = normalised(whole_view(picture, shorter, p))[None].to(args.device)
+        attention = model.forward_with_attention(x)[1][0]  # [heads, N]
+        return picture, attention.unflatten(1, (x.shape[2] // p, -1)).cpu().numpy()
+    return look, origin
+
+
+def exported(args):
+    if args.untrained or args.checkpoint_key:
+        raise CheckpointError(f"{args.ckpt}: an exported file has neither --untrained nor --checkpoint_key")
+    try:
+        session, about = infer.open_model(args.ckpt)
+        p, size = about["patch_size"], about["image_size"]
+    except Exception as error:  # of ONNX Runtime's own kinds
+        raise CheckpointError(f"{args.ckpt}: not a file of export.py that can be run here ({error})") from None
+    if size and args.image_size:
+        raise CheckpointError(f"{args.ckpt}: takes {size[0]} x {size[1]} pixels; leave --image_size out, or export it "
+                              f"with --dynamic size")
+
+    def look(picture):
+        view = infer.prepare(picture, about) if size else whole_view(picture, args.image_size or 480, p)
+        maps = infer.infer(session, about, view)[1]
+        return view if size else picture, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
+    return look, dict(ckpt=args.ckpt)

@@ -1,0 +1,109 @@
+"""The curves of runs, from their log.jsonl: on one page, and as a table.
+
+    runs = {"demo": read_log("runs/demo/log.jsonl")}
+    print(table(runs))
+    page(runs).savefig("curves.png")
+
+The page needs matplotlib, the rest nothing.
+"""
+
+import json
+from pathlib import Path
+
+PANELS = {  # title -> {name in the log: what it is}, the first drawn as a line, the second dashed, the third dotted
+    "loss, nats": {"loss": "loss", "ln_k": "ln K"},
+    "teacher entropy, nats": {"teacher_entropy": "of an output", "teacher_entropy_of_mean": "of the mean output",
+                              "ln_k": "ln K"},
+    "KL of teacher and student, nats": {"kl": None},
+    "k-NN top-1, %": {"top1": "teacher"},
+    "learning rate": {"lr": None},
+    "weight decay": {"weight_decay": None},
+    "teacher momentum": {"momentum": None},
+    "images a second": {"images_per_second": None},
+    "waiting for data, % of the time": {"waiting": None},
+}
+BASELINES = {"untrained backbone": "--", "raw pixels": ":"}
+
+
+def read_log(path):
+    """A run's log: {name: ([steps], [values])} of what was logged, and k-NN top-1 of what was not trained.
+
+    A line that is cut off, as of a run that is writing it, is passed over; so is a value that was not finite.
+
+    Returns:
+        curves, and {"raw pixels": top-1, "untrained backbone": top-1} in percent as far as they were measured.
+
+    Raises:
+        OSError: there is no log, or no step in it.
+    """
+    curves, baselines, step = {}, {}, 0
+    try:
+        lines = Path(path).read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}); expected the folder of a run") from None
+    for line in lines:
+        try:
+            record = json.loads(line)
+            if "knn" in record:
+                if record["knn"] in BASELINES:
+                    baselines[record["knn"]] = float(record["top1"])
+                    continue
+            else:
+                step = int(record["step"]) + 1
+                seconds = record["data_seconds"] + record["compute_seconds"]
+                record["waiting"] = 100 * record["data_seconds"] / seconds if seconds else 0.0
+        except (ValueError, KeyError, TypeError):
+            continue
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    if "loss" not in curves:
+        raise OSError(f"{path}: holds no step of a training")
+    return curves, baselines
+
+
+def table(runs):
+    """{name: what read_log gives} -> lines on how each run ended."""
+    width = max(map(len, runs))
+    lines = [f"{'':{width}}   steps    loss    ln K  entropy      KL  k-NN: last  best  untrained"]
+    for name, (curves, baselines) in runs.items():
+        last = {key: values[-1] for key, (_, values) in curves.items()}
+        numbers = [f"{curves['loss'][0][-1]:7d}"] + [f"{last[key]:7.3f}" if key in last else f"{'-':>7}" for key in
+                                                     ("loss", "ln_k", "teacher_entropy", "kl")]
+        knn = [last.get("top1"), max(curves["top1"][1], default=None) if "top1" in curves else None,
+               baselines.get("untrained backbone")]
+        lines.append(f"{name:{width}} " + " ".join(numbers) + "  " + " ".join(
+            f"{x:9.1f}" if x is not None else f"{'-':>9}" for x in knn))
+    return "\n".join(lines)
+
+
+def page(runs):
+    """{name: what read_log gives} -> a matplotlib figure: a panel for each of PANELS, a colour for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 8.5), dpi=150, layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(3, 3).flat, PANELS.items()):
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+        for i, (curves, baselines) in enumerate(runs.values()):
+            for style, (name, label) in zip(("-", "--", ":"), names.items()):
+                if name in curves:
+                    axes.plot(*curves[name], style, color=f"C{i % 10}", marker="." * (name == "top1"),
+                              label=label if i == 0 else None)
+            for name, style in BASELINES.items():
+                if "top1" in names and name in baselines:
+                    axes.axhline(baselines[name], linestyle=style, color=f"C{i % 10}", linewidth=1,
+                                 label=name if i == 0 else None)
+        axes.set_xlim(left=0)
+        if len(axes.get_legend_handles_labels()[1]):
+            axes.legend(fontsize=8, framealpha=0.6)
+    if len(runs) > 1:
+        lines = [figure.axes[0].plot([], color=f"C{i % 10}")[0] for i in range(len(runs))]
+        figure.legend(lines, runs, loc="outside lower center", ncols=3, fontsize=9)
+    else:
+        figure.suptitle(next(iter(runs)), fontsize=11)
+    return figure

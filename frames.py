@@ -1,0 +1,122 @@
+"""Videos in and out, frame by frame: a file, or a folder of pictures; memory does not grow with their length.
+
+    clip = open_clip("in.mp4")                                  # or a folder
+    with Writer("out.mp4", clip.rate) as writer:                # or a folder
+        for name, frame in clip.frames:
+            writer.write(name, change(frame))
+
+Files need PyAV (pip install av).
+"""
+
+import os
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+
+from data import EXTENSIONS, DataError, Unreadable, open_rgb
+
+KINDS = (".mp4", ".mov", ".mkv", ".webm")  # of files that are written
+
+
+class Clip(NamedTuple):
+    frames: object  # yields (name, RGB image), or (name, message) for one that cannot be read
+    rate: Fraction  # frames a second; None for a folder
+    count: int  # of frames; None where the file does not say
+
+
+def open_clip(path):
+    """The frames of a video file, upright, or the pictures of a folder in the order of the numbers in their names.
+
+    Raises:
+        DataError: neither is there.
+    """
+    if os.path.isdir(path):
+        files = [file for file in Path(path).iterdir() if file.name.lower().endswith(EXTENSIONS)
+                 and not file.name.startswith(".")]
+        if not files:
+            raise DataError(f"{path}: no picture in this folder")
+        files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
+        return Clip(map(read, files), None, len(files))
+    import av
+
+    try:
+        container = av.open(path)
+        stream = container.streams.video[0]
+    except (OSError, ValueError, IndexError) as error:
+        what = error.strerror if isinstance(error, OSError) else "no video in it"
+        raise DataError(f"{path}: not a video file or a folder of frames ({what})") from None
+    stream.thread_type = "AUTO"
+    count = stream.frames or (round(container.duration / av.time_base * stream.average_rate)
+                              if container.duration and stream.average_rate else None)
+    return Clip(decoded(container, stream), stream.average_rate, count)
+
+
+def read(file):
+    try:
+        return file.name, open_rgb(file)
+    except Unreadable as error:
+        return file.name, str(error)
+
+
+def decoded(container, stream):
+    """(number, frame) one by one; a part of the stream that is damaged is passed over with a message."""
+    import av
+
+    number = 0
+    with container:
+        for packet in container.demux(stream):
+            try:
+                for frame in packet.decode():
+                    image = frame.to_image()
+                    yield f"{number:06}", image.rotate(frame.rotation, expand=True) if frame.rotation else image
+                    number += 1
+            except av.FFmpegError as error:
+                yield f"{number:06}", f"{container.name}, after frame {number}: {error}"
+
+
+class Writer:
+    """Frames into a video file of the kind that its name ends with, or into a folder as PNG under their own names.
+
+    All frames of a file have the size of the first, rounded down to even numbers; others are fitted into it. What was
+    written when it is closed can be played.
+
+    Args:
+        rate: frames a second of a file.
+
+    Raises:
+        DataError: there are no videos of that ending.
+    """
+
+    def __init__(self, path, rate):
+        self.path, self.rate, self.container = Path(path), Fraction(rate).limit_denominator(1001), None
+        self.is_folder = not self.path.suffix
+        if not self.is_folder and self.path.suffix.lower() not in KINDS:
+            raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(KINDS)}")
+
+    def __enter__(self):
+        if self.is_folder:
+            self.path.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write(self, name, image):
+        if self.is_folder:
+            return image.save(self.path / f"{Path(name).stem}.png", compress_level=1)  # four times as fast
+        import av
+
+        if self.container is None:
+            self.container = av.open(str(self.path), "w")
+            self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
+            self.stream.width, self.stream.height = (side // 2 * 2 for side in image.size)
+            self.stream.pix_fmt = "yuv420p"  # what every player shows
+        size = self.stream.width, self.stream.height
+        if image.size != size:
+            image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
+        self.container.mux(self.stream.encode(av.VideoFrame.from_image(image)))
+
+    def __exit__(self, *error):
+        if self.container:
+            self.container.mux(self.stream.encode())
+            self.container.close()

@@ -1,0 +1,374 @@
+"""Pictures of what a backbone sees and of how it was trained.
+
+    python visualize.py attention dog.jpg                       # the newest run's heads, masks and heads in colours
+    python visualize.py attention /photos --ckpt dino_deitsmall8_pretrain.pth --image_size 480
+    python visualize.py video in.mp4 out.mp4                    # or folders of frames
+    python visualize.py features dog.jpg cat.jpg                # patch features as colours
+    python visualize.py embedding --data_path /photos           # a map of a folder
+    python visualize.py run runs/demo                           # the curves of a run, or of several
+    python visualize.py crops dog.jpg --flags runs/demo/flags.txt   # the views that a run makes of a picture
+
+What is made of a model lies beside it, in NAME.attention and so on, unless --output_dir says otherwise. `attention` and
+`video` also take an exported file, `--ckpt teacher.onnx`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+import cli
+from attention import open_attention
+from batches import eval_loader, large_size, normalised, some_of, whole_view
+from checkpoint import CheckpointError, file_for, folder_for, open_backbone, square_size
+from cli import natural, positive, positive_float, share
+from curves import page, read_log, table
+from data import DataError, ImageTree, Unreadable, open_data, open_rgb
+from draw import COLORS, SIGNED, as_rgb, heads_in_color, in_color, spotlight
+from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
+from features import extract_features
+from frames import Writer, open_clip
+from masks import keep_mass
+from precision import fast_products
+from resume import require_writable
+from sheet import GAP, contact_sheet
+from views import add_view_flags, build_multicrop, require_views
+
+
+def parse_args(argv=None):
+    parser = cli.parser("visualize.py", __doc__)
+    tasks = cli.add_tasks(parser, TASKS)
+    for name in ("attention", "video", "features", "embedding"):
+        cli.add_model_flags(tasks[name])
+        tasks[name].add_argument("--image_size", type=positive, metavar="PIXELS", help=(
+            "side of the square that is looked at (default: the size the model was trained at)" if name == "embedding"
+            else "shorter side of what is looked at (default: 480 for a model trained at 224, and in proportion)"))
+        cli.add_machine_flags(tasks[name], workers=name == "embedding")
+    for name in ("attention", "features"):
+        tasks[name].add_argument("pictures", nargs="+", metavar="PICTURE",
+                                 help="pictures, folders of them, or shapes[:PIXELS], the first four built-in ones")
+    for name in ("attention", "features", "crops"):
+        tasks[name].add_argument("--width", type=positive, default=1000, metavar="PIXELS",
+                                 help="of a sheet (default: 1000)")
+    for name in ("attention", "features", "embedding", "crops"):
+        tasks[name].add_argument("--output_dir", metavar="DIR", help="folder for what is written (default: " + (
+            "the current one)" if name == "crops" else "that of the model file)" if name == "embedding" else
+            f"NAME.{name} beside the model file)"))
+
+    add = tasks["attention"].add_argument
+    add("--mass", type=share, default=0.6, metavar="X", help="share of the attention that a mask keeps (default: 0.6)")
+    add("--separate", action="store_true", help="also each map by itself, in the picture's size")
+    add("--raw", action="store_true", help="also the numbers, NAME.npy, float32 [heads, rows, columns]")
+
+    add = tasks["video"].add_argument
+    add("input", metavar="IN", help="video file, or folder of frames")
+    add("output", metavar="OUT", help="video file (.mp4, .mov, .mkv, .webm), or folder for frames")
+    add("--layout", choices=["side", "overlay"], default="side",
+        help="attention beside the frame or over it (default: side)")
+    add("--head", type=positive, metavar="N", help="which head, from 1 on (default: their mean)")
+    add("--fps", type=positive_float, default=25.0, metavar="X",
+        help="frames a second where frames come from a folder (default: 25)")
+
+    add = tasks["features"].add_argument
+    add("--point", type=natural, nargs=2, metavar=("X", "Y"),
+        help="pixel of the first picture, to show how similar each patch of all pictures is to the one there")
+
+    add = tasks["embedding"].add_argument
+    add("--data_path", default="shapes", help="pictures, named as for train.py; of two parts the one held out "
+        "(default: shapes)")
+    add("--pictures", type=positive, default=2000, metavar="N", help="at most so many, drawn at random (default: 2000)")
+    add("--batch_size_per_gpu", type=positive, default=128, metavar="B", help="pictures a pass (default: 128)")
+    add("--seed", type=cli.seed, default=0, metavar="X", help="of t-SNE (default: 0)")
+
+    add = tasks["run"].add_argument
+    add("runs", nargs="+", metavar="DIR", help="output folders of train.py")
+    add("--output", metavar="FILE", help="picture, or PDF or SVG (default: curves.png in the first folder)")
+
+    add = tasks["crops"].add_argument
+    add("picture", metavar="PICTURE", help="a picture, or shapes[:PIXELS]")
+    add("--flags", metavar="FILE", help="recipe, or flags.txt of a run, whose views are shown (default: the paper's)")
+    add("--seed", type=cli.seed, default=0, metavar="X", help="of the views (default: 0)")
+    return parser.parse_args(argv)
+
+
+# ---- pictures in ----
+
+def pictures_of(names):
+    """(name to write under, RGB image or message) of each picture that files, folders and shapes name."""
+    for name in names:
+        if os.path.isdir(name):
+            for file in ImageTree(name).files:
+                yield file, read(os.path.join(name, file))
+        elif name.partition(":")[0] == "shapes" and not os.path.exists(name):
+            shapes = open_data(name).queries
+            yield from ((f"{name.replace(':', '_')}_{i}", shapes[i][0]) for i in range(4))
+        else:
+            yield os.path.basename(name), read(name)
+
+
+def read(path):
+    try:
+        return open_rgb(path)
+    except Unreadable as error:
+        return str(error)
+
+
+def numbered(name, taken):
+    """A file name for a picture: folders become part of it, and one that is taken gets a number."""
+    base = name = name.replace(os.sep, "_")[-100:]
+    while name in taken:
+        name = f"{base}.{len(taken)}"
+    taken.add(name)
+    return name
+
+
+def new_folder(origin, args, ending):
+    folder = folder_for(origin, args, ending)
+    folder.mkdir(parents=True, exist_ok=True)
+    require_writable(folder)
+    return folder
+
+
+def require_all(failed, count):
+    if failed:
+        raise DataError(f"{len(failed)} of {count} pictures cannot be read; the first: {failed[0]}")
+
+
+# ---- attention ----
+
+def attention(args):
+    """Attention of the last block: a map for each head, their mean, masks, and the heads in colours."""
+    look, origin = open_attention(args)
+    output = new_folder(origin, args, "attention")
+    failed, taken = [], set()
+    for name, picture in pictures_of(args.pictures):
+        name = numbered(name, taken)
+        if isinstance(picture, str):
+            failed.append(picture)
+            continue
+        seen, maps = look(picture)
+        attention_sheet(name, seen, maps, args.mass, args.width).save(output / f"{name}.png")
+        if args.raw:
+            np.save(output / f"{name}.npy", maps)
+        for head, values in enumerate(maps if args.separate else [], start=1):
+            in_color(values, seen.size).save(output / f"{name}.head{head}.png")
+        tqdm.write(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {output / name}.png")
+    require_all(failed, len(taken))
+
+
+def attention_sheet(name, picture, maps, mass, width):
+    """One page: the picture, the mean of maps [heads, h, w], what is kept of it, all heads in colours; each head."""
+    heads, h, w = maps.shape
+    columns = min((4, 5, 6), key=lambda columns: -(-heads // columns))
+    side = width // columns - GAP
+    masks = keep_mass(torch.from_numpy(maps).flatten(1), mass).view(heads, h, w).numpy()
+    mean = maps.mean(axis=0)
+    kept = keep_mass(torch.from_numpy(mean).flatten(), mass).view(h, w).numpy()
+    shown = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    cells = [(shown, name), (in_color(mean, shown.size), f"mean of heads, to {mean.max():.1%}"),
+             (spotlight(shown, kept), f"{mass:.0%} of the mean"),
+             (heads_in_color(shown, maps, masks), f"{mass:.0%} of each, in colour")]
+    cells += [None] * (columns - len(cells))
+    inside = shown.width - 6, shown.height - 6
+    for first in range(0, heads, columns):
+        row = range(first, min(first + columns, heads))
+        blank = [None] * (columns - len(row))
+        cells += [(ImageOps.expand(in_color(maps[i], inside), 3, COLORS[i % len(COLORS)]),
+                   f"head {i + 1}, to {maps[i].max():.1%}") for i in row] + blank
+        cells += [(spotlight(shown, masks[i]), f"{mass:.0%} of head {i + 1}") for i in row] + blank
+    return contact_sheet(cells, columns, side)
+
+
+def video(args):
+    """The attention of every frame, as a video; only one frame is held at a time."""
+    clip = open_clip(args.input)
+    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
+        raise DataError(f"{args.output}: is the input")
+    look, _ = open_attention(args)
+    failed, drawn, top = [], 0, 0.0
+    with Writer(args.output, clip.rate or args.fps) as writer, \
+            tqdm(clip.frames, total=clip.count, unit="frame", disable=not sys.stderr.isatty()) as frames:
+        for name, frame in frames:
+            if isinstance(frame, str):
+                failed.append(frame)
+                tqdm.write(f"skipped {frame}")
+                continue
+            seen, maps = look(frame)
+            if args.head and args.head > len(maps):
+                raise DataError(f"--head {args.head}: there are {len(maps)}")
+            values = maps[args.head - 1] if args.head else maps.mean(axis=0)
+            top = max(values.max(), 0.95 * top)  # the scale follows the brightest slowly, or it would flicker
+            writer.write(name, (beside if args.layout == "side" else over)(seen, values, top))
+            drawn += 1
+    print(f"{drawn} frames -> {args.output}")
+    if failed or not drawn:
+        raise DataError(f"{args.input}: {len(failed)} frames cannot be read" + "; the first: ".join(["", *failed[:1]]))
+
+
+def beside(frame, values, top):
+    sheet = Image.new("RGB", (2 * frame.width, frame.height))
+    sheet.paste(frame, (0, 0))
+    sheet.paste(in_color(values, frame.size, high=top), (frame.width, 0))
+    return sheet
+
+
+def over(frame, values, top):
+    grey = ImageOps.grayscale(frame).convert("RGB")
+    cover = in_color(values, frame.size, high=top, scale=((0, 0, 0), (220, 220, 220)), smooth=True).convert("L")
+    return Image.composite(in_color(values, frame.size, high=top, smooth=True), grey, cover)
+
+
+# ---- features ----
+
+def features(args):
+    """Patch features as colours: three principal components of all pictures together; similarity to one patch."""
+    model, _, origin = open_backbone(args)
+    fast_products(args.device, "fp32", model.embed_dim)
+    model.to(args.device)
+    path = new_folder(origin, args, "features") / "features.png"
+    shorter, p = args.image_size or large_size(model), model.patch_size
+    pictures, tokens, failed = [], [], []
+    for name, picture in pictures_of(args.pictures):
+        if isinstance(picture, str):
+            failed.append(picture)
+            continue
+        pictures.append((picture, name))
+        x = normalised(whole_view(picture, shorter, p))[None].to(args.device)
+        with torch.no_grad():
+            patches = model.get_intermediate_layers(x)[0][0, 1:].cpu()
+        tokens.append(patches.unflatten(0, (x.shape[2] // p, -1)))  # [h, w, D]
+    if not pictures:
+        raise DataError(f"no picture can be read; the first: {failed[0]}")
+    side = args.width // 6 - GAP if len(pictures) > 1 else args.width // (2 + bool(args.point)) - GAP
+    rows = [[(ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS), name)] for picture, name in pictures]
+    components = principal_components(torch.cat([x.flatten(0, 1) for x in tokens]), 3).numpy()
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    for row, x in zip(rows, tokens):
+        part, components = np.split(components, [x[..., 0].numel()])
+        row.append((as_rgb(part.reshape(*x.shape[:2], 3), row[0][0].size, low, high), "three components"))
+    if args.point:
+        show_similarity(rows, tokens, pictures[0][0], args.point)
+    columns = len(rows[0]) if len(rows) == 1 else 6
+    contact_sheet(sum(rows, []), columns, side).save(path)
+    print(f"{len(rows)} pictures -> {path}")
+    require_all(failed, len(pictures) + len(failed))
+
+
+def show_similarity(rows, tokens, picture, point):
+    """Mark the patch at a point of the first picture, and add to each row how similar its patches are to that one."""
+    x, y = point
+    if x >= picture.width or y >= picture.height:
+        raise DataError(f"--point {x} {y}: the first picture has {picture.width} x {picture.height} pixels")
+    h, w = tokens[0].shape[:2]
+    column, line = x * w // picture.width, y * h // picture.height
+    for row, patches in zip(rows, tokens):
+        cosine = F.cosine_similarity(patches, tokens[0][line, column], dim=-1)
+        row.append((in_color(cosine.numpy(), row[0][0].size, -1.0, 1.0, SIGNED), "cosine, blue -1 to red 1"))
+    for image in (rows[0][0][0], rows[0][-1][0]):
+        a, b = image.width / w, image.height / h
+        box = [column * a - 2, line * b - 2, (column + 1) * a + 1, (line + 1) * b + 1]
+        ImageDraw.Draw(image).rectangle(box, outline="yellow", width=2)
+
+
+# ---- a folder ----
+
+class Numbered(torch.utils.data.Dataset):
+    """(picture, (label, its number))."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image, label = self.images[i]
+        return image, (label, i)
+
+
+def embedding(args):
+    """A map of pictures by their features, t-SNE: points in the colours of the classes, and the pictures themselves."""
+    model, _, origin = open_backbone(args)
+    fast_products(args.device, "fp32", model.embed_dim)
+    size, data = square_size(args.image_size, model), open_data(args.data_path)
+    images = some_of(data.train if data.queries is None else data.queries, args.pictures)
+    path = file_for(origin, args, "embedding.png")
+    loader = eval_loader(Numbered(images), size, args.batch_size_per_gpu, args.num_workers)
+    x, found, unreadable = extract_features(model.to(args.device), loader, args.device, total=len(images))
+    labels, numbers = found.T
+    points, method = in_a_plane(x, args.seed)
+    names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
+    shades = getattr(data.train, "colors", None) or colors(len(names))
+    scatter(points, labels, names, shades, f"{method} of {len(x)} pictures").savefig(path)
+    thumbs = path.with_suffix(".thumbnails.png")
+    thumbnails(points, labels, shades, lambda i: images[numbers[i]][0]).save(thumbs)
+    print(f"{method} of {len(x)} pictures -> {path} and {thumbs}")
+    require_all(unreadable, len(images))
+
+
+# ---- training ----
+
+def run(args):
+    """The curves of a run, or of several, on one page, and how they ended."""
+    runs = {folder: read_log(Path(folder, "log.jsonl")) for folder in args.runs}
+    output = args.output or Path(args.runs[0], "curves.png")
+    print(table(runs))
+    try:
+        page(runs).savefig(output)
+    except ValueError as error:  # of the file's ending
+        raise DataError(f"{output}: {error}") from None
+    print(f"-> {output}")
+
+
+def crops(args):
+    """What the networks see: the views that training makes of a picture, and where they come from."""
+    parser = cli.parser("visualize.py", "")
+    add_view_flags(parser.add_argument)
+    flags, _ = parser.parse_known_args([f"@{args.flags}"] * bool(args.flags) + ["--views", "cpu"])
+    require_views(parser, flags)
+    multicrop = build_multicrop(flags)
+    name, picture = next(pictures_of([args.picture]))
+    if isinstance(picture, str):
+        raise DataError(picture)
+    key, side = (args.seed, name), args.width // 4 - GAP
+    plan = multicrop.sample(*picture.size, key)
+    pictures, numbers = [], {}
+    marked, scale = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS), side / plan[0].size
+    for i, (view, x) in enumerate(zip(plan, multicrop(picture, key))):
+        kind = "global" if i < 2 else "local"
+        numbers[kind] = numbers.get(kind, 0) + 1
+        pixels = (x * multicrop.std + multicrop.mean).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+        how = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
+        pictures.append((Image.fromarray(pixels).resize([round(view.size * scale)] * 2, how),
+                         f"{kind} {numbers[kind]}: {', '.join(told(view, picture))}"))
+        box = [edge * marked.width / picture.width for edge in view.box]
+        ImageDraw.Draw(marked).rectangle(box, outline=COLORS[i < 2], width=2)
+    pictures[2:2] = [None]
+    output = Path(args.output_dir or ".", f"{name}.crops.png")
+    contact_sheet([(marked, "boxes: blue global, orange local"), *pictures], 4, side).save(output)
+    print(f"{len(plan)} views -> {output}")
+
+
+def told(view, picture):
+    """What was done for a view, in words."""
+    left, top, right, bottom = view.box
+    yield f"{(right - left) * (bottom - top) / (picture.width * picture.height):.0%}"
+    yield from [word for word, done in (("flip", view.flip), ("jitter", view.jitter), ("grey", view.grey)) if done]
+    yield from [f"blur {view.blur:.1f}"] * bool(view.blur) + ["solarized"] * view.solarize
+
+
+TASKS = {"attention": attention, "video": video, "features": features, "embedding": embedding, "run": run,
+         "crops": crops}
+
+
+def main(args):
+    TASKS[args.task](args)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args, DataError, CheckpointError)
