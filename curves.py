@@ -67,7 +67,8 @@ def read_log(path):
 def table(runs):
     """{name: what read_log gives} -> lines on how each run ended."""
     width = max(map(len, runs))
-    lines = [f"{'':{width}}   steps    loss    ln K  entropy      KL  k-NN: last  best  untrained"]
+    lines = [f"{'':{width}} {'steps':>7} {'loss':>7} {'ln K':>7} {'entropy':>7} {'KL':>7}  {'k-NN last':>9} "
+             f"{'best':>9} {'untrained':>9}"]
     for name, (curves, baselines) in runs.items():
         last = {key: values[-1] for key, (_, values) in curves.items()}
         numbers = [f"{curves['loss'][0][-1]:7d}"] + [f"{last[key]:7.3f}" if key in last else f"{'-':>7}" for key in
@@ -107,3 +108,14 @@ def page(runs):
     else:
         figure.suptitle(next(iter(runs)), fontsize=11)
     return figure
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log.jsonl")
+        records = [dict(step=step, loss=6.2 + 2 / (step + 1) ** 2, data_seconds=0.0, compute_seconds=0.1)
+                   for step in range(200)]
+        log.write_text("\n".join(map(json.dumps, records)))
+        print(table({"training": read_log(log)}))

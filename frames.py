@@ -65,16 +65,18 @@ def decoded(container, stream):
     """(number, frame) one by one; a part of the stream that is damaged is passed over with a message."""
     import av
 
-    number = 0
+    number, packets = 0, container.demux(stream)
     with container:
-        for packet in container.demux(stream):
+        while True:
             try:
-                for frame in packet.decode():
+                for frame in next(packets).decode():
                     image = frame.to_image()
                     yield f"{number:06}", image.rotate(frame.rotation, expand=True) if frame.rotation else image
                     number += 1
+            except StopIteration:
+                return
             except av.FFmpegError as error:
-                yield f"{number:06}", f"{container.name}, after frame {number}: {error}"
+                yield f"{number:06}", f"{container.name}, after {number} frames: {error.strerror}"
 
 
 class Writer:

@@ -79,8 +79,8 @@ def parse_args(argv=None):
         help="pixel of the first picture, to show how similar each patch of all pictures is to the one there")
 
     add = tasks["embedding"].add_argument
-    add("--data_path", default="shapes", help="pictures, named as for train.py; of two parts the one held out "
-        "(default: shapes)")
+    add("--data_path", default="shapes", help="pictures, named as for train.py; where a part is held out, "
+        "that part (default: shapes)")
     add("--pictures", type=positive, default=2000, metavar="N", help="at most so many, drawn at random (default: 2000)")
     add("--batch_size_per_gpu", type=positive, default=128, metavar="B", help="pictures a pass (default: 128)")
     add("--seed", type=cli.seed, default=0, metavar="X", help="of t-SNE (default: 0)")
@@ -296,7 +296,7 @@ def embedding(args):
     model, _, origin = open_backbone(args)
     fast_products(args.device, "fp32", model.embed_dim)
     size, data = square_size(args.image_size, model), open_data(args.data_path)
-    images = some_of(data.train if data.queries is None else data.queries, args.pictures)
+    images = some_of(data.queries if data.bank is data.train else data.train, args.pictures)
     path = file_for(origin, args, "embedding.png")
     loader = eval_loader(Numbered(images), size, args.batch_size_per_gpu, args.num_workers)
     x, found, unreadable = extract_features(model.to(args.device), loader, args.device, total=len(images))

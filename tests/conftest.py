@@ -61,10 +61,11 @@ def stopped(capsys):
     """stopped(run, *argv): the one line with which a command ends."""
     import cli
     from data import DataError
+    from resume import CheckpointError
 
     def stopped(run, *argv):
         with pytest.raises(SystemExit) as stop:
-            cli.run(lambda args: run(*argv), lambda: None, DataError)
+            cli.run(lambda args: run(*argv), lambda: None, DataError, CheckpointError)
         error = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and len(error) == 1
         return error[0]

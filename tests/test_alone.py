@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
     ("augment.py", "equal for equal keys: True"), ("knn.py", "top-1"), ("probe.py", "top-1"),
     ("masks.py", "0.854"), ("propagate.py", "columns 2 to 9, 100.0%"), ("ranking.py", "1.00  1.00  1.00  1.00"),
     ("descriptor.py", "whitened: variances"), ("sheet.py", "three pictures in two columns"),
+    ("draw.py", "from (0, 0, 4) to (252, 255, 164)"), ("curves.py", "training     200   6.200"),
     ("data.py", "built-in shapes"), ("cli.py", ""),
     ("precision.py", "bf16: torch.bfloat16"), ("report.py", "skipped unreadable picture a.jpg"),
     ("batches.py", "2 processes, step 1"), ("optim.py", "lars"), ("resume.py", "")])

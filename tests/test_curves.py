@@ -1,0 +1,77 @@
+import json
+import math
+
+import pytest
+
+from curves import PANELS, page, read_log, table
+
+
+def record(step, **more):
+    values = dict(epoch=step // 4, step=step, loss=6.0 - 0.1 * step, ln_k=math.log(512), teacher_entropy=5.0,
+                  teacher_entropy_of_mean=5.5, kl=1.0 - 0.1 * step, lr=0.001 * step, weight_decay=0.04, momentum=0.99,
+                  images_per_second=200.0, data_seconds=0.1, compute_seconds=0.3, unreadable=0)
+    return values | more
+
+
+def write(folder, records, end=""):
+    folder.mkdir()
+    path = folder / "log.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) + end)
+    return path
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Of a run of two epochs of four steps, which is writing a line."""
+    return write(tmp_path / "one", [
+        dict(knn="raw pixels", top1=64.0, top5=96.0), dict(knn="untrained backbone", top1=18.0, top5=70.0),
+        record(1), record(3, kl=None), dict(knn="epoch 0", top1=50.0, top5=80.0), record(7),
+        dict(knn="epoch 1", top1=40.0, top5=80.0)], '{"epoch": 2, "ste')
+
+
+def test_a_log_is_read(log):
+    curves, baselines = read_log(log)
+    assert baselines == {"raw pixels": 64.0, "untrained backbone": 18.0}
+    assert curves["loss"] == ([2, 4, 8], [5.9, 5.7, 5.3]) and curves["kl"] == ([2, 8], [0.9, 1.0 - 0.1 * 7])
+    assert curves["top1"] == ([4, 8], [50.0, 40.0]) and curves["waiting"][1] == [25.0] * 3
+
+
+def test_a_page_shows_all_of_it(log):
+    figure = page({"one": read_log(log)})
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert list(panels) == list(PANELS)
+    curves = {title: [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+              for title, axes in panels.items()}
+    assert curves["loss, nats"][0] == ("loss", [2, 4, 8], [5.9, 5.7, 5.3])
+    assert curves["loss, nats"][1][::2] == ("ln K", [math.log(512)] * 3)
+    knn = curves["k-NN top-1, %"]
+    assert knn[0] == ("teacher", [4, 8], [50.0, 40.0])
+    assert [(label, y) for label, _, y in knn[1:]] == [("untrained backbone", [18.0] * 2), ("raw pixels", [64.0] * 2)]
+    assert curves["waiting for data, % of the time"][0][2] == [25.0] * 3
+    assert all(lines for lines in curves.values())
+
+
+def test_several_runs_have_a_color_each(tmp_path, log):
+    other = write(tmp_path / "two", [record(0), record(2)])
+    figure = page({"one": read_log(log), "two": read_log(other)})
+    lines = [line for line in figure.axes[0].lines if list(line.get_xdata()) in ([2, 4, 8], [1, 3])]
+    assert {line.get_color() for line in lines} == {"C0", "C1"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+
+
+def test_the_table(tmp_path, log):
+    other = write(tmp_path / "two", [record(0, loss=None), record(2, loss=None), record(3)])
+    lines = table({"one": read_log(log), "longer": read_log(other)}).splitlines()
+    assert lines[1].split() == ["one", "8", "5.300", "6.238", "5.000", "0.300", "40.0", "50.0", "18.0"]
+    assert lines[2].split() == ["longer", "4", "5.700", "6.238", "5.000", "0.700", "-", "-", "-"]
+    assert lines[0].split() == ["steps", "loss", "ln", "K", "entropy", "KL", "k-NN", "last", "best", "untrained"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_what_is_no_log(tmp_path):
+    with pytest.raises(OSError, match="cannot be read .*expected the folder of a run"):
+        read_log(tmp_path / "log.jsonl")
+    for text in ("", "no JSON\n", '{"knn": "epoch 0", "top1": 3}\n', "[1]\n", "{}\n", "\x00\xff"):
+        (tmp_path / "log.jsonl").write_text(text)
+        with pytest.raises(OSError, match="holds no step of a training"):
+            read_log(tmp_path / "log.jsonl")

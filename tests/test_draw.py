@@ -1,0 +1,88 @@
+import colorsys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from draw import COLORS, HEAT, SIGNED, as_rgb, heads_in_color, in_color, spotlight
+
+
+def lightness(color):
+    """L* of CIE 1976, of sRGB."""
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 255 / 12.92 for c in color]
+    luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.009 else 903.3 * luminance
+
+
+def test_a_map_is_drawn_patch_by_patch():
+    values = np.array([[0, 1, 2], [3, 4, 2]], np.float32)
+    image = in_color(values, (30, 20))
+    assert image.size == (30, 20)
+    for row, column in np.ndindex(2, 3):
+        square = np.asarray(image)[10 * row:10 * row + 10, 10 * column:10 * column + 10].reshape(-1, 3)
+        assert (square == square[0]).all()
+        assert np.abs(square[0] - np.array(HEAT[int(values[row, column])], int)).max() <= 3  # five anchors, five values
+
+
+def test_more_is_lighter():
+    image = in_color(np.linspace(0, 1, 200)[None], (200, 1))
+    found = [lightness(image.getpixel((x, 0))) for x in range(200)]
+    assert (np.diff(found) > -0.3).all() and found[0] < 1 and found[-1] > 97
+    steps = np.diff(found[::20])
+    assert steps.min() > 6 and steps.max() < 15  # of equal values equal steps, nearly
+
+
+def test_scale_and_ends_are_what_is_asked_for():
+    values = np.array([[-1.0, 0.0, 1.0, 5.0]])
+    image = in_color(values, (4, 1), -1.0, 1.0, SIGNED)
+    assert [image.getpixel((x, 0)) for x in (0, 2, 3)] == [SIGNED[0], SIGNED[-1], SIGNED[-1]]
+    assert min(image.getpixel((1, 0))) > 240
+    assert in_color(np.zeros((2, 2)), (4, 4)).getpixel((0, 0)) == HEAT[0]  # nothing is no division by nothing
+
+
+def test_smooth_is_bilinear():
+    values = np.array([[0.0, 1.0]])
+    image = in_color(values, (80, 2), scale=((0, 0, 0), (255, 255, 255)), smooth=True)
+    found = [image.getpixel((x, 0))[0] for x in range(80)]
+    expected = 255 * ((np.arange(80) + 0.5) / 40 - 0.5).clip(0, 1)
+    assert np.abs(found - expected).max() <= 1.5
+
+
+def test_spotlight():
+    picture = Image.new("RGB", (4, 2), (200, 100, 50))
+    image = spotlight(picture, np.array([[True, False], [False, True]]))
+    assert [image.getpixel(place) for place in ((0, 0), (1, 0), (2, 1), (3, 1))] == [(200, 100, 50)] * 4
+    shade = image.getpixel((3, 0))
+    assert len(set(shade)) == 1 and shade[0] < 60
+
+
+@pytest.mark.parametrize("heads", [3, 16, 20])
+def test_each_head_has_its_color(heads):
+    rng = np.random.default_rng(0)
+    attention, masks = rng.random((heads, 3, 5)), rng.random((heads, 3, 5)) < 2 / heads
+    attention[1] *= 100  # a large head does not cover the others
+    picture = Image.new("RGB", (50, 30), (10, 250, 120))
+    grey = picture.convert("L").getpixel((0, 0))
+    image = heads_in_color(picture, attention, masks)
+    for row, column in np.ndindex(3, 5):
+        color, best = None, -1.0
+        for head in range(heads):
+            share = attention[head, row, column] / attention[head].max()
+            if masks[head, row, column] and share > best:
+                color, best = COLORS[head % len(COLORS)], share
+        expected = [grey] * 3 if color is None else [0.35 * grey + 0.65 * c for c in color]
+        found = image.getpixel((10 * column + 5, 10 * row + 5))
+        assert np.abs(np.array(found) - expected).max() <= 1.5
+
+
+def test_colors_of_heads_are_not_alike():
+    hues = [colorsys.rgb_to_hsv(*(c / 255 for c in color)) for color in COLORS]
+    assert len(set(COLORS)) == 16 and min(saturation for _, saturation, _ in hues) > 0.3
+    distances = [np.linalg.norm(np.subtract(a, b)) for i, a in enumerate(COLORS) for b in COLORS[:i]]
+    assert min(distances) > 40
+
+
+def test_components_as_rgb():
+    components = np.array([[[0.0, -1.0, 2.0], [1.0, 3.0, 4.0]]])
+    image = as_rgb(components, (2, 1), np.array([0.0, -1.0, 3.0]), np.array([2.0, 1.0, 4.0]))
+    assert image.getpixel((0, 0)) == (0, 0, 0) and image.getpixel((1, 0)) == (128, 255, 255)

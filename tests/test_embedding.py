@@ -1,0 +1,69 @@
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
+
+
+def clusters(count=30):
+    generator = torch.Generator().manual_seed(0)
+    centres = 6 * torch.randn(3, 16, generator=generator)
+    return torch.cat([centre + torch.randn(count, 16, generator=generator) for centre in centres])
+
+
+def test_components_are_scikit_learns():
+    x = clusters()
+    found, expected = principal_components(x, 3).numpy(), PCA(3).fit(x.double().numpy())
+    signs = np.sign(expected.components_[np.arange(3), np.abs(expected.components_).argmax(axis=1)])
+    np.testing.assert_allclose(found, expected.transform(x.double().numpy()) * signs, atol=1e-9)
+
+
+def test_points_of_a_class_are_neighbours():
+    labels = torch.arange(90) // 30
+    points, method = in_a_plane(clusters())
+    nearest = torch.cdist(points, points).fill_diagonal_(torch.inf).argmin(dim=1)
+    assert method == "t-SNE" and points.shape == (90, 2) and (labels[nearest] == labels).all()
+    assert torch.equal(points, in_a_plane(clusters())[0])
+
+
+def test_without_scikit_learn_or_for_few_it_is_pca(monkeypatch):
+    few = clusters(2)
+    assert in_a_plane(few)[1] == "PCA" and in_a_plane(few[:1])[0].shape == (1, 2)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    points, method = in_a_plane(clusters())
+    assert method == "PCA" and torch.equal(points, principal_components(clusters(), 2))
+
+
+def test_every_point_is_drawn_in_its_color():
+    points, labels = clusters()[:, :2].double(), torch.arange(90) // 30 - 1  # a third has no label
+    figure = scatter(points, labels, ["cat", "dog"], [(255, 0, 0), (0, 0, 255)], "t-SNE of 90 pictures")
+    dots = figure.axes[0].collections
+    assert [len(dot.get_offsets()) for dot in dots] == [30, 30, 30]
+    np.testing.assert_allclose(dots[2].get_offsets(), points[60:])
+    assert dots[1].get_facecolor()[0].tolist() == [1, 0, 0, 1] and dots[2].get_facecolor()[0].tolist() == [0, 0, 1, 1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cat", "dog"]
+
+
+def test_colors_differ():
+    for count in (3, 16, 17, 40):
+        found = colors(count)
+        assert len(set(found)) == len(found) == count
+
+
+def test_pictures_lie_where_their_points_do():
+    points = torch.tensor([[0.0, 0.0], [10.0, 0.0], [10.0, 5.0], [9.9, 4.7]]).double()
+    shades = [(255, 0, 0), (0, 255, 0)]
+    sheet = thumbnails(points, torch.tensor([0, 1, -1, 0]), shades,
+                       lambda i: Image.new("RGB", (30, 60), (0, 0, 60 * i + 20)), side=200, cell=20)
+    pixels = np.asarray(sheet)
+    assert sheet.size == (200, 200)
+    for x, y, blue, frame in ((0, 0, 20, (255, 0, 0)), (9, 0, 80, (0, 255, 0))):  # cells from below
+        middle, edge = (200 - 20 * y - 10, 20 * x + 9), (200 - 20 * y - 10, 20 * x + 2)
+        assert pixels[middle].tolist() == [0, 0, blue] and pixels[edge].tolist() == list(frame)
+    row = [pixels[200 - 20 * y - 10, 189].tolist() for y in range(10)]
+    shown = [y for y in range(10) if row[y] != [255, 255, 255]]
+    assert shown in ([0, 4], [0, 5]) and row[shown[1]] in ([0, 0, 140], [0, 0, 200])  # of two in one cell one is shown

@@ -1,0 +1,356 @@
+import json
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.decomposition import PCA
+from torchvision.transforms import functional as TF
+
+import cli
+import export
+import visualize
+from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
+from data import Shapes
+from draw import in_color
+from frames import open_clip
+
+GAP = 8
+
+
+def run(*argv):
+    argv = [str(x) for x in argv]
+    device = ["--device", "cpu"] if argv[0] not in ("run", "crops") else []
+    visualize.main(visualize.parse_args(argv + device))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two pictures of 60 x 40 and 50 x 50 pixels, one of which lies in a folder, and a file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    for name, size, i in (("a.png", (60, 40), 0), ("below/b.png", (50, 50), 1)):
+        Shapes("train", 8, 64)[i][0].resize(size).save(folder / name)
+    return folder
+
+
+def resized(image, height, width):
+    x = TF.to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+    return TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD)[None]
+
+
+# ---- attention ----
+
+def test_attention_is_that_of_the_whole_matrix(model, photos, capsys):
+    network, path = model
+    run("attention", photos, "--ckpt", path, "--image_size", 48, "--raw", "--separate", "--width", 640)
+    output = path.with_suffix(".attention")
+    for name, height, width in (("a.png", 48, 72), ("below_b.png", 48, 48)):
+        image = Image.open(photos / name.replace("_", "/"))
+        with torch.no_grad():
+            expected = network.get_last_selfattention(resized(image, height, width))[0, :, 0, 1:]
+        expected = expected.view(4, height // 8, width // 8).numpy()
+        found = np.load(output / f"{name}.npy")
+        assert found.dtype == np.float32 and np.abs(found - expected).max() < 1e-6
+        for head in range(4):
+            drawn = Image.open(output / f"{name}.head{head + 1}.png")
+            assert drawn.size == image.size and np.array_equal(drawn, in_color(expected[head], image.size))
+    assert "a.png: 4 heads of 6 x 9 patches" in capsys.readouterr().out
+    sheet = Image.open(output / "a.png.png")
+    side = 640 // 4 - GAP  # four places a row: picture, mean, mask, colours; heads; their masks
+    assert sheet.width == 640 + GAP and 3 * side * 40 / 60 < sheet.height < 3 * side
+    corner = sheet.getpixel((GAP + side + GAP + 1, GAP + 1))  # of the mean's map
+    expected = np.load(output / "a.png.npy").mean(axis=0)
+    assert corner == in_color(expected, (9, 6)).getpixel((0, 0))
+
+
+def test_attention_without_a_size_is_larger_than_training(model, photos):
+    run("attention", photos / "a.png", "--ckpt", model[1], "--raw", "--output_dir", photos / "out")
+    assert np.load(photos / "out" / "a.png.npy").shape == (4, 9, 14)  # 480 / 224 of 32 pixels in patches of 8
+
+
+@pytest.mark.parametrize("flags, size", [
+    (["--dynamic", "size"], None), (["--dynamic", "size", "--normalize", "nhwc"], None), ([], (32, 32)),
+    (["--image_size", "24", "48", "--heads", "mean", "--precision", "mixed"], (24, 48))])
+def test_attention_of_an_exported_file_is_the_same(model, photos, flags, size):
+    network, path = model
+    onnx = photos / "model.onnx"
+    export.main(export.parse_args(["--ckpt", str(path), "--output", str(onnx), *flags]))
+    run("attention", photos / "a.png", "--ckpt", onnx, "--raw", *([] if size else ["--image_size", 48]))
+    found = np.load(photos / "model.attention" / "a.png.npy")
+    image = Image.open(photos / "a.png")
+    if size:
+        height, width = size  # the crop that it was made for
+        scale = max(width / 60, height / 40) / 0.875
+        shorter = round(40 * scale)
+        image = image.resize((int(shorter * 60 / 40), shorter), Image.Resampling.BICUBIC)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        x = resized(image.crop((left, top, left + width, top + height)), height, width)
+    else:
+        x = resized(image, 48, 72)
+    with torch.no_grad():
+        expected = network.get_last_selfattention(x)[0, :, 0, 1:].unflatten(1, (x.shape[2] // 8, -1))
+    expected = expected.mean(dim=0, keepdim=True) if "mean" in flags else expected
+    assert found.shape == tuple(expected.shape)
+    assert np.abs(found - expected.numpy()).max() < (1e-3 if "mixed" in flags else 1e-5)
+
+
+def test_what_an_exported_file_does_not_do(model, photos, stopped):
+    onnx = photos / "model.onnx"
+    export.main(export.parse_args(["--ckpt", str(model[1]), "--output", str(onnx)]))
+    picture = photos / "a.png"
+    assert "takes 32 x 32 pixels; leave --image_size out" in stopped(
+        run, "attention", picture, "--ckpt", onnx, "--image_size", 64)
+    assert "has neither --untrained" in stopped(run, "attention", picture, "--ckpt", onnx, "--untrained")
+    (photos / "text.onnx").write_text("no model")
+    assert "text.onnx: not a file of export.py" in stopped(run, "attention", picture, "--ckpt", photos / "text.onnx")
+
+
+def test_pictures_that_cannot_be_read_leave_the_others(model, photos, stopped, capsys):
+    (photos / "c.png").write_bytes(b"no picture")
+    line = stopped(run, "attention", photos / "gone.png", photos, photos / "a.png", "--ckpt", model[1], "--image_size",
+                   16, "--output_dir", photos / "out")
+    assert "2 of 5 pictures cannot be read; the first: " in line and "gone.png: not a file" in line
+    assert sorted(path.name for path in (photos / "out").iterdir()) == ["a.png.4.png", "a.png.png", "below_b.png.png"]
+
+
+def test_built_in_pictures(model, tmp_path):
+    run("attention", "shapes:40", "--ckpt", model[1], "--image_size", 40, "--untrained")
+    assert len(list(model[1].with_suffix(".untrained.attention").iterdir())) == 4
+
+
+@pytest.mark.parametrize("heads, columns", [(3, 4), (4, 4), (6, 6), (8, 4), (10, 5), (12, 6), (16, 6)])
+def test_every_head_is_on_the_sheet(heads, columns, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(visualize, "contact_sheet",
+                        lambda cells, columns, side: seen.update(cells=cells, columns=columns))
+    maps = np.random.default_rng(0).random((heads, 3, 4), dtype=np.float32)
+    visualize.attention_sheet("a.png", Image.new("RGB", (40, 30)), maps, 0.6, 1000)
+    assert seen["columns"] == columns
+    captions = [cell and cell[1] for cell in seen["cells"]]
+    for head in range(heads):  # its mask is below its map
+        place = captions.index(f"head {head + 1}, to {maps[head].max():.1%}")
+        assert captions[place + columns] == f"60% of head {head + 1}"
+
+
+# ---- video ----
+
+def test_video_of_a_folder(model, tmp_path, stopped):
+    network, path = model
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        Shapes("train", 8, 48)[i][0].save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / "3.png").write_bytes(b"no picture")
+    line = stopped(run, "video", tmp_path / "in", tmp_path / "out", "--ckpt", path, "--image_size", 48)
+    assert "1 frames cannot be read; the first: " in line and "3.png" in line
+    frames = dict(open_clip(tmp_path / "out").frames)
+    assert list(frames) == [f"{i}.png" for i in (0, 1, 2, 4, 5)]
+    top = 0.0
+    for name, sheet in frames.items():
+        image = Image.open(tmp_path / "in" / name)
+        with torch.no_grad():
+            mean = network.get_last_selfattention(resized(image, 48, 48))[0, :, 0, 1:].mean(dim=0).view(6, 6).numpy()
+        top = max(mean.max(), 0.95 * top)
+        assert np.array_equal(np.asarray(sheet)[:, :48], image)
+        assert np.abs(np.asarray(sheet, int)[:, 48:] - np.asarray(in_color(mean, (48, 48), high=top), int)).max() <= 3
+
+
+def test_video_file_to_video_file(model, tmp_path):
+    from test_frames import written
+    clip = written(tmp_path / "in.mp4", 8)
+    run("video", clip, tmp_path / "out.mp4", "--ckpt", model[1], "--image_size", 16, "--layout", "overlay", "--head", 2)
+    made = open_clip(tmp_path / "out.mp4")
+    assert made.rate == open_clip(clip).rate and [image.size for _, image in made.frames] == [(64, 48)] * 8
+    run("video", clip, tmp_path / "side.mp4", "--ckpt", model[1], "--image_size", 16)
+    assert [image.size for _, image in open_clip(tmp_path / "side.mp4").frames] == [(128, 48)] * 8
+
+
+def test_overlay_shows_the_frame_where_nothing_is_attended_to():
+    frame = Image.new("RGB", (40, 40), (250, 250, 0))
+    values = np.zeros((4, 4), np.float32)
+    values[0, 0] = 1
+    image = visualize.over(frame, values, 1.0)
+    assert image.getpixel((39, 39)) == frame.convert("L").convert("RGB").getpixel((0, 0))
+    assert image.getpixel((1, 1))[2] < 0.8 * image.getpixel((1, 1))[0]  # light yellow over grey
+
+
+def test_no_more_than_a_frame_is_held(model, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / "in" / f"{i}.png")
+    alive, most, read = [], [], visualize.open_clip
+
+    def watched(path):
+        clip = read(path)
+
+        def frames():
+            for name, image in clip.frames:
+                alive.append(weakref.ref(image))
+                most.append(sum(other() is not None for other in alive))
+                yield name, image
+        return clip._replace(frames=frames())
+    monkeypatch.setattr(visualize, "open_clip", watched)
+    run("video", tmp_path / "in", tmp_path / "out.mp4", "--ckpt", model[1], "--image_size", 16)
+    assert len(most) == 40 and max(most) <= 4
+
+
+def test_videos_that_cannot_be_made(model, tmp_path, stopped, monkeypatch):
+    from test_frames import written
+    clip = written(tmp_path / "in.mp4", 3)
+    flags = "--ckpt", model[1]
+    assert "is the input" in stopped(run, "video", clip, clip, *flags)
+    assert "--head 9: there are 4" in stopped(run, "video", clip, tmp_path / "x.mp4", "--head", 9, *flags)
+    assert "no such" in stopped(run, "video", tmp_path / "no.mp4", tmp_path / "x.mp4", *flags).lower()
+    assert "ends with .mp4" in stopped(run, "video", clip, tmp_path / "x.doc", *flags)
+    assert clip.stat().st_size > 500 and not (tmp_path / "x.mp4").exists()
+    monkeypatch.setitem(sys.modules, "av", None)
+    line = stopped(run, "video", clip, tmp_path / "x.mp4", *flags)
+    assert line.endswith("this needs av, which is not installed: pip install av")
+
+
+# ---- features ----
+
+def test_features_are_components_of_all_pictures(model, photos, capsys):
+    network, path = model
+    run("features", photos, "--ckpt", path, "--image_size", 48, "--point", 35, 20, "--width", 1200)
+    tokens = []
+    for name, width in (("a.png", 72), ("below/b.png", 48)):
+        with torch.no_grad():
+            x = network.get_intermediate_layers(resized(Image.open(photos / name), 48, width))[0][0, 1:]
+        tokens.append(x.double().view(6, width // 8, 32))
+    flat = torch.cat([x.flatten(0, 1) for x in tokens]).numpy()
+    pca = PCA(3).fit(flat)
+    signs = np.sign(pca.components_[np.arange(3), np.abs(pca.components_).argmax(axis=1)])
+    components = pca.transform(flat) * signs
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    expected = (255 * ((components - low) / (high - low)).clip(0, 1)).round()
+    sheet, side = np.asarray(Image.open(path.with_suffix(".features") / "features.png"), int), 1200 // 6 - GAP
+    anchor = F.normalize(tokens[0][20 * 6 // 40, 35 * 9 // 60], dim=0)
+    left = GAP
+    for x, (w, h), part in zip(tokens, ((side, side * 40 // 60), (side, side)), np.split(expected, [54])):
+        for row, column in np.ndindex(*x.shape[:2]):
+            y, place = int((row + 0.5) * h / x.shape[0]), int((column + 0.5) * w / x.shape[1])
+            found = sheet[GAP + y, left + side + GAP + place]
+            assert np.abs(found - part[row * x.shape[1] + column]).max() <= 1
+            cosine = (F.normalize(x[row, column], dim=0) @ anchor).item()
+            color = in_color(np.array([[cosine]]), (1, 1), -1, 1, visualize.SIGNED).getpixel((0, 0))
+            assert np.abs(sheet[GAP + y, left + 2 * (side + GAP) + place] - color).max() <= 3
+        left += 3 * (side + GAP)
+    marked = sheet[GAP:GAP + side, GAP:GAP + side].reshape(-1, 3)
+    assert (marked == (255, 255, 0)).all(axis=1).any()
+    assert "2 pictures -> " in capsys.readouterr().out
+
+
+def test_features_of_what_is_not_there(model, photos, stopped):
+    flags = "--ckpt", model[1], "--image_size", 16
+    assert "--point 60 0: the first picture has 60 x 40 pixels" in stopped(
+        run, "features", photos / "a.png", "--point", 60, 0, *flags)
+    assert "no picture can be read" in stopped(run, "features", photos / "gone.png", *flags)
+    line = stopped(run, "features", photos / "a.png", photos / "gone.png", *flags)
+    assert "1 of 2 pictures cannot be read" in line
+    assert (model[1].with_suffix(".features") / "features.png").exists()
+
+
+# ---- a folder ----
+
+def test_a_map_of_a_folder(model, tmp_path, stopped, monkeypatch):
+    _, path = model
+    for i in range(24):
+        file = tmp_path / "set" / ("cat", "dog")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Shapes("train", 24, 32)[i][0].save(file)
+    (tmp_path / "set" / "cat" / "99.png").write_bytes(b"no picture")
+    drawn = {}
+
+    def kept(points, labels, names, colors, title):
+        drawn.update(points=points, labels=labels, names=names, title=title, figure=scatter(points, labels, names,
+                                                                                           colors, title))
+        return drawn["figure"]
+    scatter = visualize.scatter
+    monkeypatch.setattr(visualize, "scatter", kept)
+    flags = "embedding", "--ckpt", path, "--num_workers", 0
+    line = stopped(run, *flags, "--data_path", tmp_path / "set")
+    assert "1 of 25 pictures cannot be read" in line
+    assert drawn["names"] == ["cat", "dog"] and drawn["title"] == "t-SNE of 24 pictures"
+    assert drawn["labels"].tolist() == [0] * 12 + [1] * 12 and len(drawn["points"]) == 24
+    assert Image.open(path.parent / "teacher.embedding.png").width >= 1000
+    assert Image.open(path.parent / "teacher.embedding.thumbnails.png").size == (1200, 1200)
+    run(*flags, "--data_path", "shapes", "--pictures", 40)
+    assert drawn["names"] == list(Shapes.classes) and len(set(drawn["labels"].tolist())) == 8
+    red, cyan = (dots.get_facecolor()[0][:3] for dots in (drawn["figure"].axes[0].collections[i] for i in (1, 5)))
+    assert red[0] > 0.8 > 0.2 > red[2] and cyan[2] > 0.8 > 0.2 > cyan[0]  # a class that is a hue has that colour
+
+
+def test_the_pictures_of_a_map_are_those_of_its_points(model, tmp_path, monkeypatch):
+    opened = {}
+
+    def kept(points, labels, colors, open_picture):
+        opened.update({i: (open_picture(i), labels[i].item()) for i in range(len(points))})
+        return Image.new("RGB", (1, 1))
+    monkeypatch.setattr(visualize, "thumbnails", kept)
+    run("embedding", "--ckpt", model[1], "--pictures", 30, "--num_workers", 0)
+    test = Shapes("test", 2000, 32)
+    pixels = {image.tobytes(): label for image, label in (test[i] for i in range(2000))}
+    assert len(opened) == 30 and all(pixels[image.tobytes()] == label for image, label in opened.values())
+
+
+# ---- training ----
+
+def test_runs(tmp_path, stopped, capsys):
+    for name, loss in (("one", 3.0), ("two", 4.0)):
+        (tmp_path / name).mkdir()
+        records = [dict(epoch=0, step=step, loss=loss / (step + 1), data_seconds=0.1, compute_seconds=0.2)
+                   for step in range(3)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run("run", tmp_path / "one")
+    assert Image.open(tmp_path / "one" / "curves.png").width == 1500
+    run("run", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both.svg")
+    out = capsys.readouterr().out
+    assert "1.000" in out and "1.333" in out and "<svg" in (tmp_path / "both.svg").read_text()
+    assert "expected the folder of a run" in stopped(run, "run", tmp_path / "three")
+    assert "both.doc" in stopped(run, "run", tmp_path / "one", "--output", tmp_path / "both.doc")
+
+
+def test_crops_are_the_views_of_training(photos, tmp_path, capsys):
+    flags = tmp_path / "flags.txt"
+    flags.write_text("--lr 0.1\n--data_path somewhere\n--global_crops_size 48  # small\n--local_crops_size 16\n"
+                     "--local_crops_number 3\n--local_crops_scale 0.1 0.2\n--views device\n--blur 0 0 1\n")
+    run("crops", photos / "a.png", "--flags", flags, "--seed", 5, "--output_dir", tmp_path, "--width", 800)
+    sheet, side = Image.open(tmp_path / "a.png.crops.png"), 800 // 4 - GAP
+    multicrop = MultiCrop(48, (0.4, 1), 16, (0.1, 0.2), 3, blur=(0, 0, 1))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    tops = [GAP, sheet.height - GAP - 24 - side // 3]  # of the rows
+    for i, view in enumerate(multicrop(Image.open(photos / "a.png"), (5, "a.png"))):
+        pixels = (255 * (view * std + mean)).round().byte()
+        left = GAP + (side + GAP) * (i + 1 if i < 2 else i - 2)
+        for y, x in ((2, 3), (10, 12)):  # each pixel is four of the sheet
+            found = sheet.getpixel((left + 4 * x + 2, tops[i >= 2] + 4 * y + 2))
+            assert np.abs(np.array(found) - pixels[:, y, x].numpy()).max() <= 1
+    assert "5 views -> " in capsys.readouterr().out
+
+
+def test_crops_as_in_the_paper(tmp_path, monkeypatch, stopped):
+    monkeypatch.chdir(tmp_path)
+    run("crops", "shapes:64")
+    assert Image.open("shapes_64_0.crops.png").width == 1000 + GAP
+    assert "not a file" in stopped(run, "crops", "gone.png")
+    with pytest.raises(SystemExit):
+        run("crops", "shapes", "--flags", "gone.txt")
+
+
+def test_what_is_done_to_a_view_is_told():
+    view = MultiCrop(solarize=1, blur=(1, 1, 1), flip=1, grey=1, jitter=1).sample(100, 50, key=1)[1]
+    words = list(visualize.told(view, Image.new("RGB", (100, 50))))
+    left, top, right, bottom = view.box
+    assert words[0] == f"{(right - left) * (bottom - top) / 50:.0f}%"
+    assert words[1:] == ["flip", "jitter", "grey", f"blur {view.blur:.1f}", "solarized"]
+
+
+def test_a_module_of_ours_that_is_missing_is_a_defect():
+    def main(args):
+        raise ModuleNotFoundError("no module named vit", name="vit")
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(main, lambda: None)
