@@ -35,6 +35,11 @@ def contact_sheet(pictures, columns=6, side=180):
     return sheet
 
 
+def side_in(width, columns):
+    """Side of the pictures in a sheet of so many pixels and columns."""
+    return (width - GAP) // columns - GAP
+
+
 def fitted(image, side):
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

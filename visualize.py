@@ -36,7 +36,7 @@ from frames import Writer, open_clip
 from masks import keep_mass
 from precision import fast_products
 from resume import require_writable
-from sheet import GAP, contact_sheet
+from sheet import contact_sheet, side_in
 from views import add_view_flags, build_multicrop, require_views
 
 
@@ -53,7 +53,7 @@ def parse_args(argv=None):
         tasks[name].add_argument("pictures", nargs="+", metavar="PICTURE",
                                  help="pictures, folders of them, or shapes[:PIXELS], the first four built-in ones")
     for name in ("attention", "features", "crops"):
-        tasks[name].add_argument("--width", type=positive, default=1000, metavar="PIXELS",
+        tasks[name].add_argument("--width", type=sheet_width, default=1000, metavar="PIXELS",
                                  help="of a sheet (default: 1000)")
     for name in ("attention", "features", "embedding", "crops"):
         tasks[name].add_argument("--output_dir", metavar="DIR", help="folder for what is written (default: " + (
@@ -94,6 +94,9 @@ def parse_args(argv=None):
     add("--flags", metavar="FILE", help="recipe, or flags.txt of a run, whose views are shown (default: the paper's)")
     add("--seed", type=cli.seed, default=0, metavar="X", help="of the views (default: 0)")
     return parser.parse_args(argv)
+
+
+sheet_width = cli.number(int, lambda x: 200 <= x <= 20_000, "a number of pixels from 200 to 20000")
 
 
 # ---- pictures in ----
@@ -165,7 +168,7 @@ def attention_sheet(name, picture, maps, mass, width):
     """One page: the picture, the mean of maps [heads, h, w], what is kept of it, all heads in colours; each head."""
     heads, h, w = maps.shape
     columns = min((4, 5, 6), key=lambda columns: -(-heads // columns))
-    side = width // columns - GAP
+    side = side_in(width, columns)
     masks = keep_mass(torch.from_numpy(maps).flatten(1), mass).view(heads, h, w).numpy()
     mean = maps.mean(axis=0)
     kept = keep_mass(torch.from_numpy(mean).flatten(), mass).view(h, w).numpy()
@@ -244,7 +247,8 @@ def features(args):
         tokens.append(patches.unflatten(0, (x.shape[2] // p, -1)))  # [h, w, D]
     if not pictures:
         raise DataError(f"no picture can be read; the first: {failed[0]}")
-    side = args.width // 6 - GAP if len(pictures) > 1 else args.width // (2 + bool(args.point)) - GAP
+    columns = 6 if len(pictures) > 1 else 2 + bool(args.point)
+    side = side_in(args.width, columns)
     rows = [[(ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS), name)] for picture, name in pictures]
     components = principal_components(torch.cat([x.flatten(0, 1) for x in tokens]), 3).numpy()
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
@@ -253,7 +257,6 @@ def features(args):
         row.append((as_rgb(part.reshape(*x.shape[:2], 3), row[0][0].size, low, high), "three components"))
     if args.point:
         show_similarity(rows, tokens, pictures[0][0], args.point)
-    columns = len(rows[0]) if len(rows) == 1 else 6
     contact_sheet(sum(rows, []), columns, side).save(path)
     print(f"{len(rows)} pictures -> {path}")
     require_all(failed, len(pictures) + len(failed))
@@ -335,7 +338,7 @@ def crops(args):
     name, picture = next(pictures_of([args.picture]))
     if isinstance(picture, str):
         raise DataError(picture)
-    key, side = (args.seed, name), args.width // 4 - GAP
+    key, side = (args.seed, name), side_in(args.width, 4)
     plan = multicrop.sample(*picture.size, key)
     pictures, numbers = [], {}
     marked, scale = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS), side / plan[0].size

@@ -60,8 +60,8 @@ def test_attention_is_that_of_the_whole_matrix(model, photos, capsys):
             assert drawn.size == image.size and np.array_equal(drawn, in_color(expected[head], image.size))
     assert "a.png: 4 heads of 6 x 9 patches" in capsys.readouterr().out
     sheet = Image.open(output / "a.png.png")
-    side = 640 // 4 - GAP  # four places a row: picture, mean, mask, colours; heads; their masks
-    assert sheet.width == 640 + GAP and 3 * side * 40 / 60 < sheet.height < 3 * side
+    side = (640 - GAP) // 4 - GAP  # four places a row: picture, mean, mask, colours; heads; their masks
+    assert sheet.width == 640 and 3 * side * 40 / 60 < sheet.height < 3 * side
     corner = sheet.getpixel((GAP + side + GAP + 1, GAP + 1))  # of the mean's map
     expected = np.load(output / "a.png.npy").mean(axis=0)
     assert corner == in_color(expected, (9, 6)).getpixel((0, 0))
@@ -215,7 +215,7 @@ def test_videos_that_cannot_be_made(model, tmp_path, stopped, monkeypatch):
 
 def test_features_are_components_of_all_pictures(model, photos, capsys):
     network, path = model
-    run("features", photos, "--ckpt", path, "--image_size", 48, "--point", 35, 20, "--width", 1200)
+    run("features", photos, "--ckpt", path, "--image_size", 48, "--point", 35, 20, "--width", 1204)
     tokens = []
     for name, width in (("a.png", 72), ("below/b.png", 48)):
         with torch.no_grad():
@@ -227,7 +227,7 @@ def test_features_are_components_of_all_pictures(model, photos, capsys):
     components = pca.transform(flat) * signs
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     expected = (255 * ((components - low) / (high - low)).clip(0, 1)).round()
-    sheet, side = np.asarray(Image.open(path.with_suffix(".features") / "features.png"), int), 1200 // 6 - GAP
+    sheet, side = np.asarray(Image.open(path.with_suffix(".features") / "features.png"), int), (1204 - GAP) // 6 - GAP
     anchor = F.normalize(tokens[0][20 * 6 // 40, 35 * 9 // 60], dim=0)
     left = GAP
     for x, (w, h), part in zip(tokens, ((side, side * 40 // 60), (side, side)), np.split(expected, [54])):
@@ -318,7 +318,7 @@ def test_crops_are_the_views_of_training(photos, tmp_path, capsys):
     flags = tmp_path / "flags.txt"
     flags.write_text("--lr 0.1\n--data_path somewhere\n--global_crops_size 48  # small\n--local_crops_size 16\n"
                      "--local_crops_number 3\n--local_crops_scale 0.1 0.2\n--views device\n--blur 0 0 1\n")
-    run("crops", photos / "a.png", "--flags", flags, "--seed", 5, "--output_dir", tmp_path, "--width", 800)
+    run("crops", photos / "a.png", "--flags", flags, "--seed", 5, "--output_dir", tmp_path, "--width", 808)
     sheet, side = Image.open(tmp_path / "a.png.crops.png"), 800 // 4 - GAP
     multicrop = MultiCrop(48, (0.4, 1), 16, (0.1, 0.2), 3, blur=(0, 0, 1))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
@@ -335,7 +335,7 @@ def test_crops_are_the_views_of_training(photos, tmp_path, capsys):
 def test_crops_as_in_the_paper(tmp_path, monkeypatch, stopped):
     monkeypatch.chdir(tmp_path)
     run("crops", "shapes:64")
-    assert Image.open("shapes_64_0.crops.png").width == 1000 + GAP
+    assert Image.open("shapes_64_0.crops.png").width == 1000
     assert "not a file" in stopped(run, "crops", "gone.png")
     with pytest.raises(SystemExit):
         run("crops", "shapes", "--flags", "gone.txt")
