@@ -35,6 +35,12 @@ def in_color(values, size, low=0.0, high=None, scale=HEAT, smooth=False):
     return Image.fromarray(colors.round().astype(np.uint8)[levels])
 
 
+def filling(picture, side):
+    """The picture, smaller or larger, as it fits into side x side pixels."""
+    scale = side / max(picture.size)
+    return picture.resize([max(1, round(edge * scale)) for edge in picture.size], Image.Resampling.LANCZOS)
+
+
 def enlarged(mask, size):
     """bool [h, w] -> mask image of `size`, (width, height)."""
     return Image.fromarray(np.asarray(mask, np.uint8) * 255).resize(size, Image.Resampling.NEAREST)

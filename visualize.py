@@ -29,7 +29,7 @@ from checkpoint import CheckpointError, file_for, folder_for, open_backbone, squ
 from cli import natural, positive, positive_float, share
 from curves import page, read_log, table
 from data import DataError, ImageTree, Unreadable, open_data, open_rgb
-from draw import COLORS, SIGNED, as_rgb, heads_in_color, in_color, spotlight
+from draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
 from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
 from features import extract_features
 from frames import Writer, open_clip
@@ -172,12 +172,12 @@ def attention_sheet(name, picture, maps, mass, width):
     masks = keep_mass(torch.from_numpy(maps).flatten(1), mass).view(heads, h, w).numpy()
     mean = maps.mean(axis=0)
     kept = keep_mass(torch.from_numpy(mean).flatten(), mass).view(h, w).numpy()
-    shown = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    shown = filling(picture, side)
     cells = [(shown, name), (in_color(mean, shown.size), f"mean of heads, to {mean.max():.1%}"),
              (spotlight(shown, kept), f"{mass:.0%} of the mean"),
              (heads_in_color(shown, maps, masks), f"{mass:.0%} of each, in colour")]
     cells += [None] * (columns - len(cells))
-    inside = shown.width - 6, shown.height - 6
+    inside = max(1, shown.width - 6), max(1, shown.height - 6)
     for first in range(0, heads, columns):
         row = range(first, min(first + columns, heads))
         blank = [None] * (columns - len(row))
@@ -235,12 +235,13 @@ def features(args):
     model.to(args.device)
     path = new_folder(origin, args, "features") / "features.png"
     shorter, p = args.image_size or large_size(model), model.patch_size
-    pictures, tokens, failed = [], [], []
+    pictures, tokens, failed, first_size = [], [], [], None
     for name, picture in pictures_of(args.pictures):
         if isinstance(picture, str):
             failed.append(picture)
             continue
-        pictures.append((picture, name))
+        first_size = first_size or picture.size
+        pictures.append((filling(picture, args.width // 2), name))
         x = normalised(whole_view(picture, shorter, p))[None].to(args.device)
         with torch.no_grad():
             patches = model.get_intermediate_layers(x)[0][0, 1:].cpu()
@@ -249,26 +250,25 @@ def features(args):
         raise DataError(f"no picture can be read; the first: {failed[0]}")
     columns = 6 if len(pictures) > 1 else 2 + bool(args.point)
     side = side_in(args.width, columns)
-    rows = [[(ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS), name)] for picture, name in pictures]
+    rows = [[(filling(picture, side), name)] for picture, name in pictures]
     components = principal_components(torch.cat([x.flatten(0, 1) for x in tokens]), 3).numpy()
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     for row, x in zip(rows, tokens):
         part, components = np.split(components, [x[..., 0].numel()])
         row.append((as_rgb(part.reshape(*x.shape[:2], 3), row[0][0].size, low, high), "three components"))
     if args.point:
-        show_similarity(rows, tokens, pictures[0][0], args.point)
+        show_similarity(rows, tokens, first_size, args.point)
     contact_sheet(sum(rows, []), columns, side).save(path)
     print(f"{len(rows)} pictures -> {path}")
     require_all(failed, len(pictures) + len(failed))
 
 
-def show_similarity(rows, tokens, picture, point):
+def show_similarity(rows, tokens, size, point):
     """Mark the patch at a point of the first picture, and add to each row how similar its patches are to that one."""
-    x, y = point
-    if x >= picture.width or y >= picture.height:
-        raise DataError(f"--point {x} {y}: the first picture has {picture.width} x {picture.height} pixels")
-    h, w = tokens[0].shape[:2]
-    column, line = x * w // picture.width, y * h // picture.height
+    (x, y), (width, height), (h, w) = point, size, tokens[0].shape[:2]
+    if x >= width or y >= height:
+        raise DataError(f"--point {x} {y}: the first picture has {width} x {height} pixels")
+    column, line = x * w // width, y * h // height
     for row, patches in zip(rows, tokens):
         cosine = F.cosine_similarity(patches, tokens[0][line, column], dim=-1)
         row.append((in_color(cosine.numpy(), row[0][0].size, -1.0, 1.0, SIGNED), "cosine, blue -1 to red 1"))
@@ -341,7 +341,7 @@ def crops(args):
     key, side = (args.seed, name), side_in(args.width, 4)
     plan = multicrop.sample(*picture.size, key)
     pictures, numbers = [], {}
-    marked, scale = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS), side / plan[0].size
+    marked, scale = filling(picture, side), side / plan[0].size
     for i, (view, x) in enumerate(zip(plan, multicrop(picture, key))):
         kind = "global" if i < 2 else "local"
         numbers[kind] = numbers.get(kind, 0) + 1
@@ -353,6 +353,7 @@ def crops(args):
         ImageDraw.Draw(marked).rectangle(box, outline=COLORS[i < 2], width=2)
     pictures[2:2] = [None]
     output = Path(args.output_dir or ".", f"{name}.crops.png")
+    output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet([(marked, "boxes: blue global, orange local"), *pictures], 4, side).save(output)
     print(f"{len(plan)} views -> {output}")
 

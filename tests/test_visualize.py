@@ -117,6 +117,16 @@ def test_pictures_that_cannot_be_read_leave_the_others(model, photos, stopped, c
     assert sorted(path.name for path in (photos / "out").iterdir()) == ["a.png.4.png", "a.png.png", "below_b.png.png"]
 
 
+def test_pictures_that_are_lines(model, tmp_path):
+    Image.new("RGB", (300, 3), "red").save(tmp_path / "wide.png")
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    for task in ("attention", "features"):
+        run(task, tmp_path / "wide.png", tmp_path / "dot.png", "--ckpt", model[1], "--image_size", 8, "--width", 200)
+    assert len(list(model[1].with_suffix(".attention").iterdir())) == 2
+    run("crops", tmp_path / "dot.png", "--output_dir", tmp_path / "new")
+    assert (tmp_path / "new" / "dot.png.crops.png").exists()
+
+
 def test_built_in_pictures(model, tmp_path):
     run("attention", "shapes:40", "--ckpt", model[1], "--image_size", 40, "--untrained")
     assert len(list(model[1].with_suffix(".untrained.attention").iterdir())) == 4
