@@ -17,21 +17,22 @@ def open_attention(args):
     """A function from pictures to the attention of CLS over patches in the last block, and where it comes from.
 
     A backbone, and an exported file for any size, sees the whole picture, its shorter side resized to --image_size; an
-    exported file of a fixed size sees the crop that it was made for.
+    exported file of a fixed size sees the crop that it was made for. Exported files run on the CPU.
 
     Returns:
         look: RGB image -> the part of it that was seen, RGB, and float32 [heads, rows, columns]; each head's sum is 1
             less what CLS gives to itself.
         origin: see `open_backbone`.
     """
-    return (exported if args.ckpt and args.ckpt.endswith(".onnx") else trained)(args)
+    return (exported if (args.ckpt or "").lower().endswith(".onnx") else trained)(args)
 
 
 def trained(args):
     model, _, origin = open_backbone(args)
     fast_products(args.device, "fp32", model.embed_dim)
     model.to(args.device)
-    shorter, p = args.image_size or large_size(model), model.patch_size
+    p = model.patch_size
+    shorter = args.image_size or large_size(model.grid[0] * p, p)
 
     @torch.no_grad()
     def look(picture):
@@ -46,15 +47,18 @@ def exported(args):
         raise CheckpointError(f"{args.ckpt}: an exported file has neither --untrained nor --checkpoint_key")
     try:
         session, about = infer.open_model(args.ckpt)
-        p, size = about["patch_size"], about["image_size"]
+        p, size, mean, trained_size = (about[name] for name in ("patch_size", "image_size", "mean", "trained_size"))
     except Exception as error:  # of ONNX Runtime's own kinds
         raise CheckpointError(f"{args.ckpt}: not a file of export.py that can be run here ({error})") from None
+    if not mean:
+        raise CheckpointError(f"{args.ckpt}: takes other channels than red, green and blue")
     if size and args.image_size:
         raise CheckpointError(f"{args.ckpt}: takes {size[0]} x {size[1]} pixels; leave --image_size out, or export it "
                               f"with --dynamic size")
+    shorter = args.image_size or large_size(trained_size, p)
 
     def look(picture):
-        view = infer.prepare(picture, about) if size else whole_view(picture, args.image_size or 480, p)
+        view = infer.prepare(picture, about) if size else whole_view(picture, shorter, p)
         maps = infer.infer(session, about, view)[1]
         return view if size else picture, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
     return look, dict(ckpt=args.ckpt)

@@ -165,9 +165,9 @@ def eval_view(image, height, width=None):
     return normalised(image)
 
 
-def large_size(backbone):
+def large_size(trained_size, patch_size):
     """Shorter side, pixels, at which attention is looked at: 480 for a model trained at 224, and in proportion."""
-    return round(480 / 224 * backbone.grid[0]) * backbone.patch_size
+    return round(480 / 224 * trained_size / patch_size) * patch_size
 
 
 def whole_view(image, shorter, patch_size):

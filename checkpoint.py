@@ -118,7 +118,7 @@ def folder_for(origin, args, ending):
 
 def beside(ckpt, key, ending, untrained=False):
     """Path beside a model file: its name, the network that --checkpoint_key took if not the teacher, an ending."""
-    file = Path(ckpt)
+    file = Path(ckpt) if Path(ckpt).name not in ("", "..") else Path(ckpt).resolve()  # it may be a folder
     network = f".{key}" * (key not in (None, "teacher", file.stem))
     return file.with_name(f"{file.stem}{network}{'.untrained' * untrained}.{ending}")
 

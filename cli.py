@@ -27,7 +27,13 @@ def parser(prog, doc):
     """A parser whose errors are one line; `@FILE` reads more flags from a file, `#` starts a comment there."""
     result = argparse.ArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=doc, fromfile_prefix_chars="@",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    result.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+
+    def words(line):
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            result.error(f"{error} in the line {line!r} of a flag file")
+    result.convert_arg_line_to_args = words
     return result
 
 

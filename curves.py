@@ -8,6 +8,7 @@ The page needs matplotlib, the rest nothing.
 """
 
 import json
+import math
 from pathlib import Path
 
 PANELS = {  # title -> {name in the log: what it is}, the first drawn as a line, the second dashed, the third dotted
@@ -52,13 +53,13 @@ def read_log(path):
                 step = int(record["step"]) + 1
                 seconds = record["data_seconds"] + record["compute_seconds"]
                 record["waiting"] = 100 * record["data_seconds"] / seconds if seconds else 0.0
-        except (ValueError, KeyError, TypeError):
+            values = {name: float(value) for name, value in record.items() if isinstance(value, (int, float))}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(value)
+        for name, value in values.items():
+            if math.isfinite(value):
+                for kept, new in zip(curves.setdefault(name, ([], [])), (step, value)):
+                    kept.append(new)
     if "loss" not in curves:
         raise OSError(f"{path}: holds no step of a training")
     return curves, baselines
@@ -90,23 +91,26 @@ def page(runs):
         axes.tick_params(labelsize=8)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
+        shown = {}  # what is in the legend: one line for each kind
         for i, (curves, baselines) in enumerate(runs.values()):
             for style, (name, label) in zip(("-", "--", ":"), names.items()):
                 if name in curves:
-                    axes.plot(*curves[name], style, color=f"C{i % 10}", marker="." * (name == "top1"),
-                              label=label if i == 0 else None)
+                    dots = "." * (name == "top1" or len(curves[name][0]) == 1)
+                    line, = axes.plot(*curves[name], style, color=f"C{i % 10}", marker=dots)
+                    shown.setdefault(label, line)
             for name, style in BASELINES.items():
                 if "top1" in names and name in baselines:
-                    axes.axhline(baselines[name], linestyle=style, color=f"C{i % 10}", linewidth=1,
-                                 label=name if i == 0 else None)
+                    line = axes.axhline(baselines[name], linestyle=style, color=f"C{i % 10}", linewidth=1)
+                    shown.setdefault(name, line)
         axes.set_xlim(left=0)
-        if len(axes.get_legend_handles_labels()[1]):
-            axes.legend(fontsize=8, framealpha=0.6)
+        if shown.keys() - {None}:
+            axes.legend(shown.values(), shown, fontsize=8, framealpha=0.6)
+    names = [name.replace("$", r"\$").encode(errors="replace").decode() for name in runs]  # "$" begins a formula
     if len(runs) > 1:
         lines = [figure.axes[0].plot([], color=f"C{i % 10}")[0] for i in range(len(runs))]
-        figure.legend(lines, runs, loc="outside lower center", ncols=3, fontsize=9)
+        figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=9)
     else:
-        figure.suptitle(next(iter(runs)), fontsize=11)
+        figure.suptitle(names[0], fontsize=11)
     return figure
 
 

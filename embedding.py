@@ -58,11 +58,12 @@ def scatter(points, labels, names, colors, title):
     axes = figure.subplots()
     axes.set(title=title, xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
-    for label, name, color in [(-1, None, GREY), *zip(range(len(names)), names, colors)]:
+    for label, color in enumerate([GREY, *colors], start=-1):
         x, y = points[labels == label].T
-        axes.scatter(x, y, s=14, color=[channel / 255 for channel in color], linewidths=0, label=name)
+        axes.scatter(x, y, s=14, color=[channel / 255 for channel in color], linewidths=0)
     if 0 < len(names) <= 40:
-        figure.legend(loc="outside right upper", fontsize=9, markerscale=2, frameon=False)
+        names = [name.replace("$", r"\$").encode(errors="replace").decode() for name in names]  # "$" begins a formula
+        figure.legend(axes.collections[1:], names, loc="outside right upper", fontsize=9, markerscale=2, frameon=False)
     return figure
 
 

@@ -134,7 +134,7 @@ def describe(backbone, info, ckpt, args):
         outputs[f"layer_{i + 1}"] = (f"CLS and patches after block {depth - args.last_layers + i + 1} of {depth}, the "
                                      f"final norm applied, [B, 1+N, D]")
     is_rgb = backbone.in_chans == 3
-    return dict(arch=info.get("arch", "vision transformer"), patch_size=p,
+    return dict(arch=info.get("arch", "vision transformer"), patch_size=p, trained_size=backbone.grid[0] * p,
                 image_size=None if args.dynamic == "size" else [height, width],
                 batch_size=args.batch_size if args.dynamic == "none" else None,
                 mean=info.get("mean", IMAGENET_MEAN) if is_rgb else None,

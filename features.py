@@ -45,7 +45,8 @@ def extract_features(model, loader, device="cpu", total=None):
     """
     features, unreadable = [], []
     labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    grouped = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
     with tqdm(total=total, unit="img", leave=False,
               disable=total is None or rank > 0 or not sys.stderr.isatty()) as bar:
         for images, y, i, bad in loader:

@@ -30,6 +30,8 @@ class Clip(NamedTuple):
 def open_clip(path):
     """The frames of a video file, upright, or the pictures of a folder in the order of the numbers in their names.
 
+    A video whose rate varies is given out at its average.
+
     Raises:
         DataError: neither is there.
     """
@@ -89,34 +91,49 @@ class Writer:
         rate: frames a second of a file.
 
     Raises:
-        DataError: there are no videos of that ending.
+        DataError: nothing can be written there, or no video of that kind or size.
     """
 
     def __init__(self, path, rate):
         self.path, self.rate, self.container = Path(path), Fraction(rate).limit_denominator(1001), None
-        self.is_folder = not self.path.suffix
+        self.is_folder, self.written = self.path.is_dir() or not self.path.suffix, set()
         if not self.is_folder and self.path.suffix.lower() not in KINDS:
             raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(KINDS)}")
+        if self.is_folder and self.path.exists() and not self.path.is_dir():
+            raise DataError(f"{path}: is a file")
+        if not self.path.parent.is_dir():
+            raise DataError(f"{path}: its folder does not exist")
 
     def __enter__(self):
         if self.is_folder:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
         return self
 
     def write(self, name, image):
-        if self.is_folder:
-            return image.save(self.path / f"{Path(name).stem}.png", compress_level=1)  # four times as fast
+        if not self.is_folder:
+            return self.encode(image)
+        stem = Path(name).stem if Path(name).stem not in self.written else name  # of a.jpg and a.png
+        self.written.add(stem)
+        image.save(self.path / f"{stem}.png", compress_level=1)  # four times as fast
+
+    def encode(self, image):
         import av
 
-        if self.container is None:
-            self.container = av.open(str(self.path), "w")
-            self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
-            self.stream.width, self.stream.height = (side // 2 * 2 for side in image.size)
-            self.stream.pix_fmt = "yuv420p"  # what every player shows
-        size = self.stream.width, self.stream.height
-        if image.size != size:
-            image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
-        self.container.mux(self.stream.encode(av.VideoFrame.from_image(image)))
+        try:
+            if self.container is None:
+                self.container = av.open(str(self.path), "w")
+                self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
+                self.stream.width, self.stream.height = (max(2, side // 2 * 2) for side in image.size)
+                self.stream.pix_fmt = "yuv420p"  # what every player shows
+            size = self.stream.width, self.stream.height
+            if image.size != size:
+                image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
+            packets = self.stream.encode(av.VideoFrame.from_image(image))
+        except av.FFmpegError as error:
+            self.container = None
+            raise DataError(f"{self.path}: no video of {image.width} x {image.height} pixels can be written there "
+                            f"({error.strerror})") from None
+        self.container.mux(packets)
 
     def __exit__(self, *error):
         if self.container:

@@ -74,7 +74,7 @@ def attention_masks(args):
     pictures = open_masked(args.data_path, args.pictures)
     model, info, origin = open_backbone(args)
     fast_products(args.device, "fp32", model.embed_dim)
-    shorter = args.image_size or large_size(model)
+    shorter = args.image_size or large_size(model.grid[0] * model.patch_size, model.patch_size)
     path = file_for(origin, args, "masks.json")
     models = {"untrained": model} if args.untrained else {"trained": model, "untrained": untrained(info)}
     models = {name: network.to(args.device) for name, network in models.items()}

@@ -12,8 +12,10 @@ What is made of a model lies beside it, in NAME.attention and so on, unless --ou
 `video` also take an exported file, `--ckpt teacher.onnx`.
 """
 
+import itertools
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import cli
 from attention import open_attention
 from batches import eval_loader, large_size, normalised, some_of, whole_view
 from checkpoint import CheckpointError, file_for, folder_for, open_backbone, square_size
-from cli import natural, positive, positive_float, share
+from cli import natural, positive, share
 from curves import page, read_log, table
 from data import DataError, ImageTree, Unreadable, open_data, open_rgb
 from draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
@@ -71,7 +73,7 @@ def parse_args(argv=None):
     add("--layout", choices=["side", "overlay"], default="side",
         help="attention beside the frame or over it (default: side)")
     add("--head", type=positive, metavar="N", help="which head, from 1 on (default: their mean)")
-    add("--fps", type=positive_float, default=25.0, metavar="X",
+    add("--fps", type=fps, default=25.0, metavar="X",
         help="frames a second where frames come from a folder (default: 25)")
 
     add = tasks["features"].add_argument
@@ -97,35 +99,46 @@ def parse_args(argv=None):
 
 
 sheet_width = cli.number(int, lambda x: 200 <= x <= 20_000, "a number of pixels from 200 to 20000")
+fps = cli.number(float, lambda x: 0.1 <= x <= 1000, "a number of frames a second from 0.1 to 1000")
 
 
 # ---- pictures in ----
 
-def pictures_of(names):
-    """(name to write under, RGB image or message) of each picture that files, folders and shapes name."""
+def entries_of(name):
+    """(name, function that opens it) of each picture that a file, a folder or shapes[:PIXELS] is."""
+    if os.path.isdir(name):
+        return [(file, partial(open_rgb, os.path.join(name, file))) for file in ImageTree(name).files]
+    if name.partition(":")[0] == "shapes" and not os.path.exists(name):
+        shapes = open_data(name).queries
+        return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]
+    return [(os.path.basename(name), partial(open_rgb, name))]
+
+
+def pictures_of(names, failed):
+    """(name, RGB image) one by one; messages on what cannot be used are said and added to `failed`."""
+    def attempt(make):
+        try:
+            return make()
+        except (DataError, Unreadable) as error:
+            failed.append(str(error))
+            tqdm.write(f"skipped {error}")
+
     for name in names:
-        if os.path.isdir(name):
-            for file in ImageTree(name).files:
-                yield file, read(os.path.join(name, file))
-        elif name.partition(":")[0] == "shapes" and not os.path.exists(name):
-            shapes = open_data(name).queries
-            yield from ((f"{name.replace(':', '_')}_{i}", shapes[i][0]) for i in range(4))
-        else:
-            yield os.path.basename(name), read(name)
+        for shown, open_picture in attempt(partial(entries_of, name)) or ():
+            picture = attempt(open_picture)
+            if picture:
+                yield shown, picture
 
 
-def read(path):
-    try:
-        return open_rgb(path)
-    except Unreadable as error:
-        return str(error)
+def require_all(failed):
+    if failed:
+        raise DataError(f"{len(failed)} could not be used; the first: {failed[0]}")
 
 
-def numbered(name, taken):
-    """A file name for a picture: folders become part of it, and one that is taken gets a number."""
-    base = name = name.replace(os.sep, "_")[-100:]
-    while name in taken:
-        name = f"{base}.{len(taken)}"
+def file_name(name, taken):
+    """A name to write a picture under: folders become part of it, and one that is taken gets a number."""
+    base = os.fsencode(name.replace(os.sep, "_"))[-150:].decode(errors="ignore")
+    name = next(x for x in itertools.chain([base], (f"{base}.{i}" for i in itertools.count(2))) if x not in taken)
     taken.add(name)
     return name
 
@@ -137,11 +150,6 @@ def new_folder(origin, args, ending):
     return folder
 
 
-def require_all(failed, count):
-    if failed:
-        raise DataError(f"{len(failed)} of {count} pictures cannot be read; the first: {failed[0]}")
-
-
 # ---- attention ----
 
 def attention(args):
@@ -149,11 +157,8 @@ def attention(args):
     look, origin = open_attention(args)
     output = new_folder(origin, args, "attention")
     failed, taken = [], set()
-    for name, picture in pictures_of(args.pictures):
-        name = numbered(name, taken)
-        if isinstance(picture, str):
-            failed.append(picture)
-            continue
+    for name, picture in pictures_of(args.pictures, failed):
+        name = file_name(name, taken)
         seen, maps = look(picture)
         attention_sheet(name, seen, maps, args.mass, args.width).save(output / f"{name}.png")
         if args.raw:
@@ -161,7 +166,7 @@ def attention(args):
         for head, values in enumerate(maps if args.separate else [], start=1):
             in_color(values, seen.size).save(output / f"{name}.head{head}.png")
         tqdm.write(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {output / name}.png")
-    require_all(failed, len(taken))
+    require_all(failed)
 
 
 def attention_sheet(name, picture, maps, mass, width):
@@ -206,21 +211,22 @@ def video(args):
                 raise DataError(f"--head {args.head}: there are {len(maps)}")
             values = maps[args.head - 1] if args.head else maps.mean(axis=0)
             top = max(values.max(), 0.95 * top)  # the scale follows the brightest slowly, or it would flicker
-            writer.write(name, (beside if args.layout == "side" else over)(seen, values, top))
+            writer.write(name, (side_by_side if args.layout == "side" else overlaid)(seen, values, top))
             drawn += 1
     print(f"{drawn} frames -> {args.output}")
-    if failed or not drawn:
-        raise DataError(f"{args.input}: {len(failed)} frames cannot be read" + "; the first: ".join(["", *failed[:1]]))
+    if not drawn and not failed:
+        raise DataError(f"{args.input}: no frame in it")
+    require_all(failed)
 
 
-def beside(frame, values, top):
+def side_by_side(frame, values, top):
     sheet = Image.new("RGB", (2 * frame.width, frame.height))
     sheet.paste(frame, (0, 0))
     sheet.paste(in_color(values, frame.size, high=top), (frame.width, 0))
     return sheet
 
 
-def over(frame, values, top):
+def overlaid(frame, values, top):
     grey = ImageOps.grayscale(frame).convert("RGB")
     cover = in_color(values, frame.size, high=top, scale=((0, 0, 0), (220, 220, 220)), smooth=True).convert("L")
     return Image.composite(in_color(values, frame.size, high=top, smooth=True), grey, cover)
@@ -234,12 +240,12 @@ def features(args):
     fast_products(args.device, "fp32", model.embed_dim)
     model.to(args.device)
     path = new_folder(origin, args, "features") / "features.png"
-    shorter, p = args.image_size or large_size(model), model.patch_size
+    p = model.patch_size
+    shorter = args.image_size or large_size(model.grid[0] * p, p)
     pictures, tokens, failed, first_size = [], [], [], None
-    for name, picture in pictures_of(args.pictures):
-        if isinstance(picture, str):
-            failed.append(picture)
-            continue
+    for name, picture in pictures_of(args.pictures, failed):
+        if args.point and failed and not pictures:
+            raise DataError(f"--point lies in the first picture, which cannot be used: {failed[0]}")
         first_size = first_size or picture.size
         pictures.append((filling(picture, args.width // 2), name))
         x = normalised(whole_view(picture, shorter, p))[None].to(args.device)
@@ -247,7 +253,7 @@ def features(args):
             patches = model.get_intermediate_layers(x)[0][0, 1:].cpu()
         tokens.append(patches.unflatten(0, (x.shape[2] // p, -1)))  # [h, w, D]
     if not pictures:
-        raise DataError(f"no picture can be read; the first: {failed[0]}")
+        require_all(failed)
     columns = 6 if len(pictures) > 1 else 2 + bool(args.point)
     side = side_in(args.width, columns)
     rows = [[(filling(picture, side), name)] for picture, name in pictures]
@@ -260,7 +266,7 @@ def features(args):
         show_similarity(rows, tokens, first_size, args.point)
     contact_sheet(sum(rows, []), columns, side).save(path)
     print(f"{len(rows)} pictures -> {path}")
-    require_all(failed, len(pictures) + len(failed))
+    require_all(failed)
 
 
 def show_similarity(rows, tokens, size, point):
@@ -311,7 +317,9 @@ def embedding(args):
     thumbs = path.with_suffix(".thumbnails.png")
     thumbnails(points, labels, shades, lambda i: images[numbers[i]][0]).save(thumbs)
     print(f"{method} of {len(x)} pictures -> {path} and {thumbs}")
-    require_all(unreadable, len(images))
+    for message in unreadable:
+        tqdm.write(f"skipped {message}")
+    require_all(unreadable)
 
 
 # ---- training ----
@@ -320,11 +328,10 @@ def run(args):
     """The curves of a run, or of several, on one page, and how they ended."""
     runs = {folder: read_log(Path(folder, "log.jsonl")) for folder in args.runs}
     output = args.output or Path(args.runs[0], "curves.png")
+    if Path(output).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        raise DataError(f"--output {output}: expected a file that ends with .png, .jpg, .pdf or .svg")
     print(table(runs))
-    try:
-        page(runs).savefig(output)
-    except ValueError as error:  # of the file's ending
-        raise DataError(f"{output}: {error}") from None
+    page(runs).savefig(output)
     print(f"-> {output}")
 
 
@@ -332,12 +339,14 @@ def crops(args):
     """What the networks see: the views that training makes of a picture, and where they come from."""
     parser = cli.parser("visualize.py", "")
     add_view_flags(parser.add_argument)
-    flags, _ = parser.parse_known_args([f"@{args.flags}"] * bool(args.flags) + ["--views", "cpu"])
+    file = [f"@{args.flags}"] if args.flags else []
+    flags, _ = parser.parse_known_args([*file, "--views", "cpu"])
     require_views(parser, flags)
     multicrop = build_multicrop(flags)
-    name, picture = next(pictures_of([args.picture]))
-    if isinstance(picture, str):
-        raise DataError(picture)
+    if os.path.isdir(args.picture):
+        raise DataError(f"{args.picture}: is a folder, expected one picture")
+    name, open_picture = entries_of(args.picture)[0]
+    picture = open_picture()
     key, side = (args.seed, name), side_in(args.width, 4)
     plan = multicrop.sample(*picture.size, key)
     pictures, numbers = [], {}
@@ -347,7 +356,7 @@ def crops(args):
         numbers[kind] = numbers.get(kind, 0) + 1
         pixels = (x * multicrop.std + multicrop.mean).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
         how = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
-        pictures.append((Image.fromarray(pixels).resize([round(view.size * scale)] * 2, how),
+        pictures.append((Image.fromarray(pixels).resize([max(1, round(view.size * scale))] * 2, how),
                          f"{kind} {numbers[kind]}: {', '.join(told(view, picture))}"))
         box = [edge * marked.width / picture.width for edge in view.box]
         ImageDraw.Draw(marked).rectangle(box, outline=COLORS[i < 2], width=2)
@@ -363,7 +372,10 @@ def told(view, picture):
     left, top, right, bottom = view.box
     yield f"{(right - left) * (bottom - top) / (picture.width * picture.height):.0%}"
     yield from [word for word, done in (("flip", view.flip), ("jitter", view.jitter), ("grey", view.grey)) if done]
-    yield from [f"blur {view.blur:.1f}"] * bool(view.blur) + ["solarized"] * view.solarize
+    if view.blur:
+        yield f"blur {view.blur:.1f}"
+    if view.solarize:
+        yield "solarized"
 
 
 TASKS = {"attention": attention, "video": video, "features": features, "embedding": embedding, "run": run,

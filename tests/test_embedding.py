@@ -46,6 +46,31 @@ def test_every_point_is_drawn_in_its_color():
     np.testing.assert_allclose(dots[2].get_offsets(), points[60:])
     assert dots[1].get_facecolor()[0].tolist() == [1, 0, 0, 1] and dots[2].get_facecolor()[0].tolist() == [0, 0, 1, 1]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cat", "dog"]
+    assert [patch.get_facecolor()[0].tolist() for patch in figure.legends[0].legend_handles] == [[1, 0, 0, 1],
+                                                                                               [0, 0, 1, 1]]
+
+
+def test_names_that_matplotlib_would_take_for_something_else(tmp_path):
+    names = ["_misc", "$x_$y^", "a\udcff"]
+    figure = scatter(torch.zeros(3, 2), torch.arange(3), names, colors(3), "title")
+    figure.savefig(tmp_path / "map.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_misc", r"\$x_\$y^", "a?"]
+    many = scatter(torch.zeros(41, 2), torch.arange(41), list(map(str, range(41))), colors(41), "title")
+    assert not many.legends and many.axes[0].get_aspect() == 1
+
+
+def test_t_sne_is_of_cosines(monkeypatch):
+    import sklearn.manifold
+    asked = {}
+
+    class Kept(sklearn.manifold.TSNE):
+        def __init__(self, **kwargs):
+            asked.update(kwargs)
+            super().__init__(**kwargs)
+    monkeypatch.setattr(sklearn.manifold, "TSNE", Kept)
+    found = [in_a_plane(clusters(10), seed)[0] for seed in (3, 3, 4)]
+    assert asked["metric"] == "cosine" and asked["random_state"] == 4 and asked["perplexity"] == 29 / 3
+    assert torch.equal(found[0], found[1])
 
 
 def test_colors_differ():

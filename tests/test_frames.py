@@ -67,6 +67,11 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
             writer.write(name, image)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"shot_{i}.png" for i in (1, 10, 2, 9)]
     assert np.array_equal(Image.open(tmp_path / "out" / "shot_9.png"), frame(9))
+    (tmp_path / "v1.5").mkdir()  # a folder that is there, whatever its name ends with
+    with Writer(tmp_path / "v1.5", 25) as writer:
+        for name in ("a.jpg", "a.png"):
+            writer.write(name, frame(1))
+    assert sorted(path.name for path in (tmp_path / "v1.5").iterdir()) == ["a.png", "a.png.png"]
 
 
 def test_a_turned_video_is_turned_back(tmp_path):
@@ -107,3 +112,9 @@ def test_what_is_no_video(tmp_path):
             open_clip(tmp_path / name)
     with pytest.raises(DataError, match=r"expected a folder, or a file that ends with .mp4 .mov .mkv .webm"):
         Writer(tmp_path / "out.doc", 25)
+    with pytest.raises(DataError, match="no video of 70000 x 4 pixels can be written there"), \
+            Writer(tmp_path / "wide.mp4", 25) as writer:
+        writer.write("0", Image.new("RGB", (70000, 4)))
+    with Writer(tmp_path / "dot.mp4", 25) as writer:
+        writer.write("0", Image.new("RGB", (1, 1)))
+    assert [image.size for _, image in open_clip(tmp_path / "dot.mp4").frames] == [(2, 2)]

@@ -1,7 +1,7 @@
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 
-from sheet import contact_sheet
+from sheet import contact_sheet, cut, side_in
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
 
@@ -32,6 +32,13 @@ def test_letters_grow_with_the_pictures():
     heights = [contact_sheet([(Image.new("RGB", (10, 10)), "name")], side=side).height - 10 - 2 * 8
                for side in (100, 240, 480)]
     assert heights == [24, 24, 48]
+
+
+def test_captions_end_in_time():
+    font = ImageFont.load_default(12)
+    assert cut("short\nname", font, 100) == "short name"
+    assert cut("long" * 50, font, 100).endswith("…") and 80 < font.getlength(cut("long" * 50, font, 100)) <= 100
+    assert contact_sheet([(Image.new("RGB", (10, 10)), "")] * 4, 4, side_in(1000, 4)).width == 1000
 
 
 def test_nothing_but_empty_places():

@@ -14,9 +14,11 @@ import cli
 import export
 import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
+from checkpoint import save_model
 from data import Shapes
-from draw import in_color
+from draw import COLORS, heads_in_color, in_color, spotlight
 from frames import open_clip
+from vit import VisionTransformer
 
 GAP = 8
 
@@ -68,8 +70,15 @@ def test_attention_is_that_of_the_whole_matrix(model, photos, capsys):
 
 
 def test_attention_without_a_size_is_larger_than_training(model, photos):
-    run("attention", photos / "a.png", "--ckpt", model[1], "--raw", "--output_dir", photos / "out")
-    assert np.load(photos / "out" / "a.png.npy").shape == (4, 9, 14)  # 480 / 224 of 32 pixels in patches of 8
+    export.main(export.parse_args(["--ckpt", str(model[1]), "--dynamic", "size"]))
+    for file in (model[1], model[1].with_suffix(".onnx")):
+        run("attention", photos / "a.png", "--ckpt", file, "--raw", "--output_dir", photos / "out")
+        assert np.load(photos / "out" / "a.png.npy").shape == (4, 9, 14)  # 480 / 224 of 32 pixels in patches of 8
+    run("features", photos / "a.png", "--ckpt", model[1])
+    sheet = np.asarray(Image.open(model[1].with_suffix(".features") / "features.png"))
+    side = (1000 - GAP) // 2 - GAP
+    row = sheet[GAP + 5, 2 * GAP + side:2 * GAP + 2 * side]
+    assert 10 < len(np.unique(row, axis=0)) <= 14  # patches in a row
 
 
 @pytest.mark.parametrize("flags, size", [
@@ -104,17 +113,36 @@ def test_what_an_exported_file_does_not_do(model, photos, stopped):
     picture = photos / "a.png"
     assert "takes 32 x 32 pixels; leave --image_size out" in stopped(
         run, "attention", picture, "--ckpt", onnx, "--image_size", 64)
-    assert "has neither --untrained" in stopped(run, "attention", picture, "--ckpt", onnx, "--untrained")
+    for flags in (["--untrained"], ["--checkpoint_key", "teacher"]):
+        assert "has neither --untrained" in stopped(run, "attention", picture, "--ckpt", onnx, *flags)
+    grey = VisionTransformer(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2)
+    save_model(photos / "grey.safetensors", {f"backbone.{k}": v for k, v in grey.state_dict().items()},
+               dict(vit=dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2)))
+    export.main(export.parse_args(["--ckpt", str(photos / "grey.safetensors")]))
+    assert "takes other channels than red" in stopped(run, "attention", picture, "--ckpt", photos / "grey.onnx")
     (photos / "text.onnx").write_text("no model")
     assert "text.onnx: not a file of export.py" in stopped(run, "attention", picture, "--ckpt", photos / "text.onnx")
 
 
 def test_pictures_that_cannot_be_read_leave_the_others(model, photos, stopped, capsys):
     (photos / "c.png").write_bytes(b"no picture")
-    line = stopped(run, "attention", photos / "gone.png", photos, photos / "a.png", "--ckpt", model[1], "--image_size",
-                   16, "--output_dir", photos / "out")
-    assert "2 of 5 pictures cannot be read; the first: " in line and "gone.png: not a file" in line
-    assert sorted(path.name for path in (photos / "out").iterdir()) == ["a.png.4.png", "a.png.png", "below_b.png.png"]
+    (photos / "empty").mkdir()
+    names = [photos / "gone.png", photos, photos / "empty", "shapes:5", photos / "a.png"]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda args: run("attention", *names, "--ckpt", model[1], "--image_size", 16, "--output_dir",
+                                 photos / "out"), lambda: None, visualize.DataError)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "4 could not be used; the first: " in said.err
+    for words in ("gone.png: not a file", "c.png: cannot identify", "empty: no picture found", "shapes:5: the side"):
+        assert words in said.out
+    assert sorted(path.name for path in (photos / "out").iterdir()) == ["a.png.2.png", "a.png.png", "below_b.png.png"]
+
+
+def test_names_that_are_taken_and_names_that_are_long():
+    taken = set()
+    names = [visualize.file_name(name, taken) for name in ("x.jpg", "x.jpg.2", "d/x.jpg", "x.jpg", "x.jpg")]
+    assert names == ["x.jpg", "x.jpg.2", "d_x.jpg", "x.jpg.3", "x.jpg.4"]
+    assert len(visualize.file_name("\u3042" * 90 + ".jpg", taken).encode()) <= 150
 
 
 def test_pictures_that_are_lines(model, tmp_path):
@@ -138,12 +166,30 @@ def test_every_head_is_on_the_sheet(heads, columns, monkeypatch):
     monkeypatch.setattr(visualize, "contact_sheet",
                         lambda cells, columns, side: seen.update(cells=cells, columns=columns))
     maps = np.random.default_rng(0).random((heads, 3, 4), dtype=np.float32)
-    visualize.attention_sheet("a.png", Image.new("RGB", (40, 30)), maps, 0.6, 1000)
+    visualize.attention_sheet("a.png", Shapes("train", 8, 40)[0][0], maps, 0.6, 1000)
     assert seen["columns"] == columns
     captions = [cell and cell[1] for cell in seen["cells"]]
+    assert captions[columns].startswith("head 1,")
+    picture, shown = seen["cells"][0][0], [cell and np.asarray(cell[0], int) for cell in seen["cells"]]
+
+    def mass_of(values):
+        order = np.argsort(-values, axis=None)
+        before = np.concatenate(([0], values.ravel()[order].cumsum()[:-1])) / values.sum()
+        mask = np.zeros(values.size, bool)
+        mask[order[before < 0.6]] = True
+        return mask.reshape(values.shape)
+    masks, mean = np.stack([mass_of(values) for values in maps]), maps.mean(axis=0)
+    assert captions[1] == f"mean of heads, to {mean.max():.1%}" and captions[2] == "60% of the mean"
+    assert np.array_equal(shown[1], in_color(mean, picture.size))
+    assert np.array_equal(shown[2], spotlight(picture, mass_of(mean)))
+    assert np.array_equal(shown[3], heads_in_color(picture, maps, masks))
+    inside = picture.width - 6, picture.height - 6
     for head in range(heads):  # its mask is below its map
         place = captions.index(f"head {head + 1}, to {maps[head].max():.1%}")
         assert captions[place + columns] == f"60% of head {head + 1}"
+        assert np.array_equal(shown[place][3:-3, 3:-3], in_color(maps[head], inside))
+        assert shown[place][0, 0].tolist() == list(COLORS[head % 16])
+        assert np.array_equal(shown[place + columns], spotlight(picture, masks[head]))
 
 
 # ---- video ----
@@ -155,7 +201,7 @@ def test_video_of_a_folder(model, tmp_path, stopped):
         Shapes("train", 8, 48)[i][0].save(tmp_path / "in" / f"{i}.png")
     (tmp_path / "in" / "3.png").write_bytes(b"no picture")
     line = stopped(run, "video", tmp_path / "in", tmp_path / "out", "--ckpt", path, "--image_size", 48)
-    assert "1 frames cannot be read; the first: " in line and "3.png" in line
+    assert "1 could not be used; the first: " in line and "3.png" in line
     frames = dict(open_clip(tmp_path / "out").frames)
     assert list(frames) == [f"{i}.png" for i in (0, 1, 2, 4, 5)]
     top = 0.0
@@ -168,6 +214,28 @@ def test_video_of_a_folder(model, tmp_path, stopped):
         assert np.abs(np.asarray(sheet, int)[:, 48:] - np.asarray(in_color(mean, (48, 48), high=top), int)).max() <= 3
 
 
+def test_the_scale_of_a_video_follows_its_brightest_frame(model, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "in" / f"{i}.png")
+    bright = iter([0.8, 0.2, 0.77])
+    frame, drawn = Image.new("RGB", (16, 16), (0, 0, 0)), []
+
+    def look(picture):
+        value = next(bright)
+        return frame, np.array([[[0.0, 9.0]], [[0.0, value]]], np.float32)
+    monkeypatch.setattr(visualize, "open_attention", lambda args: (look, {}))
+    for layout in ("side", "overlay"):
+        bright = iter([0.8, 0.2, 0.77])
+        run("video", tmp_path / "in", tmp_path / layout, "--head", 2, "--layout", layout)
+        for (_, image), value, top in zip(open_clip(tmp_path / layout).frames, (0.8, 0.2, 0.77), (0.8, 0.76, 0.77)):
+            values = np.array([[0.0, value]], np.float32)
+            made = getattr(visualize, {"side": "side_by_side", "overlay": "overlaid"}[layout])(frame, values, top)
+            drawn.append(np.asarray(made).max())
+            assert np.abs(np.asarray(image, int) - np.asarray(made, int)).max() <= 2
+    assert drawn[0] > drawn[1] and drawn[3] > drawn[4]
+
+
 def test_video_file_to_video_file(model, tmp_path):
     from test_frames import written
     clip = written(tmp_path / "in.mp4", 8)
@@ -176,13 +244,17 @@ def test_video_file_to_video_file(model, tmp_path):
     assert made.rate == open_clip(clip).rate and [image.size for _, image in made.frames] == [(64, 48)] * 8
     run("video", clip, tmp_path / "side.mp4", "--ckpt", model[1], "--image_size", 16)
     assert [image.size for _, image in open_clip(tmp_path / "side.mp4").frames] == [(128, 48)] * 8
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "0.png")
+    run("video", tmp_path / "in", tmp_path / "slow.mp4", "--ckpt", model[1], "--image_size", 16, "--fps", 7)
+    assert open_clip(tmp_path / "slow.mp4").rate == 7
 
 
 def test_overlay_shows_the_frame_where_nothing_is_attended_to():
     frame = Image.new("RGB", (40, 40), (250, 250, 0))
     values = np.zeros((4, 4), np.float32)
     values[0, 0] = 1
-    image = visualize.over(frame, values, 1.0)
+    image = visualize.overlaid(frame, values, 1.0)
     assert image.getpixel((39, 39)) == frame.convert("L").convert("RGB").getpixel((0, 0))
     assert image.getpixel((1, 1))[2] < 0.8 * image.getpixel((1, 1))[0]  # light yellow over grey
 
@@ -215,6 +287,9 @@ def test_videos_that_cannot_be_made(model, tmp_path, stopped, monkeypatch):
     assert "--head 9: there are 4" in stopped(run, "video", clip, tmp_path / "x.mp4", "--head", 9, *flags)
     assert "no such" in stopped(run, "video", tmp_path / "no.mp4", tmp_path / "x.mp4", *flags).lower()
     assert "ends with .mp4" in stopped(run, "video", clip, tmp_path / "x.doc", *flags)
+    assert "x.mp4: its folder does not exist" in stopped(run, "video", clip, tmp_path / "no" / "x.mp4", *flags)
+    (tmp_path / "file").write_text("")
+    assert "file: is a file" in stopped(run, "video", clip, tmp_path / "file", *flags)
     assert clip.stat().st_size > 500 and not (tmp_path / "x.mp4").exists()
     monkeypatch.setitem(sys.modules, "av", None)
     line = stopped(run, "video", clip, tmp_path / "x.mp4", *flags)
@@ -225,7 +300,7 @@ def test_videos_that_cannot_be_made(model, tmp_path, stopped, monkeypatch):
 
 def test_features_are_components_of_all_pictures(model, photos, capsys):
     network, path = model
-    run("features", photos, "--ckpt", path, "--image_size", 48, "--point", 35, 20, "--width", 1204)
+    run("features", photos, "--ckpt", path, "--image_size", 48, "--point", 39, 26, "--width", 1204)
     tokens = []
     for name, width in (("a.png", 72), ("below/b.png", 48)):
         with torch.no_grad():
@@ -238,19 +313,24 @@ def test_features_are_components_of_all_pictures(model, photos, capsys):
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     expected = (255 * ((components - low) / (high - low)).clip(0, 1)).round()
     sheet, side = np.asarray(Image.open(path.with_suffix(".features") / "features.png"), int), (1204 - GAP) // 6 - GAP
-    anchor = F.normalize(tokens[0][20 * 6 // 40, 35 * 9 // 60], dim=0)
+    anchor = F.normalize(tokens[0][3, 5], dim=0)  # 26 of 40 rows, 39 of 60 columns
     left = GAP
     for x, (w, h), part in zip(tokens, ((side, side * 40 // 60), (side, side)), np.split(expected, [54])):
         for row, column in np.ndindex(*x.shape[:2]):
             y, place = int((row + 0.5) * h / x.shape[0]), int((column + 0.5) * w / x.shape[1])
             found = sheet[GAP + y, left + side + GAP + place]
             assert np.abs(found - part[row * x.shape[1] + column]).max() <= 1
+            if left == GAP and (row, column) == (3, 5):
+                continue  # partly under its mark
             cosine = (F.normalize(x[row, column], dim=0) @ anchor).item()
             color = in_color(np.array([[cosine]]), (1, 1), -1, 1, visualize.SIGNED).getpixel((0, 0))
             assert np.abs(sheet[GAP + y, left + 2 * (side + GAP) + place] - color).max() <= 3
         left += 3 * (side + GAP)
-    marked = sheet[GAP:GAP + side, GAP:GAP + side].reshape(-1, 3)
-    assert (marked == (255, 255, 0)).all(axis=1).any()
+    for left in (GAP, GAP + 2 * (side + GAP)):  # row 3 of 6 and column 5 of 9 are framed
+        marked = (sheet[GAP:GAP + side * 40 // 60, left:left + side] == (255, 255, 0)).all(axis=-1)
+        found = [extent for axis in (1, 0) for extent in np.flatnonzero(marked.any(axis=axis))[[0, -1]]]
+        w, h = side / 9, side * 40 / 60 / 6
+        assert np.abs(np.array(found) - (3 * h, 4 * h, 5 * w, 6 * w)).max() < 4
     assert "2 pictures -> " in capsys.readouterr().out
 
 
@@ -258,9 +338,13 @@ def test_features_of_what_is_not_there(model, photos, stopped):
     flags = "--ckpt", model[1], "--image_size", 16
     assert "--point 60 0: the first picture has 60 x 40 pixels" in stopped(
         run, "features", photos / "a.png", "--point", 60, 0, *flags)
-    assert "no picture can be read" in stopped(run, "features", photos / "gone.png", *flags)
+    assert "--point 0 40: the first picture has" in stopped(
+        run, "features", photos / "a.png", "--point", 0, 40, *flags)
+    assert "--point lies in the first picture, which cannot be used" in stopped(
+        run, "features", photos / "gone.png", photos / "a.png", "--point", 1, 1, *flags)
+    assert "1 could not be used" in stopped(run, "features", photos / "gone.png", *flags)
     line = stopped(run, "features", photos / "a.png", photos / "gone.png", *flags)
-    assert "1 of 2 pictures cannot be read" in line
+    assert "1 could not be used; the first: " in line
     assert (model[1].with_suffix(".features") / "features.png").exists()
 
 
@@ -283,7 +367,7 @@ def test_a_map_of_a_folder(model, tmp_path, stopped, monkeypatch):
     monkeypatch.setattr(visualize, "scatter", kept)
     flags = "embedding", "--ckpt", path, "--num_workers", 0
     line = stopped(run, *flags, "--data_path", tmp_path / "set")
-    assert "1 of 25 pictures cannot be read" in line
+    assert "1 could not be used; the first: " in line and "99.png" in line
     assert drawn["names"] == ["cat", "dog"] and drawn["title"] == "t-SNE of 24 pictures"
     assert drawn["labels"].tolist() == [0] * 12 + [1] * 12 and len(drawn["points"]) == 24
     assert Image.open(path.parent / "teacher.embedding.png").width >= 1000
@@ -321,7 +405,12 @@ def test_runs(tmp_path, stopped, capsys):
     out = capsys.readouterr().out
     assert "1.000" in out and "1.333" in out and "<svg" in (tmp_path / "both.svg").read_text()
     assert "expected the folder of a run" in stopped(run, "run", tmp_path / "three")
-    assert "both.doc" in stopped(run, "run", tmp_path / "one", "--output", tmp_path / "both.doc")
+    for name in ("both.doc", "both", "one"):
+        assert "expected a file that ends with .png" in stopped(
+            run, "run", tmp_path / "one", "--output", tmp_path / name)
+    (tmp_path / "one").rename(tmp_path / "$x_$y^")
+    run("run", tmp_path / "$x_$y^")
+    assert (tmp_path / "$x_$y^" / "curves.png").exists()
 
 
 def test_crops_are_the_views_of_training(photos, tmp_path, capsys):
@@ -340,6 +429,13 @@ def test_crops_are_the_views_of_training(photos, tmp_path, capsys):
             found = sheet.getpixel((left + 4 * x + 2, tops[i >= 2] + 4 * y + 2))
             assert np.abs(np.array(found) - pixels[:, y, x].numpy()).max() <= 1
     assert "5 views -> " in capsys.readouterr().out
+    marked = np.asarray(sheet, int)[GAP:GAP + side * 40 // 60, GAP:GAP + side]
+    for view, color in zip(multicrop.sample(60, 40, (5, "a.png")), [COLORS[1]] * 2 + [COLORS[0]] * 3):
+        x, y = (round(view.box[i] * side / 60) for i in (0, 1))
+        near = marked[max(0, y - 1):y + 3, max(0, x - 1):x + 3].reshape(-1, 3)
+        assert (near == color).all(axis=1).any() or (near == COLORS[0]).all(axis=1).any()  # unless it is drawn over
+    left = np.flatnonzero((marked == COLORS[1]).all(axis=-1).any(axis=0))[0]
+    assert abs(left - min(view.box[0] for view in multicrop.sample(60, 40, (5, "a.png"))[:2]) * side / 60) <= 2
 
 
 def test_crops_as_in_the_paper(tmp_path, monkeypatch, stopped):
@@ -347,8 +443,22 @@ def test_crops_as_in_the_paper(tmp_path, monkeypatch, stopped):
     run("crops", "shapes:64")
     assert Image.open("shapes_64_0.crops.png").width == 1000
     assert "not a file" in stopped(run, "crops", "gone.png")
+    assert "is a folder, expected one picture" in stopped(run, "crops", tmp_path)
+    for text in ("--global_crops_scale 0.9 0.1", "--color_jitter 0 0 0 0.9", "--data_path 'unclosed", "--blur 0 0"):
+        (tmp_path / "flags.txt").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            run("crops", "shapes", "--flags", tmp_path / "flags.txt")
+        assert stop.value.code == 2
     with pytest.raises(SystemExit):
         run("crops", "shapes", "--flags", "gone.txt")
+
+
+def test_crops_are_numbered_and_the_paper_has_ten(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(visualize, "contact_sheet", lambda cells, *args: (
+        shown.extend(cell and cell[1].partition(":")[0] for cell in cells) or Image.new("RGB", (1, 1))))
+    run("crops", "shapes:64", "--output_dir", tmp_path)
+    assert shown == ["boxes", "global 1", "global 2", None, *(f"local {i}" for i in range(1, 9))]
 
 
 def test_what_is_done_to_a_view_is_told():
