@@ -11,6 +11,7 @@ Shapes in this file: V views of B images, K prototypes. Logits are view-major: r
 of image b, the two global views first.
 """
 
+import functools
 import math
 
 import torch
@@ -105,13 +106,17 @@ class DINOLoss(nn.Module):
     Args:
         out_dim: number K of prototypes.
         student_temp: temperature of the student.
-        center_momentum: share of the centre that each step keeps.
+        center_momentum: share of the centre that each step keeps; 1 for none.
+        centering: what keeps the teacher from giving every image the same answer. "mean" takes the centre off its
+            logits; "sinkhorn" shares the prototypes out among the images of the batch (see `sinkhorn`), and "batch",
+            a softmax over the batch, is one iteration of that (appendix B, table 12).
     """
 
-    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9, centering="mean"):
         super().__init__()
         self.student_temp = student_temp
         self.center_momentum = center_momentum
+        self.iterations = {"mean": 0, "batch": 1, "sinkhorn": 3}[centering]
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.pending = []  # means of the teacher's logits that the centre has not taken in yet
         self.reduced = None  # their mean over all processes, and what to wait for until it is one
@@ -136,8 +141,11 @@ class DINOLoss(nn.Module):
                 or student_logits.shape[0] % B or student_logits.shape[0] < 2 * B:
             raise ValueError(f"logits of {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}: expected "
                              f"[V*B, {K}] with V >= 2 and [2*B, {K}]")
-        loss = CrossEntropy.apply(student_logits.float(), teacher_logits.float(), self.center, self.student_temp,
-                                  teacher_temp, overwrite)
+        teacher = teacher_logits.float()
+        answer = functools.partial(centred_softmax, center=self.center, temp=teacher_temp)
+        if self.iterations:  # all images decide together, so not a few at a time
+            teacher, answer = self.teacher_probabilities(teacher, teacher_temp), nn.Identity()
+        loss = CrossEntropy.apply(student_logits.float(), teacher, answer, self.student_temp, overwrite)
         self.pending.append(teacher_logits.detach().float().mean(dim=0, keepdim=True))
         if update_center:
             self.update_center()
@@ -146,6 +154,8 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def teacher_probabilities(self, teacher_logits, teacher_temp):
         """[M, K] logits -> [M, K] targets, each row summing to 1."""
+        if self.iterations:
+            return sinkhorn(teacher_logits.float(), teacher_temp, self.iterations)
         return centred_softmax(teacher_logits.float(), self.center, teacher_temp)
 
     @torch.no_grad()
@@ -185,6 +195,30 @@ def centred_softmax(logits, center, temp):
     return F.softmax((logits - center) / temp, dim=-1)
 
 
+def sinkhorn(logits, temp, iterations):
+    """Softmax that uses all prototypes equally: by turns each prototype and each image is divided by its sum.
+
+    Sinkhorn-Knopp as in SwAV (Caron et al. 2020, section 3.1), in logarithms; over the images of all processes. After
+    many iterations rows sum to 1 and columns to images / prototypes.
+
+    Args:
+        logits: [M, K].
+
+    Returns:
+        [M, K], each row summing to 1.
+    """
+    log_q = logits / temp
+    for _ in range(iterations):
+        top = log_q.amax(dim=0)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(top, dist.ReduceOp.MAX)
+        given = (log_q - top).exp().sum(dim=0)  # [K], from all images
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(given)
+        log_q = F.log_softmax(log_q - top - given.log(), dim=-1)
+    return log_q.exp()
+
+
 class CrossEntropy(torch.autograd.Function):
     """The mean over all pairs of DINOLoss, and its gradient, in one reading of the logits.
 
@@ -194,16 +228,16 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_logits, teacher_logits, center, student_temp, teacher_temp, overwrite):
-        B, K = teacher_logits.shape[0] // 2, teacher_logits.shape[1]
-        student, teacher = student_logits.view(-1, B, K), teacher_logits.view(2, B, K)
+    def forward(ctx, student_logits, teacher, answer, student_temp, overwrite):
+        B, K = teacher.shape[0] // 2, teacher.shape[1]
+        student, teacher = student_logits.view(-1, B, K), teacher.view(2, B, K)
         V = len(student)
         gradient = student if overwrite else torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = student.new_zeros(())
         chunk = max(1, CHUNK_BYTES[student.device.type == "cpu"] // (4 * V * K))
         for first in range(0, B, chunk):
             images = slice(first, first + chunk)
-            q = centred_softmax(teacher[:, images], center, teacher_temp)  # [2, b, K]
+            q = answer(teacher[:, images])  # [2, b, K]
             q_sum = q.sum(dim=0)
             x = student[:, images] / student_temp  # [V, b, K]
             p = F.softmax(x, dim=-1)
@@ -225,7 +259,7 @@ class CrossEntropy(torch.autograd.Function):
             raise RuntimeError("DINOLoss: a second backward; the gradient was handed out by the first")
         gradient[:2] *= grad_output * ctx.scale
         gradient[2:] *= grad_output * (2 * ctx.scale)
-        return gradient.flatten(0, 1), None, None, None, None, None
+        return gradient.flatten(0, 1), None, None, None, None
 
 
 def cosine_schedule(step, total_steps, base, final, warmup_steps=0, start=0.0):

@@ -178,7 +178,7 @@ def resume(path, fixed, flags, objects, progress, is_sound=lambda progress: True
                 if name in fixed and fixed[name] != value:
                     raise AnotherRun(f"{p} was trained with {name} {value}, not {fixed[name]}: choose another "
                                      f"--output_dir for another run")
-            if state["fixed"].keys() != fixed.keys():
+            if not state["fixed"].keys() <= fixed.keys():  # what is new since then, restore finds out
                 raise AnotherRun(f"{p} is of another kind of run: choose another --output_dir")
             changed = [f"--{name} {state['flags'][name]} -> {value}" for name, value in flags.items()
                        if state["flags"].get(name, value) != value]

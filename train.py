@@ -63,12 +63,19 @@ def parse_args(argv=None):
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
     add(model, "--norm_last_layer", True, "prototypes of length 1; false is better for vit_small, less stable", boolean)
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
+    add(model, "--head_layers", 3, "layers of the projection head, before the prototypes", positive)
+    add(model, "--bottleneck_dim", 256, "width of its output, which the prototypes are compared with", positive)
 
     teacher = parser.add_argument_group("teacher")
     add(teacher, "--momentum_teacher", 0.996, "rises to 1; 0.9995 for long runs of small steps, 0.99 for short", share)
     add(teacher, "--warmup_teacher_temp", 0.04, "at the start; less if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after its warm-up; above 0.07 is mostly unstable", positive_float)
     add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", natural)
+    add(teacher, "--student_temp", 0.1, "temperature of the student", positive_float)
+    add(teacher, "--centering", "mean", "against one answer for all pictures: mean takes a running mean off the "
+        "logits, batch and sinkhorn share the prototypes out among the pictures of a pass",
+        choices=["mean", "batch", "sinkhorn"])
+    add(teacher, "--center_momentum", 0.9, "share of that running mean that a step keeps; 1 for none", share)
 
     optim = parser.add_argument_group("optimisation")
     add(optim, "--epochs", 100, "passes over the pictures", positive)
@@ -154,7 +161,8 @@ def model_arguments(args):
     vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, embed_dim=args.embed_dim, depth=args.depth,
                num_heads=args.num_heads)
     head = dict(in_dim=args.embed_dim, out_dim=args.out_dim, use_bn=args.use_bn_in_head,
-                norm_last_layer=args.norm_last_layer, hidden_dim=args.hidden_dim)
+                norm_last_layer=args.norm_last_layer, nlayers=args.head_layers, hidden_dim=args.hidden_dim,
+                bottleneck_dim=args.bottleneck_dim)
     return vit, head
 
 
@@ -218,7 +226,7 @@ def is_sound(progress):
 
 
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
-         "use_bn_in_head", "optimizer", "global_crops_size", "seed")  # flags that a run keeps
+         "use_bn_in_head", "head_layers", "bottleneck_dim", "optimizer", "global_crops_size", "seed")  # it keeps
 FREE = ("output_dir", "resume", "overwrite", "device", "num_workers", "timeout_minutes", "log_every", "keep",
         "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images", "compile", "profile",
         "activation_checkpointing")  # that teach nothing
@@ -271,7 +279,8 @@ def main(args):
                 mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path)  # what the model files say
     if args.use_bn_in_head and device.type == "cuda" and world_size > 1:
         network, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (network, teacher))
-    network, teacher, dino_loss = network.to(device), teacher.to(device), DINOLoss(args.out_dim).to(device)
+    network, teacher = network.to(device), teacher.to(device)
+    dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups(network))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     millions = sum(p.numel() for p in network.backbone.parameters()) / 1e6

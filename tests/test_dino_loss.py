@@ -1,11 +1,15 @@
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import dino_loss
-from dino_loss import DINOHead, DINOLoss, cosine_schedule, teacher_temp_schedule
+from dino_loss import DINOHead, DINOLoss, cosine_schedule, sinkhorn, teacher_temp_schedule
 
 
 def close(a, b, atol=1e-5):
@@ -56,8 +60,13 @@ def test_loss_gradient_and_centre_equal_the_reference(golden):
 
 def pair_by_pair(student, teacher, center, student_temp, teacher_temp, V):
     """Equation 3 and algorithm 1 as they are written, in float64."""
+    q = ((teacher.double() - center.double()) / teacher_temp).softmax(dim=-1)
+    return all_pairs(student, q, student_temp, V)
+
+
+def all_pairs(student, q, student_temp, V):
     p = (student.double() / student_temp).log_softmax(dim=-1).chunk(V)
-    q = ((teacher.double() - center.double()) / teacher_temp).softmax(dim=-1).chunk(2)
+    q = q.chunk(2)
     pairs = [-(q[t] * p[v]).sum(dim=-1).mean() for t in range(2) for v in range(V) if v != t]
     return sum(pairs) / len(pairs)
 
@@ -182,6 +191,90 @@ def test_schedules_at_their_edges():
     assert cosine_schedule(9, 10, 1.0, 0.0, warmup_steps=10) == 1.0
     assert teacher_temp_schedule(0, 0.02, 0.04, 0) == 0.04
     assert teacher_temp_schedule(0, 0.02, 0.04, 1) == 0.02
+
+
+# ---- instead of the centre ----
+
+def by_turns(logits, temp, iterations):
+    """Sinkhorn-Knopp as SwAV has it, in float64: columns and rows of exp(logits / temp) are divided by their sums."""
+    x = torch.exp(logits.double() / temp)
+    for _ in range(iterations):
+        x = x / x.sum(dim=0, keepdim=True)
+        x = x / x.sum(dim=1, keepdim=True)
+    return x
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_sinkhorn_equals_its_definition(iterations):
+    torch.manual_seed(0)
+    logits = torch.randn(24, 40) / 4
+    close(sinkhorn(logits, 0.05, iterations).double(), by_turns(logits, 0.05, iterations), atol=2e-6)
+    close(sinkhorn(logits.double(), 0.05, iterations), by_turns(logits, 0.05, iterations), atol=1e-12)
+
+
+def test_sinkhorn_ends_doubly_stochastic():
+    torch.manual_seed(0)
+    q = sinkhorn(torch.randn(30, 12) / 4, 0.05, 2000)
+    close(q.sum(dim=1), torch.ones(30), atol=1e-6)
+    close(q.sum(dim=0) * 12 / 30, torch.ones(12), atol=1e-6)
+    large = sinkhorn(100 * torch.randn(8, 16), 0.04, 3)  # whose exponentials no float holds
+    assert large.isfinite().all()
+    close(large.sum(dim=1), torch.ones(8))
+
+
+@pytest.mark.parametrize("centering, iterations", [("batch", 1), ("sinkhorn", 3)])
+def test_loss_without_a_centre(monkeypatch, centering, iterations):
+    torch.manual_seed(0)
+    monkeypatch.setattr(dino_loss, "CHUNK_BYTES", (1, 1))  # image by image
+    student, teacher = torch.randn(4 * 6, 20), torch.randn(2 * 6, 20) / 4
+    leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss = DINOLoss(20, centering=centering)
+    loss.center.normal_()  # has no part in it
+    q = by_turns(teacher, 0.05, iterations)
+    value, expected = loss(leaf, teacher, 0.05, update_center=False), all_pairs(exact, q, 0.1, 4)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
+    close(leaf.grad.double(), exact.grad, atol=1e-6)
+    close(loss.teacher_probabilities(teacher, 0.05).double(), q, atol=2e-6)
+    entropy, of_mean = loss.teacher_entropy(teacher, 0.05)
+    assert entropy.item() == pytest.approx(torch.special.entr(q).sum(dim=1).mean().item(), rel=1e-5)
+    assert of_mean.item() == pytest.approx(torch.special.entr(q.mean(dim=0)).sum().item(), rel=1e-5)
+
+
+def test_softmax_over_the_batch_is_one_iteration():
+    logits = torch.randn(9, 7, dtype=torch.float64)
+    x = (logits / 0.1).softmax(dim=0)
+    close(sinkhorn(logits, 0.1, 1), x / x.sum(dim=1, keepdim=True), atol=1e-12)
+
+
+SPLIT = """
+import torch, torch.distributed as dist
+from dino_loss import DINOLoss, sinkhorn
+logits = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)) / 4
+whole = {name: DINOLoss(40, centering=name).teacher_probabilities(logits, 0.05) for name in ("batch", "sinkhorn")}
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+mine = slice(0, 10) if rank == 0 else slice(10, 24)
+for name, expected in whole.items():
+    found = DINOLoss(40, centering=name).teacher_probabilities(logits[mine], 0.05)
+    assert (found - expected[mine]).abs().max() < 1e-6, name
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_prototypes_out_together():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+               sys.executable, "-c", SPLIT]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            timeout=300, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_centring_the_centre_stays_where_it_is():
+    loss = DINOLoss(8, center_momentum=1)
+    loss(torch.randn(6, 8), torch.randn(4, 8), 0.04)
+    assert (loss.center == 0).all()
 
 
 @pytest.mark.parametrize("student, teacher", [

@@ -35,6 +35,7 @@ alone = eval_loader(Shapes("train", 23, 32), 32, 4).dataset
 expected = torch.stack([alone[i][0] for i in range(23)]).flatten(1)
 assert torch.equal(features, expected), features.shape
 assert labels.tolist() == [i % 8 for i in range(23)]
+dist.destroy_process_group()
 """
 
 

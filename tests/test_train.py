@@ -281,10 +281,48 @@ def test_collapse_to_uniform_is_reported(shapes_300, tmp_path, capsys):
     assert "WARNING: collapsed to uniform" in capsys.readouterr().out
 
 
-def test_collapse_to_one_prototype_is_reported(shapes_300, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "DINOLoss", lambda out_dim: DINOLoss(out_dim, center_momentum=1.0))  # no centring
-    run(tmp_path, "--epochs 8 --lr 0.02 --teacher_temp 0.01 --warmup_teacher_temp 0.01 --momentum_teacher 0.5")
+NO_CENTRING = "--epochs 8 --lr 0.02 --teacher_temp 0.01 --warmup_teacher_temp 0.01 --momentum_teacher 0.5 " \
+    "--center_momentum 1"
+
+
+def test_collapse_to_one_prototype_is_reported(shapes_300, tmp_path, capsys):
+    run(tmp_path, NO_CENTRING)
     assert "WARNING: collapsed to one prototype" in capsys.readouterr().out
+
+
+def test_sharing_the_prototypes_out_prevents_that_collapse(shapes_300, tmp_path, capsys):
+    run(tmp_path, f"{NO_CENTRING} --centering sinkhorn")
+    assert "collapsed" not in capsys.readouterr().out
+    assert min(line["teacher_entropy_of_mean"] for line in lines(tmp_path) if "loss" in line) > 0.5 * math.log(64)
+
+
+def test_flags_reach_loss_and_head(shapes_300, tmp_path, capsys):
+    flags = "--epochs 1 --student_temp 0.2 --center_momentum 0.5 --head_layers 2 --bottleneck_dim 24"
+    made, build = [], train.DINOLoss
+
+    def kept(*args):
+        made.append(build(*args))
+        return made[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "DINOLoss", kept)
+        run(tmp_path, flags)
+    assert (made[0].student_temp, made[0].center_momentum, made[0].iterations) == (0.2, 0.5, 0)
+    teacher = load_file(tmp_path / "teacher.safetensors")
+    heads = {name[5:]: tuple(value.shape) for name, value in teacher.items() if name.startswith("head.")}
+    assert heads == {"mlp.0.weight": (32, 32), "mlp.0.bias": (32,), "mlp.2.weight": (24, 32), "mlp.2.bias": (24,),
+                     "last_layer.weight_v": (64, 24), "last_layer.weight_g": (64, 1)}
+    with pytest.raises(train.CheckpointError, match="bottleneck_dim 24, not 256"):
+        run(tmp_path, "--epochs 2 --head_layers 2")
+
+
+def test_a_run_from_before_a_flag_goes_on(shapes_300, tmp_path, capsys):
+    run(tmp_path, "--epochs 1")
+    state = load_state(tmp_path / "checkpoint.pth")
+    for name in ("head_layers", "bottleneck_dim"):
+        del state["fixed"][name]
+    train.save_state(tmp_path / "checkpoint.pth", 1, **state)
+    run(tmp_path, "--epochs 2")
+    assert "going on at step 4 of 8" in capsys.readouterr().out and len(losses(tmp_path)) == 8
 
 
 def test_unreadable_pictures_are_skipped_and_named(tmp_path, capsys):
