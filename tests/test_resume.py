@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import resume
 import train
+import views
 from batches import batch_keys
 from data import Shapes
 from resume import CheckpointError, load_state, save_state, saved_states, tensors_in
@@ -374,14 +375,14 @@ def nan_at(monkeypatch, steps, num_pictures=96, once=True):
     """Make the first picture of these steps NaN, as a broken decoder might."""
     bad = {next(batch_keys(step, step + 1, num_pictures, 0, 16))[0] for step in steps}
 
-    class Broken(train.MultiCrop):
+    class Broken(views.MultiCrop):
         def __call__(self, image, key):
             views = super().__call__(image, key)
             if key[1:] in bad:
                 views[0][0, 0, 0] = float("nan")
             return views
 
-    monkeypatch.setattr(train, "MultiCrop", Broken)
+    monkeypatch.setattr(views, "MultiCrop", Broken)
     return bad
 
 
@@ -416,16 +417,16 @@ def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypa
 
 BROKEN = """
 import sys
-import train, cli
+import train, cli, views
 
-class Broken(train.MultiCrop):
+class Broken(views.MultiCrop):
     def __call__(self, image, key):
         views = super().__call__(image, key)
         if key[1:] == {key}:
             views[0][0, 0, 0] = float("nan")
         return views
 
-train.MultiCrop = Broken
+views.MultiCrop = Broken
 cli.run(train.main, train.parse_args, FloatingPointError)
 """
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+import views
 from data import Shapes
 from dino_loss import DINOHead, DINOLoss
 from resume import load_state
@@ -229,15 +230,15 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
 def test_views_made_in_batches_teach_the_same(shapes_300, tmp_path, monkeypatch):
     """To rounding: each view is the same picture with the same numbers."""
-    class Counted(train.BatchMultiCrop):
+    class Counted(views.BatchMultiCrop):
         def __call__(self, pixels, plans):
             batches.append(len(pixels))
             return super().__call__(pixels, plans)
 
     batches = []
-    monkeypatch.setattr(train, "BatchMultiCrop", Counted)
-    for views, made in (("cpu", []), ("device", 8 * [64])):
-        run(tmp_path / views, f"--epochs 2 --views {views} --num_workers 2")
+    monkeypatch.setattr(views, "BatchMultiCrop", Counted)
+    for where, made in (("cpu", []), ("device", 8 * [64])):
+        run(tmp_path / where, f"--epochs 2 --views {where} --num_workers 2")
         assert batches == made
     torch.testing.assert_close(losses(tmp_path / "cpu"), losses(tmp_path / "device"), rtol=0, atol=1e-3)
     for line in (tmp_path / "device" / "log.jsonl").read_text().splitlines():
