@@ -77,8 +77,8 @@ def thumbnails(points, labels, colors, open_picture, side=1200, cell=48):
         open_picture: number of a point -> PIL image.
         side, cell: pixels of the result and of a picture in it.
     """
-    corner, width = points.amin(dim=0), (points.amax(dim=0) - points.amin(dim=0)).max().clamp(min=1e-12)
-    places = (points - corner) / width * (side // cell - 1)  # in cells
+    low, high = points.amin(dim=0), points.amax(dim=0)
+    places = ((points - (low + high) / 2) / (high - low).max().clamp(min=1e-12) + 0.5) * (side // cell - 1)  # in cells
     nearest = {}
     for i, (place, off) in enumerate(zip(places.round().int().tolist(), (places - places.round()).norm(dim=1))):
         if tuple(place) not in nearest or off < nearest[tuple(place)][0]:
