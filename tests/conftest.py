@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,18 @@ def stopped(capsys):
         assert stop.value.code == 2 and len(error) == 1
         return error[0]
     return stopped
+
+
+@pytest.fixture
+def in_processes():
+    """in_processes(count, script): run it under torchrun, beside the project's files; each process must end well."""
+    def in_processes(count, script):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
+                   "--no-python", sys.executable, "-c", script]
+        result = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                timeout=300, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    return in_processes
 
 
 def pytest_addoption(parser):

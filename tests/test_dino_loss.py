@@ -1,9 +1,5 @@
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -263,12 +259,8 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_prototypes_out_together():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
-               sys.executable, "-c", SPLIT]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            timeout=300, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_two_processes_share_the_prototypes_out_together(in_processes):
+    in_processes(2, SPLIT)
 
 
 def test_without_centring_the_centre_stays_where_it_is():

@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -39,9 +34,5 @@ dist.destroy_process_group()
 """
 
 
-def test_three_processes_bring_each_picture_once():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--no-python",
-               sys.executable, "-c", SCRIPT]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            timeout=300, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_three_processes_bring_each_picture_once(in_processes):
+    in_processes(3, SCRIPT)
