@@ -28,7 +28,7 @@ def open_attention(args):
 
 
 def trained(args):
-    model, _, origin = open_backbone(args)
+    model, _, origin = open_backbone(args, needs="attention")
     fast_products(args.device, "fp32", model.embed_dim)
     model.to(args.device)
     p = model.patch_size
@@ -50,6 +50,8 @@ def exported(args):
         p, size, mean, trained_size = (about[name] for name in ("patch_size", "image_size", "mean", "trained_size"))
     except Exception as error:  # of ONNX Runtime's own kinds
         raise CheckpointError(f"{args.ckpt}: not a file of export.py that can be run here ({error})") from None
+    if "attention" not in about["outputs"]:
+        raise CheckpointError(f"{args.ckpt}: gives features alone, this needs the attention of a vision transformer")
     if not mean:
         raise CheckpointError(f"{args.ckpt}: takes other channels than red, green and blue")
     if size and args.image_size:

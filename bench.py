@@ -93,7 +93,7 @@ def nothing():
 def networks(args):
     size = SIZES[args.arch]
     vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, **size)
-    return build_networks(vit, dict(in_dim=size["embed_dim"], out_dim=args.out_dim), drop_path_rate=0.1)
+    return build_networks(vit, dict(out_dim=args.out_dim), drop_path_rate=0.1)
 
 
 def random_views(args):

@@ -3,8 +3,8 @@
     save_model("teacher.safetensors", network.state_dict(), info)         # backbone, head, and what they are
     backbone, info = load_backbone("teacher.safetensors")                 # also .pth, timm and transformers names
 
-A model file says in its metadata what it is (arch, patch size, image size, normalisation, training
-data), so whoever loads it needs no flags. Nothing here unpickles anything but tensors and plain values.
+A model file says in its metadata what it is (backbone, image size, normalisation, training data), so whoever loads
+it needs no flags. Nothing here unpickles anything but tensors and plain values.
 """
 
 import hashlib
@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchvision import models
 
+from backbones import BackboneError, Headless, build_backbone
 from foreign import config_of, standard_names
 from resume import CheckpointError, fault, first_line, load_state, require_writable, write_whole
-from vit import VisionTransformer
 
 
 def save_model(path, state_dict, info):
@@ -27,7 +28,7 @@ def save_model(path, state_dict, info):
 
     Args:
         state_dict: `backbone.*` and `head.*` tensors.
-        info: a dict that JSON can hold; load_backbone needs "vit", the arguments of VisionTransformer.
+        info: a dict that JSON can hold; load_backbone needs "backbone", the arguments of build_backbone.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
@@ -35,36 +36,35 @@ def save_model(path, state_dict, info):
 
 
 def load_backbone(path, key=None, say=print):
-    """Build the vision transformer that a file holds.
+    """Build the backbone that a file holds.
 
-    Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), files with the
-    names of timm or transformers, under any common prefix (`module.`, `backbone.`, ...), and folders that
-    transformers wrote. The arch is read from the metadata or, where there is none, from the shapes of the weights
-    (heads are then taken to be 64 wide). Says what it matched.
+    Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), vision transformers
+    with the names of timm or transformers, under any common prefix (`module.`, `backbone.`, ...), folders that
+    transformers wrote, and ResNets with the names of torchvision. The arch is read from the metadata or, where there
+    is none, from the shapes of the weights (heads are then taken to be 64 wide). Says what it matched.
 
     Args:
         key: "teacher" or "student", the network that must be taken; None takes the teacher of a full
             checkpoint, or the only network there is.
 
     Returns:
-        the model in eval mode, and its description: "vit", the arguments that build it, "network", which one it is
-        if the file says so, and what else a file of this project says.
+        the model in eval mode, and its description: "backbone", the arguments that build it, "network", which one it
+        is if the file says so, and what else a file of this project says.
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, or not the weights of a vision transformer as in vit.py.
+        CheckpointError: not a checkpoint, damaged, or not the weights of a backbone as in vit.py or backbones.py.
     """
     path = file_of(path)
     weights, info, found = read_weights(path, key)
-    inside, outside = without_prefix(weights)
-    ours = standard_names(inside)
-    if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
-        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
-                              f"of DINO, timm or transformers (first: {', '.join(list(weights)[:3]) or 'none'})")
     try:
-        sizes = info.get("vit") or shapes_of(ours) | config_of(path)
+        ours, outside, sizes = recognised(weights, info.get("backbone"), path)
         model, matched = build(sizes, ours)
+    except CheckpointError:
+        raise
+    except ModuleNotFoundError:  # timm
+        raise
     except Exception as error:  # the description is as foreign as the weights
-        raise CheckpointError(f"{path}: not the weights of a vision transformer as built here: "
+        raise CheckpointError(f"{path}: not the weights of a backbone as built here: "
                               f"{' '.join(str(error).split())[:300]}") from None
     unused = [name for name in ours if name not in matched]
     for name in unused:  # a layer scale, a register or a norm more is another architecture, not decoration
@@ -73,11 +73,14 @@ def load_backbone(path, key=None, say=print):
     left = unused + outside
     say(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
-    return model.eval(), info | {"vit": sizes, "network": found}
+    return model.eval(), info | {"backbone": sizes, "network": found}
 
 
-def open_backbone(args, say=print):
+def open_backbone(args, say=print, needs=""):
     """The backbone of pictures that --ckpt, --checkpoint_key and --untrained name (see cli.add_model_flags).
+
+    Args:
+        needs: what is asked of it that a vision transformer alone has: "attention" or "patch tokens".
 
     Returns:
         the model in eval mode, its description (see `load_backbone`), and where it comes from, for people and files:
@@ -87,6 +90,9 @@ def open_backbone(args, say=print):
     backbone, info = load_backbone(ckpt, args.checkpoint_key, say)
     if backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
+    if needs and "arch" in info["backbone"]:
+        raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features alone, this needs the {needs} of a "
+                              f"vision transformer")
     if args.untrained:
         backbone = untrained(info)
     return backbone, info, dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained)
@@ -95,7 +101,7 @@ def open_backbone(args, say=print):
 def untrained(info):
     """Random weights of the same shapes, the same ones each time."""
     torch.manual_seed(0)
-    return VisionTransformer(**info["vit"]).eval()
+    return build_backbone(info["backbone"]).eval()
 
 
 def file_for(origin, args, ending):
@@ -124,28 +130,30 @@ def beside(ckpt, key, ending, untrained=False):
 
 
 def build(sizes, weights):
-    """The vision transformer of these sizes with these weights, and those of the weights that it took.
+    """The backbone of these sizes with these weights, and those of the weights that it took.
 
-    Nothing is allocated before the sizes have proved to be those of weights that are there.
+    No transformer is allocated before the sizes have proved to be those of weights that are there; a model of another
+    library has sizes of its own.
     """
     for name, value in sizes.items():
-        if name not in ("mlp_ratio", "drop_path_rate") and not (type(value) is int and value > 0):
+        if name not in ("mlp_ratio", "drop_path_rate", "arch") and not (type(value) is int and value > 0):
             raise ValueError(f"{name} is {value!r}")
     if sizes.get("depth", 12) > len(weights):
         raise ValueError(f"{sizes['depth']} blocks of {len(weights)} tensors")
-    with torch.device("meta"):
-        model = VisionTransformer(**sizes)
+    with torch.device("cpu" if "arch" in sizes else "meta"):
+        model = build_backbone(sizes)
+    kinds = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     matched = {name: weights[name] for name in model.state_dict() if name in weights}
     for name, tensor in matched.items():
-        if fault(tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{name} {fault(tensor) or 'is not made of fractions'}")
+        if fault(tensor) or tensor.is_floating_point() != kinds[name]:
+            raise ValueError(f"{name} {fault(tensor) or 'is made of another kind of number'}")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [name for name in shapes if name not in matched or matched[name].shape != shapes[name]]
     if wrong:
         found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
         raise ValueError(f"{len(wrong)} of {len(shapes)} tensors do not fit; {wrong[0]} is {found}, expected "
                          f"{list(shapes[wrong[0]])}")
-    model.to_empty(device="cpu").load_state_dict(matched)
+    (model if "arch" in sizes else model.to_empty(device="cpu")).load_state_dict(matched)
     return model, matched
 
 
@@ -155,7 +163,8 @@ def read_weights(path, key):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                info = {name: json.loads(value) for name, value in metadata.items()} if "vit" in metadata else {}
+                ours = metadata.keys() & {"backbone", "vit"}
+                info = {name: json.loads(value) for name, value in metadata.items()} if ours else {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
@@ -176,15 +185,46 @@ def read_weights(path, key):
     if key and found != key:
         raise CheckpointError(f"{path}: does not say that it holds a {key}")
     weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    return weights, info if isinstance(info, dict) and isinstance(info.get("vit"), dict) else {}, found
+    if isinstance(info, dict) and "vit" in info:  # as it was called before there were other backbones
+        info["backbone"] = info.pop("vit")
+    return weights, info if isinstance(info, dict) and isinstance(info.get("backbone"), dict) else {}, found
 
 
-def without_prefix(weights):
-    """Split off the prefix that the backbone's names share: {name: tensor} without it, and the other names."""
-    anchors = (re.fullmatch(r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token)", name) for name in weights)
-    prefix = next((anchor[1] for anchor in anchors if anchor), "")
+def recognised(weights, sizes, path):
+    """A file's weights and what it says of their backbone, None for nothing -> what `build` takes.
+
+    Returns:
+        {our name: tensor} of the backbone, the names of the other tensors, and the arguments of build_backbone.
+    """
+    if "arch" in (sizes or {}):  # a file of this project; the names are those of another library
+        prefix = "backbone."
+    else:
+        anchor = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
+        anchors = (re.fullmatch(anchor, name) for name in weights)
+        prefix = next((anchor[1] for anchor in anchors if anchor), "")
     inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    return inside, [name for name in weights if not name.startswith(prefix)]
+    outside = [name for name in weights if not name.startswith(prefix)]
+    if "arch" in (sizes or {}):
+        return inside, outside, sizes
+    if "layer1.0.conv1.weight" in inside:
+        return {f"model.{name}": tensor for name, tensor in inside.items()}, outside, dict(arch=resnet_of(inside))
+    ours = standard_names(inside)
+    if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
+        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
+                              f"of DINO, timm or transformers, or a ResNet's under those of torchvision (first: "
+                              f"{', '.join(list(weights)[:3]) or 'none'})")
+    return ours, outside, sizes or shapes_of(ours) | config_of(path)
+
+
+def resnet_of(weights):
+    """The name of the ResNet of torchvision that has weights of these shapes."""
+    shapes = {name: tensor.shape for name, tensor in weights.items() if not name.startswith("fc.")}
+    for arch in models.list_models(module=models, include=["resne*", "wide_resnet*"]):
+        with torch.device("meta"):
+            theirs = models.get_model(arch).state_dict()
+        if shapes == {name: tensor.shape for name, tensor in theirs.items() if not name.startswith("fc.")}:
+            return arch
+    raise ValueError("a ResNet of other sizes than torchvision's")
 
 
 def shapes_of(weights):
@@ -215,6 +255,11 @@ def square_size(image_size, backbone):
     p = backbone.patch_size
     if image_size and image_size % p:
         raise CheckpointError(f"--image_size {image_size} is not a multiple of the model's patch size {p}")
+    if image_size and isinstance(backbone, Headless):
+        try:
+            backbone.try_size(image_size)
+        except BackboneError as error:
+            raise CheckpointError(f"--image_size: {error}") from None
     return image_size or backbone.grid[0] * p
 
 

@@ -44,7 +44,8 @@ class Tokens(nn.Module):
 
     def __init__(self, backbone, n_last_blocks=1, avgpool=False):
         super().__init__()
-        self.backbone, self.n_last_blocks, self.avgpool = backbone, min(n_last_blocks, len(backbone.blocks)), avgpool
+        self.backbone, self.avgpool = backbone, avgpool
+        self.n_last_blocks = min(n_last_blocks, max(1, len(backbone.blocks)))  # of other backbones there is a feature
         self.dim = backbone.embed_dim * (self.n_last_blocks + avgpool)
 
     def forward(self, x):  # [B, C, H, W] -> [B, dim]
@@ -95,12 +96,13 @@ def layer_groups(network, lr, weight_decay, layer_decay):
     """Parameter groups for fine-tuning: the learning rate falls by `layer_decay` from each block to the one before.
 
     The classifier has `lr`, the last block and the norm behind it one factor less, the embeddings one less than the
-    first block (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT). Biases and norms have no weight decay.
+    first block (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT). All of a backbone without blocks has one factor
+    less. Biases and norms have no weight decay.
     """
     backbone, groups = network.tokens.backbone, {}
     depth = len(backbone.blocks)
     layers = {id(p): i + 1 for i, block in enumerate(backbone.blocks) for p in block.parameters()}
-    layers |= {id(p): depth for p in backbone.norm.parameters()}
+    layers |= {id(p): depth for p in backbone.norm.parameters()} if depth else {}
     layers |= {id(p): depth + 1 for p in network.heads.parameters()}
     for name, p in network.named_parameters():
         layer, decay = layers.get(id(p), 0), weight_decay if p.ndim > 1 else 0.0

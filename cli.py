@@ -219,7 +219,7 @@ class StopSignals:
         return signal.Signals(number.item()).name if number else None
 
 
-OPTIONAL = {"matplotlib": "matplotlib", "av": "av"}  # module -> what pip calls it: what only some commands need
+OPTIONAL = {"matplotlib": "matplotlib", "av": "av", "timm": "timm"}  # module -> pip's name: what some commands need
 
 
 def run(main, parse_args, *errors):

@@ -9,6 +9,8 @@ The page needs matplotlib, the rest nothing.
 
 import json
 import math
+import re
+import statistics
 from pathlib import Path
 
 PANELS = {  # title -> {name in the log: what it is}, the first drawn as a line, the second dashed, the third dotted
@@ -78,7 +80,20 @@ def table(runs):
                baselines.get("untrained backbone")]
         lines.append(f"{name:{width}} " + " ".join(numbers) + "  " + " ".join(
             f"{x:9.1f}" if x is not None else f"{'-':>9}" for x in knn))
-    return "\n".join(lines)
+    return "\n".join(lines + spread(runs))
+
+
+def spread(runs):
+    """Of runs whose names differ in a number at their end alone: lines on their last k-NN, the best first."""
+    groups = {}
+    for name, (curves, _) in runs.items():
+        if "top1" in curves:
+            groups.setdefault(re.sub(r"[-_]?\d+$", "", name), []).append(curves["top1"][1][-1])
+    several = {name: values for name, values in groups.items() if len(values) > 1}
+    width = max(map(len, several), default=0)
+    return [f"{name:{width}} {len(values):3d} runs, k-NN last {statistics.mean(values):5.1f} ± "
+            f"{statistics.stdev(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+            for name, values in sorted(several.items(), key=lambda item: -statistics.mean(item[1]))]
 
 
 def page(runs):

@@ -69,10 +69,12 @@ class DINOHead(nn.Module):
         use_bn: batch norm after each hidden layer (the paper's heads have none).
         norm_last_layer: keep the prototypes at length 1 instead of training their lengths.
         nlayers: layers of the MLP.
+        l2_bottleneck: bring what the prototypes are compared with to length 1.
+        predictor: an MLP of two layers more before that, for the student alone (Grill et al. 2020, section 3.1).
     """
 
     def __init__(self, in_dim, out_dim, use_bn=False, norm_last_layer=True, nlayers=3, hidden_dim=2048,
-                 bottleneck_dim=256):
+                 bottleneck_dim=256, l2_bottleneck=True, predictor=False):
         super().__init__()
         dims = [in_dim] + [hidden_dim] * (nlayers - 1)
         layers = []
@@ -80,7 +82,10 @@ class DINOHead(nn.Module):
             layers += [nn.Linear(d_in, d_out)] + [nn.BatchNorm1d(d_out)] * use_bn + [nn.GELU()]
         layers.append(nn.Linear(dims[-1], bottleneck_dim))
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
-        for module in self.mlp.modules():
+        self.predictor = nn.Sequential(nn.Linear(bottleneck_dim, hidden_dim), nn.GELU(), nn.Linear(
+            hidden_dim, bottleneck_dim)) if predictor else nn.Identity()
+        self.l2_bottleneck = l2_bottleneck
+        for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
@@ -92,8 +97,8 @@ class DINOHead(nn.Module):
 
         The logits are divided by temperatures of 0.04 to 0.1, which would magnify half-precision error.
         """
-        x = self.mlp(x).to(self.last_layer.weight_v.dtype)
-        return self.last_layer(F.normalize(x, dim=-1))
+        x = self.predictor(self.mlp(x)).to(self.last_layer.weight_v.dtype)
+        return self.last_layer(F.normalize(x, dim=-1) if self.l2_bottleneck else x)
 
 
 class DINOLoss(nn.Module):
@@ -110,10 +115,14 @@ class DINOLoss(nn.Module):
         centering: what keeps the teacher from giving every image the same answer. "mean" takes the centre off its
             logits; "sinkhorn" shares the prototypes out among the images of the batch (see `sinkhorn`), and "batch",
             a softmax over the batch, is one iteration of that (appendix B, table 12).
+        objective: "ce", or "mse" for `squared_distance` to the centred logits, without temperatures (table 7).
     """
 
-    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9, centering="mean"):
+    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9, centering="mean", objective="ce"):
         super().__init__()
+        if objective == "mse" and centering != "mean":
+            raise ValueError(f"centering {centering} makes probabilities, which the objective mse does not compare")
+        self.objective = objective
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.iterations = {"mean": 0, "batch": 1, "sinkhorn": 3}[centering]
@@ -141,11 +150,14 @@ class DINOLoss(nn.Module):
                 or student_logits.shape[0] % B or student_logits.shape[0] < 2 * B:
             raise ValueError(f"logits of {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}: expected "
                              f"[V*B, {K}] with V >= 2 and [2*B, {K}]")
-        teacher = teacher_logits.float()
+        student, teacher = student_logits.float(), teacher_logits.float()
         answer = functools.partial(centred_softmax, center=self.center, temp=teacher_temp)
         if self.iterations:  # all images decide together, so not a few at a time
             teacher, answer = self.teacher_probabilities(teacher, teacher_temp), nn.Identity()
-        loss = CrossEntropy.apply(student_logits.float(), teacher, answer, self.student_temp, overwrite)
+        if self.objective == "mse":
+            loss = squared_distance(student.view(-1, B, K), (teacher - self.center).view(2, B, K))
+        else:
+            loss = CrossEntropy.apply(student, teacher, answer, self.student_temp, overwrite)
         self.pending.append(teacher_logits.detach().float().mean(dim=0, keepdim=True))
         if update_center:
             self.update_center()
@@ -217,6 +229,13 @@ def sinkhorn(logits, temp, iterations):
             dist.all_reduce(given)
         log_q = F.log_softmax(log_q - top - given.log(), dim=-1)
     return log_q.exp()
+
+
+def squared_distance(student, teacher):
+    """Between directions, mean over all pairs: [V, B, K] and [2, B, K] -> scalar (Grill et al. 2020, equation 2)."""
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    cosines = (teacher.sum(dim=0) * student.sum(dim=0)).sum() - (teacher * student[:2]).sum()
+    return 2 - 2 * cosines / (student.shape[1] * (2 * len(student) - 2))
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -255,6 +255,9 @@ def linear(args):
     """Linear classifiers on frozen features: SGD, cosine, random crops and flips; or --quick, on features once."""
     subject = open_subject(args)
     classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
+    if args.avgpool_patchtokens and not subject.backbone.blocks:
+        raise CheckpointError(f"{subject.origin['ckpt']}: {subject.backbone.arch} gives features alone: "
+                              f"leave --avgpool_patchtokens out")
     tokens = Tokens(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
     output = folder_for(subject.origin, args, "linear_quick" if args.quick else "linear")
     origin = subject.origin | dict(n_last_blocks=tokens.n_last_blocks, avgpool_patchtokens=tokens.avgpool)

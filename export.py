@@ -11,7 +11,8 @@
 The ONNX file takes `image`, [B, 3, H, W] normalised with the mean and std in its metadata or, with --normalize, uint8
 pixels. It gives `features` [B, D] and `attention` [B, heads, H/p, W/p], what CLS gives to each patch in the last
 block. Before success is reported the file is run in ONNX Runtime on noise and on pictures, several batches and
-sizes, and compared with torch; if they differ there is no file.
+sizes, and compared with torch; if they differ there is no file. A backbone of torchvision or timm gives `features`
+alone, and its graph is made by torch's exporter.
 """
 
 import sys
@@ -22,11 +23,13 @@ if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before torch is impor
     sys.exit(infer.main(sys.argv[2:]))
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import statistics
 import time
+import warnings
 from collections import Counter
 
 import onnx
@@ -37,6 +40,7 @@ from torchvision.transforms import functional as TF
 
 import cli
 import infer
+from backbones import Headless
 from checkpoint import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
 from cli import natural, positive
 from data import DataError, ImageTree, Shapes
@@ -121,12 +125,17 @@ def describe(backbone, info, ckpt, args):
         raise CheckpointError(f"--image_size {height} {width} must be multiples of the model's patch size {p}")
     if args.normalize and backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
+    is_vit = not isinstance(backbone, Headless)
+    for flag, asked in (("precision", args.precision != "fp32"), ("dynamic size", args.dynamic == "size"), (
+            "patch_tokens", args.patch_tokens), ("last_layers", args.last_layers), ("heads", args.heads != "each")):
+        if asked and not is_vit:
+            raise CheckpointError(f"--{flag} is for vision transformers of vit.py, not for {backbone.arch}")
     if args.last_layers > len(backbone.blocks):
         raise CheckpointError(f"--last_layers {args.last_layers}: the model has {len(backbone.blocks)} blocks")
-    outputs = {"features": "CLS after the final norm, [B, D]",
-               "attention": "of the last block, what CLS gives to each patch, "
-                            + ("one map per head, [B, heads, H/p, W/p]" if args.heads == "each" else
-                               "mean over the heads, [B, H/p, W/p]")}
+    outputs = {"features": "CLS after the final norm, [B, D]" if is_vit else "before the classifier, [B, D]"}
+    if is_vit:
+        outputs["attention"] = "of the last block, what CLS gives to each patch, " + (
+            "one map per head, [B, heads, H/p, W/p]" if args.heads == "each" else "mean over the heads, [B, H/p, W/p]")
     if args.patch_tokens:
         outputs["patch_tokens"] = "patches after the final norm, rows first, [B, N, D]"
     depth = len(backbone.blocks)
@@ -154,11 +163,44 @@ def write(backbone, path, about):
     if size > 2**31 - 2**26:  # what one protobuf holds
         raise ExportError(f"the weights take {size / 2**30:.1f} GiB, more than the 2 that one ONNX file holds"
                           + ": try --precision mixed" * (about["precision"] == "fp32"))
-    proto = build_graph(backbone, height, width, about["batch_size"], about["precision"], about["opset"],
-                        about["heads"], "patch_tokens" in about["outputs"], about["last_layers"],
-                        about["layout"] if about["input"].startswith("uint8") else None, about["mean"], about["std"])
+    if isinstance(backbone, Headless):
+        with running(path):
+            proto = traced(backbone, height, width, about)
+    else:
+        proto = build_graph(backbone, height, width, about["batch_size"], about["precision"], about["opset"],
+                            about["heads"], "patch_tokens" in about["outputs"], about["last_layers"],
+                            about["layout"] if about["input"].startswith("uint8") else None, about["mean"],
+                            about["std"])
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
     onnx.save(proto, path)
+
+
+class FromPixels(torch.nn.Module):
+    """uint8 pixels in the layout of the file -> the backbone's features."""
+
+    def __init__(self, backbone, about):
+        super().__init__()
+        self.backbone, self.is_nhwc = backbone, about["layout"] == "nhwc"
+        self.register_buffer("mean", 255 * torch.tensor(about["mean"]).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(about["std"]).view(3, 1, 1))
+
+    def forward(self, image):
+        image = image.permute(0, 3, 1, 2) if self.is_nhwc else image
+        return self.backbone((image.float() - self.mean) / self.std)
+
+
+def traced(backbone, height, width, about):
+    """The graph of a Headless, by torch's exporter."""
+    image = torch.zeros(about["batch_size"] or 2, 3, height, width)
+    if about["input"].startswith("uint8"):
+        backbone, image = FromPixels(backbone, about).eval(), image.byte()
+        image = image.permute(0, 2, 3, 1).contiguous() if about["layout"] == "nhwc" else image
+    shapes = None if about["batch_size"] else ({0: torch.export.Dim("batch")},)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it speaks of its own concerns
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(backbone, (image,), dynamo=True, input_names=["image"], output_names=["features"],
+                                    dynamic_shapes=shapes, opset_version=about["opset"], verbose=False)
+    return program.model_proto
 
 
 # ---- the gate ----
@@ -285,6 +327,8 @@ def samples(batch, height, width, about, channels, kind, pictures=()):
 @torch.no_grad()
 def compute(backbone, images, about):
     """What the model itself gives: {name of output: tensor}."""
+    if isinstance(backbone, Headless):
+        return {"features": backbone(images)}
     features, attention = backbone.forward_with_attention(images)
     attention = attention.unflatten(2, [side // backbone.patch_size for side in images.shape[2:]])
     layers = backbone.get_intermediate_layers(images, max(1, about["last_layers"]))
@@ -307,7 +351,8 @@ def benchmark(backbone, path, about, batch, turns=15):
     images, feed = next(samples(batch, height, width, about, backbone.in_chans, session.get_inputs()[0].type))
     precision = "fp16" if on_cuda and about["precision"] != "fp32" else "fp32"
     model, images = (thing.to(device, PRECISIONS[precision]) for thing in (backbone, images))
-    compiled = torch.compile(model.forward_with_attention)
+    eager = model if isinstance(backbone, Headless) else model.forward_with_attention
+    compiled = torch.compile(eager)
 
     def in_torch(call):
         with torch.no_grad():
@@ -325,7 +370,7 @@ def benchmark(backbone, path, about, batch, turns=15):
         binding.synchronize_outputs()
 
     rows = {f"ONNX Runtime, {provider}, {about['precision']}": in_onnxruntime,
-            f"torch {device}, {precision}": lambda: in_torch(model.forward_with_attention),
+            f"torch {device}, {precision}": lambda: in_torch(eager),
             f"torch {device}, {precision}, compiled": lambda: in_torch(compiled)}
     try:
         in_torch(compiled)
@@ -350,6 +395,9 @@ def main(args):
     ckpt = (args.ckpt or newest_model()).rstrip("/")
     backbone, info = load_backbone(ckpt, args.checkpoint_key)
     ending, save = FORMATS.get(args.format, ("onnx", None))
+    layouts = ["onnx", "safetensors", "dino"] + ["timm"] * getattr(backbone, "arch", "").startswith("timm:")
+    if isinstance(backbone, Headless) and args.format not in layouts:
+        raise CheckpointError(f"--format {args.format}: {backbone.arch} has no such names; it has {', '.join(layouts)}")
     output = (args.output or str(beside(ckpt, args.checkpoint_key, ending))).rstrip("/")
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise CheckpointError(f"--output {output}: its folder does not exist")

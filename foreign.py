@@ -62,7 +62,8 @@ def config_of(path):
 # ---- out ----
 
 def plain_weights(backbone):
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    weights = getattr(backbone, "model", backbone).state_dict()  # of a Headless those of the library's own model
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def save_timm(path, backbone, info, ckpt):

@@ -61,7 +61,7 @@ def to_rgb(picture):
 
 
 def infer(session, about, picture):
-    """Feature and attention of one prepared picture, as numpy arrays."""
+    """Feature and attention of one prepared picture, as numpy arrays; None for attention of a file that has none."""
     image, takes = np.asarray(picture), session.get_inputs()[0]
     if takes.type != "tensor(uint8)":
         image = (image / 255 - about["mean"]) / about["std"]
@@ -69,7 +69,8 @@ def infer(session, about, picture):
         image = image.transpose(2, 0, 1)
     dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}[takes.type]
     image = np.stack([image] * (about["batch_size"] or 1)).astype(dtype)
-    features, attention = session.run(["features", "attention"], {takes.name: image})
+    outputs = [output for output in ("features", "attention") if output in about["outputs"]]
+    features, attention = (*session.run(outputs, {takes.name: image}), [None])[:2]
     return features[0], attention[0]
 
 
@@ -103,11 +104,13 @@ def main(argv):
             with Image.open(path) as image:
                 picture = prepare(image, about)
             features, attention = infer(session, about, picture)
-            draw(picture, attention).save(output)
+            if attention is not None:
+                draw(picture, attention).save(output)
         except Exception as error:
             status = complain(f"{path}: {error}")
         else:
-            print(f"{path}: features {list(features.shape)}, attention {list(attention.shape)} -> {output}")
+            print(f"{path}: features {list(features.shape)}"
+                  + ("" if attention is None else f", attention {list(attention.shape)} -> {output}"))
     return status
 
 

@@ -106,11 +106,12 @@ class Looker:
     Args:
         describe: (backbone, images [B, 3, H, W]) -> features [B, D].
         view: (RGB image, size) -> [3, H, W].
+        needs: see `open_backbone`.
     """
 
-    def __init__(self, args, describe, view, batch_size, upright=True):
+    def __init__(self, args, describe, view, batch_size, upright=True, needs=""):
         self.rank, self.world_size, self.device = cli.start_processes(args.device)
-        self.backbone, _, self.origin = open_backbone(args, self.say)
+        self.backbone, _, self.origin = open_backbone(args, self.say, needs)
         fast_products(self.device, "fp32", self.backbone.embed_dim)
         self.backbone.to(self.device)
         self.size = args.image_size if view is within else square_size(args.image_size, self.backbone)
@@ -179,7 +180,7 @@ def write_result(looker, path, args, *flags, **result):
 def copies(args):
     """Copies of pictures found among the originals: Copydays, CLS and pooled patch tokens."""
     originals, blocks = read_copydays(args.data_path)
-    looker = Looker(args, cls_and_gem, squeezed, args.batch_size_per_gpu)
+    looker = Looker(args, cls_and_gem, squeezed, args.batch_size_per_gpu, needs="patch tokens")
     path = file_for(looker.origin, args, "copies.json")
     queries = {name: looker.look_at_all(paths) for name, (paths, _) in blocks.items()}
     database = looker.look_at_all(originals)

@@ -72,7 +72,7 @@ def parse_args(argv=None):
 def attention_masks(args):
     """Jaccard of the thresholded CLS attention: the best head for each object, the heads' mean, random weights."""
     pictures = open_masked(args.data_path, args.pictures)
-    model, info, origin = open_backbone(args)
+    model, info, origin = open_backbone(args, needs="attention")
     fast_products(args.device, "fp32", model.embed_dim)
     shorter = args.image_size or large_size(model.grid[0] * model.patch_size, model.patch_size)
     path = file_for(origin, args, "masks.json")
@@ -131,7 +131,7 @@ def video(args):
     listed = Path(args.data_path, "ImageSets", "2017", "val.txt")
     names = args.sequences or (names_in(listed) if listed.is_file() else None)
     sequences = find_sequences(args.data_path, names)
-    model, _, origin = open_backbone(args)
+    model, _, origin = open_backbone(args, needs="patch tokens")
     fast_products(args.device, args.precision, model.embed_dim)
     model.to(args.device)
     output = folder_for(origin, args, "video")

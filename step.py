@@ -1,6 +1,6 @@
 """One training step: both networks forward, loss, backward, clip, optimizer, teacher.
 
-    student, teacher = build_networks(dict(img_size=224, patch_size=16), dict(in_dim=384, out_dim=65536), seed=0)
+    student, teacher = build_networks(dict(img_size=224, patch_size=16), dict(out_dim=65536), seed=0)
     stats = train_step(student, teacher, dino_loss, optimizer, scaler, reached, [views], settings)
 
 Caron et al. 2021, algorithm 1. A step never waits for the device; whoever wants to see a number of it does.
@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from backbones import build_backbone
 from dino_loss import DINOHead
 from optim import clip_gradients
 from precision import autocast
-from vit import VisionTransformer
 
 # ---- networks ----
 
@@ -34,24 +34,29 @@ class Network(nn.Module):
         return self.head(torch.cat([self.backbone(run) for run in runs]))
 
 
-def build_networks(vit, head, drop_path_rate=0.0, seed=0):
-    """Student, and teacher: its copy, without stochastic depth or gradients (section 3.1).
+def build_networks(backbone, head, drop_path_rate=0.0, seed=0, predictor=False):
+    """Student, and teacher: its copy, without stochastic depth, predictor or gradients (section 3.1).
 
     Args:
-        vit, head: arguments of VisionTransformer and DINOHead.
+        backbone: see `build_backbone`.
+        head: arguments of DINOHead behind the first.
     """
+    def network(backbone, **more):
+        return Network(backbone, DINOHead(backbone.embed_dim, **head, **more))
+
     torch.manual_seed(seed)
-    student = Network(VisionTransformer(**vit, drop_path_rate=drop_path_rate), DINOHead(**head))
-    teacher = Network(VisionTransformer(**vit), DINOHead(**head))
-    teacher.load_state_dict(student.state_dict())
+    student = network(build_backbone(backbone, drop_path_rate), predictor=predictor)
+    teacher = network(build_backbone(backbone))
+    weights = student.state_dict()
+    teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
     return student, teacher.requires_grad_(False)
 
 
 def compile_regions(student, teacher):
-    """Compile the blocks of both backbones, for every size of view by itself."""
+    """Compile the blocks of both backbones, or all of one that has none, for every size of view by itself."""
     for network in (student, teacher):
-        for block in network.backbone.blocks:
-            block.compile(dynamic=False)
+        for region in network.backbone.blocks or [network.backbone]:
+            region.compile(dynamic=False)
 
 
 @torch.no_grad()
@@ -61,9 +66,10 @@ def move_teacher(teacher, student, momentum, applied=1.0):
     Args:
         applied: 0-dim tensor, 0 where the step was not applied: then the teacher stays as it is.
     """
-    parameters = list(teacher.parameters())
+    parameters, theirs = list(teacher.parameters()), dict(student.named_parameters())
     weight = (1 - momentum) * torch.as_tensor(applied, dtype=torch.float32, device=parameters[0].device)
-    torch._foreach_lerp_(parameters, list(student.parameters()), [weight] * len(parameters))
+    torch._foreach_lerp_(parameters, [theirs[name] for name, _ in teacher.named_parameters()],
+                         [weight] * len(parameters))
 
 
 # ---- the step ----
@@ -74,9 +80,10 @@ class Settings(NamedTuple):
     step: int
     lr: float
     weight_decay: float
-    momentum: float  # of the teacher
+    momentum: float  # of the teacher: 1 leaves it as it is, 0 makes it the student
     teacher_temp: float
     frozen: bool  # whether the prototypes rest
+    lagging: bool = False  # whether the teacher moves before the student does, to where that was
 
 
 def train_step(student, teacher, dino_loss, optimizer, scaler, reached, batches, now, precision="fp32", clip_grad=3.0,
@@ -146,13 +153,16 @@ def apply_gradients(student, teacher, optimizer, scaler, reached, before, now, c
         applied &= reached == now.step
         if is_fused:
             optimizer.found_inf = (~applied).float()
+    if now.lagging:
+        move_teacher(teacher, student, now.momentum, applied)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for tensor, old in before:
             tensor.copy_(torch.where(applied.to(tensor.device), tensor, old))
-    move_teacher(teacher, student, now.momentum, applied)
+    if not now.lagging:
+        move_teacher(teacher, student, now.momentum, applied)
     reached += applied | scaler.is_enabled()
 
 
@@ -161,7 +171,7 @@ if __name__ == "__main__":
     from optim import build_optimizer, param_groups
 
     student, teacher = build_networks(dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2),
-                                      dict(in_dim=64, out_dim=256, hidden_dim=128))
+                                      dict(out_dim=256, hidden_dim=128))
     dino_loss, optimizer = DINOLoss(256), build_optimizer("adamw", param_groups(student))
     scaler, reached = torch.amp.GradScaler("cpu", enabled=False), torch.tensor(0)
     pictures = torch.randn(16, 3, 32, 32)

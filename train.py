@@ -3,6 +3,7 @@
     python train.py @recipes/demo.txt                                   # a few minutes on a laptop, no data needed
     python train.py --arch vit_small --data_path /data/imagenet         # one device
     torchrun --nproc_per_node=8 train.py @recipes/imagenet_vits16.txt --data_path /data/imagenet
+    torchrun --nproc_per_node=8 train.py @recipes/imagenet_resnet50.txt --data_path /data/imagenet
 
 Leaves in --output_dir: teacher.safetensors and student.safetensors (see checkpoint.py), teacher_best.safetensors
 (the best k-NN so far, where there are labels), checkpoint.pth (to go on from; checkpoint.pth.1 is the one before),
@@ -26,6 +27,7 @@ from torch import nn
 
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
+from backbones import BackboneError, require_known
 from batches import batch_keys, counted_seed, eval_loader, on_device, some_of, train_loader
 from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
@@ -41,6 +43,12 @@ from step import Settings, build_networks, compile_regions, train_step
 from views import add_view_flags, build_multicrop, require_views
 from vit import SIZES
 
+TEACHERS = {  # (share of the teacher that a step keeps: the schedule's, at the end of an epoch) -> share
+    "momentum": lambda scheduled, end_of_epoch: scheduled,
+    "student": lambda scheduled, end_of_epoch: 0.0,
+    "previous_step": lambda scheduled, end_of_epoch: 0.0,
+    "previous_epoch": lambda scheduled, end_of_epoch: 0.0 if end_of_epoch else 1.0}
+
 # ---- flags ----
 
 def parse_args(argv=None):
@@ -53,25 +61,32 @@ def parse_args(argv=None):
         group.add_argument(name, default=default, type=type, help=f"{help} (default: {shown})", **kwargs)
 
     model = parser.add_argument_group("model")
-    add(model, "--arch", "vit_small", "size of the backbone", choices=list(SIZES))
-    add(model, "--patch_size", 16, "pixels; 8 gives better features and costs four times as much", positive)
-    add(model, "--embed_dim", None, "width", positive)
-    add(model, "--depth", None, "number of blocks", positive)
-    add(model, "--num_heads", None, "attention heads", positive)
-    add(model, "--drop_path_rate", 0.1, "stochastic depth of the student", rate)
+    add(model, "--arch", "vit_small", f"backbone: {', '.join(SIZES)}; a classifier of torchvision, as resnet50; "
+        "timm:NAME, if timm is installed")
+    add(model, "--patch_size", None, "of vit_*, pixels: 16, or 8 for better features at four times the cost", positive)
+    add(model, "--embed_dim", None, "of vit_*, width", positive)
+    add(model, "--depth", None, "of vit_*, number of blocks", positive)
+    add(model, "--num_heads", None, "of vit_*, attention heads", positive)
+    add(model, "--drop_path_rate", None, "stochastic depth of the student: 0.1, or 0 where there is none", rate)
     add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
     add(model, "--norm_last_layer", True, "prototypes of length 1; false is better for vit_small, less stable", boolean)
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
     add(model, "--head_layers", 3, "layers of the projection head, before the prototypes", positive)
     add(model, "--bottleneck_dim", 256, "width of its output, which the prototypes are compared with", positive)
+    add(model, "--l2_bottleneck", True, "that output is brought to length 1", boolean)
+    add(model, "--predictor", False, "two layers more in the student's head alone", boolean)
 
     teacher = parser.add_argument_group("teacher")
+    add(teacher, "--teacher", "momentum", "what it is: the student's running mean; the student itself; the student of "
+        "the step before; the student at the end of the epoch before", choices=list(TEACHERS))
     add(teacher, "--momentum_teacher", 0.996, "rises to 1; 0.9995 for long runs of small steps, 0.99 for short", share)
     add(teacher, "--warmup_teacher_temp", 0.04, "at the start; less if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after its warm-up; above 0.07 is mostly unstable", positive_float)
     add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", natural)
     add(teacher, "--student_temp", 0.1, "temperature of the student", positive_float)
+    add(teacher, "--loss", "ce", "cross-entropy, or mean squared error of centred directions without temperatures",
+        choices=["ce", "mse"])
     add(teacher, "--centering", "mean", "against one answer for all pictures: mean takes a running mean off the "
         "logits, batch and sinkhorn share the prototypes out among the pictures of a pass",
         choices=["mean", "batch", "sinkhorn"])
@@ -122,14 +137,10 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if isinstance(value, list):
             setattr(args, name, tuple(value))
-    for name, of_arch in SIZES[args.arch].items():
-        setattr(args, name, getattr(args, name) or of_arch)
-    if args.embed_dim % args.num_heads:
-        parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
-    for name in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
-        if getattr(args, name) % args.patch_size:
-            parser.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
+    resolve_arch(parser, args)
     require_views(parser, args)
+    if args.loss == "mse" and args.centering != "mean":
+        parser.error(f"--centering {args.centering} makes probabilities, which --loss mse does not compare")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.overwrite and args.resume != "none":
@@ -140,30 +151,57 @@ def parse_args(argv=None):
     return args
 
 
+def resolve_arch(parser, args):
+    """Fill in what --arch says of the backbone; end with a parser error if the flags of its sizes cannot be met."""
+    of_vit = {"patch_size": 16} | SIZES.get(args.arch, SIZES["vit_small"])
+    if args.drop_path_rate is None:
+        args.drop_path_rate = 0.1 if args.arch in SIZES or args.arch.startswith("timm:") else 0.0
+    if args.arch not in SIZES:
+        try:
+            require_known(args.arch)
+        except BackboneError as error:
+            parser.error(f"--arch: {error}")
+        if args.drop_path_rate and not args.arch.startswith("timm:"):
+            parser.error(f"--drop_path_rate: torchvision's {args.arch} has no stochastic depth that can be set")
+        for name in (*of_vit, "activation_checkpointing"):
+            if getattr(args, name):
+                parser.error(f"--{name} is of {', '.join(SIZES)}, not of {args.arch}")
+        return
+    for name, value in of_vit.items():
+        setattr(args, name, getattr(args, name) or value)
+    if args.embed_dim % args.num_heads:
+        parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
+    for name in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
+        if getattr(args, name) % args.patch_size:
+            parser.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
+
+
 # ---- what the flags mean ----
 
 def settings_at(step, steps_per_epoch, global_batch, args):
     """The settings of a step, a pure function; args.lr is scaled to the number of pictures in a step."""
     total, epoch = args.epochs * steps_per_epoch, step // steps_per_epoch
+    momentum = cosine_schedule(step, total, args.momentum_teacher, 1.0)
     return Settings(
         step=step,
         lr=cosine_schedule(step, total, args.lr * global_batch / 256, args.min_lr,
                            warmup_steps=args.warmup_epochs * steps_per_epoch),
         weight_decay=cosine_schedule(step, total, args.weight_decay, args.weight_decay_end),
-        momentum=cosine_schedule(step, total, args.momentum_teacher, 1.0),
+        momentum=TEACHERS[args.teacher](momentum, (step + 1) % steps_per_epoch == 0),
         teacher_temp=teacher_temp_schedule(epoch, args.warmup_teacher_temp, args.teacher_temp,
                                            args.warmup_teacher_temp_epochs),
-        frozen=epoch < args.freeze_last_layer)
+        frozen=epoch < args.freeze_last_layer,
+        lagging=args.teacher == "previous_step")
 
 
 def model_arguments(args):
-    """The arguments of VisionTransformer and DINOHead."""
-    vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, embed_dim=args.embed_dim, depth=args.depth,
-               num_heads=args.num_heads)
-    head = dict(in_dim=args.embed_dim, out_dim=args.out_dim, use_bn=args.use_bn_in_head,
-                norm_last_layer=args.norm_last_layer, nlayers=args.head_layers, hidden_dim=args.hidden_dim,
-                bottleneck_dim=args.bottleneck_dim)
-    return vit, head
+    """The arguments of build_backbone, and those of DINOHead behind the first."""
+    backbone = dict(img_size=args.global_crops_size)
+    names = ("patch_size", "embed_dim", "depth", "num_heads") if args.arch in SIZES else ("arch",)
+    head = dict(out_dim=args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer,
+                nlayers=args.head_layers, hidden_dim=args.hidden_dim, bottleneck_dim=args.bottleneck_dim,
+                l2_bottleneck=args.l2_bottleneck)
+    return backbone | {name: getattr(args, name) for name in names}, head
 
 
 # ---- judging ----
@@ -186,15 +224,24 @@ def pixel_features(images):
     return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
 
 
-def collapse(entropy, entropy_of_mean, kl, out_dim):
-    """A sentence if these epoch means (nats) show that training has collapsed, else None (section 5.3, figure 7)."""
-    top = math.log(out_dim)
+def collapse(stats, out_dim):
+    """A sentence if an epoch's figures show that training has collapsed, else None (sections 5.1 and 5.3, figure 7).
+
+    Args:
+        stats: several of the teacher's entropy, the entropy of its mean output, and the KL divergence, nats.
+    """
+    top, stats = math.log(out_dim), torch.tensor(stats)
+    entropy, entropy_of_mean, kl = stats.nanmean(dim=0).tolist()
+    least, most = stats[:, 0].min().item(), stats[:, 0].max().item()
     if entropy_of_mean < 0.05 * top:
         return (f"collapsed to one prototype: the teacher gives every image the same answer (entropy of its mean "
                 f"output {entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
     if entropy > 0.99 * top and kl < 0.01 * top:
         return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
                 f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, a lower --lr, more --freeze_last_layer")
+    if most - least > 0.25 * top:
+        return (f"the teacher does not settle: the entropy of its answers was anything from {least:.2f} to {most:.2f} "
+                f"(ln K = {top:.2f}) within this epoch; try a higher --momentum_teacher or a lower --lr")
     return None
 
 
@@ -226,7 +273,8 @@ def is_sound(progress):
 
 
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
-         "use_bn_in_head", "head_layers", "bottleneck_dim", "optimizer", "global_crops_size", "seed")  # it keeps
+         "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer",
+         "global_crops_size", "seed")  # it keeps
 FREE = ("output_dir", "resume", "overwrite", "device", "num_workers", "timeout_minutes", "log_every", "keep",
         "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images", "compile", "profile",
         "activation_checkpointing")  # that teach nothing
@@ -251,7 +299,7 @@ def why_not_finite(output, step, precision):
 def write_flags(path, args):
     """The resolved flags, in the form that @FILE reads, but for those that would delete the run they repeat."""
     flags = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()
-             if name not in ("resume", "overwrite")}
+             if name not in ("resume", "overwrite") and value is not None}
     lines = [shlex.join([f"--{name}", *map(str, values)]) for name, values in flags.items()]
     write_whole(path, lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
 
@@ -273,19 +321,24 @@ def main(args):
     report.say(data.note)
 
     # ---- networks, loss, optimizer ----
-    vit, head = model_arguments(args)
-    network, teacher = build_networks(vit, head, args.drop_path_rate, args.seed)
-    info = dict(arch=args.arch, vit=vit, head=head, patch_size=args.patch_size, image_size=args.global_crops_size,
-                mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path)  # what the model files say
-    if args.use_bn_in_head and device.type == "cuda" and world_size > 1:
+    backbone, head = model_arguments(args)
+    network, teacher = build_networks(backbone, head, args.drop_path_rate, args.seed, args.predictor)
+    if "arch" in backbone:  # only a try tells which pictures it takes
+        network.backbone.try_size(args.local_crops_size if args.local_crops_number else args.global_crops_size)
+    info = dict(arch=args.arch, backbone=backbone, head=head, patch_size=args.patch_size,
+                image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                data_path=data.path)  # what the model files say
+    if device.type == "cuda" and world_size > 1:  # elsewhere each process has statistics of its own pictures
         network, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (network, teacher))
     network, teacher = network.to(device), teacher.to(device)
-    dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering).to(device)
+    dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.loss).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups(network))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     millions = sum(p.numel() for p in network.backbone.parameters()) / 1e6
-    report.say(f"{args.arch}/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks, {millions:.1f} M "
-               f"parameters; {args.out_dim} prototypes; {args.precision} on {world_size} x {device.type}")
+    sizes = f"/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks" if args.patch_size else \
+        f": width {network.backbone.embed_dim}"
+    report.say(f"{args.arch}{sizes}, {millions:.1f} M parameters; {args.out_dim} prototypes; {args.precision} on "
+               f"{world_size} x {device.type}")
     report.say(f"{args.epochs} epochs of {steps_per_epoch} steps of {global_batch} pictures; effective lr "
                f"{args.lr * global_batch / 256:.3g} = {args.lr:g} * {global_batch} / 256 (linear scaling rule)")
 
@@ -309,7 +362,7 @@ def main(args):
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
                    f"{output} holds a complete run; to train anew, name another --output_dir")
-    fast_products(args.device, args.precision, args.embed_dim)
+    fast_products(args.device, args.precision, network.backbone.embed_dim)
     network.backbone.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         compile_regions(network, teacher)
@@ -329,7 +382,11 @@ def main(args):
 
     def measure(name, model):
         best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
+        teacher.eval()
+        for buffer in teacher.buffers() if world_size > 1 else ():  # batch norm's, where each process has its own
+            dist.broadcast(buffer, 0)
         knn[name], unreadable = judge(model, data, args, rank, world_size)
+        teacher.train()
         report.skipped(unreadable if rank == 0 else [])
         report.log(dict(knn=name, top1=knn[name][0], top5=knn[name][1]))
         report.say("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name]))
@@ -392,13 +449,14 @@ def main(args):
                 dist.all_reduce(stats)
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
             report.unreadable = set().union(*cli.gather(report.unreadable))
-            epoch_stats.append((entropy, entropy_of_mean, loss - entropy))
+            kl = loss - entropy if args.loss == "ce" else math.nan
+            epoch_stats.append((entropy, entropy_of_mean, kl))
             report.step(dict(epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
-                             teacher_entropy_of_mean=entropy_of_mean, kl=loss - entropy,
+                             teacher_entropy_of_mean=entropy_of_mean, kl=kl,
                              **report.pace(global_batch), unreadable=len(report.unreadable),
                              loss_scale=scaler.get_scale(), **now._asdict()), total_steps, LINE)
         if end_of_epoch:
-            trouble = collapse(*torch.tensor(epoch_stats).nanmean(dim=0).tolist(), args.out_dim)
+            trouble = collapse(epoch_stats, args.out_dim)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
             if trouble and told_apart and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
                 report.say(f"WARNING: {trouble}")
@@ -423,4 +481,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, CheckpointError, FloatingPointError)
+    cli.run(main, parse_args, DataError, BackboneError, CheckpointError, FloatingPointError)

@@ -236,7 +236,7 @@ def overlaid(frame, values, top):
 
 def features(args):
     """Patch features as colours: three principal components of all pictures together; similarity to one patch."""
-    model, _, origin = open_backbone(args)
+    model, _, origin = open_backbone(args, needs="patch tokens")
     fast_products(args.device, "fp32", model.embed_dim)
     model.to(args.device)
     path = new_folder(origin, args, "features") / "features.png"

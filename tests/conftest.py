@@ -55,7 +55,7 @@ def model(tmp_path):
     network = VisionTransformer(**vit).eval()
     path = tmp_path / "runs" / "one" / "teacher.safetensors"
     path.parent.mkdir(parents=True)
-    save_model(path, {f"backbone.{k}": v for k, v in network.state_dict().items()}, dict(vit=vit))
+    save_model(path, {f"backbone.{k}": v for k, v in network.state_dict().items()}, dict(backbone=vit))
     return network, path
 
 

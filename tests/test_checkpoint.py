@@ -27,7 +27,7 @@ def equal(a, b):
 
 def test_model_round_trip_keeps_weights_and_description(tmp_path, model):
     weights = {f"backbone.{name}": value for name, value in model.state_dict().items()} | {"head.x": torch.ones(2)}
-    info = dict(arch="vit_tiny", vit=SMALL | {"num_heads": 4}, mean=(0.5, 0.5, 0.5), data_path="shapes")
+    info = dict(arch="vit_tiny", backbone=SMALL | {"num_heads": 4}, mean=(0.5, 0.5, 0.5), data_path="shapes")
     save_model(tmp_path / "m.safetensors", weights, info)
     loaded, read = load_backbone(tmp_path / "m.safetensors")
     assert equal(loaded, model) and loaded.num_heads == 4 and not loaded.training

@@ -55,12 +55,12 @@ def mistakes(tmp_path):
     save_file(weights | {"blocks.0.ls1.gamma": torch.ones(64)}, tmp_path / "layerscale.safetensors")
     vit = dict(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1)
     ours = VisionTransformer(**vit).state_dict()
-    save_model(tmp_path / "elsewhere.safetensors", ours, dict(vit=vit, data_path=f"cifar10:{tmp_path}/elsewhere"))
-    save_model(tmp_path / "root.safetensors", ours, dict(vit=vit, data_path="/"))
-    save_model(tmp_path / "number.safetensors", ours, dict(vit=vit, data_path=7))
-    save_model(tmp_path / "heads.safetensors", ours, dict(vit=vit | {"num_heads": -1}))
-    save_model(tmp_path / "deep.safetensors", ours, dict(vit=vit | {"depth": 10**9}))
-    save_model(tmp_path / "wide.safetensors", ours, dict(vit=vit | {"embed_dim": 10**6}))
+    save_model(tmp_path / "elsewhere.safetensors", ours, dict(backbone=vit, data_path=f"cifar10:{tmp_path}/elsewhere"))
+    save_model(tmp_path / "root.safetensors", ours, dict(backbone=vit, data_path="/"))
+    save_model(tmp_path / "number.safetensors", ours, dict(backbone=vit, data_path=7))
+    save_model(tmp_path / "heads.safetensors", ours, dict(backbone=vit | {"num_heads": -1}))
+    save_model(tmp_path / "deep.safetensors", ours, dict(backbone=vit | {"depth": 10**9}))
+    save_model(tmp_path / "wide.safetensors", ours, dict(backbone=vit | {"embed_dim": 10**6}))
     torch.save(ours | {"norm.bias": torch.full((64,), float("nan"))}, tmp_path / "nan.pth")
     torch.save(ours | {"pos_embed": torch.ones(1).expand(1, 10**9 + 1, 64)}, tmp_path / "claims.pth")
     flipped = bytearray((tmp_path / "nan.pth").read_bytes())
@@ -94,7 +94,14 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
 
 @pytest.mark.parametrize("command, words", [
     ("train --no_such_flag", "unrecognized arguments: --no_such_flag"),
-    ("train --arch vit_huge", "vit_huge"),
+    ("train --arch vit_huge", "vit_huge is none of vit_tiny, vit_small, vit_base, vit_large and no classifier of"),
+    ("train --arch timm:no_such_net", "timm:no_such_net is none of"),
+    ("train --arch resnet50 --patch_size 8", "--patch_size is of vit_tiny, vit_small, vit_base, vit_large, not of"),
+    ("train --arch resnet50 --activation_checkpointing", "--activation_checkpointing is of vit_tiny"),
+    ("train --arch resnet50 --drop_path_rate 0.1", "torchvision's resnet50 has no stochastic depth that can be set"),
+    ("train --arch maxvit_t --local_crops_size 96", "maxvit_t cannot look at 96 x 96 pixels"),
+    ("train --loss mse --centering sinkhorn", "--centering sinkhorn makes probabilities, which --loss mse does not"),
+    ("train --teacher frozen", "--teacher: invalid choice: 'frozen'"),
     ("train --epochs 0", "--epochs: '0' is not a whole number above 0"),
     ("train --epochs ten", "'ten' is not a whole number"),
     ("train --lr -1", "--lr: '-1' is not a number above 0"),
@@ -142,7 +149,7 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("evaluate knn --ckpt {}/text.pth", "text.pth: not a checkpoint"),
     ("evaluate knn --ckpt {}/text.safetensors", "text.safetensors: not a safetensors file"),
     ("evaluate knn --ckpt {}/cut.safetensors", "cut.safetensors: not a safetensors file, or damaged"),
-    ("evaluate knn --ckpt {}/resnet.pth", "none of its 1 tensors is a vision transformer's"),
+    ("evaluate knn --ckpt {}/resnet.pth", "resnet.pth: not the weights of a backbone as built here: a ResNet of other"),
     ("evaluate knn --ckpt {}/good.safetensors", "does not say what it was trained on"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
     ("evaluate knn --ckpt {}/good.safetensors --checkpoint_key student", "does not say that it holds a student"),

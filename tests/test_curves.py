@@ -90,6 +90,16 @@ def test_the_table(tmp_path, log):
     assert len({len(line) for line in lines}) == 1
 
 
+def test_seeds_of_a_run_have_a_mean_and_a_spread(tmp_path):
+    runs = {}
+    for name, top1 in (("a-0", 50.0), ("a-1", 52.0), ("a-2", 57.0), ("b_0", 60.0), ("b_1", 61.0), ("c", 9.0)):
+        runs[name] = read_log(write(tmp_path / name, [record(1), dict(knn="epoch 0", top1=10.0, top5=80.0), record(2),
+                                                      dict(knn="epoch 1", top1=top1, top5=80.0)]))
+    lines = table(runs).splitlines()
+    assert len(lines) == 9 and [" ".join(line.split()) for line in lines[7:]] == [
+        "b 2 runs, k-NN last 60.5 ± 0.7 (60.0 to 61.0)", "a 3 runs, k-NN last 53.0 ± 3.6 (50.0 to 57.0)"]
+
+
 def test_what_is_no_log(tmp_path):
     with pytest.raises(OSError, match="cannot be read .*expected the folder of a run"):
         read_log(tmp_path / "log.jsonl")

@@ -274,3 +274,46 @@ def test_without_centring_the_centre_stays_where_it_is():
 def test_wrong_shapes_are_named(student, teacher):
     with pytest.raises(ValueError, match="expected \\[V\\*B, 16\\]"):
         DINOLoss(16)(torch.zeros(student), torch.zeros(teacher), 0.04)
+
+
+# ---- the paper's other switches ----
+
+def test_squared_error_is_the_sum_over_pairs():
+    torch.manual_seed(0)
+    V, B, K = 4, 5, 12
+    leaf, teacher = torch.randn(V * B, K, requires_grad=True), torch.randn(2 * B, K)
+    loss = DINOLoss(K, objective="mse")
+    loss.center.normal_()
+    exact = leaf.detach().double().requires_grad_()
+    s = [x / x.norm(dim=1, keepdim=True) for x in exact.chunk(V)]
+    t = [x / x.norm(dim=1, keepdim=True) for x in (teacher - loss.center).double().chunk(2)]
+    pairs = [((s[v] - t[w]) ** 2).sum(dim=1).mean() for w in range(2) for v in range(V) if v != w]
+    expected = sum(pairs) / len(pairs)
+    centre = 0.9 * loss.center + 0.1 * teacher.mean(dim=0)
+    value = loss(leaf, teacher, 0.04, overwrite=True)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    close(leaf.grad.double(), exact.grad, atol=1e-7)
+    close(loss.center, centre)
+    with pytest.raises(ValueError, match="which the objective mse does not compare"):
+        DINOLoss(K, centering="sinkhorn", objective="mse")
+
+
+def test_a_head_without_l2_bottleneck():
+    torch.manual_seed(0)
+    head, x = DINOHead(8, 20, hidden_dim=16, bottleneck_dim=4, l2_bottleneck=False), torch.randn(3, 8)
+    layer = head.last_layer
+    expected = head.mlp(x) @ (layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)).T
+    close(head(x), expected, atol=1e-6)
+    head.l2_bottleneck = True
+    close(head(x), expected / head.mlp(x).norm(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_a_predictor_stands_before_the_bottleneck():
+    torch.manual_seed(0)
+    head, x = DINOHead(8, 20, hidden_dim=16, bottleneck_dim=4, predictor=True), torch.randn(3, 8)
+    one, two = head.predictor[0], head.predictor[2]
+    assert (one.weight.shape, two.weight.shape) == ((16, 4), (4, 16)) and one.weight.std() < 0.03
+    y = torch.nn.functional.gelu(head.mlp(x) @ one.weight.T) @ two.weight.T
+    close(head(x), head.last_layer(y / y.norm(dim=1, keepdim=True)), atol=1e-5)

@@ -41,7 +41,7 @@ def run(tmp_path):
     path = tmp_path / "runs" / "one" / "teacher.safetensors"
     path.parent.mkdir(parents=True)
     save_model(path, {f"backbone.{k}": v for k, v in model.state_dict().items()},
-               dict(arch="vit_tiny", vit=vit, data_path=str(tmp_path / "pictures")))
+               dict(arch="vit_tiny", backbone=vit, data_path=str(tmp_path / "pictures")))
     return tmp_path, path, model
 
 
@@ -71,7 +71,7 @@ def test_what_a_run_was_trained_on_is_never_downloaded(run, monkeypatch):
     folder, path, model = run
     monkeypatch.chdir(folder)
     vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
-    save_model(path, model.state_dict(), dict(vit=vit, data_path=f"cifar10:{folder}"))
+    save_model(path, model.state_dict(), dict(backbone=vit, data_path=f"cifar10:{folder}"))
     with pytest.raises(DataError, match="Dataset not found"):
         evaluate.main(evaluate.parse_args(["knn"]))
 
@@ -265,7 +265,7 @@ def test_untrained_is_what_train_py_starts_from(run, monkeypatch, capsys):
     folder, path, model = run
     monkeypatch.chdir(folder)
     student, _ = build_networks(dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
-                                dict(in_dim=32, out_dim=8, hidden_dim=8), seed=0)
+                                dict(out_dim=8, hidden_dim=8), seed=0)
     kept = folder / "features.safetensors"
     evaluate.main(evaluate.parse_args(["knn", "--untrained", "--num_workers", "0", "--device", "cpu", "--features",
                                        str(kept)]))

@@ -30,7 +30,7 @@ def saved(tmp_path):
         torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else torch.nn.init.normal_(p, mean=0.5, std=0.2)
     path = tmp_path / "teacher.safetensors"
     save_model(path, {f"backbone.{k}": v for k, v in model.state_dict().items()},
-               dict(arch="vit_tiny", vit=vit, mean=(0.1, 0.2, 0.3)))
+               dict(arch="vit_tiny", backbone=vit, mean=(0.1, 0.2, 0.3)))
     return path, model
 
 
@@ -84,7 +84,7 @@ def test_everything_at_once(saved, capsys):
 def test_other_numbers_of_channels(tmp_path):
     torch.manual_seed(0)
     vit = dict(img_size=32, patch_size=8, in_chans=4, embed_dim=64, depth=1, num_heads=2)
-    save_model(tmp_path / "four.safetensors", VisionTransformer(**vit).state_dict(), dict(vit=vit))
+    save_model(tmp_path / "four.safetensors", VisionTransformer(**vit).state_dict(), dict(backbone=vit))
     about = metadata(make(tmp_path / "four.safetensors"))
     assert about["mean"] is None and about["input"] == "as trained"
 
@@ -156,7 +156,8 @@ def test_half_precision_that_is_not_enough_is_found(saved):
         model.blocks[0].mlp.fc2.bias[3] = 5e4
         model.blocks[1].mlp.fc2.bias[3] = 5e4
     other = path.with_name("large.safetensors")
-    save_model(other, model.state_dict(), dict(vit=dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)))
+    save_model(other, model.state_dict(), dict(
+        backbone=dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)))
     make(other)
     with pytest.raises(export.ExportError, match="blocks.1.output leaves the range of half precision"):
         make(other, "--precision", "mixed", "--output", str(path.with_name("mixed.onnx")))

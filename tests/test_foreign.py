@@ -21,7 +21,7 @@ def saved(tmp_path, **vit):
             torch.nn.init.normal_(p, mean=0.5, std=0.2)
     path = tmp_path / "teacher.safetensors"
     save_model(path, {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()},
-               dict(arch="vit_tiny", vit=vit, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+               dict(arch="vit_tiny", backbone=vit, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
     return path, model
 
 

@@ -164,7 +164,7 @@ def small_run():
     args = train.parse_args(TINY)
     vit, head = train.model_arguments(args)
     student, teacher = build_networks(vit, head)
-    info = dict(arch=args.arch, vit=vit, head=head, patch_size=8, image_size=16, mean=train.IMAGENET_MEAN,
+    info = dict(arch=args.arch, backbone=vit, head=head, patch_size=8, image_size=16, mean=train.IMAGENET_MEAN,
                 std=train.IMAGENET_STD, data_path="shapes")
     objects = dict(student=student, teacher=teacher, dino_loss=train.DINOLoss(8),
                    optimizer=train.build_optimizer("adamw", train.param_groups(student)),
@@ -242,7 +242,7 @@ def load_all(folder, count):
             torch.save(disturb(state, rng), path)
         else:
             broken = disturb({"info": info}, rng).get("info")
-            broken = broken if isinstance(broken, dict) else {"vit": broken}
+            broken = broken if isinstance(broken, dict) else {"backbone": broken}
             words = {str(k): json.dumps(v, default=str) if rng.random() < 0.9 else "{" for k, v in broken.items()}
             save_file(states["teacher"], path, metadata | words)
         model = unless_refused(path, load_backbone, path, say=quiet)

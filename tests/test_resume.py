@@ -531,7 +531,7 @@ def test_models_are_those_of_the_state(flags, tmp_path):
     run(flags("run", "--epochs 1 --knn_every 0"))
     teacher = tmp_path / "run" / "teacher.safetensors"
     before = load_file(teacher)
-    save_file({name: tensor + 1 for name, tensor in before.items()}, teacher, {"vit": "{}"})
+    save_file({name: tensor + 1 for name, tensor in before.items()}, teacher, {"backbone": "{}"})
     run(flags("run", "--epochs 1 --knn_every 0"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(teacher).items())
 

@@ -307,7 +307,7 @@ def test_search_finds_what_is_nearest(model, photos, tmp_path, capsys):
     run(*again, tmp_path / "elsewhere" / "photos")
     assert "has 0 of 9 pictures" in capsys.readouterr().out
     save_model(path, {f"backbone.{k}": v + 0.01 for k, v in network.state_dict().items()},
-               dict(vit=dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)))
+               dict(backbone=dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)))
     run(*again, photos)  # trained on, under the same name
     assert "has 0 of 9 pictures" in capsys.readouterr().out
 

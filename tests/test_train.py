@@ -119,10 +119,51 @@ def test_teacher_starts_as_the_student_and_moves():
 
 
 @pytest.mark.parametrize("entropy, of_mean, kl, expected", [
-    (6.9, 6.93, 0.01, "uniform"), (0.0, 0.01, 0.0, "one prototype"), (3.0, 6.5, 1.0, None), (6.8, 6.9, 0.3, None)])
+    (6.9, 6.93, 0.01, "uniform"), (0.0, 0.01, 0.0, "one prototype"), (3.0, 6.5, 1.0, None), (6.8, 6.9, 0.3, None),
+    (6.9, 6.93, math.nan, None)])
 def test_diagnosis(entropy, of_mean, kl, expected):
-    sentence = train.collapse(entropy, of_mean, kl, 1024)
+    sentence = train.collapse([(entropy, of_mean, kl)] * 3, 1024)
     assert (expected is None) == (sentence is None) and (expected or "") in (sentence or "")
+
+
+def test_a_teacher_that_does_not_settle():
+    swinging = [(0.1, 3.0, 0.5), (3.0, 6.0, 0.5), (5.0, 6.5, 0.5)]
+    assert "anything from 0.10 to 5.00 (ln K = 6.93)" in train.collapse(swinging, 1024)
+    assert train.collapse([(5.0, 6.5, 0.5), (3.5, 6.0, 0.5)], 1024) is None
+
+
+@pytest.mark.parametrize("kind", ["student", "previous_step", "previous_epoch"])
+def test_the_papers_other_teachers(kind):
+    args = train.parse_args([*TINY, "--teacher", kind, "--lr", "0.01"])
+    student, teacher = build(args)
+    optimizer, dino_loss = train.build_optimizer("adamw", train.param_groups(student)), DINOLoss(64)
+
+    def weights(network):
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
+    students = [weights(student)]
+    torch.manual_seed(0)
+    for step in range(6):  # of three to an epoch
+        now = train.settings_at(step, 3, 256, args)
+        train_step(student, teacher, dino_loss, optimizer, no_scaler(), torch.tensor(step),
+                   [[torch.randn(4, 3, s, s) for s in (32, 32, 16)]], now)
+        students.append(weights(student))
+        assert not torch.equal(students[-1], students[-2])
+        expected = {"student": step + 1, "previous_step": step, "previous_epoch": (step + 1) // 3 * 3}[kind]
+        assert torch.equal(weights(teacher), students[expected])
+
+
+@pytest.mark.parametrize("kind", ["momentum", "previous_step"])
+def test_no_teacher_moves_on_a_step_that_fails(kind):
+    args = train.parse_args([*TINY, "--teacher", kind, "--lr", "0.01", "--momentum_teacher", "0.5"])
+    student, teacher = build(args)
+    optimizer, before = train.build_optimizer("adamw", train.param_groups(student)), teacher.state_dict()
+    with torch.no_grad():
+        next(student.parameters()).add_(1.0)  # so that there is somewhere to move to
+    before = {name: value.clone() for name, value in before.items()}
+    views = [torch.full((4, 3, 32, 32), math.inf), torch.zeros(4, 3, 32, 32)]
+    train_step(student, teacher, DINOLoss(64), optimizer, no_scaler(), torch.tensor(0), [views],
+               train.settings_at(0, 3, 256, args))
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 # ---- whole runs ----
@@ -297,6 +338,37 @@ def test_sharing_the_prototypes_out_prevents_that_collapse(shapes_300, tmp_path,
     assert min(line["teacher_entropy_of_mean"] for line in lines(tmp_path) if "loss" in line) > 0.5 * math.log(64)
 
 
+@pytest.mark.parametrize("teacher", ["student", "previous_step", "momentum"])
+def test_a_teacher_without_momentum_is_reported(shapes_300, tmp_path, capsys, teacher):
+    run(tmp_path, f"--epochs 7 --lr 0.002 --momentum_teacher 0.99 --teacher {teacher}")
+    out = capsys.readouterr().out
+    for trouble in ("collapsed to one prototype", "the teacher does not settle: the entropy of its answers was"):
+        assert (f"WARNING: {trouble}" in out) == (teacher != "momentum")
+
+
+@pytest.mark.parametrize("flags", ["--loss mse --predictor true --use_bn_in_head true --local_crops_number 0",
+                                   "--predictor true --l2_bottleneck false --teacher previous_epoch"])
+def test_a_run_with_other_switches_goes_on(shapes_300, tmp_path, flags):
+    run(tmp_path / "whole", f"--epochs 2 {flags}")
+    run(tmp_path / "parts", f"--epochs 1 {flags}")
+    run(tmp_path / "parts", f"--epochs 2 {flags}")
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "whole"))
+    assert losses(tmp_path / "parts")[0] == losses(tmp_path / "whole")[0] and len(losses(tmp_path / "parts")) == 8
+    student, teacher = (load_file(tmp_path / "parts" / f"{name}.safetensors") for name in ("student", "teacher"))
+    assert student.keys() - teacher.keys() == {f"head.predictor.{layer}" for layer in (
+        "0.weight", "0.bias", "2.weight", "2.bias")}
+    assert ("kl" in lines(tmp_path / "whole")[0]) and (lines(tmp_path / "whole")[0]["kl"] is None) == ("mse" in flags)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.txt")), ids=lambda path: path.stem)
+def test_recipes_are_flags(path):
+    base = [f"@{ROOT / 'recipes' / 'demo.txt'}"] if path.parent.name == "ablations" else []
+    args = train.parse_args([*base, f"@{path}", "--device", "cpu"])
+    assert train.settings_at(0, 10, 256, args).teacher_temp > 0
+    changed = {name: value for name, value in vars(args).items() if value != getattr(train.parse_args(base), name)}
+    assert bool(changed) == (path.stem not in ("dino", "demo")) or not base
+
+
 def test_flags_reach_loss_and_head(shapes_300, tmp_path, capsys):
     flags = "--epochs 1 --student_temp 0.2 --center_momentum 0.5 --head_layers 2 --bottleneck_dim 24"
     made, build = [], train.DINOLoss
@@ -319,7 +391,7 @@ def test_flags_reach_loss_and_head(shapes_300, tmp_path, capsys):
 def test_a_run_from_before_a_flag_goes_on(shapes_300, tmp_path, capsys):
     run(tmp_path, "--epochs 1")
     state = load_state(tmp_path / "checkpoint.pth")
-    for name in ("head_layers", "bottleneck_dim"):
+    for name in ("head_layers", "bottleneck_dim", "l2_bottleneck", "predictor"):
         del state["fixed"][name]
     train.save_state(tmp_path / "checkpoint.pth", 1, **state)
     run(tmp_path, "--epochs 2")

@@ -162,7 +162,8 @@ def test_the_page_computes_what_onnxruntime_does(page, model, scene, tmp_path, f
 def test_a_large_picture_is_made_smaller(page, scene, tmp_path):
     network = VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1)
     path = tmp_path / "one.safetensors"
-    save_model(path, network.state_dict(), dict(vit=dict(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1)))
+    save_model(path, network.state_dict(), dict(
+        backbone=dict(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1)))
     file = make((network, path), "--dynamic", "size")
     picture = photograph(scene, tmp_path / "large.png", (1400, 1001))
     pixels, _, attention = expected(file, picture)

@@ -117,7 +117,7 @@ def test_what_an_exported_file_does_not_do(model, photos, stopped):
         assert "has neither --untrained" in stopped(run, "attention", picture, "--ckpt", onnx, *flags)
     grey = VisionTransformer(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2)
     save_model(photos / "grey.safetensors", {f"backbone.{k}": v for k, v in grey.state_dict().items()},
-               dict(vit=dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2)))
+               dict(backbone=dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2)))
     export.main(export.parse_args(["--ckpt", str(photos / "grey.safetensors")]))
     assert "takes other channels than red" in stopped(run, "attention", picture, "--ckpt", photos / "grey.onnx")
     (photos / "text.onnx").write_text("no model")

@@ -1,0 +1,294 @@
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torchvision import models
+
+import evaluate
+import export
+import infer
+import retrieve
+import segment
+import train
+import visualize
+from backbones import BackboneError, Headless
+from batches import eval_view
+from checkpoint import CheckpointError, load_backbone
+from classify import Classifiers, Tokens, layer_groups
+from data import Shapes, open_data
+from resume import load_state
+from step import Settings, build_networks, train_step
+
+TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "
+         "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 0 --num_workers 0 --device cpu --precision fp32").split()
+ARCHS = ["resnet50", "timm:xcit_nano_12_p16_224"]
+
+
+# ---- the networks ----
+
+@pytest.mark.parametrize("arch, head", [("resnet18", "fc"), ("mobilenet_v3_small", "classifier.3"),
+                                        ("shufflenet_v2_x0_5", "fc"), ("efficientnet_b0", "classifier.1"),
+                                        ("regnet_y_400mf", "fc"), ("googlenet", "fc")])
+def test_a_classifier_of_torchvision_loses_its_head_alone(arch, head):
+    torch.manual_seed(0)
+    flags = dict(aux_logits=False, init_weights=True) if arch == "googlenet" else {}
+    theirs, ours, x = models.get_model(arch, **flags).eval(), Headless(arch, 64).eval(), torch.randn(2, 3, 64, 64)
+    ours.model.load_state_dict({name: value for name, value in theirs.state_dict().items()
+                                if not name.startswith(f"{head}.")})
+    with torch.no_grad():
+        feature = ours(x)
+        torch.testing.assert_close(theirs.get_submodule(head)(feature), theirs(x), rtol=0, atol=1e-5)
+    assert feature.shape == (2, ours.embed_dim) and isinstance(ours.train()(x), torch.Tensor)
+
+
+@pytest.mark.parametrize("name, size", [("xcit_nano_12_p16_224", 48), ("vit_tiny_patch16_224", 32),
+                                        ("mobilenetv3_small_050", 64)])
+def test_a_model_of_timm_loses_its_head_alone(name, size):
+    torch.manual_seed(0)
+    sized = {"img_size": 64} if "vit" in name else {}
+    theirs = timm.create_model(name, **sized, **({"dynamic_img_size": True} if "vit" in name else {})).eval()
+    ours, x = Headless(f"timm:{name}", 64).eval(), torch.randn(2, 3, size, size)
+    wanted = ours.model.state_dict()
+    ours.model.load_state_dict({key: value for key, value in theirs.state_dict().items() if key in wanted})
+    with torch.no_grad():
+        feature = ours(x)
+        pooled = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(feature, pooled, rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs.get_classifier()(feature), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_stochastic_depth_is_timms():
+    backbone = Headless("timm:xcit_nano_12_p16_224", 32, drop_path_rate=0.3)
+    found = {module.drop_prob for module in backbone.modules() if type(module).__name__ == "DropPath"}
+    assert max(found) == pytest.approx(0.3)
+    x = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(backbone.train()(x), backbone(x)) and torch.equal(backbone.eval()(x), backbone(x))
+
+
+@pytest.mark.parametrize("arch, size, words", [
+    ("resnet51", 64, "resnet51 is none of vit_tiny, vit_small, vit_base, vit_large and no classifier of torchvision"),
+    ("resnet51", 64, "which has resnet"), ("timm:xcit_nano", 64, "no classifier of timm .*has timm:xcit_"),
+    ("squeezenet1_1", 64, "no linear classifier"), ("alexnet", 32, "alexnet cannot look at 32 x 32 pixels: "),
+    ("timm:vit_tiny_patch16_224", 40, "cannot look at 40 x 40"), ("resnet18", 5000, "5000 pixels is not one from")])
+def test_what_cannot_be_a_backbone(arch, size, words):
+    with pytest.raises(BackboneError, match=words):
+        Headless(arch, size)
+
+
+def test_without_timm_there_is_one_line(monkeypatch, stopped):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "this needs timm, which is not installed: pip install timm" in stopped(
+        train.parse_args, ["--arch", "timm:xcit_nano_12_p16_224"])
+
+
+def test_batch_norm_of_the_teacher_sees_the_teachers_pictures():
+    """Its weights follow the student's; its statistics are its own, of the two global views, as in the reference."""
+    student, teacher = build_networks(dict(arch="resnet18", img_size=32), dict(out_dim=16, hidden_dim=16))
+    expected = models.resnet18()
+    expected.load_state_dict(teacher.backbone.model.state_dict(), strict=False)
+    torch.manual_seed(0)
+    views = [torch.randn(4, 3, side, side) for side in (32, 32, 16)]
+    expected.train()(torch.cat(views[:2]))
+    optimizer = train.build_optimizer("sgd", train.param_groups(student))
+    now = Settings(0, lr=0.1, weight_decay=0.0, momentum=0.9, teacher_temp=0.04, frozen=False)
+    train_step(student, teacher, train.DINOLoss(16), optimizer, torch.amp.GradScaler("cpu", enabled=False),
+               torch.tensor(0), [views], now)
+    theirs = dict(expected.named_buffers())
+    for name, value in teacher.backbone.model.named_buffers():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)
+    assert (student.backbone.model.bn1.running_mean != teacher.backbone.model.bn1.running_mean).any()
+    assert student.backbone.model.bn1.num_batches_tracked == 2  # two sizes of views, two passes
+
+
+def test_fine_tuning_rates_of_a_backbone_without_blocks():
+    network = Classifiers(Tokens(Headless("resnet18", 32)), 5, frozen=False)
+    groups = layer_groups(network, lr=0.1, weight_decay=0.05, layer_decay=0.5)
+    peaks = {name: group["peak"] for group in groups for name, _ in group["params"]}
+    assert peaks.pop("heads.0.weight") == peaks.pop("heads.0.bias") == 0.1 and set(peaks.values()) == {0.05}
+    assert len(peaks) == len(list(network.tokens.parameters()))
+
+
+# ---- through every command ----
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """16 labelled pictures to train on, and 8 to judge by."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for part, count in (("train", 16), ("val", 8)):
+        shapes = Shapes("train" if part == "train" else "test", count, 48)
+        for i in range(count):
+            picture, label = shapes[i]
+            path = folder / part / str(label % 2) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    return folder
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def runs(request, pictures, tmp_path_factory):
+    """A run of two epochs, and one that was killed between them: (arch, its folder, the other's)."""
+    class Killed(Exception):
+        pass
+
+    def save_then_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise Killed
+
+    folder, save = tmp_path_factory.mktemp("runs"), train.save_run
+    flags = [*TRAIN, "--arch", request.param, "--data_path", str(pictures), "--epochs", "2", "--output_dir"]
+    train.main(train.parse_args([*flags, str(folder / "whole")]))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_run", save_then_die)
+        train.main(train.parse_args([*flags, str(folder / "parts")]))
+    train.main(train.parse_args([*flags, str(folder / "parts")]))
+    return request.param, folder / "whole", folder / "parts"
+
+
+def test_an_interrupted_run_ends_like_a_whole_one(runs):
+    _, *folders = runs
+    whole, parts = (load_state(folder / "checkpoint.pth") for folder in folders)
+    assert whole["progress"]["step"] == parts["progress"]["step"] == 4
+    for which in ("student", "teacher", "dino_loss"):
+        for name, value in whole[which].items():
+            assert torch.equal(value, parts[which][name]), f"{which} {name}"
+
+
+def test_a_file_says_what_it_is(runs):
+    arch, folder, _ = runs
+    backbone, info = load_backbone(folder / "teacher.safetensors")
+    assert info["backbone"] == dict(arch=arch, img_size=32) and not backbone.training
+    state = load_state(folder / "checkpoint.pth")["teacher"]
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, state[f"backbone.{name}"])
+    again, info = load_backbone(folder / "checkpoint.pth", key="student")
+    assert type(again) is Headless and info["network"] == "student"
+
+
+def test_neighbours_are_those_of_its_features(runs, pictures, capsys):
+    _, folder, _ = runs
+    ckpt = str(folder / "teacher.safetensors")
+    flags = ["--ckpt", ckpt, "--data_path", str(pictures), "--num_workers", "0", "--device", "cpu"]
+    evaluate.main(evaluate.parse_args(["knn", *flags, "--features", str(folder / "f.safetensors")]))
+    backbone, _ = load_backbone(ckpt)
+    data = open_data(str(pictures))
+    with torch.no_grad():
+        expected = backbone(torch.stack([eval_view(data.bank[i][0], 32) for i in range(16)]))
+    torch.testing.assert_close(load_file(folder / "f.safetensors")["bank"], expected, rtol=0, atol=1e-5)
+    assert json.loads((folder / "teacher.knn.json").read_text())["bank"] == 16
+
+
+def test_its_features_are_classified(runs, pictures, capsys):
+    arch, folder, _ = runs
+    flags = ["--ckpt", str(folder / "teacher.safetensors"), "--data_path", str(pictures), "--num_workers", "0",
+             "--device", "cpu", "--epochs", "1", "--batch_size_per_gpu", "8"]
+    evaluate.main(evaluate.parse_args(["linear", *flags, "--lr", "0.01"]))
+    evaluate.main(evaluate.parse_args(["finetune", *flags, "--warmup_epochs", "0", "--lr", "0.1"]))
+    evaluate.main(evaluate.parse_args(["finetune", *flags, "--warmup_epochs", "0", "--test_only"]))
+    tuned, _ = load_backbone(folder / "teacher.finetune" / "classifier.safetensors")
+    before, _ = load_backbone(folder / "teacher.safetensors")
+    assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), before.parameters()))
+    assert json.loads((folder / "teacher.finetune" / "result.json").read_text())["judged"] == 8
+
+
+@pytest.mark.parametrize("flags", ["", "--normalize nhwc --dynamic none --batch_size 3"])
+def test_an_exported_file_gives_its_features(runs, tmp_path, stopped, capsys, flags):
+    arch, folder, _ = runs
+    output = str(tmp_path / "model.onnx")
+    export.main(export.parse_args(["--ckpt", str(folder / "teacher.safetensors"), "--output", output, *flags.split()]))
+    assert "at most" in capsys.readouterr().out
+    backbone, _ = load_backbone(folder / "teacher.safetensors")
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1)).byte()
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (train.IMAGENET_MEAN, train.IMAGENET_STD))
+    images = (pixels / 255 - mean) / std
+    feed = pixels.permute(0, 2, 3, 1).contiguous() if flags else images
+    found, = session.run(None, {"image": feed.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), backbone(images), rtol=0, atol=1e-4)
+    line = stopped(lambda *a: visualize.main(visualize.parse_args(a)), "attention", "shapes", "--ckpt", output)
+    assert "gives features alone, this needs the attention" in line
+    session, about = infer.open_model(output)
+    feature, attention = infer.infer(session, about, infer.prepare(Shapes("test", 1, 48)[0][0], about))
+    assert feature.shape == (backbone.embed_dim,) and attention is None and feature.dtype == np.float32
+
+
+def test_weights_go_back_to_their_library(runs, tmp_path, stopped):
+    arch, folder, _ = runs
+    ckpt, output = str(folder / "teacher.safetensors"), str(tmp_path / "weights")
+    backbone, _ = load_backbone(ckpt)
+    export.main(export.parse_args(["--ckpt", ckpt, "--format", "dino", "--output", output]))
+    name, x = arch.removeprefix("timm:"), torch.randn(2, 3, 32, 32)
+    theirs = timm.create_model(name, num_classes=0) if arch.startswith("timm:") else models.get_model(name)
+    missing, unexpected = theirs.load_state_dict(torch.load(output), strict=False)
+    assert not unexpected and all(key.startswith("fc.") for key in missing)
+    theirs.fc = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(x), backbone(x), rtol=0, atol=1e-5)
+    assert "has no such names" in stopped(export_main, "--ckpt", ckpt, "--format", "transformers")
+
+
+def export_main(*argv):
+    export.main(export.parse_args(argv))
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_released_resnet_is_recognised(tmp_path, depth):
+    """Files with the names of torchvision and no word on what they are, alone and as a full checkpoint."""
+    torch.manual_seed(0)
+    theirs = models.get_model(f"resnet{depth}")
+    theirs.fc = torch.nn.Identity()
+    weights = theirs.eval().state_dict()
+    torch.save(weights, tmp_path / "alone.pth")
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in weights.items()} | {
+        "head.mlp.0.weight": torch.ones(2, 2)}, "epoch": 3}, tmp_path / "full.pth")
+    x = torch.randn(2, 3, 64, 64)
+    for name in ("alone.pth", "full.pth"):
+        backbone, info = load_backbone(tmp_path / name)
+        assert info["backbone"] == dict(arch=f"resnet{depth}")
+        with torch.no_grad():
+            assert torch.equal(backbone(x), theirs(x))
+    del weights["layer4.1.bn2.bias"]
+    torch.save(weights, tmp_path / "less.pth")
+    with pytest.raises(CheckpointError, match="a ResNet of other sizes than torchvision's"):
+        load_backbone(tmp_path / "less.pth")
+
+
+REFUSALS = {  # command -> what its one line says
+    "segment masks": "this needs the attention", "segment video --data_path {d}": "this needs the patch tokens",
+    "visualize attention shapes": "this needs the attention",
+    "visualize features shapes": "this needs the patch tokens",
+    "retrieve copies --data_path {d}": "this needs the patch tokens",
+    "evaluate linear --data_path {p} --avgpool_patchtokens": "leave --avgpool_patchtokens out",
+    "evaluate knn --data_path {p} --image_size 5000": "5000 pixels is not one from 1 to 4096",
+    "export --precision mixed": "--precision is for vision transformers", "export --heads mean": "--heads is for",
+    "export --dynamic size": "--dynamic size is for", "export --patch_tokens": "--patch_tokens is for"}
+
+
+@pytest.mark.parametrize("command", REFUSALS)
+def test_what_needs_a_transformer_says_so(runs, pictures, tmp_path, stopped, command):
+    arch, folder, _ = runs
+    davis = tmp_path / "davis"
+    for part, mode in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        path = davis / part / "480p" / "cat" / f"0.{mode}"
+        path.parent.mkdir(parents=True)
+        Shapes("test", 1, 48)[0][0].convert("P" if mode == "png" else "RGB").save(path)
+    for part in ("original", "strong"):
+        (davis / part).mkdir()
+        Shapes("test", 1, 48)[0][0].save(davis / part / "200000.png")
+    name, *argv = command.format(d=davis, p=pictures).split()
+    script = {"segment": segment, "visualize": visualize, "retrieve": retrieve, "evaluate": evaluate,
+              "export": export}[name]
+    line = stopped(lambda *a: script.main(script.parse_args(a)), *argv, "--ckpt", str(folder / "teacher.safetensors"))
+    assert REFUSALS[command] in line
+
+
+def test_a_map_of_pictures_is_drawn(runs, pictures, capsys):
+    arch, folder, _ = runs
+    visualize.main(visualize.parse_args(["embedding", "--ckpt", str(folder / "teacher.safetensors"), "--data_path",
+                                         str(pictures), "--num_workers", "0", "--device", "cpu"]))
+    assert (folder / "teacher.embedding.png").exists()
