@@ -51,7 +51,7 @@ def exported(args):
     except Exception as error:  # of ONNX Runtime's own kinds
         raise CheckpointError(f"{args.ckpt}: not a file of export.py that can be run here ({error})") from None
     if "attention" not in about["outputs"]:
-        raise CheckpointError(f"{args.ckpt}: gives features alone, this needs the attention of a vision transformer")
+        raise CheckpointError(f"{args.ckpt}: gives features alone, this needs attention")
     if not mean:
         raise CheckpointError(f"{args.ckpt}: takes other channels than red, green and blue")
     if size and args.image_size:

@@ -80,7 +80,7 @@ def open_backbone(args, say=print, needs=""):
     """The backbone of pictures that --ckpt, --checkpoint_key and --untrained name (see cli.add_model_flags).
 
     Args:
-        needs: what is asked of it that a vision transformer alone has: "attention" or "patch tokens".
+        needs: what is asked of it that those of vit.py alone give: "attention", "patch tokens", "views of any size".
 
     Returns:
         the model in eval mode, its description (see `load_backbone`), and where it comes from, for people and files:
@@ -91,8 +91,8 @@ def open_backbone(args, say=print, needs=""):
     if backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
     if needs and "arch" in info["backbone"]:
-        raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features alone, this needs the {needs} of a "
-                              f"vision transformer")
+        raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features of squares alone, this needs {needs} "
+                              f"as of a vision transformer of vit.py")
     if args.untrained:
         backbone = untrained(info)
     return backbone, info, dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained)

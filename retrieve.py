@@ -211,7 +211,8 @@ def landmarks(args):
     truths = {str(file.relative_to(root)): read_landmarks(file) for file in files}
     scales = SCALES if args.multiscale else (1.0,)
     # Sizes differ, so pictures come one by one; and as they lie in the file, for so the boxes were drawn.
-    looker = Looker(args, partial(multi_scale, scales=scales), within, batch_size=1, upright=False)
+    looker = Looker(args, partial(multi_scale, scales=scales), within, batch_size=1, upright=False,
+                    needs="views of any size")
     path = file_for(looker.origin, args, "landmarks.json")
     normalise, result = normaliser(looker, args.whitening), {}
     for file, truth in truths.items():

@@ -1,4 +1,5 @@
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -25,7 +26,7 @@ from resume import load_state
 from step import Settings, build_networks, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "
-         "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 0 --num_workers 0 --device cpu --precision fp32").split()
+         "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 1 --num_workers 0 --device cpu --precision fp32").split()
 ARCHS = ["resnet50", "timm:xcit_nano_12_p16_224"]
 
 
@@ -173,13 +174,21 @@ def test_neighbours_are_those_of_its_features(runs, pictures, capsys):
     _, folder, _ = runs
     ckpt = str(folder / "teacher.safetensors")
     flags = ["--ckpt", ckpt, "--data_path", str(pictures), "--num_workers", "0", "--device", "cpu"]
-    evaluate.main(evaluate.parse_args(["knn", *flags, "--features", str(folder / "f.safetensors")]))
+    evaluate.main(evaluate.parse_args(["knn", *flags, "--nb_knn", "20", "--features", str(folder / "f.safetensors")]))
     backbone, _ = load_backbone(ckpt)
     data = open_data(str(pictures))
     with torch.no_grad():
         expected = backbone(torch.stack([eval_view(data.bank[i][0], 32) for i in range(16)]))
     torch.testing.assert_close(load_file(folder / "f.safetensors")["bank"], expected, rtol=0, atol=1e-5)
-    assert json.loads((folder / "teacher.knn.json").read_text())["bank"] == 16
+    found = json.loads((folder / "teacher.knn.json").read_text())["knn"]["16"]
+    said = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]
+    assert said["knn"] == "epoch 1" and [found["top1"], found["top5"]] == [said["top1"], said["top5"]]
+
+
+def test_judging_leaves_batch_norm_as_it_is(runs):
+    teacher = load_state(runs[1] / "checkpoint.pth")["teacher"]
+    counts = {value.item() for name, value in teacher.items() if name.endswith("num_batches_tracked")}
+    assert counts == {4}  # steps; each shows the teacher its two views at once
 
 
 def test_its_features_are_classified(runs, pictures, capsys):
@@ -211,7 +220,7 @@ def test_an_exported_file_gives_its_features(runs, tmp_path, stopped, capsys, fl
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), backbone(images), rtol=0, atol=1e-4)
     line = stopped(lambda *a: visualize.main(visualize.parse_args(a)), "attention", "shapes", "--ckpt", output)
-    assert "gives features alone, this needs the attention" in line
+    assert "gives features alone, this needs attention" in line
     session, about = infer.open_model(output)
     feature, attention = infer.infer(session, about, infer.prepare(Shapes("test", 1, 48)[0][0], about))
     assert feature.shape == (backbone.embed_dim,) and attention is None and feature.dtype == np.float32
@@ -259,10 +268,11 @@ def test_a_released_resnet_is_recognised(tmp_path, depth):
 
 
 REFUSALS = {  # command -> what its one line says
-    "segment masks": "this needs the attention", "segment video --data_path {d}": "this needs the patch tokens",
-    "visualize attention shapes": "this needs the attention",
-    "visualize features shapes": "this needs the patch tokens",
-    "retrieve copies --data_path {d}": "this needs the patch tokens",
+    "segment masks": "this needs attention", "segment video --data_path {d}": "this needs patch tokens",
+    "visualize attention shapes": "this needs attention",
+    "visualize features shapes": "this needs patch tokens",
+    "retrieve landmarks --data_path {d}": "this needs views of any size",
+    "retrieve copies --data_path {d}": "this needs patch tokens",
     "evaluate linear --data_path {p} --avgpool_patchtokens": "leave --avgpool_patchtokens out",
     "evaluate knn --data_path {p} --image_size 5000": "5000 pixels is not one from 1 to 4096",
     "export --precision mixed": "--precision is for vision transformers", "export --heads mean": "--heads is for",
@@ -277,9 +287,11 @@ def test_what_needs_a_transformer_says_so(runs, pictures, tmp_path, stopped, com
         path = davis / part / "480p" / "cat" / f"0.{mode}"
         path.parent.mkdir(parents=True)
         Shapes("test", 1, 48)[0][0].convert("P" if mode == "png" else "RGB").save(path)
-    for part in ("original", "strong"):
+    for part, file in (("original", "200000.png"), ("strong", "200000.png"), ("jpg", "a.jpg")):
         (davis / part).mkdir()
-        Shapes("test", 1, 48)[0][0].save(davis / part / "200000.png")
+        Shapes("test", 1, 48)[0][0].save(davis / part / file)
+    truth = dict(imlist=["a"], qimlist=["a"], gnd=[dict(bbx=[0, 0, 9, 9], easy=[0], hard=[], junk=[])])
+    (davis / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth))
     name, *argv = command.format(d=davis, p=pictures).split()
     script = {"segment": segment, "visualize": visualize, "retrieve": retrieve, "evaluate": evaluate,
               "export": export}[name]
