@@ -47,10 +47,11 @@ def exported(args):
         raise CheckpointError(f"{args.ckpt}: an exported file has neither --untrained nor --checkpoint_key")
     try:
         session, about = infer.open_model(args.ckpt)
-        p, size, mean, trained_size = (about[name] for name in ("patch_size", "image_size", "mean", "trained_size"))
+        p, size, mean, trained_size, outputs = (about[name] for name in (
+            "patch_size", "image_size", "mean", "trained_size", "outputs"))
     except Exception as error:  # of ONNX Runtime's own kinds
         raise CheckpointError(f"{args.ckpt}: not a file of export.py that can be run here ({error})") from None
-    if "attention" not in about["outputs"]:
+    if "attention" not in outputs:
         raise CheckpointError(f"{args.ckpt}: gives features alone, this needs attention")
     if not mean:
         raise CheckpointError(f"{args.ckpt}: takes other channels than red, green and blue")

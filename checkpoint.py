@@ -59,9 +59,7 @@ def load_backbone(path, key=None, say=print):
     try:
         ours, outside, sizes = recognised(weights, info.get("backbone"), path)
         model, matched = build(sizes, ours)
-    except CheckpointError:
-        raise
-    except ModuleNotFoundError:  # timm
+    except (CheckpointError, ModuleNotFoundError):  # timm is not there
         raise
     except Exception as error:  # the description is as foreign as the weights
         raise CheckpointError(f"{path}: not the weights of a backbone as built here: "
@@ -132,28 +130,30 @@ def beside(ckpt, key, ending, untrained=False):
 def build(sizes, weights):
     """The backbone of these sizes with these weights, and those of the weights that it took.
 
-    No transformer is allocated before the sizes have proved to be those of weights that are there; a model of another
-    library has sizes of its own.
+    Nothing is allocated before the sizes have proved to be those of weights that are there.
     """
     for name, value in sizes.items():
         if name not in ("mlp_ratio", "drop_path_rate", "arch") and not (type(value) is int and value > 0):
             raise ValueError(f"{name} is {value!r}")
-    if sizes.get("depth", 12) > len(weights):
-        raise ValueError(f"{sizes['depth']} blocks of {len(weights)} tensors")
-    with torch.device("cpu" if "arch" in sizes else "meta"):
+    depth = sizes.get("depth", 0 if "arch" in sizes else 12)
+    if depth > len(weights):
+        raise ValueError(f"{depth} blocks of {len(weights)} tensors")
+    with torch.device("meta"):
         model = build_backbone(sizes)
     kinds = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     matched = {name: weights[name] for name in model.state_dict() if name in weights}
     for name, tensor in matched.items():
         if fault(tensor) or tensor.is_floating_point() != kinds[name]:
             raise ValueError(f"{name} {fault(tensor) or 'is made of another kind of number'}")
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = shapes_in(model.state_dict())
     wrong = [name for name in shapes if name not in matched or matched[name].shape != shapes[name]]
     if wrong:
         found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
         raise ValueError(f"{len(wrong)} of {len(shapes)} tensors do not fit; {wrong[0]} is {found}, expected "
                          f"{list(shapes[wrong[0]])}")
-    (model if "arch" in sizes else model.to_empty(device="cpu")).load_state_dict(matched)
+    # other libraries have buffers that are in no file
+    model = build_backbone(sizes) if "arch" in sizes else model.to_empty(device="cpu")
+    model.load_state_dict(matched)
     return model, matched
 
 
@@ -163,7 +163,7 @@ def read_weights(path, key):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                ours = metadata.keys() & {"backbone", "vit"}
+                ours = any(metadata.get(name, "").startswith("{") for name in ("backbone", "vit"))
                 info = {name: json.loads(value) for name, value in metadata.items()} if ours else {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
@@ -196,18 +196,17 @@ def recognised(weights, sizes, path):
     Returns:
         {our name: tensor} of the backbone, the names of the other tensors, and the arguments of build_backbone.
     """
-    if "arch" in (sizes or {}):  # a file of this project; the names are those of another library
-        prefix = "backbone."
-    else:
-        anchor = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
-        anchors = (re.fullmatch(anchor, name) for name in weights)
-        prefix = next((anchor[1] for anchor in anchors if anchor), "")
+    known = sizes and "arch" in sizes  # a file of this project; the names are those of another library
+    anchor = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
+    anchors = (re.fullmatch(anchor, name) for name in weights)
+    prefix = "backbone." if known else next((anchor[1] for anchor in anchors if anchor), "")
     inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     outside = [name for name in weights if not name.startswith(prefix)]
-    if "arch" in (sizes or {}):
+    if known:
         return inside, outside, sizes
     if "layer1.0.conv1.weight" in inside:
-        return {f"model.{name}": tensor for name, tensor in inside.items()}, outside, dict(arch=resnet_of(inside))
+        arch, ours = resnet_of(inside)
+        return ours, [name for name in weights if f"model.{name.removeprefix(prefix)}" not in ours], dict(arch=arch)
     ours = standard_names(inside)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
@@ -217,14 +216,19 @@ def recognised(weights, sizes, path):
 
 
 def resnet_of(weights):
-    """The name of the ResNet of torchvision that has weights of these shapes."""
-    shapes = {name: tensor.shape for name, tensor in weights.items() if not name.startswith("fc.")}
+    """The name of the ResNet of torchvision that has these weights, and they under the names of a Headless."""
+    inside = {name: tensor for name, tensor in weights.items() if re.match(r"(conv1|bn1|layer\d)\.", name)}
     for arch in models.list_models(module=models, include=["resne*", "wide_resnet*"]):
         with torch.device("meta"):
-            theirs = models.get_model(arch).state_dict()
-        if shapes == {name: tensor.shape for name, tensor in theirs.items() if not name.startswith("fc.")}:
-            return arch
-    raise ValueError("a ResNet of other sizes than torchvision's")
+            theirs = {name: tensor for name, tensor in models.get_model(arch).state_dict().items() if name[:3] != "fc."}
+        counters = {name: torch.tensor(0) for name in theirs if name.endswith(".num_batches_tracked")}  # old files lack
+        if shapes_in(counters | inside) == shapes_in(theirs):
+            return arch, {f"model.{name}": tensor for name, tensor in (counters | inside).items()}
+    raise ValueError("not the tensors of a ResNet of torchvision")
+
+
+def shapes_in(weights):
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def shapes_of(weights):
@@ -257,7 +261,7 @@ def square_size(image_size, backbone):
         raise CheckpointError(f"--image_size {image_size} is not a multiple of the model's patch size {p}")
     if image_size and isinstance(backbone, Headless):
         try:
-            backbone.try_size(image_size)
+            backbone.try_size(image_size, image_size)
         except BackboneError as error:
             raise CheckpointError(f"--image_size: {error}") from None
     return image_size or backbone.grid[0] * p

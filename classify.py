@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 import cli
 from augment import BatchMultiCrop, MultiCrop
+from backbones import share_statistics, synchronised
 from batches import batch_keys, counted_seed, on_device, train_loader
 from data import DataError
 from dino_loss import cosine_schedule
@@ -214,6 +215,8 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
     fast_products(device, args.precision, network.tokens.backbone.embed_dim)
     network.train()
     model = network
+    if device.type == "cuda" and world_size > 1 and not network.frozen:
+        synchronised(network.tokens)
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
@@ -247,7 +250,7 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
                              lr=max(group["lr"] for group in optimizer.param_groups), **report.pace(global_batch),
                              unreadable=len(report.unreadable)), total_steps, LINE)
         if end_of_epoch and not done and args.val_freq and (epoch + 1) % args.val_freq == 0:
-            network.eval()
+            share_statistics(network.eval())
             figures = measure()
             network.train()
             report.log(dict(epoch=epoch) | figures)
@@ -262,5 +265,5 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
             return False
     stop.restore()
     report.close()
-    network.eval()
+    share_statistics(network.eval())
     return True

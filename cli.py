@@ -245,7 +245,7 @@ def run(main, parse_args, *errors):
         message = "a flag file includes itself"
     except UnicodeDecodeError:
         message = "a flag file (@FILE) is not text"
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         message = of_the_machine(error)
         if not message:
             raise
@@ -263,6 +263,8 @@ def of_the_machine(error):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in text or "size calc" in text:
         asked = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
         return f"out of memory: smaller batches, pictures or networks take less ({asked[0] if asked else text})"
+    if "more than 1 value per channel" in text:
+        return "batch norm needs several pictures to learn from: raise --batch_size_per_gpu"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"torch cannot compile here, leave --compile out or mend this: {text.strip().splitlines()[0]}"
     if "DataLoader worker" in text:

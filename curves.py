@@ -84,11 +84,11 @@ def table(runs):
 
 
 def spread(runs):
-    """Of runs whose names differ in a number at their end alone: lines on their last k-NN, the best first."""
+    """Of runs named alike but for -0 to -9 or _0 to _9 at the end, the seed: lines on their last k-NN, best first."""
     groups = {}
     for name, (curves, _) in runs.items():
         if "top1" in curves:
-            groups.setdefault(re.sub(r"[-_]?\d+$", "", name), []).append(curves["top1"][1][-1])
+            groups.setdefault(re.sub(r"[-_]\d$", "", name), []).append(curves["top1"][1][-1])
     several = {name: values for name, values in groups.items() if len(values) > 1}
     width = max(map(len, several), default=0)
     return [f"{name:{width}} {len(values):3d} runs, k-NN last {statistics.mean(values):5.1f} ± "

@@ -112,7 +112,7 @@ def finetune_flags(add):
     add("--warmup_epochs", 5, "epochs of linear learning-rate warm-up", natural, metavar="N")
     add("--layer_decay", 0.75, "factor of the learning rate from each block to the one before", share, metavar="X")
     add("--weight_decay", 0.05, "on matrices only", natural_float, metavar="WD")
-    add("--drop_path_rate", 0.1, "stochastic depth", rate, metavar="X")
+    add("--drop_path_rate", None, "stochastic depth of a vision transformer (default: 0.1)", rate, metavar="X")
     add("--label_smoothing", 0.1, "share of each label that is given to all classes", share, metavar="X")
     add("--mixup", 0.0, "its alpha, 0 for none; 0.8 for long runs", natural_float, metavar="A")
     add("--cutmix", 0.0, "its alpha, 0 for none; 1 for long runs", natural_float, metavar="A")
@@ -350,6 +350,10 @@ def finetune(args):
         head, how = load_classifier(output, subject.origin, classes, subject)
         tokens = Tokens(load_backbone(output / "classifier.safetensors", say=subject.say)[0].to(subject.device))
     else:
+        if args.drop_path_rate and not tokens.backbone.blocks:
+            raise CheckpointError(f"--drop_path_rate is of vision transformers, not of {tokens.backbone.arch}")
+        if args.drop_path_rate is None:
+            args.drop_path_rate = 0.1 if tokens.backbone.blocks else 0.0
         tokens.backbone.drop_path_rate = args.drop_path_rate
         torch.manual_seed(args.seed)
         network = Classifiers(tokens, len(classes), frozen=False).to(subject.device)

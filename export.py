@@ -40,7 +40,7 @@ from torchvision.transforms import functional as TF
 
 import cli
 import infer
-from backbones import Headless
+from backbones import BackboneError, Headless
 from checkpoint import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
 from cli import natural, positive
 from data import DataError, ImageTree, Shapes
@@ -127,9 +127,15 @@ def describe(backbone, info, ckpt, args):
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
     is_vit = not isinstance(backbone, Headless)
     for flag, asked in (("precision", args.precision != "fp32"), ("dynamic size", args.dynamic == "size"), (
-            "patch_tokens", args.patch_tokens), ("last_layers", args.last_layers), ("heads", args.heads != "each")):
+            "patch_tokens", args.patch_tokens), ("last_layers", args.last_layers), ("heads", args.heads != "each"), (
+            "opset 17", args.opset == 17)):
         if asked and not is_vit:
             raise CheckpointError(f"--{flag} is for vision transformers of vit.py, not for {backbone.arch}")
+    if not is_vit:
+        try:
+            backbone.try_size(height, width)
+        except BackboneError as error:
+            raise CheckpointError(f"--image_size: {error}") from None
     if args.last_layers > len(backbone.blocks):
         raise CheckpointError(f"--last_layers {args.last_layers}: the model has {len(backbone.blocks)} blocks")
     outputs = {"features": "CLS after the final norm, [B, D]" if is_vit else "before the classifier, [B, D]"}
@@ -143,8 +149,8 @@ def describe(backbone, info, ckpt, args):
         outputs[f"layer_{i + 1}"] = (f"CLS and patches after block {depth - args.last_layers + i + 1} of {depth}, the "
                                      f"final norm applied, [B, 1+N, D]")
     is_rgb = backbone.in_chans == 3
-    return dict(arch=info.get("arch", "vision transformer"), patch_size=p, trained_size=backbone.grid[0] * p,
-                image_size=None if args.dynamic == "size" else [height, width],
+    return dict(arch=info.get("arch", getattr(backbone, "arch", "vision transformer")), patch_size=p,
+                trained_size=backbone.grid[0] * p, image_size=None if args.dynamic == "size" else [height, width],
                 batch_size=args.batch_size if args.dynamic == "none" else None,
                 mean=info.get("mean", IMAGENET_MEAN) if is_rgb else None,
                 std=info.get("std", IMAGENET_STD) if is_rgb else None, layout=args.normalize or "nchw",

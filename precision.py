@@ -28,7 +28,7 @@ def fast_products(device, precision, width=128):
         width: of the network; below 128 a call of oneDNN costs more than it saves.
     """
     if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif torch.device(device).type == "cpu":
         torch.backends.mkldnn.matmul.fp32_precision = "bf16" if width >= 128 and onednn_keeps_float32() else "none"
 
@@ -36,7 +36,7 @@ def fast_products(device, precision, width=128):
 def usual_products(device):
     """Take `fast_products` back: products as torch makes them by itself."""
     if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
     torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 

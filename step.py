@@ -153,8 +153,9 @@ def apply_gradients(student, teacher, optimizer, scaler, reached, before, now, c
         applied &= reached == now.step
         if is_fused:
             optimizer.found_inf = (~applied).float()
+    moves = applied | (scaler.is_enabled() and now.momentum == 0)  # a step that fp16 left out may end an epoch
     if now.lagging:
-        move_teacher(teacher, student, now.momentum, applied)
+        move_teacher(teacher, student, now.momentum, moves)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -162,7 +163,7 @@ def apply_gradients(student, teacher, optimizer, scaler, reached, before, now, c
         for tensor, old in before:
             tensor.copy_(torch.where(applied.to(tensor.device), tensor, old))
     if not now.lagging:
-        move_teacher(teacher, student, now.momentum, applied)
+        move_teacher(teacher, student, now.momentum, moves)
     reached += applied | scaler.is_enabled()
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from backbones import BackboneError, require_known
+from backbones import BackboneError, require_known, share_statistics, synchronised
 from batches import batch_keys, counted_seed, eval_loader, on_device, some_of, train_loader
 from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add(model, "--embed_dim", None, "of vit_*, width", positive)
     add(model, "--depth", None, "of vit_*, number of blocks", positive)
     add(model, "--num_heads", None, "of vit_*, attention heads", positive)
-    add(model, "--drop_path_rate", None, "stochastic depth of the student: 0.1, or 0 where there is none", rate)
+    add(model, "--drop_path_rate", None, "stochastic depth of the student: 0.1 for vit_*, else 0", rate)
     add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
     add(model, "--norm_last_layer", True, "prototypes of length 1; false is better for vit_small, less stable", boolean)
@@ -80,12 +80,13 @@ def parse_args(argv=None):
     teacher = parser.add_argument_group("teacher")
     add(teacher, "--teacher", "momentum", "what it is: the student's running mean; the student itself; the student of "
         "the step before; the student at the end of the epoch before", choices=list(TEACHERS))
-    add(teacher, "--momentum_teacher", 0.996, "rises to 1; 0.9995 for long runs of small steps, 0.99 for short", share)
+    add(teacher, "--momentum_teacher", 0.996, "of the running mean, rises to 1; 0.9995 for long runs of small steps, "
+        "0.99 for short", share)
     add(teacher, "--warmup_teacher_temp", 0.04, "at the start; less if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after its warm-up; above 0.07 is mostly unstable", positive_float)
     add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", natural)
     add(teacher, "--student_temp", 0.1, "temperature of the student", positive_float)
-    add(teacher, "--loss", "ce", "cross-entropy, or mean squared error of centred directions without temperatures",
+    add(teacher, "--loss", "ce", "cross-entropy, or mean squared error of centred directions, without temperatures",
         choices=["ce", "mse"])
     add(teacher, "--centering", "mean", "against one answer for all pictures: mean takes a running mean off the "
         "logits, batch and sinkhorn share the prototypes out among the pictures of a pass",
@@ -155,14 +156,12 @@ def resolve_arch(parser, args):
     """Fill in what --arch says of the backbone; end with a parser error if the flags of its sizes cannot be met."""
     of_vit = {"patch_size": 16} | SIZES.get(args.arch, SIZES["vit_small"])
     if args.drop_path_rate is None:
-        args.drop_path_rate = 0.1 if args.arch in SIZES or args.arch.startswith("timm:") else 0.0
+        args.drop_path_rate = 0.1 if args.arch in SIZES else 0.0
     if args.arch not in SIZES:
         try:
             require_known(args.arch)
         except BackboneError as error:
             parser.error(f"--arch: {error}")
-        if args.drop_path_rate and not args.arch.startswith("timm:"):
-            parser.error(f"--drop_path_rate: torchvision's {args.arch} has no stochastic depth that can be set")
         for name in (*of_vit, "activation_checkpointing"):
             if getattr(args, name):
                 parser.error(f"--{name} is of {', '.join(SIZES)}, not of {args.arch}")
@@ -228,20 +227,22 @@ def collapse(stats, out_dim):
     """A sentence if an epoch's figures show that training has collapsed, else None (sections 5.1 and 5.3, figure 7).
 
     Args:
-        stats: several of the teacher's entropy, the entropy of its mean output, and the KL divergence, nats.
+        stats: several of the teacher's entropy, the entropy of its mean output, and the KL divergence (NaN where the
+            loss is none, then a collapse to uniform is not told), nats, in the order of time.
     """
     top, stats = math.log(out_dim), torch.tensor(stats)
     entropy, entropy_of_mean, kl = stats.nanmean(dim=0).tolist()
-    least, most = stats[:, 0].min().item(), stats[:, 0].max().item()
+    e = stats[:, 0]
+    rise, fall = (e - e.cummin(0).values).max().item(), (e.cummax(0).values - e).max().item()
     if entropy_of_mean < 0.05 * top:
         return (f"collapsed to one prototype: the teacher gives every image the same answer (entropy of its mean "
                 f"output {entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
     if entropy > 0.99 * top and kl < 0.01 * top:
         return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
                 f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, a lower --lr, more --freeze_last_layer")
-    if most - least > 0.25 * top:
-        return (f"the teacher does not settle: the entropy of its answers was anything from {least:.2f} to {most:.2f} "
-                f"(ln K = {top:.2f}) within this epoch; try a higher --momentum_teacher or a lower --lr")
+    if min(rise, fall) > 0.1 * top:
+        return (f"the teacher does not settle: the entropy of its answers rose by {rise:.2f} and fell by {fall:.2f} "
+                f"(ln K = {top:.2f}) within this epoch; it needs a higher --momentum_teacher, or a lower --lr")
     return None
 
 
@@ -324,12 +325,12 @@ def main(args):
     backbone, head = model_arguments(args)
     network, teacher = build_networks(backbone, head, args.drop_path_rate, args.seed, args.predictor)
     if "arch" in backbone:  # only a try tells which pictures it takes
-        network.backbone.try_size(args.local_crops_size if args.local_crops_number else args.global_crops_size)
+        network.backbone.try_size(*[args.local_crops_size if args.local_crops_number else args.global_crops_size] * 2)
     info = dict(arch=args.arch, backbone=backbone, head=head, patch_size=args.patch_size,
                 image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 data_path=data.path)  # what the model files say
     if device.type == "cuda" and world_size > 1:  # elsewhere each process has statistics of its own pictures
-        network, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (network, teacher))
+        network, teacher = map(synchronised, (network, teacher))
     network, teacher = network.to(device), teacher.to(device)
     dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.loss).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups(network))
@@ -382,9 +383,7 @@ def main(args):
 
     def measure(name, model):
         best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
-        teacher.eval()
-        for buffer in teacher.buffers() if world_size > 1 else ():  # batch norm's, where each process has its own
-            dist.broadcast(buffer, 0)
+        share_statistics(teacher.eval())
         knn[name], unreadable = judge(model, data, args, rank, world_size)
         teacher.train()
         report.skipped(unreadable if rank == 0 else [])
@@ -454,7 +453,8 @@ def main(args):
             report.step(dict(epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
                              teacher_entropy_of_mean=entropy_of_mean, kl=kl,
                              **report.pace(global_batch), unreadable=len(report.unreadable),
-                             loss_scale=scaler.get_scale(), **now._asdict()), total_steps, LINE)
+                             loss_scale=scaler.get_scale(), **now._asdict()), total_steps,
+                        LINE if args.loss == "ce" else LINE.replace("  KL {kl:.3f}", ""))
         if end_of_epoch:
             trouble = collapse(epoch_stats, args.out_dim)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures

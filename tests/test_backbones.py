@@ -7,9 +7,11 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision import models
+from torchvision.ops import StochasticDepth
 
+import checkpoint
 import evaluate
 import export
 import infer
@@ -17,13 +19,13 @@ import retrieve
 import segment
 import train
 import visualize
-from backbones import BackboneError, Headless
+from backbones import BackboneError, Headless, build_backbone, synchronised
 from batches import eval_view
 from checkpoint import CheckpointError, load_backbone
 from classify import Classifiers, Tokens, layer_groups
 from data import Shapes, open_data
 from resume import load_state
-from step import Settings, build_networks, train_step
+from step import Settings, build_networks, compile_regions, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "
          "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 1 --num_workers 0 --device cpu --precision fp32").split()
@@ -63,6 +65,80 @@ def test_a_model_of_timm_loses_its_head_alone(name, size):
         torch.testing.assert_close(theirs.get_classifier()(feature), theirs(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ["convnext_tiny", "mobilenet_v3_small", "timm:mobilenetv3_small_050"])
+def test_nothing_is_drawn_in_a_teacher(arch):
+    student, teacher = build_networks(dict(arch=arch, img_size=32), dict(out_dim=8, hidden_dim=8))
+    views = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))] * 2
+    with torch.no_grad():
+        assert teacher.training and torch.equal(teacher(views), teacher(views))
+
+
+def test_stochastic_depth_of_torchvision_is_scaled():
+    theirs = [module.p for module in models.convnext_tiny().modules() if isinstance(module, StochasticDepth)]
+    ours = [module.p for module in Headless("convnext_tiny", 32, 0.3).modules() if isinstance(module, StochasticDepth)]
+    assert ours == pytest.approx([3 * p for p in theirs]) and max(ours) == pytest.approx(0.3)
+    with pytest.raises(BackboneError, match="resnet18 has no stochastic depth"):
+        Headless("resnet18", 32, 0.3)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm:mobilenetv3_small_050"])
+def test_synchronised_batch_norm_is_the_same_network(arch):
+    _, teacher = build_networks(dict(arch=arch, img_size=32), dict(out_dim=8, hidden_dim=8, use_bn=True))
+    x = torch.randn(2, 3, 32, 32)
+    before = teacher.eval()([x])
+    state = list(teacher.state_dict())
+    made = synchronised(teacher)
+    kinds = [type(module).__name__ for module in made.modules() if hasattr(module, "running_mean")]
+    assert torch.equal(made([x]), before) and list(made.state_dict()) == state
+    assert kinds and all("Sync" in kind for kind in kinds)
+
+
+def test_all_of_a_headless_is_compiled():
+    networks = build_networks(dict(arch="resnet18", img_size=32), dict(out_dim=8, hidden_dim=8))
+    compile_regions(*networks)
+    assert all(network.backbone._compiled_call_impl is not None for network in networks)
+
+
+STATISTICS = """
+import torch, torch.distributed as dist
+from backbones import Headless, share_statistics
+torch.manual_seed(0)
+backbone = Headless("resnet18", 32)
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+backbone.train()(torch.randn(2, 3, 32, 32))
+mine = torch.cat([b.double().flatten() for b in backbone.buffers()])
+theirs = [torch.empty_like(mine) for _ in range(2)]
+dist.all_gather(theirs, mine)
+assert not torch.equal(*theirs)
+share_statistics(backbone)
+assert torch.equal(torch.cat([b.double().flatten() for b in backbone.buffers()]), theirs[0])
+dist.destroy_process_group()
+"""
+
+
+def test_processes_judge_by_the_same_statistics(in_processes):
+    in_processes(2, STATISTICS)
+
+
+def test_a_file_that_does_not_fit_allocates_nothing(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(checkpoint, "build_backbone", lambda sizes: made.append(build_backbone(sizes)) or made[-1])
+    path = tmp_path / "junk.safetensors"
+    save_file({"backbone.model.conv1.weight": torch.ones(13)}, path, {"backbone": json.dumps(
+        dict(arch="timm:vit_giant_patch14_224", img_size=224))})
+    with pytest.raises(CheckpointError, match="tensors do not fit"):
+        load_backbone(path)
+    assert len(made) == 1 and next(made[0].parameters()).is_meta
+    for arch in ("timm:hf-hub:someone/model", "../model", 7):
+        save_file({"x": torch.ones(13)}, path, {"backbone": json.dumps(dict(arch=arch, img_size=224))})
+        with pytest.raises(CheckpointError, match="not the weights of a backbone"):
+            load_backbone(path)
+    save_file({"x": torch.ones(13)}, path, {"backbone": "resnet50"})  # somebody else's metadata
+    with pytest.raises(CheckpointError, match="none of its 1 tensors"):
+        load_backbone(path)
+
+
 def test_stochastic_depth_is_timms():
     backbone = Headless("timm:xcit_nano_12_p16_224", 32, drop_path_rate=0.3)
     found = {module.drop_prob for module in backbone.modules() if type(module).__name__ == "DropPath"}
@@ -75,7 +151,7 @@ def test_stochastic_depth_is_timms():
     ("resnet51", 64, "resnet51 is none of vit_tiny, vit_small, vit_base, vit_large and no classifier of torchvision"),
     ("resnet51", 64, "which has resnet"), ("timm:xcit_nano", 64, "no classifier of timm .*has timm:xcit_"),
     ("squeezenet1_1", 64, "no linear classifier"), ("alexnet", 32, "alexnet cannot look at 32 x 32 pixels: "),
-    ("timm:vit_tiny_patch16_224", 40, "cannot look at 40 x 40"), ("resnet18", 5000, "5000 pixels is not one from")])
+    ("timm:vit_tiny_patch16_224", 40, "cannot look at 40 x 40"), ("resnet18", 5000, "5000 pixels are not sides from")])
 def test_what_cannot_be_a_backbone(arch, size, words):
     with pytest.raises(BackboneError, match=words):
         Headless(arch, size)
@@ -255,16 +331,26 @@ def test_a_released_resnet_is_recognised(tmp_path, depth):
     torch.save(weights, tmp_path / "alone.pth")
     torch.save({"teacher": {f"backbone.{name}": value for name, value in weights.items()} | {
         "head.mlp.0.weight": torch.ones(2, 2)}, "epoch": 3}, tmp_path / "full.pth")
+    old = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    torch.save({f"module.{name}": value for name, value in old.items()} | {
+        "module.projection_head.0.weight": torch.ones(3, 3), "module.fc.bias": torch.ones(1000)}, tmp_path / "old.pth")
     x = torch.randn(2, 3, 64, 64)
-    for name in ("alone.pth", "full.pth"):
+    for name in ("alone.pth", "full.pth", "old.pth"):
         backbone, info = load_backbone(tmp_path / name)
         assert info["backbone"] == dict(arch=f"resnet{depth}")
         with torch.no_grad():
             assert torch.equal(backbone(x), theirs(x))
     del weights["layer4.1.bn2.bias"]
     torch.save(weights, tmp_path / "less.pth")
-    with pytest.raises(CheckpointError, match="a ResNet of other sizes than torchvision's"):
+    with pytest.raises(CheckpointError, match="not the tensors of a ResNet of torchvision"):
         load_backbone(tmp_path / "less.pth")
+
+
+def test_one_picture_is_too_few_for_batch_norm(pictures, tmp_path, stopped):
+    line = stopped(lambda *argv: train.main(train.parse_args(argv)), *TRAIN, "--arch", "resnet18", "--epochs", "1",
+                   "--batch_size_per_gpu", "1", "--local_crops_number", "1", "--data_path", str(pictures),
+                   "--output_dir", str(tmp_path / "run"))
+    assert "batch norm needs several pictures to learn from: raise --batch_size_per_gpu" in line
 
 
 REFUSALS = {  # command -> what its one line says
@@ -274,9 +360,14 @@ REFUSALS = {  # command -> what its one line says
     "retrieve landmarks --data_path {d}": "this needs views of any size",
     "retrieve copies --data_path {d}": "this needs patch tokens",
     "evaluate linear --data_path {p} --avgpool_patchtokens": "leave --avgpool_patchtokens out",
-    "evaluate knn --data_path {p} --image_size 5000": "5000 pixels is not one from 1 to 4096",
-    "export --precision mixed": "--precision is for vision transformers", "export --heads mean": "--heads is for",
-    "export --dynamic size": "--dynamic size is for", "export --patch_tokens": "--patch_tokens is for"}
+    "evaluate knn --data_path {p} --image_size 5000": "5000 pixels are not sides from 1 to 4096",
+    "export --precision mixed": "--precision is for vision transformers",
+    "export --heads mean": "--heads is for",
+    "export --dynamic size": "--dynamic size is for",
+    "export --opset 17": "--opset 17 is for",
+    "export --image_size 5000 32": "5000 x 32 pixels are not sides",
+    "evaluate finetune --data_path {p} --drop_path_rate 0.2": "--drop_path_rate is of vision transformers",
+    "export --patch_tokens": "--patch_tokens is for"}
 
 
 @pytest.mark.parametrize("command", REFUSALS)

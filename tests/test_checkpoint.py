@@ -32,6 +32,8 @@ def test_model_round_trip_keeps_weights_and_description(tmp_path, model):
     loaded, read = load_backbone(tmp_path / "m.safetensors")
     assert equal(loaded, model) and loaded.num_heads == 4 and not loaded.training
     assert read == info | {"mean": [0.5, 0.5, 0.5], "network": None}
+    save_model(tmp_path / "old.safetensors", weights, {"vit": info["backbone"]})  # as it was called at first
+    assert load_backbone(tmp_path / "old.safetensors")[0].num_heads == 4
 
 
 def test_reference_files(tmp_path, model, capsys):

@@ -16,12 +16,13 @@ import export
 import retrieve
 import segment
 import train
+from backbones import BackboneError
 from checkpoint import save_model
 from data import DataError
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
-ERRORS = (DataError, train.CheckpointError, FloatingPointError, export.ExportError)
+ERRORS = (DataError, BackboneError, train.CheckpointError, FloatingPointError, export.ExportError)
 
 
 @pytest.fixture
@@ -98,7 +99,9 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("train --arch timm:no_such_net", "timm:no_such_net is none of"),
     ("train --arch resnet50 --patch_size 8", "--patch_size is of vit_tiny, vit_small, vit_base, vit_large, not of"),
     ("train --arch resnet50 --activation_checkpointing", "--activation_checkpointing is of vit_tiny"),
-    ("train --arch resnet50 --drop_path_rate 0.1", "torchvision's resnet50 has no stochastic depth that can be set"),
+    ("train --arch resnet18 --drop_path_rate 0.1", "resnet18 has no stochastic depth: --drop_path_rate must be 0"),
+    ("train --arch timm:vgg11 --drop_path_rate 0.1", "timm:vgg11 cannot be built: "),
+    ("train --arch timm:vit_tiny_patch16_224.augreg_in21k", "is none of vit_tiny"),
     ("train --arch maxvit_t --local_crops_size 96", "maxvit_t cannot look at 96 x 96 pixels"),
     ("train --loss mse --centering sinkhorn", "--centering sinkhorn makes probabilities, which --loss mse does not"),
     ("train --teacher frozen", "--teacher: invalid choice: 'frozen'"),
@@ -149,7 +152,7 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("evaluate knn --ckpt {}/text.pth", "text.pth: not a checkpoint"),
     ("evaluate knn --ckpt {}/text.safetensors", "text.safetensors: not a safetensors file"),
     ("evaluate knn --ckpt {}/cut.safetensors", "cut.safetensors: not a safetensors file, or damaged"),
-    ("evaluate knn --ckpt {}/resnet.pth", "resnet.pth: not the weights of a backbone as built here: a ResNet of other"),
+    ("evaluate knn --ckpt {}/resnet.pth", "as built here: not the tensors of a ResNet of torchvision"),
     ("evaluate knn --ckpt {}/good.safetensors", "does not say what it was trained on"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
     ("evaluate knn --ckpt {}/good.safetensors --checkpoint_key student", "does not say that it holds a student"),
