@@ -9,7 +9,7 @@ Leaves in --output_dir: teacher.safetensors and student.safetensors (see checkpo
 (the best k-NN so far, where there are labels), checkpoint.pth (to go on from; checkpoint.pth.1 is the one before),
 log.jsonl, flags.txt. After any interruption the same command goes on from the last save, as if there had been
 none. Healthy training starts at loss = ln(out_dim), stays there for the first hundreds of steps, and then falls
-while the KL divergence stays above zero.
+while the KL divergence stays above zero (not so with --loss mse).
 """
 
 import functools
@@ -223,16 +223,17 @@ def pixel_features(images):
     return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
 
 
-def collapse(stats, out_dim):
+def collapse(stats, out_dim, before=()):
     """A sentence if an epoch's figures show that training has collapsed, else None (sections 5.1 and 5.3, figure 7).
 
     Args:
         stats: several of the teacher's entropy, the entropy of its mean output, and the KL divergence (NaN where the
             loss is none, then a collapse to uniform is not told), nats, in the order of time.
+        before: the same of the epoch before.
     """
     top, stats = math.log(out_dim), torch.tensor(stats)
     entropy, entropy_of_mean, kl = stats.nanmean(dim=0).tolist()
-    e = stats[:, 0]
+    e = torch.cat((torch.tensor([entropy for entropy, _, _ in before]), stats[:, 0]))
     rise, fall = (e - e.cummin(0).values).max().item(), (e.cummax(0).values - e).max().item()
     if entropy_of_mean < 0.05 * top:
         return (f"collapsed to one prototype: the teacher gives every image the same answer (entropy of its mean "
@@ -240,9 +241,9 @@ def collapse(stats, out_dim):
     if entropy > 0.99 * top and kl < 0.01 * top:
         return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
                 f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, a lower --lr, more --freeze_last_layer")
-    if min(rise, fall) > 0.1 * top:
+    if min(rise, fall) > 0.2 * top:
         return (f"the teacher does not settle: the entropy of its answers rose by {rise:.2f} and fell by {fall:.2f} "
-                f"(ln K = {top:.2f}) within this epoch; it needs a higher --momentum_teacher, or a lower --lr")
+                f"(ln K = {top:.2f}) within two epochs; it needs a higher --momentum_teacher, or a lower --lr")
     return None
 
 
@@ -419,7 +420,7 @@ def main(args):
     report.start_bar(first_step, total_steps, "step")
     if args.profile and rank == 0:
         report.start_profiler(args.profile, output / "trace.json")
-    saved_at = time.monotonic()
+    saved_at, epoch_before = time.monotonic(), []
     report.restart_pace()
     for step in range(first_step, total_steps):
         epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
@@ -456,10 +457,11 @@ def main(args):
                              loss_scale=scaler.get_scale(), **now._asdict()), total_steps,
                         LINE if args.loss == "ce" else LINE.replace("  KL {kl:.3f}", ""))
         if end_of_epoch:
-            trouble = collapse(epoch_stats, args.out_dim)
+            trouble = collapse(epoch_stats, args.out_dim, epoch_before)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
             if trouble and told_apart and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
                 report.say(f"WARNING: {trouble}")
+            epoch_before = epoch_stats.copy()
             epoch_stats.clear()
         if end_of_epoch or stopped_by or 0 < args.save_every_minutes * 60 < time.monotonic() - saved_at \
                 or (args.save_every_steps and (step + 1) % args.save_every_steps == 0):

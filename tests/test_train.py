@@ -127,10 +127,12 @@ def test_diagnosis(entropy, of_mean, kl, expected):
 
 
 def test_a_teacher_that_does_not_settle():
-    def of(*entropies):
-        return train.collapse([(entropy, 6.0, 0.5) for entropy in entropies], 1024)
+    def of(*entropies, before=()):
+        figures = [[(entropy, 6.0, 0.5) for entropy in several] for several in (entropies, before)]
+        return train.collapse(figures[0], 1024, figures[1])
     assert "rose by 4.90 and fell by 1.50 (ln K = 6.93)" in of(0.1, 3.0, 5.0, 3.5)
-    assert "does not settle" in of(5.0, 3.0, 4.0)
+    assert "does not settle" in of(5.0, 3.0, 4.5) and of(5.0, 3.0, 4.0) is None
+    assert "rose by 3.00 and fell by 3.00" in of(5.0, before=(5.0, 2.0)) and of(5.0, before=(2.0, 3.0)) is None
     assert of(6.2, 5.0, 3.0, 2.0) is None and of(1.0, 5.0) is None and of(*[5.0, 5.3] * 50) is None
 
 
