@@ -27,10 +27,8 @@ import sys
 import tempfile
 import time
 import types
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,6 +42,7 @@ from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
 from precision import PRECISIONS, autocast, fast_products, usual_products
 from propagate import transfer
+from reference import FILES, NoReference, load, start_alone, stay
 from step import Settings, apply_gradients, build_networks, compile_regions, train_step
 from vit import SIZES, VisionTransformer
 
@@ -211,26 +210,14 @@ class Reference:
     """facebookresearch/dino from a checkout: its classes and functions in the order in which it calls them."""
 
     def __init__(self, folder, args):
-        if not os.path.isfile(os.path.join(folder, "main_dino.py")):
-            raise BenchError(f"--reference {folder}: no checkout of facebookresearch/dino (main_dino.py is missing)")
         self.folder, self.args = folder, args
-        self.main_dino, self.utils = self.module("main_dino"), self.module("utils")
-        self.vision_transformer = self.module("vision_transformer")
-        if not dist.is_initialized():  # its loss needs a process group, of one process here
-            store = dist.HashStore()
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        self.main_dino, self.utils, self.vision_transformer = load(folder, *FILES)
+        start_alone(args.device)
         trains = args.task not in ("features", "video")
         self.precision = "fp16" if args.device == "cuda" and trains else "fp32"  # what it has
         self.scaler = torch.amp.GradScaler(args.device) if self.precision == "fp16" else None
         if not hasattr(self.vision_transformer, args.arch):
             raise BenchError(f"--reference {folder}: it has no {args.arch}")
-
-    def module(self, name):
-        sys.path.insert(0, self.folder)
-        try:
-            return importlib.import_module(name)
-        finally:
-            sys.path.remove(self.folder)
 
     def networks(self):
         args, build = self.args, getattr(self.vision_transformer, self.args.arch)
@@ -294,17 +281,16 @@ class Reference:
     def video(self):
         device, (frame, features, labels) = self.args.device, video_so_far(self.args)
         sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # reads its frames
-        theirs = self.module("eval_video_segmentation")
+        theirs, = load(self.folder, "eval_video_segmentation")
         theirs.args = argparse.Namespace(size_mask_neighborhood=12, topk=5)
         model = self.frozen_backbone()
         before = [x.flatten(0, 1).T for x in features], list(labels[:, None])
-        stay = {} if device == "cuda" else {"cuda": lambda tensor, **kwargs: tensor}  # it calls .cuda() anywhere
         near = None  # which patches are near each other is found once for a video
 
         def video():
             nonlocal near
             usual_products(device)
-            with torch.no_grad(), mock.patch.multiple(torch.Tensor, **stay):
+            with torch.no_grad(), stay(device):
                 near = theirs.label_propagation(theirs.args, model, frame, *before, near)[2]
         return nothing, video
 
@@ -513,4 +499,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, BenchError, DataError)
+    cli.run(main, parse_args, BenchError, DataError, NoReference)

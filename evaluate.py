@@ -46,7 +46,7 @@ from features import LABELS, extract_features, load_features, save_features
 from knn import knn_classifier
 from optim import build_optimizer
 from precision import autocast, fast_products, resolve
-from probe import choose, fit, tenth
+from probe import LRS, WEIGHT_DECAYS, choose, fit, tenth
 from resume import require_writable, write_json
 
 # ---- flags ----
@@ -95,7 +95,7 @@ def linear_flags(add):
         positive, metavar="N")
     add("--avgpool_patchtokens", False, "the last block's mean patch token beside them, as for base", boolean,
         nargs="?", const=True, metavar="X")
-    add("--lr", [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "one or several, for 256 pictures a step; scaled linearly "
+    add("--lr", list(LRS), "one or several, for 256 pictures a step; scaled linearly "
         "with their number. Of several the best is taken, judged on a tenth of the training pictures that is held out",
         positive_float, nargs="+", metavar="LR")
     add("--weight_decay", None, "one or several (default: 0; with --quick 0 0.0001 0.001 0.01 0.1)", natural_float,
@@ -261,7 +261,7 @@ def linear(args):
     tokens = Tokens(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
     output = folder_for(subject.origin, args, "linear_quick" if args.quick else "linear")
     origin = subject.origin | dict(n_last_blocks=tokens.n_last_blocks, avgpool_patchtokens=tokens.avgpool)
-    grid = list(itertools.product(args.lr, args.weight_decay or ([0.0, 1e-4, 1e-3, 1e-2, 1e-1] if args.quick else [0])))
+    grid = list(itertools.product(args.lr, args.weight_decay or (WEIGHT_DECAYS if args.quick else [0])))
     if args.test_only:
         head, how = load_classifier(output, origin, classes, subject)
     elif args.quick:

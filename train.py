@@ -22,21 +22,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, require_known, share_statistics, synchronised
-from batches import batch_keys, counted_seed, eval_loader, on_device, some_of, train_loader
+from batches import batch_keys, counted_seed, on_device, train_loader
 from checkpoint import save_model
 from cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
 from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
-from features import extract_features
-from knn import knn_classifier
+from judge import collapse, judge, pixel_features
 from optim import build_optimizer, param_groups
-from precision import autocast, fast_products, resolve
+from precision import fast_products, resolve
 from report import Report
 from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from step import Settings, build_networks, compile_regions, train_step
@@ -124,6 +122,8 @@ def parse_args(argv=None):
     add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, which stay, 0 for none", natural)
     add(run, "--knn_every", 10, "epochs between k-NN tests where there are labels, 0 for none", natural)
     add(run, "--knn_images", 20000, "at most so many labelled pictures to look neighbours up in", positive)
+    add(run, "--linear_probe", False, "test by linear classifiers on the same features too, each time", boolean,
+        nargs="?", const=True)
     add(run, "--log_every", 50, "steps between lines in the log", positive)
     add(run, "--seed", 0, "of weights, order, views and stochastic depth", cli.seed)
     add(run, "--compile", False, "compile the blocks: a minute or more at first, then faster steps", boolean, nargs="?",
@@ -203,50 +203,6 @@ def model_arguments(args):
     return backbone | {name: getattr(args, name) for name in names}, head
 
 
-# ---- judging ----
-
-def judge(model, data, args, rank, world_size):
-    """k-NN of a model's features of the labelled pictures, 20 neighbours: (top-1, top-5) in percent, and messages."""
-    features, messages = [], []
-    for images in (some_of(data.bank, args.knn_images), some_of(data.queries, max(1, args.knn_images // 5))):
-        loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank,
-                             world_size)
-        with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):  # batches of any length
-            x, labels, unreadable = extract_features(model, loader, args.device)
-        features += [x, labels]
-        messages += unreadable
-    return knn_classifier(*features, ks=(20,), device=args.device).popitem()[1], messages
-
-
-def pixel_features(images):
-    """The baseline that looks at nothing but pixels, brought to 32 x 32: [B, 3, H, W] -> [B, 3*32*32]."""
-    return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
-
-
-def collapse(stats, out_dim, before=()):
-    """A sentence if an epoch's figures show that training has collapsed, else None (sections 5.1 and 5.3, figure 7).
-
-    Args:
-        stats: several of the teacher's entropy, the entropy of its mean output, and the KL divergence (NaN where the
-            loss is none, then a collapse to uniform is not told), nats, in the order of time.
-        before: the same of the epoch before.
-    """
-    top, stats = math.log(out_dim), torch.tensor(stats)
-    entropy, entropy_of_mean, kl = stats.nanmean(dim=0).tolist()
-    e = torch.cat((torch.tensor([entropy for entropy, _, _ in before]), stats[:, 0]))
-    rise, fall = (e - e.cummin(0).values).max().item(), (e.cummax(0).values - e).max().item()
-    if entropy_of_mean < 0.05 * top:
-        return (f"collapsed to one prototype: the teacher gives every image the same answer (entropy of its mean "
-                f"output {entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
-    if entropy > 0.99 * top and kl < 0.01 * top:
-        return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
-                f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, a lower --lr, more --freeze_last_layer")
-    if min(rise, fall) > 0.2 * top:
-        return (f"the teacher does not settle: the entropy of its answers rose by {rise:.2f} and fell by {fall:.2f} "
-                f"(ln K = {top:.2f}) within two epochs; it needs a higher --momentum_teacher, or a lower --lr")
-    return None
-
-
 # ---- what it says and saves ----
 
 LINE = ("loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {teacher_entropy:.2f}  KL {kl:.3f}  lr {lr:.1e}  "
@@ -276,10 +232,10 @@ def is_sound(progress):
 
 FIXED = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
          "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer",
-         "global_crops_size", "seed")  # it keeps
+         "global_crops_size", "seed")  # that a run keeps
 FREE = ("output_dir", "resume", "overwrite", "device", "num_workers", "timeout_minutes", "log_every", "keep",
-        "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images", "compile", "profile",
-        "activation_checkpointing")  # that teach nothing
+        "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images", "linear_probe", "compile",
+        "profile", "activation_checkpointing")  # that teach nothing
 
 
 def write_pictures(path, step, pictures, images):
@@ -385,11 +341,13 @@ def main(args):
     def measure(name, model):
         best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
         share_statistics(teacher.eval())
-        knn[name], unreadable = judge(model, data, args, rank, world_size)
+        scores, unreadable = judge(model, data, args, rank, world_size)
+        knn[name] = scores["top1"], scores["top5"]
         teacher.train()
         report.skipped(unreadable if rank == 0 else [])
-        report.log(dict(knn=name, top1=knn[name][0], top5=knn[name][1]))
-        report.say("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name]))
+        report.log(dict(knn=name) | scores)
+        report.say("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name])
+                   + (f", linear classifier {scores['linear']:.1f}%" if "linear" in scores else ""))
         if rank == 0 and name.startswith("epoch") and knn[name][0] > best:
             save_model(output / "teacher_best.safetensors", teacher.state_dict(), info | {"network": "teacher"})
 

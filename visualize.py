@@ -6,6 +6,7 @@
     python visualize.py features dog.jpg cat.jpg                # patch features as colours
     python visualize.py embedding --data_path /photos           # a map of a folder
     python visualize.py run runs/demo                           # the curves of a run, or of several
+    python visualize.py run runs/a-* runs/b-* --against seconds --knn 40   # and who is at 40% when
     python visualize.py crops dog.jpg --flags runs/demo/flags.txt   # the views that a run makes of a picture
 
 What is made of a model lies beside it, in NAME.attention and so on, unless --output_dir says otherwise. `attention` and
@@ -29,7 +30,7 @@ from attention import open_attention
 from batches import eval_loader, large_size, normalised, some_of, whole_view
 from checkpoint import CheckpointError, file_for, folder_for, open_backbone, square_size
 from cli import natural, positive, share
-from curves import page, read_log, table
+from curves import AXES, first_reached, page, read_log, table
 from data import DataError, ImageTree, Unreadable, open_data, open_rgb
 from draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
 from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
@@ -88,7 +89,10 @@ def parse_args(argv=None):
     add("--seed", type=cli.seed, default=0, metavar="X", help="of t-SNE (default: 0)")
 
     add = tasks["run"].add_argument
-    add("runs", nargs="+", metavar="DIR", help="output folders of train.py")
+    add("runs", nargs="+", metavar="DIR", help="output folders of train.py, or their logs; those that are named alike "
+        "but for -0 to -9 at the end share a colour, a mean and a spread")
+    add("--against", choices=list(AXES), default="step", help="what the curves are drawn against (default: step)")
+    add("--knn", type=percent, metavar="X", help="say when each run first had a k-NN top-1 of X percent")
     add("--output", metavar="FILE", help="picture, or PDF or SVG (default: curves.png in the first folder)")
 
     add = tasks["crops"].add_argument
@@ -98,6 +102,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+percent = cli.number(float, lambda x: 0 < x <= 100, "a number of percent above 0, to 100")
 sheet_width = cli.number(int, lambda x: 200 <= x <= 20_000, "a number of pixels from 200 to 20000")
 fps = cli.number(float, lambda x: 0.1 <= x <= 1000, "a number of frames a second from 0.1 to 1000")
 
@@ -326,12 +331,15 @@ def embedding(args):
 
 def run(args):
     """The curves of a run, or of several, on one page, and how they ended."""
-    runs = {folder: read_log(Path(folder, "log.jsonl")) for folder in args.runs}
-    output = args.output or Path(args.runs[0], "curves.png")
+    logs = {name: Path(name) if name.endswith(".jsonl") else Path(name, "log.jsonl") for name in args.runs}
+    runs = {name.removesuffix(".jsonl"): read_log(log) for name, log in logs.items()}
+    output = args.output or logs[args.runs[0]].with_name("curves.png")
     if Path(output).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise DataError(f"--output {output}: expected a file that ends with .png, .jpg, .pdf or .svg")
     print(table(runs))
-    page(runs).savefig(output)
+    if args.knn:
+        print(first_reached(runs, args.knn))
+    page(runs, args.against).savefig(output)
     print(f"-> {output}")
 
 

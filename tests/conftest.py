@@ -89,4 +89,5 @@ def in_processes():
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")
+    parser.addoption("--reference", help="checkout of facebookresearch/dino, for tests beside it (default: none)")
     parser.addoption("--pictures", help="folder of real pictures for tests of views and copies (default: generated)")

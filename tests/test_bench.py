@@ -124,5 +124,5 @@ def test_video_is_one_frame(capsys):
 
 
 def test_a_folder_that_is_no_checkout_is_named(tmp_path):
-    with pytest.raises(bench.BenchError, match="no checkout of facebookresearch/dino"):
+    with pytest.raises(bench.NoReference, match="no checkout of facebookresearch/dino"):
         bench.main(bench.parse_args(["loss", *TINY, "--reference", str(tmp_path)]))

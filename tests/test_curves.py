@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from curves import PANELS, page, read_log, table
+from curves import PANELS, crossing, first_reached, page, read_log, table
 
 
 def record(step, **more):
@@ -24,16 +24,19 @@ def write(folder, records, end=""):
 def log(tmp_path):
     """Of a run of two epochs of four steps, which is writing a line."""
     return write(tmp_path / "one", [
-        dict(knn="raw pixels", top1=64.0, top5=96.0), dict(knn="untrained backbone", top1=18.0, top5=70.0),
+        dict(knn="raw pixels", top1=64.0, top5=96.0), dict(knn="untrained backbone", top1=18.0, top5=70.0, linear=25.0),
         record(1), record(3, kl=None), dict(knn="epoch 0", top1=50.0, top5=80.0), record(7),
-        dict(knn="epoch 1", top1=40.0, top5=80.0)], '{"epoch": 2, "ste')
+        dict(knn="epoch 1", top1=40.0, top5=80.0, linear=60.0)], '{"epoch": 2, "ste')
 
 
 def test_a_log_is_read(log):
     curves, baselines = read_log(log)
-    assert baselines == {"raw pixels": 64.0, "untrained backbone": 18.0}
+    assert baselines == {"raw pixels": {"top1": 64.0}, "untrained backbone": {"top1": 18.0, "linear": 25.0}}
     assert curves["loss"] == ([2, 4, 8], [5.9, 5.7, 5.3]) and curves["kl"] == ([2, 8], [0.9, 1.0 - 0.1 * 7])
     assert curves["top1"] == ([4, 8], [50.0, 40.0]) and curves["waiting"][1] == [25.0] * 3
+    assert curves["linear"] == ([8], [60.0])
+    for name, per_step in (("seconds", 0.4), ("images", 80)):
+        assert curves[name] == ([2, 4, 8], pytest.approx([2 * per_step, 4 * per_step, 8 * per_step]))
 
 
 def test_a_page_shows_all_of_it(log):
@@ -47,6 +50,9 @@ def test_a_page_shows_all_of_it(log):
     assert [text.get_text() for text in panels["loss, nats"].get_legend().get_texts()] == ["loss", "ln K"]
     knn = curves["k-NN top-1, %"]
     assert knn[0][1:] == ([4, 8], [50.0, 40.0]) and [y for _, _, y in knn[1:]] == [[18.0] * 2, [64.0] * 2]
+    assert [y for _, _, y in curves["linear top-1, %"]] == [[60.0], [25.0] * 2]
+    schedules = panels["weight decay, teacher momentum"].get_legend()
+    assert [text.get_text() for text in schedules.get_texts()] == ["weight decay", "teacher momentum"]
     assert curves["waiting for data, % of the time"][0][2] == [25.0] * 3
     assert all(lines for lines in curves.values())
 
@@ -88,6 +94,47 @@ def test_the_table(tmp_path, log):
     assert lines[2].split() == ["longer", "4", "5.700", "6.238", "5.000", "0.700", "-", "-", "-"]
     assert lines[0].split() == ["steps", "loss", "ln", "K", "entropy", "KL", "k-NN", "last", "best", "untrained"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_curves_against_images_and_time(log):
+    for against, per_step in (("images", 80), ("seconds", 0.4)):
+        panels = {axes.get_title(): axes for axes in page({"one": read_log(log)}, against).axes}
+        for title, steps in (("loss, nats", [2, 4, 8]), ("k-NN top-1, %", [4, 8])):
+            x = panels[title].lines[0].get_xdata()
+            assert list(x) == pytest.approx([step * per_step for step in steps])
+        assert against in panels["loss, nats"].get_xlabel()
+
+
+def pace(step, seconds, top1=None):
+    """A step that took so long, and the k-NN test after it."""
+    test = [] if top1 is None else [dict(knn=f"epoch {step // 4}", top1=top1, top5=90.0)]
+    return [record(step, images_per_second=32 / seconds, data_seconds=0.0, compute_seconds=seconds), *test]
+
+
+def test_when_an_accuracy_is_first_reached(tmp_path):
+    """Steps of 32 pictures; untrained 20%. Between two tests the way is straight; the first time counts."""
+    untrained = dict(knn="untrained backbone", top1=20.0, top5=60.0)
+    logs = {"slow-0": [*pace(9, 2.0, 30.0), *pace(19, 2.0, 50.0), *pace(29, 2.0, 35.0)],
+            "slow-1": [*pace(4, 2.0), *pace(9, 4.0, 40.0), *pace(19, 2.0, 50.0)],
+            "fast": [*pace(9, 1.0, 20.0), *pace(19, 1.0, 60.0)], "never": pace(9, 1.0, 39.0),
+            "untested": pace(9, 1.0)}
+    runs = {name: read_log(write(tmp_path / name, [untrained, *records])) for name, records in logs.items()}
+    assert [crossing(*run, 40.0) for run in runs.values()] == [
+        (pytest.approx(32 * 15), pytest.approx(30)), (pytest.approx(32 * 10), pytest.approx(30)),
+        (pytest.approx(32 * 15), pytest.approx(15)), None, None]
+    assert crossing(*runs["fast"], 20.0) == (0, 0)  # before it learnt anything
+    assert crossing(runs["fast"][0], {}, 15.0) == (320, 10)  # nobody knows from where
+    assert first_reached(runs, 40.0).splitlines() == [
+        "slow     k-NN 40%: 2 of 2 runs, 400 ± 113 (320 to 480) images, 30 ± 0 (30 to 30) seconds",
+        "fast     k-NN 40%: 1 of 1 runs, 480 images, 15 seconds", "never    k-NN 40%: 0 of 1 runs",
+        "untested k-NN 40%: 0 of 1 runs", "fast     2.00 times as fast as slow"]
+
+
+def test_seeds_share_a_color_and_a_name(tmp_path):
+    runs = {name: read_log(write(tmp_path / name, [record(0), record(2)])) for name in ("a-0", "b", "a-1")}
+    figure = page(runs)
+    assert [line.get_color() for line in figure.axes[0].lines if len(line.get_xdata()) == 2][::2] == ["C0", "C1", "C0"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 def test_seeds_of_a_run_have_a_mean_and_a_spread(tmp_path):

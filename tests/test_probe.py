@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from probe import choose, fit, tenth, top
+from probe import choose, fit, probe, tenth, top
 
 GRID = [(lr, weight_decay) for lr in (0.003, 0.03, 0.3, 3.0) for weight_decay in (0.0, 1e-4, 1e-2)]
 
@@ -40,6 +40,14 @@ def test_the_best_on_held_out_pictures_is_chosen():
     for g, accuracy in enumerate(accuracies):
         right = classifiers(x[held_out])[g].argmax(dim=1) == y[held_out]
         assert accuracy == pytest.approx(100 * right.double().mean().item(), abs=1e-6)
+
+
+def test_the_usual_grid_is_as_good_as_scikit_learns_classifier():
+    (x, y), (test_x, test_y) = clusters(1, 2000), clusters(2, 2000)
+    mean, std = x.mean(dim=0), x.std(dim=0)
+    theirs = max(LogisticRegression(C=c, max_iter=1000).fit((x - mean) / std, y).score((test_x - mean) / std, test_y)
+                 for c in (0.003, 0.03, 0.3))
+    assert probe(x, y, test_x, test_y, epochs=20) == pytest.approx(100 * theirs, abs=0.5)
 
 
 def test_each_of_the_grid_is_trained_as_if_alone():

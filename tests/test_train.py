@@ -118,24 +118,6 @@ def test_teacher_starts_as_the_student_and_moves():
         torch.testing.assert_close(p, q + 0.1, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("entropy, of_mean, kl, expected", [
-    (6.9, 6.93, 0.01, "uniform"), (0.0, 0.01, 0.0, "one prototype"), (3.0, 6.5, 1.0, None), (6.8, 6.9, 0.3, None),
-    (6.9, 6.93, math.nan, None)])
-def test_diagnosis(entropy, of_mean, kl, expected):
-    sentence = train.collapse([(entropy, of_mean, kl)] * 3, 1024)
-    assert (expected is None) == (sentence is None) and (expected or "") in (sentence or "")
-
-
-def test_a_teacher_that_does_not_settle():
-    def of(*entropies, before=()):
-        figures = [[(entropy, 6.0, 0.5) for entropy in several] for several in (entropies, before)]
-        return train.collapse(figures[0], 1024, figures[1])
-    assert "rose by 4.90 and fell by 1.50 (ln K = 6.93)" in of(0.1, 3.0, 5.0, 3.5)
-    assert "does not settle" in of(5.0, 3.0, 4.5) and of(5.0, 3.0, 4.0) is None
-    assert "rose by 3.00 and fell by 3.00" in of(5.0, before=(5.0, 2.0)) and of(5.0, before=(2.0, 3.0)) is None
-    assert of(6.2, 5.0, 3.0, 2.0) is None and of(1.0, 5.0) is None and of(*[5.0, 5.3] * 50) is None
-
-
 @pytest.mark.parametrize("kind", ["student", "previous_step", "previous_epoch"])
 def test_the_papers_other_teachers(kind):
     args = train.parse_args([*TINY, "--teacher", kind, "--lr", "0.01"])
