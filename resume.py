@@ -4,7 +4,7 @@
     found = resume("checkpoint.pth", ...)       # the newest whole state is in place again; None where there is none
 
 A kill or a full disk leaves the old file or the new one, never half of one. Nothing is unpickled but tensors and
-plain values, and checksums are checked, which torch.load does not. This file needs torch and nothing else.
+plain values, and checksums are checked, which torch.load does not. This file needs torch and NumPy.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -61,8 +62,7 @@ def load_state(path):
     """
     try:
         require_checksums(path)
-        # The reference implementation's checkpoints carry their flags as a Namespace, which is harmless.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickles of odd protocols, which fail or not all the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -72,6 +72,13 @@ def load_state(path):
                                              errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT):
             raise
         raise CheckpointError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from None
+
+
+def harmless():
+    """What the reference's checkpoints hold besides: flags as a Namespace, learning rates as numbers of NumPy's."""
+    scalar, (dtype, _) = np.float64(0).__reduce__()
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # before NumPy 2, and since
+    return [argparse.Namespace, np.dtype, type(dtype), *names]
 
 
 def require_checksums(path):

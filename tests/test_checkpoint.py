@@ -1,7 +1,9 @@
 import argparse
 import os
 import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -42,9 +44,13 @@ def test_reference_files(tmp_path, model, capsys):
     other = VisionTransformer(**SMALL).state_dict()
     full = {"student": {f"module.backbone.{k}": v for k, v in other.items()},
             "teacher": {f"backbone.{k}": v for k, v in plain.items()} | {"head.mlp.0.bias": torch.zeros(3)},
-            "epoch": 100, "args": argparse.Namespace(arch="vit_small"), "optimizer": {"state": {}}, "fp16_scaler": None}
+            "epoch": 100, "args": argparse.Namespace(arch="vit_small"),
+            "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.001)}]}, "fp16_scaler": None}
     torch.save(full, tmp_path / "full.pth")
-    for name in ("backbone_only.pth", "full.pth"):
+    with zipfile.ZipFile(tmp_path / "full.pth") as archive, zipfile.ZipFile(tmp_path / "older.pth", "w") as older:
+        for name in archive.namelist():  # as NumPy 1 wrote it
+            older.writestr(name, archive.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    for name in ("backbone_only.pth", "full.pth", "older.pth"):
         assert equal(load_backbone(tmp_path / name)[0], model)
         assert "all 30 backbone tensors matched" in capsys.readouterr().out
     student, _ = load_backbone(tmp_path / "full.pth", key="student")

@@ -11,7 +11,7 @@ import train
 from batches import batch_keys
 from checkpoint import load_backbone
 
-SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 32 --depth 1 --num_heads 2 --patch_size 8 --out_dim 64 "
+SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_heads 1 --patch_size 8 --out_dim 64 "
          "--hidden_dim 32 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "
          "--local_crops_scale 0.2 0.5 --blur 0.5 0.25 0 --blur_radius 0.5 1 --color_jitter 0.1 0.2 0.3 0.05 "
          "--epochs 2 --warmup_epochs 1 --batch_size_per_gpu 16 --knn_every 1 --knn_images 300 --num_workers 0 "
