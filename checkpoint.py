@@ -140,12 +140,12 @@ def build(sizes, weights):
         raise ValueError(f"{depth} blocks of {len(weights)} tensors")
     with torch.device("meta"):
         model = build_backbone(sizes)
-    kinds = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
-    matched = {name: weights[name] for name in model.state_dict() if name in weights}
+    expected = model.state_dict()
+    matched = {name: weights[name] for name in expected if name in weights}
     for name, tensor in matched.items():
-        if fault(tensor) or tensor.is_floating_point() != kinds[name]:
+        if fault(tensor) or tensor.is_floating_point() != expected[name].is_floating_point():
             raise ValueError(f"{name} {fault(tensor) or 'is made of another kind of number'}")
-    shapes = shapes_in(model.state_dict())
+    shapes = shapes_in(expected)
     wrong = [name for name in shapes if name not in matched or matched[name].shape != shapes[name]]
     if wrong:
         found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
@@ -196,13 +196,13 @@ def recognised(weights, sizes, path):
     Returns:
         {our name: tensor} of the backbone, the names of the other tensors, and the arguments of build_backbone.
     """
-    known = sizes and "arch" in sizes  # a file of this project; the names are those of another library
     anchor = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
     anchors = (re.fullmatch(anchor, name) for name in weights)
-    prefix = "backbone." if known else next((anchor[1] for anchor in anchors if anchor), "")
+    headless = sizes and "arch" in sizes  # a file of this project; the names are those of another library
+    prefix = "backbone." if headless else next((anchor[1] for anchor in anchors if anchor), "")
     inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     outside = [name for name in weights if not name.startswith(prefix)]
-    if known:
+    if headless:
         return inside, outside, sizes
     if "layer1.0.conv1.weight" in inside:
         arch, ours = resnet_of(inside)

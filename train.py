@@ -282,7 +282,8 @@ def main(args):
     backbone, head = model_arguments(args)
     network, teacher = build_networks(backbone, head, args.drop_path_rate, args.seed, args.predictor)
     if "arch" in backbone:  # only a try tells which pictures it takes
-        network.backbone.try_size(*[args.local_crops_size if args.local_crops_number else args.global_crops_size] * 2)
+        side = args.local_crops_size if args.local_crops_number else args.global_crops_size
+        network.backbone.try_size(side, side)
     info = dict(arch=args.arch, backbone=backbone, head=head, patch_size=args.patch_size,
                 image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 data_path=data.path)  # what the model files say

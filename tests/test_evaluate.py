@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 import classify
 import evaluate
@@ -26,15 +29,20 @@ from vit import VisionTransformer
 ROOT = Path(__file__).parents[1]
 
 
+def write_pictures(folder, train, val):
+    """So many pictures of three classes in folder/pictures."""
+    for part, count in (("train", train), ("val", val)):
+        shapes = Shapes("test", count, 32)
+        for i in range(count):
+            path = folder / "pictures" / part / f"class{i % 3}" / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shapes[i][0].save(path)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A folder of labelled pictures, a model trained on it, and where they are."""
-    for part, count in (("train", 60), ("val", 23)):
-        shapes = Shapes("test", count, 32)
-        for i in range(count):
-            path = tmp_path / "pictures" / part / f"class{i % 3}" / f"{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shapes[i][0].save(path)
+    write_pictures(tmp_path, 60, 23)
     torch.manual_seed(0)
     vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     model = VisionTransformer(**vit).eval()
@@ -43,6 +51,50 @@ def run(tmp_path):
     save_model(path, {f"backbone.{k}": v for k, v in model.state_dict().items()},
                dict(arch="vit_tiny", backbone=vit, data_path=str(tmp_path / "pictures")))
     return tmp_path, path, model
+
+
+def released_layout():
+    """Random weights under the names and in the shapes of the released ViT-S/16, dino_deitsmall16_pretrain.pth."""
+    D, shapes = 384, {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "patch_embed.proj.weight": (384, 3, 16, 16),
+                      "patch_embed.proj.bias": (384,), "norm.weight": (384,), "norm.bias": (384,)}
+    for block in range(12):
+        for name, rows, columns in (("attn.qkv", 3 * D, D), ("attn.proj", D, D), ("mlp.fc1", 4 * D, D),
+                                    ("mlp.fc2", D, 4 * D), ("norm1", D, 0), ("norm2", D, 0)):
+            shapes[f"blocks.{block}.{name}.weight"] = (rows, columns) if columns else (rows,)
+            shapes[f"blocks.{block}.{name}.bias"] = (rows,)
+    torch.manual_seed(1)
+    return {name: 0.05 * torch.randn(shape) + name.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
+            for name, shape in shapes.items()}
+
+
+def test_a_file_of_the_released_layout_is_judged_as_published(tmp_path, capsys):
+    """The paper's protocol: 224 of 256 pixels, bicubic, features of CLS, 20 neighbours, temperature 0.07."""
+    folder, weights = tmp_path, released_layout()
+    write_pictures(folder, 24, 6)
+    torch.save(weights, folder / "dino_deitsmall16_pretrain.pth")
+    evaluate.main(evaluate.parse_args([
+        "knn", "--ckpt", str(folder / "dino_deitsmall16_pretrain.pth"), "--data_path", str(folder / "pictures"),
+        "--num_workers", "0", "--device", "cpu", "--features", str(folder / "features.safetensors")]))
+    assert "all 150 backbone tensors matched" in capsys.readouterr().out
+    theirs = timm.create_model("vit_small_patch16_224.dino").eval()
+    theirs.load_state_dict(weights)
+    view = transforms.Compose([transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
+                               transforms.ToTensor(), transforms.Normalize(theirs.default_cfg["mean"],
+                                                                           theirs.default_cfg["std"])])
+    expected = {}
+    for part in ("train", "val"):
+        images = ImageFolder(folder / "pictures" / part, transform=view)
+        with torch.no_grad():
+            expected[part] = theirs(torch.stack([x for x, _ in images])), images.targets
+    features = load_file(folder / "features.safetensors")
+    for part, name in (("train", "bank"), ("val", "queries")):
+        torch.testing.assert_close(features[name], expected[part][0], rtol=0, atol=1e-4)
+    (bank, labels), (queries, truth) = expected["train"], expected["val"]
+    neighbours = KNeighborsClassifier(20, metric="cosine", algorithm="brute",
+                                      weights=lambda distance: np.exp((1 - distance) / 0.07)).fit(bank, labels)
+    result = json.loads((folder / "dino_deitsmall16_pretrain.knn.json").read_text())
+    assert result["knn"]["20"]["top1"] == pytest.approx(100 * neighbours.score(queries, truth), abs=1e-4)
+    assert (result["bank"], result["queries"], result["temperature"]) == (24, 6, 0.07)
 
 
 def test_knn_with_no_argument_judges_the_newest_run(run, monkeypatch, capsys):
