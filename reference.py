@@ -4,11 +4,11 @@
     python reference.py CHECKOUT --like runs/cifar10 --output_dir runs/reference
     python visualize.py run runs/cifar10 runs/reference --against seconds
 
-Its own train_dino runs: backbone, head, loss, augmentation, optimizer, schedules, loop and checkpoints are its. What it
-has written into the code instead of into flags (the sizes of views and networks, the strength of the augmentation)
-is set to what the run's flags say. Pictures come in the run's order. Without CUDA its device calls do nothing, and one
-process trains without DistributedDataParallel, which would only cost time. k-NN tests, after each epoch that had one
-in the run, do not count in its times, as in train.py's.
+Its own train_dino runs, in one process, as the run must have: backbone, head, loss, augmentation, optimizer, schedules,
+loop and checkpoints are its. What it has written into the code instead of into flags (the sizes of views and networks,
+the strength of the augmentation) is set to what the run's flags say. Pictures come in the run's order. Without CUDA its
+device calls do nothing, and nothing is wrapped in DistributedDataParallel, which would only cost time. There is a k-NN
+test after each epoch that had one in the run; like train.py's it does not count in the times.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from report import Report
 
 FILES = ("main_dino", "utils", "vision_transformer")
 WITHOUT = dict(teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,
-               clip_mode="per_parameter", activation_checkpointing=False, views="cpu")  # flags that it has no word for
+               clip_mode="per_parameter")  # flags that it has no word for
 
 
 class NoReference(ValueError):

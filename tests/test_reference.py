@@ -41,7 +41,7 @@ def test_flags_are_read_as_they_were_meant(run):
 @pytest.mark.parametrize("flags, named", [
     ("--loss mse", "--loss mse"), ("--teacher student", "--teacher student"), ("--predictor true", "--predictor True"),
     ("--centering sinkhorn", "--centering sinkhorn"), ("--accum_steps 2", "--accum_steps 2"),
-    ("--clip_mode global", "--clip_mode global"), ("--views device", "--views device")])
+    ("--clip_mode global", "--clip_mode global")])
 def test_what_the_reference_cannot_do(run, flags, named):
     with pytest.raises(reference.NoReference, match=f"the reference has no {named}"):
         reference.flags_of(run(*flags.split()))
