@@ -127,9 +127,11 @@ def in_short(values, form):
 
 
 def first_reached(runs, top1):
-    """Lines on when runs first had a k-NN accuracy: images seen and seconds of training, linear between two tests."""
-    lines, width = [], max(map(len, groups(runs)))
-    means = {}
+    """Lines on when runs first had a k-NN accuracy: images seen and seconds of training, linear between two tests.
+
+    Means of several runs are compared where each of them had it.
+    """
+    lines, means, width = [], {}, max(map(len, groups(runs)))
     for name, group in groups(runs).items():
         when = [crossing(*run, top1) for run in group]
         there = [pair for pair in when if pair]
@@ -137,7 +139,7 @@ def first_reached(runs, top1):
         if there:
             images, seconds = zip(*there)
             line += f", {in_short(images, ',.0f')} images, {in_short(seconds, ',.0f')} seconds"
-            means[name] = statistics.mean(seconds)
+            means |= {name: statistics.mean(seconds)} if all(when) else {}
         lines.append(line)
     if len(means) > 1:
         slowest = max(means, key=means.get)

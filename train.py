@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 import cli
+from advice import advice, usual_side
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, require_known, share_statistics, synchronised
 from batches import batch_keys, counted_seed, on_device, train_loader
@@ -300,6 +301,8 @@ def main(args):
                f"{world_size} x {device.type}")
     report.say(f"{args.epochs} epochs of {steps_per_epoch} steps of {global_batch} pictures; effective lr "
                f"{args.lr * global_batch / 256:.3g} = {args.lr:g} * {global_batch} / 256 (linear scaling rule)")
+    for sentence in advice(args, len(data.train), usual_side(data.train), total_steps):
+        report.say(f"NOTE: {sentence}")
 
     # ---- a new run, or the rest of one ----
     objects = dict(student=network, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler)

@@ -117,17 +117,18 @@ def test_when_an_accuracy_is_first_reached(tmp_path):
     logs = {"slow-0": [*pace(9, 2.0, 30.0), *pace(19, 2.0, 50.0), *pace(29, 2.0, 35.0)],
             "slow-1": [*pace(4, 2.0), *pace(9, 4.0, 40.0), *pace(19, 2.0, 50.0)],
             "fast": [*pace(9, 1.0, 20.0), *pace(19, 1.0, 60.0)], "never": pace(9, 1.0, 39.0),
-            "untested": pace(9, 1.0)}
+            "untested": pace(9, 1.0), "half-0": pace(9, 1.0, 60.0), "half-1": pace(9, 1.0, 30.0)}
     runs = {name: read_log(write(tmp_path / name, [untrained, *records])) for name, records in logs.items()}
     assert [crossing(*run, 40.0) for run in runs.values()] == [
         (pytest.approx(32 * 15), pytest.approx(30)), (pytest.approx(32 * 10), pytest.approx(30)),
-        (pytest.approx(32 * 15), pytest.approx(15)), None, None]
+        (pytest.approx(32 * 15), pytest.approx(15)), None, None, (160, 5), None]
     assert crossing(*runs["fast"], 20.0) == (0, 0)  # before it learnt anything
     assert crossing(runs["fast"][0], {}, 15.0) == (320, 10)  # nobody knows from where
     assert first_reached(runs, 40.0).splitlines() == [
         "slow     k-NN 40%: 2 of 2 runs, 400 ± 113 (320 to 480) images, 30 ± 0 (30 to 30) seconds",
         "fast     k-NN 40%: 1 of 1 runs, 480 images, 15 seconds", "never    k-NN 40%: 0 of 1 runs",
-        "untested k-NN 40%: 0 of 1 runs", "fast     2.00 times as fast as slow"]
+        "untested k-NN 40%: 0 of 1 runs", "half     k-NN 40%: 1 of 2 runs, 160 images, 5 seconds",
+        "fast     2.00 times as fast as slow"]
 
 
 def test_seeds_share_a_color_and_a_name(tmp_path):
