@@ -1,4 +1,4 @@
-"""Which flags do not suit the pictures: what README's "Which flags for my data" says, said where it matters.
+"""Which flags do not suit the pictures, for whoever did not choose them.
 
     for sentence in advice(args, pictures=50_000, side=32, steps=14_000):
         print(sentence)
@@ -17,7 +17,7 @@ def usual_side(images, most=8):
         images: index -> (PIL image, label); OSError where it cannot be read.
     """
     sides = []
-    for i in range(0, len(images), max(1, len(images) // most)):
+    for i in range(0, len(images), -(-len(images) // most) or 1):
         with contextlib.suppress(OSError):
             sides.append(min(images[i][0].size))
     return statistics.median(sides) if sides else None
@@ -41,9 +41,9 @@ def advice(args, pictures, side, steps):
     if patches and patches < 16:
         sentences.append(f"a global view has no more than {patches} patches: try a smaller --patch_size")
     if args.out_dim > pictures:
-        sentences.append(f"--out_dim {args.out_dim} are more prototypes than the {pictures} pictures: try 1024 to 4096")
+        sentences.append(f"--out_dim {args.out_dim} are more prototypes than the {pictures} pictures: try fewer")
     memory = 1 / max(1 - args.momentum_teacher, 1e-9)
-    if args.teacher == "momentum" and memory > steps / 20:
-        sentences.append(f"--momentum_teacher {args.momentum_teacher:g} averages over {memory:.0f} steps, of {steps} "
-                         f"in the whole run: try {1 - min(0.1, 40 / steps):.3g}, or more --epochs")
+    if args.teacher == "momentum" and memory > max(100, steps / 20):
+        sentences.append(f"--momentum_teacher {args.momentum_teacher:g} averages over {memory:,.0f} steps, of {steps:,} "
+                         f"in the whole run: try 0.99, or more --epochs")
     return sentences

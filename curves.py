@@ -139,7 +139,8 @@ def first_reached(runs, top1):
         if there:
             images, seconds = zip(*there)
             line += f", {in_short(images, ',.0f')} images, {in_short(seconds, ',.0f')} seconds"
-            means |= {name: statistics.mean(seconds)} if all(when) else {}
+            if all(when) and any(seconds):  # not where random weights had it
+                means[name] = statistics.mean(seconds)
         lines.append(line)
     if len(means) > 1:
         slowest = max(means, key=means.get)
@@ -150,10 +151,9 @@ def first_reached(runs, top1):
 
 def crossing(curves, baselines, top1):
     """(images, seconds) when one run first had a k-NN accuracy; None if it never had."""
-    at, tests = {0: (0.0, 0.0)}, [(0, baselines.get("untrained backbone", {}).get("top1", math.nan))]
-    if "images" in curves:
-        at |= dict(zip(curves["images"][0], zip(curves["images"][1], curves["seconds"][1])))
-    tests += zip(*curves.get("top1", ([], [])))
+    seconds = dict(zip(*curves.get("seconds", ([], []))))
+    at = {step: (images, seconds[step]) for step, images in zip(*curves.get("images", ([], [])))} | {0: (0.0, 0.0)}
+    tests = [(0, baselines.get("untrained backbone", {}).get("top1", math.nan)), *zip(*curves.get("top1", ([], [])))]
     for (before, low), (after, high) in zip(tests, tests[1:]):
         if high >= top1 and {before, after} <= at.keys():
             share = (top1 - low) / (high - low) if low < top1 else 0.0 if low >= top1 else 1.0  # NaN: not tested

@@ -40,8 +40,8 @@ def judge(model, data, args, rank=0, world_size=1):
         messages += unreadable
     top1, top5 = knn_classifier(*features, ks=(20,), device=args.device).popitem()[1]
     scores = dict(top1=top1, top5=top5)
-    if args.linear_probe and model is not pixel_features:  # thousands of them take minutes
-        epochs = max(20, 100_000 // len(features[0]))  # some hundred steps
+    if args.linear_probe and model is not pixel_features and len(features[0]) > 1:  # thousands of pixels take minutes
+        epochs = max(20, 100_000 // len(features[0]))  # a hundred steps or more
         scores["linear"] = probe(*(x.to(args.device) for x in features), epochs=epochs)
     return scores, messages
 

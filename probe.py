@@ -112,7 +112,7 @@ def probe(features, labels, queries, query_labels, batch_size=1024, **how):
     how |= dict(batch_size=batch_size)
     best, _ = choose(features, labels, num_classes, grid, **how)
     classifier = fit(features, labels, num_classes, [grid[best]], **how)
-    return 100 * (top(classifier, queries, 1)[0, :, 0] == query_labels).double().mean().item()
+    return 100 * (top(classifier, queries, 1)[0, :, 0] == query_labels).float().mean().item()
 
 
 if __name__ == "__main__":

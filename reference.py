@@ -8,94 +8,67 @@ Its own train_dino runs, in one process, as the run must have: backbone, head, l
 loop and checkpoints are its. What it has written into the code instead of into flags (the sizes of views and networks,
 the strength of the augmentation) is set to what the run's flags say. Pictures come in the run's order. Without CUDA its
 device calls do nothing, and nothing is wrapped in DistributedDataParallel, which would only cost time. There is a k-NN
-test after each epoch that had one in the run; like train.py's it does not count in the times.
+test after each epoch that had one in the run; like train.py's it does not count in the times. An unreadable picture
+ends it, and it does not go on where it was interrupted.
 """
 
 import argparse
-import ast
 import contextlib
 import functools
-import importlib
-import os
-import shlex
+import random
 import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import cli
+from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import batch_keys
+from checkout import FILES, NoReference, load, start_alone, stay
+from checkpoint import save_model
 from data import DataError, open_data
 from judge import judge
 from report import Report
+from resume import CheckpointError, load_state
+from vit import SIZES
 
-FILES = ("main_dino", "utils", "vision_transformer")
 WITHOUT = dict(teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,
                clip_mode="per_parameter")  # flags that it has no word for
-
-
-class NoReference(ValueError):
-    """There is no reference, or nothing that it can do alike."""
+DEFAULTS = WITHOUT | dict(linear_probe=False, student_temp=0.1, center_momentum=0.9, head_layers=3, bottleneck_dim=256)
 
 
 def parse_args(argv=None):
     parser = cli.parser("reference.py", __doc__)
     parser.add_argument("checkout", metavar="CHECKOUT", help="folder with facebookresearch/dino")
-    parser.add_argument("--like", required=True, metavar="RUN", help="folder of a run of train.py, for its flags")
+    parser.add_argument("--like", required=True, metavar="RUN", help="folder of a run of train.py that has saved")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for log and checkpoints")
     return parser.parse_args(argv)
 
 
-def load(folder, *names):
-    """Modules of a checkout."""
-    if not os.path.isfile(os.path.join(folder, "main_dino.py")):
-        raise NoReference(f"{folder}: no checkout of facebookresearch/dino (main_dino.py is missing)")
-    sys.path.insert(0, folder)
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(folder)
-
-
-def stay(device):
-    """While it lasts, calls of .cuda() and torch.cuda.synchronize() do nothing, if the device is not CUDA."""
-    context = contextlib.ExitStack()
-    if device != "cuda":
-        for kind in (torch.Tensor, nn.Module):
-            context.enter_context(mock.patch.object(kind, "cuda", lambda self, *args, **kwargs: self))
-        context.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda: None))
-    return context
-
-
-def start_alone(device):
-    """A process group of this process alone: its loss needs one."""
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
 def flags_of(run):
-    """The flags that a run wrote down, under the reference's names where it has them."""
-    def value(text):
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text
+    """The flags that a run was trained with, and how many pictures it had.
 
-    try:
-        lines = [shlex.split(line) for line in Path(run, "flags.txt").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise NoReference(f"--like {run}: its flags.txt cannot be read ({error})") from None
-    flags = argparse.Namespace(linear_probe=False)
-    for name, *values in lines:
-        values = tuple(map(value, values))
-        setattr(flags, name.removeprefix("--"), values if len(values) > 1 else values[0])
-    wrong = [f"--{name} {getattr(flags, name)}" for name, only in WITHOUT.items() if getattr(flags, name, only) != only]
-    if wrong or not hasattr(flags, "depth"):
-        raise NoReference(f"--like {run}: the reference has no {wrong[0] if wrong else f'--arch {flags.arch}'}")
-    return flags
+    Raises:
+        NoReference: it is no run of train.py, or the reference cannot do the same here.
+    """
+    state = load_state(Path(run, "checkpoint.pth"))
+    if not isinstance(state, dict) or not {"flags", "fixed"} <= state.keys():
+        raise NoReference(f"--like {run}: no run of train.py")
+    flags, pictures = argparse.Namespace(**DEFAULTS | state["flags"]), state["fixed"]["number of pictures"]
+    if flags.arch not in SIZES:
+        raise NoReference(f"--like {run}: the reference is run with its transformers alone, not with {flags.arch}")
+    for name, only in WITHOUT.items():
+        if getattr(flags, name) != only:
+            raise NoReference(f"--like {run}: the reference has no --{name} {getattr(flags, name)}")
+    if state["fixed"]["global batch"] != flags.batch_size_per_gpu:
+        raise NoReference(f"--like {run}: several processes trained it, the reference runs in one here")
+    if flags.warmup_teacher_temp_epochs > flags.epochs:
+        raise NoReference(f"--like {run}: the reference has no --warmup_teacher_temp_epochs beyond --epochs")
+    if flags.device == "mps" or (flags.device == "cuda" and not torch.cuda.is_available()):
+        raise NoReference(f"--like {run}: the reference cannot run on {flags.device} here, as it did")
+    return flags, pictures
 
 
 # ---- what takes the place of what it has written down ----
@@ -186,13 +159,14 @@ class Watched:
 # ---- training ----
 
 def main(args):
-    flags, output = flags_of(args.like), Path(args.output_dir)
+    (flags, count), output = flags_of(args.like), Path(args.output_dir)
     theirs, utils, vits = load(args.checkout, *FILES)
     if (output / "log.jsonl").exists():
         raise NoReference(f"--output_dir {output}: holds a run already, name another")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "flags.txt").write_text(Path(args.like, "flags.txt").read_text())
     data = open_data(flags.data_path)
+    if len(data.train) != count:
+        raise DataError(f"{flags.data_path}: holds {len(data.train)} pictures, the run of --like had {count}")
+    output.mkdir(parents=True, exist_ok=True)
     report = Report(output / "log.jsonl", silent=False)
     report.start_bar(0, flags.epochs * (len(data.train) // flags.batch_size_per_gpu), "step")
     train_one_epoch, judging = theirs.train_one_epoch, flags.knn_every > 0 and data.queries is not None
@@ -211,15 +185,20 @@ def main(args):
         stats = train_one_epoch(student, teacher, teacher_without_ddp, dino_loss,
                                 Watched(loader, epoch, optimizer, losses, report, flags), optimizer, *schedules)
         hook.remove()
+        save_model(output / "teacher.safetensors", teacher_without_ddp.state_dict(), info)
         if judging and ((epoch + 1) % flags.knn_every == 0 or epoch + 1 == flags.epochs):
             measure(f"epoch {epoch}", teacher_without_ddp.backbone)
         return stats
 
     def start(its_args):
         its_args.gpu = 0
+        random.seed(flags.seed)  # of its blur and solarization, which it forgets
         start_alone(flags.device)
 
     sizes = {name: getattr(flags, name) for name in ("embed_dim", "depth", "num_heads")}
+    info = dict(arch=flags.arch, network="teacher", patch_size=flags.patch_size, image_size=flags.global_crops_size,
+                backbone=dict(img_size=flags.global_crops_size, patch_size=flags.patch_size, **sizes),
+                mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path)
     head = dict(nlayers=flags.head_layers, hidden_dim=flags.hidden_dim, bottleneck_dim=flags.bottleneck_dim)
     its_flags = argparse.Namespace(**vars(flags) | dict(
         arch="vit_small", output_dir=str(output), use_fp16=flags.precision != "fp32" and flags.device == "cuda"))
@@ -245,9 +224,15 @@ def main(args):
             put(nn.parallel, "DistributedDataParallel", Alone)
             put(utils, "has_batchnorms", lambda network: False)  # synchronised ones are of CUDA alone
             put(utils.MetricLogger, "synchronize_between_processes", lambda self: None)  # of numbers on CUDA
-        theirs.train_dino(its_flags)
+        sys.path.append(args.checkout)  # where workers that start anew find its augmentation
+        try:
+            theirs.train_dino(its_flags)
+        except SystemExit:
+            raise NoReference("its loss is not finite, so it stopped") from None
+        finally:
+            sys.path.remove(args.checkout)
     report.close()
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, NoReference)
+    cli.run(main, parse_args, DataError, CheckpointError, NoReference)

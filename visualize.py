@@ -331,9 +331,9 @@ def embedding(args):
 
 def run(args):
     """The curves of a run, or of several, on one page, and how they ended."""
-    logs = {name: Path(name) if name.endswith(".jsonl") else Path(name, "log.jsonl") for name in args.runs}
-    runs = {name.removesuffix(".jsonl"): read_log(log) for name, log in logs.items()}
-    output = args.output or logs[args.runs[0]].with_name("curves.png")
+    logs = [Path(name) if name.endswith(".jsonl") else Path(name, "log.jsonl") for name in args.runs]
+    runs = {str(log.parent if log.name == "log.jsonl" else log.with_suffix("")): read_log(log) for log in logs}
+    output = args.output or logs[0].with_name("curves.png")
     if Path(output).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise DataError(f"--output {output}: expected a file that ends with .png, .jpg, .pdf or .svg")
     print(table(runs))

@@ -9,7 +9,7 @@ TINY = ("--arch vit_tiny --batch_size_per_gpu 2 --out_dim 300 --global_crops_siz
         "--local_crops_number 2 --warmup 1 --runs 2 --device cpu").split()
 
 
-@pytest.mark.parametrize("task, settings", [("step", ["fp32", "bf16+checkpointing"]), ("loss", ["fp32"]),
+@pytest.mark.parametrize("task, settings", [("step", ["fp32", "fp32+checkpointing", "bf16"]), ("loss", ["fp32"]),
                                             ("update", ["fp32"]), ("features", ["fp32", "bf16"])])
 def test_rows_for_machines_and_for_people(capsys, task, settings):
     bench.main(bench.parse_args([task, *TINY, "--settings", *settings]))

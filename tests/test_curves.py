@@ -124,6 +124,7 @@ def test_when_an_accuracy_is_first_reached(tmp_path):
         (pytest.approx(32 * 15), pytest.approx(15)), None, None, (160, 5), None]
     assert crossing(*runs["fast"], 20.0) == (0, 0)  # before it learnt anything
     assert crossing(runs["fast"][0], {}, 15.0) == (320, 10)  # nobody knows from where
+    assert "times as fast" not in first_reached(runs, 20.0)
     assert first_reached(runs, 40.0).splitlines() == [
         "slow     k-NN 40%: 2 of 2 runs, 400 ± 113 (320 to 480) images, 30 ± 0 (30 to 30) seconds",
         "fast     k-NN 40%: 1 of 1 runs, 480 images, 15 seconds", "never    k-NN 40%: 0 of 1 runs",

@@ -5,13 +5,15 @@ import pytest
 import torch
 from torchvision import transforms
 
+import checkout
 import data
 import reference
 import train
 from batches import batch_keys
-from checkpoint import load_backbone
+from checkpoint import CheckpointError, load_backbone
+from resume import load_state, save_state
 
-SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_heads 1 --patch_size 8 --out_dim 64 "
+SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_heads 2 --patch_size 8 --out_dim 64 "
          "--hidden_dim 32 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "
          "--local_crops_scale 0.2 0.5 --blur 0.5 0.25 0 --blur_radius 0.5 1 --color_jitter 0.1 0.2 0.3 0.05 "
          "--epochs 2 --warmup_epochs 1 --batch_size_per_gpu 16 --knn_every 1 --knn_images 300 --num_workers 0 "
@@ -21,40 +23,49 @@ SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_h
 @pytest.fixture
 def run(tmp_path):
     """run(*flags): the folder of a run of train.py that wrote its flags down."""
-    def run(*flags):
+    def run(*flags, batch=16, pictures=10_000):
         folder = tmp_path / "run"
         folder.mkdir()
-        train.write_flags(folder / "flags.txt", train.parse_args([*SMALL, "--output_dir", str(folder), *flags]))
+        args = train.parse_args([*SMALL, "--output_dir", str(folder), *flags])
+        save_state(folder / "checkpoint.pth", flags=vars(args),
+                   fixed={"global batch": batch, "number of pictures": pictures})
         return folder
     return run
 
 
-def test_flags_are_read_as_they_were_meant(run):
-    folder = run("--data_path", "a folder")
-    flags, meant = reference.flags_of(folder), train.parse_args([*SMALL, "--output_dir", str(folder)])
-    for name, value in vars(meant).items():
-        if name not in ("resume", "overwrite", "data_path"):
-            assert getattr(flags, name) == value and type(getattr(flags, name)) is type(value), name
-    assert flags.data_path == "a folder"
+def test_flags_are_those_of_the_run(run):
+    folder = run("--data_path", "2024", pictures=7)
+    flags, pictures = reference.flags_of(folder)
+    expected = train.parse_args([*SMALL, "--output_dir", str(folder), "--data_path", "2024"])
+    assert vars(flags) == vars(expected) and pictures == 7
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--loss mse", "--loss mse"), ("--teacher student", "--teacher student"), ("--predictor true", "--predictor True"),
-    ("--centering sinkhorn", "--centering sinkhorn"), ("--accum_steps 2", "--accum_steps 2"),
-    ("--clip_mode global", "--clip_mode global")])
+    ("--loss mse", "the reference has no --loss mse"), ("--teacher student", "the reference has no --teacher student"),
+    ("--predictor true", "--predictor True"), ("--centering sinkhorn", "--centering sinkhorn"),
+    ("--accum_steps 2", "--accum_steps 2"), ("--clip_mode global", "--clip_mode global"),
+    ("--batch_size_per_gpu 8", "several processes trained it"),
+    ("--warmup_teacher_temp_epochs 3", "no --warmup_teacher_temp_epochs beyond --epochs")])
 def test_what_the_reference_cannot_do(run, flags, named):
-    with pytest.raises(reference.NoReference, match=f"the reference has no {named}"):
+    with pytest.raises(reference.NoReference, match=named):
         reference.flags_of(run(*flags.split()))
 
 
 def test_what_is_no_run_or_no_checkout(tmp_path, run):
-    with pytest.raises(reference.NoReference, match="flags.txt cannot be read"):
+    with pytest.raises(CheckpointError, match="no such file"):
         reference.flags_of(tmp_path)
+    torch.save([1], tmp_path / "checkpoint.pth")
+    with pytest.raises(reference.NoReference, match="no run of train.py"):
+        reference.flags_of(tmp_path)
+    args = reference.parse_args([str(tmp_path), "--like", str(run()), "--output_dir", str(tmp_path / "new")])
     with pytest.raises(reference.NoReference, match="no checkout of facebookresearch/dino"):
-        reference.main(reference.parse_args([str(tmp_path), "--like", str(run()), "--output_dir", str(tmp_path / "a")]))
-    (tmp_path / "run" / "flags.txt").write_text("--arch resnet18\n")
-    with pytest.raises(reference.NoReference, match="the reference has no --arch resnet18"):
-        reference.flags_of(tmp_path / "run")
+        reference.main(args)
+    assert not (tmp_path / "new").exists()
+    state = load_state(tmp_path / "run" / "checkpoint.pth")
+    for name, value, words in (("arch", "resnet18", "not resnet18"), ("device", "mps", "cannot run on mps here")):
+        save_state(tmp_path / "run" / "checkpoint.pth", **state | {"flags": state["flags"] | {name: value}})
+        with pytest.raises(reference.NoReference, match=words):
+            reference.flags_of(tmp_path / "run")
 
 
 def test_pictures_come_in_the_order_of_train():
@@ -87,7 +98,7 @@ class Augmentation:
 
 
 def test_views_are_of_the_flags(run):
-    flags = reference.flags_of(run())
+    flags, _ = reference.flags_of(run())
     made = reference.views(Augmentation, flags)
     kinds = made.global_transfo1, made.global_transfo2, made.local_transfo
     assert made.local_crops_number == 2
@@ -104,22 +115,22 @@ def test_views_are_of_the_flags(run):
 def test_device_calls_stay_only_while_asked():
     before = torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.synchronize
     x, layer = torch.ones(1), torch.nn.Linear(1, 1)
-    with reference.stay("cpu"):
+    with checkout.stay("cpu"):
         assert x.cuda(non_blocking=True) is x and layer.cuda() is layer and torch.cuda.synchronize() is None
     assert (torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.synchronize) == before
 
 
-def test_the_checkout_trains_as_a_run_did(run, tmp_path, request, capsys, monkeypatch):
+def test_the_checkout_trains_as_a_run_did(tmp_path, request, monkeypatch):
     """With --reference alone: nothing of the reference is in this project."""
-    checkout = request.config.getoption("--reference")
-    if checkout is None:
+    folder_of_it = request.config.getoption("--reference")
+    if folder_of_it is None:
         pytest.skip("needs --reference DIR, a checkout of facebookresearch/dino")
     full = data.Shapes.__init__
     monkeypatch.setattr(data.Shapes, "__init__",
                         lambda self, part, length, size: full(self, part, 300 if part == "train" else 60, size))
-    folder = run("--linear_probe")
-    train.main(train.parse_args(["@" + str(folder / "flags.txt"), "--resume", "none", "--overwrite"]))
-    args = reference.parse_args([checkout, "--like", str(folder), "--output_dir", str(tmp_path / "theirs")])
+    folder = tmp_path / "run"
+    train.main(train.parse_args([*SMALL, "--linear_probe", "--output_dir", str(folder)]))
+    args = reference.parse_args([folder_of_it, "--like", str(folder), "--output_dir", str(tmp_path / "theirs")])
     reference.main(args)
     ours, theirs = ([json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
                     for path in (folder, tmp_path / "theirs"))
@@ -133,7 +144,10 @@ def test_the_checkout_trains_as_a_run_did(run, tmp_path, request, capsys, monkey
                 assert their[name] == pytest.approx(mine[name], rel=1e-6), name
             assert their["loss"] == pytest.approx(mine["loss"], abs=0.2)  # other weights, other views
     weights = load_backbone(str(tmp_path / "run" / "teacher.safetensors"))[0].state_dict()
-    found = load_backbone(str(tmp_path / "theirs" / "checkpoint.pth"))[0].state_dict()
-    assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in weights.items()}
+    found, info = load_backbone(str(tmp_path / "theirs" / "teacher.safetensors"))
+    assert {name: x.shape for name, x in found.state_dict().items()} == {name: x.shape for name, x in weights.items()}
+    assert found.num_heads == 2 and info["data_path"] == "shapes:32"
+    state = load_state(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
+    assert all(torch.equal(x, state[f"backbone.{name}"]) for name, x in found.state_dict().items())
     with pytest.raises(reference.NoReference, match="holds a run already"):
         reference.main(args)
