@@ -44,6 +44,6 @@ def advice(args, pictures, side, steps):
         sentences.append(f"--out_dim {args.out_dim} are more prototypes than the {pictures} pictures: try fewer")
     memory = 1 / max(1 - args.momentum_teacher, 1e-9)
     if args.teacher == "momentum" and memory > max(100, steps / 20):
-        sentences.append(f"--momentum_teacher {args.momentum_teacher:g} averages over {memory:,.0f} steps, of {steps:,} "
-                         f"in the whole run: try 0.99, or more --epochs")
+        sentences.append(f"--momentum_teacher {args.momentum_teacher:g} averages over {memory:,.0f} steps, of "
+                         f"{steps:,} in the whole run: try 0.99, or more --epochs")
     return sentences

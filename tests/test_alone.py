@@ -18,7 +18,7 @@ WORDS = {  # file -> what it says when it is run
     "draw.py": "from (0, 0, 4) to (252, 255, 164)", "curves.py": "training     200   6.200",
     "data.py": "built-in shapes",
     "cli.py": "", "precision.py": "bf16: torch.bfloat16", "report.py": "skipped unreadable picture a.jpg",
-    "batches.py": "2 processes, step 1", "optim.py": "lars", "resume.py": ""}
+    "batches.py": "2 processes, step 1", "optim.py": "lars", "resume.py": "", "advice.py": "", "checkout.py": ""}
 RUN_ALL = """
 import contextlib, io, json, os, runpy, sys, traceback
 said = {}

@@ -62,7 +62,7 @@ def test_what_is_no_run_or_no_checkout(tmp_path, run):
         reference.main(args)
     assert not (tmp_path / "new").exists()
     state = load_state(tmp_path / "run" / "checkpoint.pth")
-    for name, value, words in (("arch", "resnet18", "not resnet18"), ("device", "mps", "cannot run on mps here")):
+    for name, value, words in (("arch", "resnet18", "not with resnet18"), ("device", "mps", "cannot run on mps here")):
         save_state(tmp_path / "run" / "checkpoint.pth", **state | {"flags": state["flags"] | {name: value}})
         with pytest.raises(reference.NoReference, match=words):
             reference.flags_of(tmp_path / "run")
