@@ -301,8 +301,9 @@ def main(args):
                f"{world_size} x {device.type}")
     report.say(f"{args.epochs} epochs of {steps_per_epoch} steps of {global_batch} pictures; effective lr "
                f"{args.lr * global_batch / 256:.3g} = {args.lr:g} * {global_batch} / 256 (linear scaling rule)")
-    for sentence in advice(args, len(data.train), usual_side(data.train), total_steps):
-        report.say(f"NOTE: {sentence}")
+    if rank == 0:  # who alone speaks; the others need not open pictures for it
+        for sentence in advice(args, len(data.train), usual_side(data.train), total_steps):
+            report.say(f"NOTE: {sentence}")
 
     # ---- a new run, or the rest of one ----
     objects = dict(student=network, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler)
