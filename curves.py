@@ -20,14 +20,13 @@ PANELS = {  # title -> {name in the log: what it is}, the first drawn as a line,
     "teacher entropy, nats": {"teacher_entropy": "of an output", "teacher_entropy_of_mean": "of the mean output",
                               "ln_k": "ln K"},
     "KL of teacher and student, nats": {"kl": None},
-    "k-NN top-1, %": {"top1": "teacher"},
-    "linear top-1, %": {"linear": "teacher"},
+    "k-NN and linear top-1, %": {"top1": "k-NN", "linear": "linear"},
     "learning rate": {"lr": None},
     "weight decay, teacher momentum": {"weight_decay": "weight decay", "momentum": "teacher momentum"},
     "images a second": {"images_per_second": None},
     "waiting for data, % of the time": {"waiting": None},
 }
-BASELINES = {"untrained backbone": "--", "raw pixels": ":"}
+BASELINES = {"untrained backbone": "-.", "raw pixels": ":"}
 AXES = {"step": "step", "images": "images seen", "seconds": "seconds of training, tests and saves not counted"}
 
 
@@ -166,12 +165,18 @@ def page(runs, against="step"):
 
     Args:
         against: the horizontal axis, one of AXES.
+
+    Raises:
+        OSError: a log does not say how many images were seen.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 8.5), dpi=150, layout="constrained")
+    for name, (curves, _) in runs.items():
+        if against not in curves and against != "step":
+            raise OSError(f"{name}: its log does not say how many {AXES[against]}")
+    figure = Figure(figsize=(12.5, 6), dpi=150, layout="constrained")
     kinds = list(groups(runs))
-    for axes, (title, names) in zip(figure.subplots(3, 3).flat, PANELS.items()):
+    for axes, (title, names) in zip(figure.subplots(2, 4).flat, PANELS.items()):
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.set_xlabel(AXES[against], fontsize=8)
@@ -187,9 +192,9 @@ def page(runs, against="step"):
                     line, = axes.plot(*zip(*points), style, color=color, marker=dots)
                     shown.setdefault(label, line)
             for name, style in BASELINES.items():
-                for accuracy in baselines.get(name, {}).keys() & names.keys():
-                    line = axes.axhline(baselines[name][accuracy], linestyle=style, color=color, linewidth=1)
-                    shown.setdefault(name, line)
+                if "top1" in names and "top1" in baselines.get(name, {}):
+                    line = axes.axhline(baselines[name]["top1"], linestyle=style, color=color, linewidth=1)
+                    shown.setdefault(f"k-NN of {name}", line)
         axes.set_xlim(left=0)
         if shown.keys() - {None}:
             axes.legend(shown.values(), shown, fontsize=8, framealpha=0.6)

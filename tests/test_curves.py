@@ -48,9 +48,9 @@ def test_a_page_shows_all_of_it(log):
     assert curves["loss, nats"][0][1:] == ([2, 4, 8], [5.9, 5.7, 5.3])
     assert curves["loss, nats"][1][2] == [math.log(512)] * 3
     assert [text.get_text() for text in panels["loss, nats"].get_legend().get_texts()] == ["loss", "ln K"]
-    knn = curves["k-NN top-1, %"]
-    assert knn[0][1:] == ([4, 8], [50.0, 40.0]) and [y for _, _, y in knn[1:]] == [[18.0] * 2, [64.0] * 2]
-    assert [y for _, _, y in curves["linear top-1, %"]] == [[60.0], [25.0] * 2]
+    accuracies = [points for _, *points in curves["k-NN and linear top-1, %"]]
+    assert accuracies[:2] == [[[4, 8], [50.0, 40.0]], [[8], [60.0]]]
+    assert [y for _, y in accuracies[2:]] == [[18.0] * 2, [64.0] * 2]
     schedules = panels["weight decay, teacher momentum"].get_legend()
     assert [text.get_text() for text in schedules.get_texts()] == ["weight decay", "teacher momentum"]
     assert curves["waiting for data, % of the time"][0][2] == [25.0] * 3
@@ -66,9 +66,10 @@ def test_several_runs_have_a_color_each(tmp_path, log):
     for runs in (["one", "two"], ["two", "one"]):  # what only one of them has is in the legend too
         figure = page({name: read_log({"one": log, "two": other}[name]) for name in runs})
         panels = {axes.get_title(): axes for axes in figure.axes}
-        legend = panels["k-NN top-1, %"].get_legend()
-        assert [text.get_text() for text in legend.get_texts()] == ["teacher", "untrained backbone", "raw pixels"]
-        assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--", ":"]
+        legend = panels["k-NN and linear top-1, %"].get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == [
+            "k-NN", "linear", "k-NN of untrained backbone", "k-NN of raw pixels"]
+        assert [line.get_linestyle() for line in legend.get_lines()] == ["-", "--", "-.", ":"]
         assert panels["learning rate"].get_legend() is None and panels["learning rate"].get_xlim()[0] == 0
 
 
@@ -99,10 +100,16 @@ def test_the_table(tmp_path, log):
 def test_curves_against_images_and_time(log):
     for against, per_step in (("images", 80), ("seconds", 0.4)):
         panels = {axes.get_title(): axes for axes in page({"one": read_log(log)}, against).axes}
-        for title, steps in (("loss, nats", [2, 4, 8]), ("k-NN top-1, %", [4, 8])):
+        for title, steps in (("loss, nats", [2, 4, 8]), ("k-NN and linear top-1, %", [4, 8])):
             x = panels[title].lines[0].get_xdata()
             assert list(x) == pytest.approx([step * per_step for step in steps])
         assert against in panels["loss, nats"].get_xlabel()
+
+
+def test_a_log_without_images_is_not_drawn_against_them(tmp_path):
+    run = read_log(write(tmp_path / "one", [{k: v for k, v in record(0).items() if k != "images_per_second"}]))
+    with pytest.raises(OSError, match="one: its log does not say how many images seen"):
+        page({"one": run}, "images")
 
 
 def pace(step, seconds, top1=None):
@@ -143,10 +150,11 @@ def test_seeds_of_a_run_have_a_mean_and_a_spread(tmp_path):
     runs = {}
     for name, top1 in (("a-0", 50.0), ("a-1", 52.0), ("a-2", 57.0), ("b_0", 60.0), ("b_1", 61.0), ("c", 9.0)):
         runs[name] = read_log(write(tmp_path / name, [record(1), dict(knn="epoch 0", top1=10.0, top5=80.0), record(2),
-                                                      dict(knn="epoch 1", top1=top1, top5=80.0)]))
+                                                      dict(knn="epoch 1", top1=top1, top5=80.0, linear=top1 + 5)]))
     lines = table(runs).splitlines()
-    assert len(lines) == 9 and [" ".join(line.split()) for line in lines[7:]] == [
-        "b 2 runs, k-NN last 60.5 ± 0.7 (60.0 to 61.0)", "a 3 runs, k-NN last 53.0 ± 3.6 (50.0 to 57.0)"]
+    assert len(lines) == 11 and [" ".join(line.split()) for line in lines[7:]] == [
+        "b 2 runs, k-NN last 60.5 ± 0.7 (60.0 to 61.0)", "a 3 runs, k-NN last 53.0 ± 3.6 (50.0 to 57.0)",
+        "b 2 runs, linear last 65.5 ± 0.7 (65.0 to 66.0)", "a 3 runs, linear last 58.0 ± 3.6 (55.0 to 62.0)"]
 
 
 def test_what_is_no_log(tmp_path):

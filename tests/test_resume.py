@@ -329,13 +329,13 @@ def test_a_signal_before_the_first_step_loses_nothing(flags, tmp_path):
 def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     """SIGTERM to torchrun; then a killed process, and torchrun's restart; then another number of processes."""
     folder = tmp_path / "two"
-    two = flags("two", "--batch_size_per_gpu 8 --epochs 40 --knn_every 0")
+    two = flags("two", "--batch_size_per_gpu 8 --epochs 20 --knn_every 0")
     process = torchrun(two)
     wait_for_steps(process, folder, 8)
     process.terminate()
     output, _ = process.communicate(timeout=120)
     step = load_state(folder / "checkpoint.pth")["progress"]["step"]
-    assert output.count(f"stopped by SIGTERM after step {step} of 240") == 1 and "exitcode" not in output
+    assert output.count(f"stopped by SIGTERM after step {step} of 120") == 1 and "exitcode" not in output
 
     process = torchrun(two, "--max-restarts=1")
     wait_for_steps(process, folder, step + 8)
@@ -343,16 +343,16 @@ def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    assert f"going on at step {step} of 240" in output and output.count("going on at step") == 2
+    assert f"going on at step {step} of 120" in output and output.count("going on at step") == 2
     assert "lost the others" in output or "finishing the step" in output
-    assert [record["step"] for record in records(folder)] == list(range(240))
+    assert [record["step"] for record in records(folder)] == list(range(120))
 
-    run(flags("two", "--batch_size_per_gpu 16 --epochs 41 --knn_every 0"))  # one process, same global batch
-    assert [record["step"] for record in records(folder)] == list(range(246))
+    run(flags("two", "--batch_size_per_gpu 16 --epochs 21 --knn_every 0"))  # one process, same global batch
+    assert [record["step"] for record in records(folder)] == list(range(126))
 
 
 def test_a_process_that_hangs_is_waited_for_in_vain(flags, tmp_path):
-    process = torchrun(flags("two", "--batch_size_per_gpu 8 --epochs 400 --knn_every 0 --timeout_minutes 0.25"))
+    process = torchrun(flags("two", "--batch_size_per_gpu 8 --epochs 400 --knn_every 0 --timeout_minutes 0.15"))
     wait_for_steps(process, tmp_path / "two", 3)
     victim = [pid for pid in children_of(process.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()][1]
     os.kill(victim, signal.SIGSTOP)

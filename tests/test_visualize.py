@@ -400,10 +400,15 @@ def test_runs(tmp_path, stopped, capsys):
                    for step in range(3)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run("run", tmp_path / "one")
-    assert Image.open(tmp_path / "one" / "curves.png").width == 1500
-    run("run", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both.svg")
+    assert Image.open(tmp_path / "one" / "curves.png").width == 1875
+    (tmp_path / "two" / "log.jsonl").rename(tmp_path / "two.jsonl")
+    run("run", tmp_path / "one", tmp_path / "two.jsonl", "--output", tmp_path / "both.svg", "--against", "seconds",
+        "--knn", "50")
     out = capsys.readouterr().out
-    assert "1.000" in out and "1.333" in out and "<svg" in (tmp_path / "both.svg").read_text()
+    assert "1.000" in out and "1.333" in out and "two k-NN 50%: 0 of 1 runs" in out
+    svg = (tmp_path / "both.svg").read_text()
+    assert "<svg" in svg and "seconds of training" in svg
+    assert "does not say how many images seen" in stopped(run, "run", tmp_path / "one", "--against", "images")
     assert "expected the folder of a run" in stopped(run, "run", tmp_path / "three")
     for name in ("both.doc", "both", "one"):
         assert "expected a file that ends with .png" in stopped(
