@@ -91,3 +91,12 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")
     parser.addoption("--reference", help="checkout of facebookresearch/dino, for tests beside it (default: none)")
     parser.addoption("--pictures", help="folder of real pictures for tests of views and copies (default: generated)")
+
+
+@pytest.fixture
+def shapes_300(monkeypatch):
+    """The built-in pictures, 300 and 60 of them."""
+    import data
+    full = data.Shapes.__init__
+    monkeypatch.setattr(data.Shapes, "__init__",
+                        lambda self, part, length, size: full(self, part, 300 if part == "train" else 60, size))

@@ -1,4 +1,5 @@
 import json
+import sys
 from argparse import Namespace
 
 import pytest
@@ -120,14 +121,130 @@ def test_device_calls_stay_only_while_asked():
     assert (torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.synchronize) == before
 
 
-def test_the_checkout_trains_as_a_run_did(tmp_path, request, monkeypatch):
+MAIN = """
+import torch
+from torch import nn
+from torchvision import datasets
+import utils
+import vision_transformer as vits
+from test_reference import Augmentation
+
+class DataAugmentationDINO(Augmentation):
+    def __call__(self, image):
+        kinds = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
+        return [torch.full((3, *kind.transforms[0].size), image.getpixel((9, 9))[0] / 255) for kind in kinds]
+
+class DINOHead(nn.Linear):
+    def __init__(self, embed_dim, out_dim, use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim):
+        super().__init__(embed_dim, out_dim)
+        utils.seen["head"] = nlayers, hidden_dim, bottleneck_dim, use_bn, norm_last_layer
+
+class DINOLoss(nn.Module):
+    def __init__(self, out_dim, crops, student_temp, center_momentum):
+        super().__init__()
+        utils.seen["loss"] = out_dim, crops, student_temp, center_momentum
+
+    def forward(self, output):
+        return output.square().mean()
+
+def train_one_epoch(student, teacher, bare, loss, loader, optimizer, lr, weight_decay, momentum, epoch, scaler, args):
+    for i, (views, _) in enumerate(loader):
+        print(i)
+        utils.seen["views"].append([(*view.shape, round(view.mean().item(), 4)) for view in views])
+        value = loss(student.module.head(student.module.backbone(views[0].cuda())))
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    return {}
+
+def train_dino(args):
+    utils.init_distributed_mode(args)
+    images = datasets.ImageFolder(args.data_path, transform=DataAugmentationDINO(
+        args.global_crops_scale, args.local_crops_scale, args.local_crops_number))
+    sampler = torch.utils.data.DistributedSampler(images, shuffle=True)
+    loader = torch.utils.data.DataLoader(images, args.batch_size_per_gpu, sampler=sampler, drop_last=True)
+    backbone = vits.__dict__[args.arch](patch_size=args.patch_size, drop_path_rate=args.drop_path_rate)
+    network = nn.Sequential()
+    network.backbone = backbone
+    network.head = DINOHead(64, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
+    student = nn.parallel.DistributedDataParallel(network.cuda(), device_ids=[args.gpu])
+    assert not utils.has_batchnorms(student)
+    utils.MetricLogger().synchronize_between_processes()
+    loss = DINOLoss(args.out_dim, args.local_crops_number + 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr)
+    for epoch in range(args.epochs):
+        sampler.set_epoch(epoch)
+        train_one_epoch(student, network, network, loss, loader, optimizer, None, None, None, epoch, None, args)
+    torch.save({"teacher": network.state_dict()}, args.output_dir + "/checkpoint.pth")
+"""
+VITS = """
+import vit
+
+class VisionTransformer(vit.VisionTransformer):
+    def __init__(self, img_size, mlp_ratio, qkv_bias, norm_layer, **sizes):
+        super().__init__(*img_size, **sizes)
+        assert mlp_ratio == 4 and qkv_bias and norm_layer(8).eps == 1e-6
+
+def vit_small():
+    assert False
+"""
+UTILS = """
+seen = dict(views=[])
+
+class MetricLogger:
+    def synchronize_between_processes(self):
+        assert False
+
+def init_distributed_mode(args):
+    assert False
+
+def has_batchnorms(network):
+    return True
+"""
+
+
+def test_a_stand_in_trains_as_a_run_says(shapes_300, run, tmp_path, monkeypatch, capsys):
+    """Ours, with the reference's names: what main puts in place arrives in the order of train.py, and is taken back."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name, text in zip(checkout.FILES, (MAIN, UTILS, VITS)):
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "test_reference", sys.modules[__name__])
+    try:
+        before = torch.utils.data.DistributedSampler, torch.nn.parallel.DistributedDataParallel, torch.Tensor.cuda
+        reference.main(reference.parse_args([str(folder), "--like", str(run(pictures=300)), "--output_dir",
+                                             str(tmp_path / "theirs")]))
+        seen = sys.modules["utils"].seen
+        assert "print" not in vars(sys.modules["main_dino"]) and str(folder) not in sys.path
+    finally:
+        for name in checkout.FILES:
+            sys.modules.pop(name, None)
+    assert before == (torch.utils.data.DistributedSampler, torch.nn.parallel.DistributedDataParallel, torch.Tensor.cuda)
+    assert seen["head"] == (3, 32, 256, False, True) and seen["loss"] == (64, 4, 0.1, 0.9)
+    images = data.open_data("shapes:32").train
+    batches = list(batch_keys(0, 36, 300, 0, 16))
+    assert len(seen["views"]) == len(batches) == 36
+    for views, batch in zip(seen["views"], batches):
+        value = sum(images[index][0].getpixel((9, 9))[0] / 255 for _, index in batch) / 16
+        assert views == [(16, 3, size, size, pytest.approx(value, abs=1e-4)) for size in (32, 32, 16, 16)]
+    records = [json.loads(line) for line in (tmp_path / "theirs" / "log.jsonl").read_text().splitlines()]
+    assert [record.get("knn", record.get("step")) for record in records] == [
+        "untrained backbone", 4, 9, 14, 17, "epoch 0", 19, 24, 29, 34, 35, "epoch 1"]
+    assert all(record["loss"] > 0 and record["lr"] == 0.0005 for record in records if "loss" in record)
+    assert "k-NN of epoch 1: top-1" in capsys.readouterr().out
+    weights = load_state(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
+    backbone, info = load_backbone(str(tmp_path / "theirs" / "teacher.safetensors"))
+    assert all(torch.equal(x, weights[f"backbone.{name}"]) for name, x in backbone.state_dict().items())
+    assert info["image_size"] == 32 and backbone.num_heads == 2
+
+
+def test_the_checkout_trains_as_a_run_did(tmp_path, request, shapes_300):
     """With --reference alone: nothing of the reference is in this project."""
     folder_of_it = request.config.getoption("--reference")
     if folder_of_it is None:
         pytest.skip("needs --reference DIR, a checkout of facebookresearch/dino")
-    full = data.Shapes.__init__
-    monkeypatch.setattr(data.Shapes, "__init__",
-                        lambda self, part, length, size: full(self, part, 300 if part == "train" else 60, size))
     folder = tmp_path / "run"
     train.main(train.parse_args([*SMALL, "--linear_probe", "--output_dir", str(folder)]))
     args = reference.parse_args([folder_of_it, "--like", str(folder), "--output_dir", str(tmp_path / "theirs")])

@@ -175,15 +175,6 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
-@pytest.fixture
-def shapes_300(monkeypatch):
-    """The built-in pictures, 300 and 60 of them."""
-    import data
-    full = data.Shapes.__init__
-    monkeypatch.setattr(data.Shapes, "__init__",
-                        lambda self, part, length, size: full(self, part, 300 if part == "train" else 60, size))
-
-
 def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
     run(tmp_path, "--epochs 2 --knn_every 1 --saveckp_freq 1")
     out = capsys.readouterr().out
