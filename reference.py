@@ -1,8 +1,8 @@
 """The reference, facebookresearch/dino from a checkout: trained as a run of train.py was, and judged alike.
 
-    python train.py @recipes/cifar10.txt --data_path DATA --output_dir runs/cifar10
-    python reference.py CHECKOUT --like runs/cifar10 --output_dir runs/reference
-    python visualize.py run runs/cifar10 runs/reference --against seconds
+    python train.py @recipes/as_released/cifar10.txt --data_path DATA --output_dir runs/as_released
+    python reference.py CHECKOUT --like runs/as_released --output_dir runs/reference
+    python visualize.py run runs/as_released runs/reference --against seconds
 
 Its own train_dino runs, in one process, as the run must have: backbone, head, loss, augmentation, optimizer, schedules,
 loop and checkpoints are its. What it has written into the code instead of into flags (the sizes of views and networks,
