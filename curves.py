@@ -56,8 +56,8 @@ def read_log(path):
                     baselines[record["knn"]] = scores
                     continue
             else:
-                before, step = step, int(record["step"]) + 1
                 seconds = record["data_seconds"] + record["compute_seconds"]
+                before, step = step, int(record["step"]) + 1
                 total += (step - before) * seconds
                 waiting = 100 * record["data_seconds"] / seconds if seconds else 0.0
                 record |= dict(waiting=waiting, step=step, seconds=total,

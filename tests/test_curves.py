@@ -84,8 +84,10 @@ def test_values_that_are_none(tmp_path):
     lines = [json.dumps(record(0)), json.dumps(record(1, loss=math.nan)), json.dumps(record(2, loss=math.inf)),
              json.dumps(record(3)).replace('"step": 3', '"step": Infinity'), "[" * 10**5,
              json.dumps(record(4)).replace('"loss": 5.6', '"loss": ' + "9" * 400), json.dumps(record(5))]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    assert read_log(tmp_path / "log.jsonl")[0]["loss"] == ([1, 6], [6.0, 5.5])
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 8}', json.dumps(record(9))]))
+    curves, _ = read_log(tmp_path / "log.jsonl")
+    assert curves["loss"] == ([1, 6, 10], [6.0, 5.5, 5.1])
+    assert curves["seconds"][1][-1] == pytest.approx(10 * 0.4)  # what is lost counts like what comes next
 
 
 def test_the_table(tmp_path, log):

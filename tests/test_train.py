@@ -176,9 +176,10 @@ def signals_as_before():
 
 
 def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
-    run(tmp_path, "--epochs 2 --knn_every 1 --saveckp_freq 1")
+    run(tmp_path, "--epochs 2 --knn_every 1 --saveckp_freq 1 --linear_probe")
     out = capsys.readouterr().out
-    for words in ("effective lr 0.000125", "raw pixels", "untrained backbone", "teacher entropy", "ln K 4.16", "img/s"):
+    for words in ("effective lr 0.000125", "raw pixels", "untrained backbone", "teacher entropy", "ln K 4.16", "img/s",
+                  "linear classifier"):
         assert words in out
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoint.pth", "checkpoint.pth.1", "checkpoint0000.pth", "checkpoint0001.pth",
@@ -188,8 +189,8 @@ def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
     assert len(records) == 8
     assert records[0]["ln_k"] == pytest.approx(math.log(64)) and 0 < records[0]["teacher_entropy"] <= math.log(64)
     assert records[0]["kl"] == pytest.approx(records[0]["loss"] - records[0]["teacher_entropy"])
-    assert [line["knn"] for line in lines(tmp_path) if "knn" in line] == [
-        "raw pixels", "untrained backbone", "epoch 0", "epoch 1"]
+    assert [(line["knn"], "linear" in line) for line in lines(tmp_path) if "knn" in line] == [
+        ("raw pixels", False), ("untrained backbone", True), ("epoch 0", True), ("epoch 1", True)]
     state = load_state(tmp_path / "checkpoint.pth")
     assert state["progress"]["step"] == 8 and state["flags"]["embed_dim"] == 32
     teacher = load_file(tmp_path / "teacher.safetensors")
