@@ -172,7 +172,7 @@ def page(runs, against="step"):
     from matplotlib.figure import Figure
 
     for name, (curves, _) in runs.items():
-        if against not in curves and against != "step":
+        if against not in curves:
             raise OSError(f"{name}: its log does not say how many {AXES[against]}")
     figure = Figure(figsize=(12.5, 6), dpi=150, layout="constrained")
     kinds = list(groups(runs))
@@ -184,7 +184,7 @@ def page(runs, against="step"):
         shown = {}  # what is in the legend: one line for each kind
         for run, (curves, baselines) in runs.items():
             color = f"C{kinds.index(seedless(run)) % 10}"
-            place = dict(zip(*curves.get(against, ([], []))))
+            place = dict(zip(*curves[against]))
             for style, (name, label) in zip(("-", "--", ":"), names.items()):
                 points = [(place[step], value) for step, value in zip(*curves.get(name, ([], []))) if step in place]
                 if points:
