@@ -15,7 +15,8 @@ def sentences(*flags, pictures=50_000, side=32, steps=10_000):
 
 @pytest.mark.parametrize("recipe, pictures, side, batch", [
     ("demo.txt", 10_000, 32, 32), ("cifar10.txt", 50_000, 32, 64), ("cifar10_gpu.txt", 50_000, 32, 256),
-    ("imagenette_gpu.txt", 9_469, 128, 128),
+    ("as_released/cifar10.txt", 50_000, 32, 64), ("as_released/imagenette.txt", 9_469, 128, 32),
+    ("imagenette.txt", 9_469, 128, 64), ("imagenette_gpu.txt", 9_469, 128, 128),
     ("imagenet_vits16.txt", 1_281_167, 375, 1024), ("imagenet_resnet50.txt", 1_281_167, 375, 512)])
 def test_recipes_suit_their_pictures(recipe, pictures, side, batch):
     flags = f"@{ROOT / 'recipes' / recipe}"
