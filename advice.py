@@ -43,7 +43,7 @@ def advice(args, pictures, side, steps):
     if args.out_dim > pictures:
         sentences.append(f"--out_dim {args.out_dim} are more prototypes than the {pictures} pictures: try fewer")
     memory = 1 / max(1 - args.momentum_teacher, 1e-9)
-    if args.teacher == "momentum" and memory > max(100, steps / 20):
+    if args.teacher == "momentum" and memory > max(100, steps / 10):
         sentences.append(f"--momentum_teacher {args.momentum_teacher:g} averages over {memory:,.0f} steps, of "
                          f"{steps:,} in the whole run: try 0.99, or more --epochs")
     return sentences
