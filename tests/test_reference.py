@@ -127,7 +127,7 @@ from torch import nn
 from torchvision import datasets
 import utils
 import vision_transformer as vits
-from test_reference import Augmentation
+from tests.benchmarks.test_reference import Augmentation
 
 class DataAugmentationDINO(Augmentation):
     def __call__(self, image):

@@ -417,7 +417,9 @@ def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypa
 
 BROKEN = """
 import sys
-import train, cli, views
+import train
+import cli
+import views
 
 class Broken(views.MultiCrop):
     def __call__(self, image, key):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_masks import f_by_definition
-from test_propagate import by_definition
+from tests.evaluation.test_masks import f_by_definition
+from tests.evaluation.test_label_propagation import by_definition
 from torchvision.transforms import functional as TF
 
 import segment
