@@ -9,8 +9,8 @@ import torch
 
 import infer
 from batches import large_size, normalised, whole_view
-from checkpoint import CheckpointError, open_backbone
-from precision import fast_products
+from common.weights import CheckpointError, open_backbone
+from common.precision import fast_products
 
 
 def open_attention(args):

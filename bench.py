@@ -34,14 +34,14 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
+from common import cli
 from augment import BatchMultiCrop, MultiCrop
 from checkout import FILES, NoReference, load, start_alone, stay
-from cli import natural, positive
+from common.cli import natural, positive
 from data import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
-from precision import PRECISIONS, autocast, fast_products, usual_products
+from common.precision import PRECISIONS, autocast, fast_products, usual_products
 from propagate import transfer
 from step import Settings, apply_gradients, build_networks, compile_regions, train_step
 from vit import SIZES, VisionTransformer

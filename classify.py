@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-import cli
+from common import cli
 from augment import BatchMultiCrop, MultiCrop
 from backbones import share_statistics, synchronised
 from batches import batch_keys, counted_seed, on_device, train_loader
 from data import DataError
 from dino_loss import cosine_schedule
-from precision import autocast, fast_products
-from report import Report
-from resume import prepare_folder, resume, save_state, was_restarted
+from common.precision import autocast, fast_products
+from common.logger import Report
+from common.checkpoint import prepare_folder, resume, save_state, was_restarted
 
 # ---- networks ----
 

@@ -26,10 +26,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import cli
+from common import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_loader
-from checkpoint import (
+from common.weights import (
     CheckpointError,
     file_for,
     folder_for,
@@ -40,14 +40,14 @@ from checkpoint import (
     square_size,
 )
 from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
-from cli import boolean, natural, natural_float, positive, positive_float, rate, share
+from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
 from features import LABELS, extract_features, load_features, save_features
 from knn import knn_classifier
 from optim import build_optimizer
-from precision import autocast, fast_products, resolve
+from common.precision import autocast, fast_products, resolve
 from probe import LRS, WEIGHT_DECAYS, choose, fit, tenth
-from resume import require_writable, write_json
+from common.checkpoint import require_writable, write_json
 
 # ---- flags ----
 

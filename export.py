@@ -38,15 +38,15 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as TF
 
-import cli
+from common import cli
 import infer
 from backbones import BackboneError, Headless
-from checkpoint import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
-from cli import natural, positive
+from common.weights import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
+from common.cli import natural, positive
 from data import DataError, ImageTree, Shapes
-from foreign import FORMATS, IMAGENET_MEAN, IMAGENET_STD
+from common.convert import FORMATS, IMAGENET_MEAN, IMAGENET_STD
 from onnx_graph import build_graph
-from precision import PRECISIONS
+from common.precision import PRECISIONS
 
 # precision -> largest difference, absolute in fp32 and of the largest value in half, and least cosine
 LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (0.02, 0.9999), "mixed": (0.02, 0.9999)}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from resume import CheckpointError, write_whole
+from common.checkpoint import CheckpointError, write_whole
 
 LABELS = {"bank": "bank_labels", "queries": "query_labels"}  # names of each part and of its labels
 

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import cli
-from resume import write_whole
+from common import cli
+from common.checkpoint import write_whole
 
 
 def bring_up_to_date(path, root, names, look, say=print, save_every=10_000):

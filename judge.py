@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from batches import eval_loader, some_of
 from features import extract_features
 from knn import knn_classifier
-from precision import autocast
+from common.precision import autocast
 from probe import probe
 
 

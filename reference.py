@@ -23,15 +23,15 @@ from unittest import mock
 import torch
 from torch import nn
 
-import cli
+from common import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import batch_keys
 from checkout import FILES, NoReference, load, start_alone, stay
-from checkpoint import save_model
+from common.weights import save_model
 from data import DataError, open_data
 from judge import judge
-from report import Report
-from resume import CheckpointError, load_state
+from common.logger import Report
+from common.checkpoint import CheckpointError, load_state
 from vit import SIZES
 
 WITHOUT = dict(teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,

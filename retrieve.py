@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import cli
+from common import cli
 from batches import eval_loader, eval_view, normalised
-from checkpoint import CheckpointError, file_for, folder_for, open_backbone, square_size
-from cli import boolean, positive
+from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
+from common.cli import boolean, positive
 from data import DataError, ImageTree, Unreadable, open_rgb
 from descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
 from features import NothingReadable, extract_features
 from gallery import bring_up_to_date
-from precision import fast_products
+from common.precision import fast_products
 from ranking import judge, mean_judgement
-from resume import require_writable, write_json
+from common.checkpoint import require_writable, write_json
 from retrieval_data import pictures_in, read_copydays, read_landmarks
 from sheet import contact_sheet
 

@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import cli
+from common import cli
 from batches import large_size, normalised, whole_view
-from checkpoint import CheckpointError, file_for, folder_for, open_backbone, untrained
-from cli import natural, positive, positive_float, share
+from common.weights import CheckpointError, file_for, folder_for, open_backbone, untrained
+from common.cli import natural, positive, positive_float, share
 from data import DataError, Unreadable, open_rgb
 from mask_data import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
 from masks import boundary_f, jaccard, keep_mass, over_time
-from precision import autocast, fast_products
+from common.precision import autocast, fast_products
 from propagate import decide, follow, one_hot
-from resume import write_json
+from common.checkpoint import write_json
 
 
 def parse_args(argv=None):

@@ -16,7 +16,7 @@ from torch import nn
 from backbones import build_backbone
 from dino_loss import DINOHead
 from optim import clip_gradients
-from precision import autocast
+from common.precision import autocast
 
 # ---- networks ----
 

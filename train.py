@@ -24,20 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import cli
+from common import cli
 from advice import advice, usual_side
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, require_known, share_statistics, synchronised
 from batches import batch_keys, counted_seed, on_device, train_loader
-from checkpoint import save_model
-from cli import boolean, natural, natural_float, positive, positive_float, rate, share
+from common.weights import save_model
+from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data import DataError, open_data
 from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
 from judge import collapse, judge, pixel_features
 from optim import build_optimizer, param_groups
-from precision import fast_products, resolve
-from report import Report
-from resume import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
+from common.precision import fast_products, resolve
+from common.logger import Report
+from common.checkpoint import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from step import Settings, build_networks, compile_regions, train_step
 from views import add_view_flags, build_multicrop, require_views
 from vit import SIZES

@@ -8,9 +8,9 @@
 
 import functools
 
-import cli
+from common import cli
 from augment import BatchMultiCrop, MultiCrop
-from cli import natural, natural_float, positive, share
+from common.cli import natural, natural_float, positive, share
 
 
 def add_view_flags(add):

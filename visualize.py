@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-import cli
+from common import cli
 from attention import open_attention
 from batches import eval_loader, large_size, normalised, some_of, whole_view
-from checkpoint import CheckpointError, file_for, folder_for, open_backbone, square_size
-from cli import natural, positive, share
+from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
+from common.cli import natural, positive, share
 from curves import AXES, first_reached, page, read_log, table
 from data import DataError, ImageTree, Unreadable, open_data, open_rgb
 from draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
@@ -37,8 +37,8 @@ from embedding import colors, in_a_plane, principal_components, scatter, thumbna
 from features import extract_features
 from frames import Writer, open_clip
 from masks import keep_mass
-from precision import fast_products
-from resume import require_writable
+from common.precision import fast_products
+from common.checkpoint import require_writable
 from sheet import contact_sheet, side_in
 from views import add_view_flags, build_multicrop, require_views
 

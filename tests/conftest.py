@@ -48,7 +48,7 @@ def scene():
 @pytest.fixture
 def model(tmp_path):
     """A small backbone with random weights, and its file."""
-    from checkpoint import save_model
+    from common.weights import save_model
     from vit import VisionTransformer
     torch.manual_seed(3)
     vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
@@ -62,9 +62,9 @@ def model(tmp_path):
 @pytest.fixture
 def stopped(capsys):
     """stopped(run, *argv): the one line with which a command ends."""
-    import cli
+    from common import cli
     from data import DataError
-    from resume import CheckpointError
+    from common.checkpoint import CheckpointError
 
     def stopped(run, *argv):
         with pytest.raises(SystemExit) as stop:

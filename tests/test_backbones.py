@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-import checkpoint
+from common import weights as checkpoint
 import evaluate
 import export
 import infer
@@ -21,10 +21,10 @@ import train
 import visualize
 from backbones import BackboneError, Headless, build_backbone, synchronised
 from batches import eval_view
-from checkpoint import CheckpointError, load_backbone
+from common.weights import CheckpointError, load_backbone
 from classify import Classifiers, Tokens, layer_groups
 from data import Shapes, open_data
-from resume import load_state
+from common.checkpoint import load_state
 from step import Settings, build_networks, compile_regions, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "

@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 import classify
 import evaluate
 from batches import eval_view
-from checkpoint import CheckpointError, load_backbone, save_model
+from common.weights import CheckpointError, load_backbone, save_model
 from data import Data, DataError, Shapes, TorchvisionSet
 from step import build_networks
 from vit import VisionTransformer

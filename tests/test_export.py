@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import export
 import infer
 from batches import eval_view
-from checkpoint import CheckpointError, save_model
+from common.weights import CheckpointError, save_model
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]

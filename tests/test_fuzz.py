@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 import train
 from batches import eval_view
-from checkpoint import CheckpointError, load_backbone, save_model
+from common.weights import CheckpointError, load_backbone, save_model
 from data import Unreadable, open_rgb
-from resume import load_state, resume, save_state
+from common.checkpoint import load_state, resume, save_state
 from step import build_networks, train_step
 
 GIB = 2**30

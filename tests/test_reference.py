@@ -11,8 +11,8 @@ import data
 import reference
 import train
 from batches import batch_keys
-from checkpoint import CheckpointError, load_backbone
-from resume import load_state, save_state
+from common.weights import CheckpointError, load_backbone
+from common.checkpoint import load_state, save_state
 
 SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_heads 2 --patch_size 8 --out_dim 64 "
          "--hidden_dim 32 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 import retrieve
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from batches import eval_view
-from checkpoint import save_model
+from common.weights import save_model
 from data import DataError, ImageTree, Shapes
 from descriptor import cls_and_gem, learn_whitening
 from retrieval_data import read_copydays, read_landmarks

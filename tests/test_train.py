@@ -14,7 +14,7 @@ import train
 import views
 from data import Shapes
 from dino_loss import DINOHead, DINOLoss
-from resume import load_state
+from common.checkpoint import load_state
 from step import Network, build_networks, compile_regions, move_teacher, train_step
 from vit import VisionTransformer
 

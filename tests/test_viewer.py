@@ -16,7 +16,7 @@ from PIL import Image
 
 import export
 import infer
-from checkpoint import save_model
+from common.weights import save_model
 from masks import keep_mass
 from vit import VisionTransformer
 

@@ -10,11 +10,11 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torchvision.transforms import functional as TF
 
-import cli
+from common import cli
 import export
 import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
-from checkpoint import save_model
+from common.weights import save_model
 from data import Shapes
 from draw import COLORS, heads_in_color, in_color, spotlight
 from frames import open_clip

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from precision import autocast, fast_products, onednn_keeps_float32, resolve, usual_products
+from common.precision import autocast, fast_products, onednn_keeps_float32, resolve, usual_products
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import cli
+from common import cli
 import evaluate
 import export
 import retrieve
 import segment
 import train
 from backbones import BackboneError
-from checkpoint import save_model
+from common.weights import save_model
 from data import DataError
 from vit import VisionTransformer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ERRORS = (DataError, BackboneError, train.CheckpointError, FloatingPointError, export.ExportError)
 
 

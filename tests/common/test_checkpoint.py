@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
-import resume
+from common import cli
+from common import checkpoint as resume
 import train
 import views
 from batches import batch_keys
 from data import Shapes
-from resume import CheckpointError, load_state, save_state, saved_states, tensors_in
+from common.checkpoint import CheckpointError, load_state, save_state, saved_states, tensors_in
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 "
         "--drop_path_rate 0.2 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --warmup_epochs 0 "
         "--device cpu --num_workers 0 --precision fp32 --knn_every 4 --log_every 1 --batch_size_per_gpu 16 "
@@ -418,7 +418,7 @@ def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypa
 BROKEN = """
 import sys
 import train
-import cli
+from common import cli
 import views
 
 class Broken(views.MultiCrop):
