@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import infer
-from batches import large_size, normalised, whole_view
+from data.loaders import large_size, normalised, whole_view
 from common.weights import CheckpointError, open_backbone
 from common.precision import fast_products
 

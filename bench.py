@@ -38,7 +38,7 @@ from common import cli
 from augment import BatchMultiCrop, MultiCrop
 from checkout import FILES, NoReference, load, start_alone, stay
 from common.cli import natural, positive
-from data import DataError, ImageTree, Shapes, open_rgb
+from data.datasets import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
 from common.precision import PRECISIONS, autocast, fast_products, usual_products

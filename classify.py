@@ -25,8 +25,8 @@ from torchvision.transforms import v2
 from common import cli
 from augment import BatchMultiCrop, MultiCrop
 from backbones import share_statistics, synchronised
-from batches import batch_keys, counted_seed, on_device, train_loader
-from data import DataError
+from data.loaders import batch_keys, counted_seed, on_device, train_loader
+from data.datasets import DataError
 from dino_loss import cosine_schedule
 from common.precision import autocast, fast_products
 from common.logger import Report

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from batches import eval_loader
+from data.loaders import eval_loader
 from common.weights import (
     CheckpointError,
     file_for,
@@ -41,7 +41,7 @@ from common.weights import (
 )
 from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
 from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
-from data import DataError, open_data
+from data.datasets import DataError, open_data
 from features import LABELS, extract_features, load_features, save_features
 from knn import knn_classifier
 from optim import build_optimizer

@@ -43,7 +43,7 @@ import infer
 from backbones import BackboneError, Headless
 from common.weights import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
 from common.cli import natural, positive
-from data import DataError, ImageTree, Shapes
+from data.datasets import DataError, ImageTree, Shapes
 from common.convert import FORMATS, IMAGENET_MEAN, IMAGENET_STD
 from onnx_graph import build_graph
 from common.precision import PRECISIONS

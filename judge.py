@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from batches import eval_loader, some_of
+from data.loaders import eval_loader, some_of
 from features import extract_features
 from knn import knn_classifier
 from common.precision import autocast

@@ -25,10 +25,10 @@ from torch import nn
 
 from common import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from batches import batch_keys
+from data.loaders import batch_keys
 from checkout import FILES, NoReference, load, start_alone, stay
 from common.weights import save_model
-from data import DataError, open_data
+from data.datasets import DataError, open_data
 from judge import judge
 from common.logger import Report
 from common.checkpoint import CheckpointError, load_state

@@ -23,17 +23,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import cli
-from batches import eval_loader, eval_view, normalised
+from data.loaders import eval_loader, eval_view, normalised
 from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
 from common.cli import boolean, positive
-from data import DataError, ImageTree, Unreadable, open_rgb
+from data.datasets import DataError, ImageTree, Unreadable, open_rgb
 from descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
 from features import NothingReadable, extract_features
 from gallery import bring_up_to_date
 from common.precision import fast_products
 from ranking import judge, mean_judgement
 from common.checkpoint import require_writable, write_json
-from retrieval_data import pictures_in, read_copydays, read_landmarks
+from data.retrieval import pictures_in, read_copydays, read_landmarks
 from sheet import contact_sheet
 
 KS = (1, 5, 10)  # ranks at which precision is said

@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import cli
-from batches import large_size, normalised, whole_view
+from data.loaders import large_size, normalised, whole_view
 from common.weights import CheckpointError, file_for, folder_for, open_backbone, untrained
 from common.cli import natural, positive, positive_float, share
-from data import DataError, Unreadable, open_rgb
-from mask_data import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
+from data.datasets import DataError, Unreadable, open_rgb
+from data.segmentation import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
 from masks import boundary_f, jaccard, keep_mass, over_time
 from common.precision import autocast, fast_products
 from propagate import decide, follow, one_hot

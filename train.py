@@ -28,10 +28,10 @@ from common import cli
 from advice import advice, usual_side
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, require_known, share_statistics, synchronised
-from batches import batch_keys, counted_seed, on_device, train_loader
+from data.loaders import batch_keys, counted_seed, on_device, train_loader
 from common.weights import save_model
 from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
-from data import DataError, open_data
+from data.datasets import DataError, open_data
 from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
 from judge import collapse, judge, pixel_features
 from optim import build_optimizer, param_groups
@@ -39,7 +39,7 @@ from common.precision import fast_products, resolve
 from common.logger import Report
 from common.checkpoint import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from step import Settings, build_networks, compile_regions, train_step
-from views import add_view_flags, build_multicrop, require_views
+from data.views import add_view_flags, build_multicrop, require_views
 from vit import SIZES
 
 TEACHERS = {  # (share of the teacher that a step keeps: the schedule's, at the end of an epoch) -> share

@@ -27,20 +27,20 @@ from tqdm import tqdm
 
 from common import cli
 from attention import open_attention
-from batches import eval_loader, large_size, normalised, some_of, whole_view
+from data.loaders import eval_loader, large_size, normalised, some_of, whole_view
 from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
 from common.cli import natural, positive, share
 from curves import AXES, first_reached, page, read_log, table
-from data import DataError, ImageTree, Unreadable, open_data, open_rgb
+from data.datasets import DataError, ImageTree, Unreadable, open_data, open_rgb
 from draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
 from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
 from features import extract_features
-from frames import Writer, open_clip
+from data.video import Writer, open_clip
 from masks import keep_mass
 from common.precision import fast_products
 from common.checkpoint import require_writable
 from sheet import contact_sheet, side_in
-from views import add_view_flags, build_multicrop, require_views
+from data.views import add_view_flags, build_multicrop, require_views
 
 
 def parse_args(argv=None):

@@ -63,7 +63,7 @@ def model(tmp_path):
 def stopped(capsys):
     """stopped(run, *argv): the one line with which a command ends."""
     from common import cli
-    from data import DataError
+    from data.datasets import DataError
     from common.checkpoint import CheckpointError
 
     def stopped(run, *argv):
@@ -96,7 +96,7 @@ def pytest_addoption(parser):
 @pytest.fixture
 def shapes_300(monkeypatch):
     """The built-in pictures, 300 and 60 of them."""
-    import data
+    from data import datasets as data
     full = data.Shapes.__init__
     monkeypatch.setattr(data.Shapes, "__init__",
                         lambda self, part, length, size: full(self, part, 300 if part == "train" else 60, size))

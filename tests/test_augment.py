@@ -10,7 +10,7 @@ from torchvision.transforms import functional as TF
 
 import augment
 from augment import BatchMultiCrop, MultiCrop, View, render, sample_box, to_pixels
-from data import Shapes, open_rgb
+from data.datasets import Shapes, open_rgb
 
 PLAIN = View(size=32, box=(10, 5, 70, 50), flip=False, jitter=(), grey=False, blur=0.0, solarize=False)
 THEIRS = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation,

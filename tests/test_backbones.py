@@ -20,10 +20,10 @@ import segment
 import train
 import visualize
 from backbones import BackboneError, Headless, build_backbone, synchronised
-from batches import eval_view
+from data.loaders import eval_view
 from common.weights import CheckpointError, load_backbone
 from classify import Classifiers, Tokens, layer_groups
-from data import Shapes, open_data
+from data.datasets import Shapes, open_data
 from common.checkpoint import load_state
 from step import Settings, build_networks, compile_regions, train_step
 

@@ -20,9 +20,9 @@ from torchvision.datasets import ImageFolder
 
 import classify
 import evaluate
-from batches import eval_view
+from data.loaders import eval_view
 from common.weights import CheckpointError, load_backbone, save_model
-from data import Data, DataError, Shapes, TorchvisionSet
+from data.datasets import Data, DataError, Shapes, TorchvisionSet
 from step import build_networks
 from vit import VisionTransformer
 

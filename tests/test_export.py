@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 import infer
-from batches import eval_view
+from data.loaders import eval_view
 from common.weights import CheckpointError, save_model
 from vit import VisionTransformer
 

@@ -20,8 +20,8 @@ def test_features_come_back_in_order():
 
 SCRIPT = """
 import torch, torch.distributed as dist
-from batches import eval_loader
-from data import Shapes
+from data.loaders import eval_loader
+from data.datasets import Shapes
 from features import extract_features
 dist.init_process_group("gloo")
 loader = eval_loader(Shapes("train", 23, 32), 32, 4, 0, dist.get_rank(), dist.get_world_size())

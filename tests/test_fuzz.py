@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
-from batches import eval_view
+from data.loaders import eval_view
 from common.weights import CheckpointError, load_backbone, save_model
-from data import Unreadable, open_rgb
+from data.datasets import Unreadable, open_rgb
 from common.checkpoint import load_state, resume, save_state
 from step import build_networks, train_step
 
@@ -284,7 +284,7 @@ def test_a_zip_bomb_is_no_checkpoint(tmp_path):
 
 def test_nothing_is_fetched_for_a_file(tmp_path, monkeypatch):
     """A model file that says it was trained on a torchvision set does not make that set be downloaded."""
-    import data
+    from data import datasets as data
 
     asked = []
     monkeypatch.setattr(data.torchvision.datasets.CIFAR10, "download", lambda self: asked.append(self.root))

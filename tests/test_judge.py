@@ -6,8 +6,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from batches import some_of
-from data import open_data
+from data.loaders import some_of
+from data.datasets import open_data
 from judge import collapse, judge, pixel_features
 from probe import probe
 

@@ -7,10 +7,10 @@ import torch
 from torchvision import transforms
 
 import checkout
-import data
+from data import datasets as data
 import reference
 import train
-from batches import batch_keys
+from data.loaders import batch_keys
 from common.weights import CheckpointError, load_backbone
 from common.checkpoint import load_state, save_state
 

@@ -16,11 +16,11 @@ from torchvision.transforms import functional as TF
 
 import retrieve
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from batches import eval_view
+from data.loaders import eval_view
 from common.weights import save_model
-from data import DataError, ImageTree, Shapes
+from data.datasets import DataError, ImageTree, Shapes
 from descriptor import cls_and_gem, learn_whitening
-from retrieval_data import read_copydays, read_landmarks
+from data.retrieval import read_copydays, read_landmarks
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as TF
 
 import segment
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from data import DataError, Shapes
+from data.datasets import DataError, Shapes
 from vit import VisionTransformer
 
 PALETTE = [0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200] + [9] * 756

@@ -15,9 +15,9 @@ import export
 import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from common.weights import save_model
-from data import Shapes
+from data.datasets import Shapes
 from draw import COLORS, heads_in_color, in_color, spotlight
-from frames import open_clip
+from data.video import open_clip
 from vit import VisionTransformer
 
 GAP = 8

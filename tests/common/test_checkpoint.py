@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from common import cli
 from common import checkpoint as resume
 import train
-import views
-from batches import batch_keys
-from data import Shapes
+from data import views
+from data.loaders import batch_keys
+from data.datasets import Shapes
 from common.checkpoint import CheckpointError, load_state, save_state, saved_states, tensors_in
 
 ROOT = Path(__file__).parents[2]
@@ -419,7 +419,7 @@ BROKEN = """
 import sys
 import train
 from common import cli
-import views
+from data import views
 
 class Broken(views.MultiCrop):
     def __call__(self, image, key):

@@ -18,7 +18,7 @@ import segment
 import train
 from backbones import BackboneError
 from common.weights import save_model
-from data import DataError
+from data.datasets import DataError
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[2]

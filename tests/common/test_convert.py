@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import export
-from batches import eval_view
+from data.loaders import eval_view
 from common.weights import load_backbone, read_weights, save_model
 from common.checkpoint import load_state, save_state
 from vit import VisionTransformer

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError, ImageTree
+from data.datasets import DataError, ImageTree
 
 
 def pictures_in(folder):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data import DataError
-from frames import Writer, open_clip
+from data.datasets import DataError
+from data.video import Writer, open_clip
 
 
 def frame(i, size=(64, 48)):

@@ -6,9 +6,9 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-import data
+from data import datasets as data
 from augment import MultiCrop
-from data import DataError, ImageTree, Shapes, TorchvisionSet, Unreadable, open_data, open_rgb
+from data.datasets import DataError, ImageTree, Shapes, TorchvisionSet, Unreadable, open_data, open_rgb
 from knn import knn_classifier
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, Shapes, Unreadable
-from mask_data import find_sequences, mask_of, open_masked, read_mask, save_mask
+from data.datasets import DataError, Shapes, Unreadable
+from data.segmentation import find_sequences, mask_of, open_masked, read_mask, save_mask
 
 PALETTE = [0, 0, 0, 200, 0, 0, 0, 200, 0] + [9] * 759
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from data import EXTENSIONS, DataError, Unreadable, open_rgb
+from data.datasets import EXTENSIONS, DataError, Unreadable, open_rgb
 
 KINDS = (".mp4", ".mov", ".mkv", ".webm")  # of files that are written
 

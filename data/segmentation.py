@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from data import DataError, Unreadable, decoding, open_data, open_rgb
+from data.datasets import DataError, Unreadable, decoding, open_data, open_rgb
 
 VOID = 255  # in a mask with a palette: pixels that nobody labelled
 
