@@ -42,7 +42,7 @@ from data.datasets import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
 from optim import build_optimizer, param_groups
 from common.precision import PRECISIONS, autocast, fast_products, usual_products
-from propagate import transfer
+from evaluation.label_propagation import transfer
 from step import Settings, apply_gradients, build_networks, compile_regions, train_step
 from vit import SIZES, VisionTransformer
 

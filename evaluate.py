@@ -39,14 +39,14 @@ from common.weights import (
     save_model,
     square_size,
 )
-from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train
+from evaluation.supervised import Classifiers, Tokens, head_groups, layer_groups, mixing, train
 from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data.datasets import DataError, open_data
-from features import LABELS, extract_features, load_features, save_features
-from knn import knn_classifier
+from evaluation.features import LABELS, extract_features, load_features, save_features
+from evaluation.knn import knn_classifier
 from optim import build_optimizer
 from common.precision import autocast, fast_products, resolve
-from probe import LRS, WEIGHT_DECAYS, choose, fit, tenth
+from evaluation.linear import LRS, WEIGHT_DECAYS, choose, fit, tenth
 from common.checkpoint import require_writable, write_json
 
 # ---- flags ----

@@ -29,7 +29,7 @@ from data.loaders import batch_keys
 from checkout import FILES, NoReference, load, start_alone, stay
 from common.weights import save_model
 from data.datasets import DataError, open_data
-from judge import judge
+from evaluation.online import judge
 from common.logger import Report
 from common.checkpoint import CheckpointError, load_state
 from vit import SIZES

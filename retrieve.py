@@ -27,11 +27,11 @@ from data.loaders import eval_loader, eval_view, normalised
 from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
 from common.cli import boolean, positive
 from data.datasets import DataError, ImageTree, Unreadable, open_rgb
-from descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
-from features import NothingReadable, extract_features
-from gallery import bring_up_to_date
+from evaluation.descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
+from evaluation.features import NothingReadable, extract_features
+from evaluation.image_index import bring_up_to_date
 from common.precision import fast_products
-from ranking import judge, mean_judgement
+from evaluation.ranking import judge, mean_judgement
 from common.checkpoint import require_writable, write_json
 from data.retrieval import pictures_in, read_copydays, read_landmarks
 from sheet import contact_sheet

@@ -28,9 +28,9 @@ from common.weights import CheckpointError, file_for, folder_for, open_backbone,
 from common.cli import natural, positive, positive_float, share
 from data.datasets import DataError, Unreadable, open_rgb
 from data.segmentation import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
-from masks import boundary_f, jaccard, keep_mass, over_time
+from evaluation.masks import boundary_f, jaccard, keep_mass, over_time
 from common.precision import autocast, fast_products
-from propagate import decide, follow, one_hot
+from evaluation.label_propagation import decide, follow, one_hot
 from common.checkpoint import write_json
 
 

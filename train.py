@@ -33,7 +33,7 @@ from common.weights import save_model
 from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data.datasets import DataError, open_data
 from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
-from judge import collapse, judge, pixel_features
+from evaluation.online import collapse, judge, pixel_features
 from optim import build_optimizer, param_groups
 from common.precision import fast_products, resolve
 from common.logger import Report

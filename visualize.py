@@ -34,9 +34,9 @@ from curves import AXES, first_reached, page, read_log, table
 from data.datasets import DataError, ImageTree, Unreadable, open_data, open_rgb
 from draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
 from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
-from features import extract_features
+from evaluation.features import extract_features
 from data.video import Writer, open_clip
-from masks import keep_mass
+from evaluation.masks import keep_mass
 from common.precision import fast_products
 from common.checkpoint import require_writable
 from sheet import contact_sheet, side_in

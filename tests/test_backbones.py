@@ -22,7 +22,7 @@ import visualize
 from backbones import BackboneError, Headless, build_backbone, synchronised
 from data.loaders import eval_view
 from common.weights import CheckpointError, load_backbone
-from classify import Classifiers, Tokens, layer_groups
+from evaluation.supervised import Classifiers, Tokens, layer_groups
 from data.datasets import Shapes, open_data
 from common.checkpoint import load_state
 from step import Settings, build_networks, compile_regions, train_step

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-import classify
+from evaluation import supervised as classify
 import evaluate
 from data.loaders import eval_view
 from common.weights import CheckpointError, load_backbone, save_model

@@ -19,7 +19,7 @@ from augment import IMAGENET_MEAN, IMAGENET_STD
 from data.loaders import eval_view
 from common.weights import save_model
 from data.datasets import DataError, ImageTree, Shapes
-from descriptor import cls_and_gem, learn_whitening
+from evaluation.descriptor import cls_and_gem, learn_whitening
 from data.retrieval import read_copydays, read_landmarks
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from PIL import Image
 import export
 import infer
 from common.weights import save_model
-from masks import keep_mass
+from evaluation.masks import keep_mass
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from torchvision.transforms import functional as TF
 from data import datasets as data
 from augment import MultiCrop
 from data.datasets import DataError, ImageTree, Shapes, TorchvisionSet, Unreadable, open_data, open_rgb
-from knn import knn_classifier
+from evaluation.knn import knn_classifier
 
 
 def plant(root, *names, color=(200, 100, 50)):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from data.loaders import eval_loader, some_of
-from features import extract_features
-from knn import knn_classifier
+from evaluation.features import extract_features
+from evaluation.knn import knn_classifier
 from common.precision import autocast
-from probe import probe
+from evaluation.linear import probe
 
 
 def judge(model, data, args, rank=0, world_size=1):

@@ -8,8 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from data.loaders import some_of
 from data.datasets import open_data
-from judge import collapse, judge, pixel_features
-from probe import probe
+from evaluation.online import collapse, judge, pixel_features
+from evaluation.linear import probe
 
 
 class Colors(torch.nn.Module):

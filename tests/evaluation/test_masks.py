@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import jaccard_score
 
-from masks import boundary, boundary_f, dilate, jaccard, keep_mass, over_time
+from evaluation.masks import boundary, boundary_f, dilate, jaccard, keep_mass, over_time
 
 
 def square(top, left, side=20, height=60, width=80):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
-from propagate import decide, follow, largest, one_hot, transfer
+from evaluation.label_propagation import decide, follow, largest, one_hot, transfer
 
 
 def by_definition(frame, sources, known, topk, radius, temperature):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch.testing import assert_close
 
-from descriptor import cls_and_gem, learn_whitening, multi_scale
+from evaluation.descriptor import cls_and_gem, learn_whitening, multi_scale
 from vit import VisionTransformer
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from knn import knn_classifier, largest, nearest
+from evaluation.knn import knn_classifier, largest, nearest
 
 
 def parts(g):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from features import extract_features
+from evaluation.features import extract_features
 
 
 def test_a_share_without_pictures():
@@ -22,7 +22,7 @@ SCRIPT = """
 import torch, torch.distributed as dist
 from data.loaders import eval_loader
 from data.datasets import Shapes
-from features import extract_features
+from evaluation.features import extract_features
 dist.init_process_group("gloo")
 loader = eval_loader(Shapes("train", 23, 32), 32, 4, 0, dist.get_rank(), dist.get_world_size())
 features, labels, _ = extract_features(lambda x: x.flatten(1), loader)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.metrics import auc, precision_recall_curve
 
-from ranking import judge, mean_judgement
+from evaluation.ranking import judge, mean_judgement
 
 
 def test_by_hand_with_junk():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from probe import choose, fit, probe, tenth, top
+from evaluation.linear import choose, fit, probe, tenth, top
 
 GRID = [(lr, weight_decay) for lr in (0.003, 0.03, 0.3, 3.0) for weight_decay in (0.0, 1e-4, 1e-2)]
 

@@ -6,7 +6,7 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 
-from classify import Classifiers, Tokens, head_groups, layer_groups, mixing, train_step
+from evaluation.supervised import Classifiers, Tokens, head_groups, layer_groups, mixing, train_step
 from optim import build_optimizer
 from vit import VisionTransformer
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gallery import bring_up_to_date, load_gallery
+from evaluation.image_index import bring_up_to_date, load_gallery
 
 
 @pytest.fixture
