@@ -34,7 +34,7 @@ from common.precision import fast_products
 from evaluation.ranking import judge, mean_judgement
 from common.checkpoint import require_writable, write_json
 from data.retrieval import pictures_in, read_copydays, read_landmarks
-from sheet import contact_sheet
+from plotting.sheet import contact_sheet
 
 KS = (1, 5, 10)  # ranks at which precision is said
 

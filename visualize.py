@@ -26,20 +26,20 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from common import cli
-from attention import open_attention
+from plotting.attention import open_attention
 from data.loaders import eval_loader, large_size, normalised, some_of, whole_view
 from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
 from common.cli import natural, positive, share
-from curves import AXES, first_reached, page, read_log, table
+from plotting.curves import AXES, first_reached, page, read_log, table
 from data.datasets import DataError, ImageTree, Unreadable, open_data, open_rgb
-from draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
-from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
+from plotting.draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
+from plotting.embedding import colors, in_a_plane, principal_components, scatter, thumbnails
 from evaluation.features import extract_features
 from data.video import Writer, open_clip
 from evaluation.masks import keep_mass
 from common.precision import fast_products
 from common.checkpoint import require_writable
-from sheet import contact_sheet, side_in
+from plotting.sheet import contact_sheet, side_in
 from data.views import add_view_flags, build_multicrop, require_views
 
 

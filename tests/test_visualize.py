@@ -16,7 +16,7 @@ import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from common.weights import save_model
 from data.datasets import Shapes
-from draw import COLORS, heads_in_color, in_color, spotlight
+from plotting.draw import COLORS, heads_in_color, in_color, spotlight
 from data.video import open_clip
 from vit import VisionTransformer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from draw import COLORS, HEAT, SIGNED, as_rgb, heads_in_color, in_color, spotlight
+from plotting.draw import COLORS, HEAT, SIGNED, as_rgb, heads_in_color, in_color, spotlight
 
 
 def lightness(color):

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image, ImageFont
 
-from sheet import contact_sheet, cut, side_in
+from plotting.sheet import contact_sheet, cut, side_in
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
 

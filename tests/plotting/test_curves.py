@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from curves import PANELS, crossing, first_reached, page, read_log, table
+from plotting.curves import PANELS, crossing, first_reached, page, read_log, table
 
 
 def record(step, **more):

@@ -13,7 +13,7 @@ import importlib.util
 import torch
 from PIL import Image, ImageOps
 
-from draw import COLORS
+from plotting.draw import COLORS
 
 GREY = (120, 120, 120)  # without a label
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from embedding import colors, in_a_plane, principal_components, scatter, thumbnails
+from plotting.embedding import colors, in_a_plane, principal_components, scatter, thumbnails
 
 
 def clusters(count=30):
