@@ -26,7 +26,7 @@ from torch import nn
 from common import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from data.loaders import batch_keys
-from checkout import FILES, NoReference, load, start_alone, stay
+from benchmarks.checkout import FILES, NoReference, load, start_alone, stay
 from common.weights import save_model
 from data.datasets import DataError, open_data
 from evaluation.online import judge

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli
 from augment import BatchMultiCrop, MultiCrop
-from checkout import FILES, NoReference, load, start_alone, stay
+from benchmarks.checkout import FILES, NoReference, load, start_alone, stay
 from common.cli import natural, positive
 from data.datasets import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss

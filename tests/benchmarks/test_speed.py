@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-import bench
+from benchmarks import speed as bench
 
 TINY = ("--arch vit_tiny --batch_size_per_gpu 2 --out_dim 300 --global_crops_size 32 --local_crops_size 16 "
         "--local_crops_number 2 --warmup 1 --runs 2 --device cpu").split()

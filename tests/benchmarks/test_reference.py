@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchvision import transforms
 
-import checkout
+from benchmarks import checkout
 from data import datasets as data
-import reference
+from benchmarks import reference
 import train
 from data.loaders import batch_keys
 from common.weights import CheckpointError, load_backbone
