@@ -55,7 +55,7 @@ def serve():
     servers = []
 
     def serve(folder):
-        shutil.copy(ROOT / "viewer.html", folder)
+        shutil.copy(ROOT / "docs" / "viewer.html", folder)
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/viewer.html"
