@@ -26,9 +26,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from data.loaders import eval_loader
+from common import cli
+from common.checkpoint import require_writable, write_json
+from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
+from common.precision import autocast, fast_products, resolve
 from common.weights import (
     CheckpointError,
     file_for,
@@ -39,15 +41,13 @@ from common.weights import (
     save_model,
     square_size,
 )
-from evaluation.supervised import Classifiers, Tokens, head_groups, layer_groups, mixing, train
-from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
 from data.datasets import DataError, open_data
+from data.loaders import eval_loader
 from evaluation.features import LABELS, extract_features, load_features, save_features
 from evaluation.knn import knn_classifier
-from optim import build_optimizer
-from common.precision import autocast, fast_products, resolve
 from evaluation.linear import LRS, WEIGHT_DECAYS, choose, fit, tenth
-from common.checkpoint import require_writable, write_json
+from evaluation.supervised import Classifiers, Tokens, head_groups, layer_groups, mixing, train
+from optim import build_optimizer
 
 # ---- flags ----
 

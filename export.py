@@ -38,15 +38,15 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as TF
 
-from common import cli
 import infer
 from backbones import BackboneError, Headless
-from common.weights import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
+from common import cli
 from common.cli import natural, positive
-from data.datasets import DataError, ImageTree, Shapes
 from common.convert import FORMATS, IMAGENET_MEAN, IMAGENET_STD
-from onnx_graph import build_graph
 from common.precision import PRECISIONS
+from common.weights import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
+from data.datasets import DataError, ImageTree, Shapes
+from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and of the largest value in half, and least cosine
 LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (0.02, 0.9999), "mixed": (0.02, 0.9999)}

@@ -23,17 +23,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import cli
-from data.loaders import eval_loader, eval_view, normalised
-from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
+from common.checkpoint import require_writable, write_json
 from common.cli import boolean, positive
+from common.precision import fast_products
+from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
 from data.datasets import DataError, ImageTree, Unreadable, open_rgb
+from data.loaders import eval_loader, eval_view, normalised
+from data.retrieval import pictures_in, read_copydays, read_landmarks
 from evaluation.descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
 from evaluation.features import NothingReadable, extract_features
 from evaluation.image_index import bring_up_to_date
-from common.precision import fast_products
 from evaluation.ranking import judge, mean_judgement
-from common.checkpoint import require_writable, write_json
-from data.retrieval import pictures_in, read_copydays, read_landmarks
 from plotting.sheet import contact_sheet
 
 KS = (1, 5, 10)  # ranks at which precision is said

@@ -23,15 +23,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import cli
-from data.loaders import large_size, normalised, whole_view
-from common.weights import CheckpointError, file_for, folder_for, open_backbone, untrained
-from common.cli import natural, positive, positive_float, share
-from data.datasets import DataError, Unreadable, open_rgb
-from data.segmentation import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
-from evaluation.masks import boundary_f, jaccard, keep_mass, over_time
-from common.precision import autocast, fast_products
-from evaluation.label_propagation import decide, follow, one_hot
 from common.checkpoint import write_json
+from common.cli import natural, positive, positive_float, share
+from common.precision import autocast, fast_products
+from common.weights import CheckpointError, file_for, folder_for, open_backbone, untrained
+from data.datasets import DataError, Unreadable, open_rgb
+from data.loaders import large_size, normalised, whole_view
+from data.segmentation import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
+from evaluation.label_propagation import decide, follow, one_hot
+from evaluation.masks import boundary_f, jaccard, keep_mass, over_time
 
 
 def parse_args(argv=None):

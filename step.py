@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from backbones import build_backbone
+from common.precision import autocast
 from dino_loss import DINOHead
 from optim import clip_gradients
-from common.precision import autocast
 
 # ---- networks ----
 

@@ -24,22 +24,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common import cli
 from advice import advice, usual_side
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, require_known, share_statistics, synchronised
-from data.loaders import batch_keys, counted_seed, on_device, train_loader
-from common.weights import save_model
+from common import cli
+from common.checkpoint import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
+from common.logger import Report
+from common.precision import fast_products, resolve
+from common.weights import save_model
 from data.datasets import DataError, open_data
+from data.loaders import batch_keys, counted_seed, on_device, train_loader
+from data.views import add_view_flags, build_multicrop, require_views
 from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
 from evaluation.online import collapse, judge, pixel_features
 from optim import build_optimizer, param_groups
-from common.precision import fast_products, resolve
-from common.logger import Report
-from common.checkpoint import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
 from step import Settings, build_networks, compile_regions, train_step
-from data.views import add_view_flags, build_multicrop, require_views
 from vit import SIZES
 
 TEACHERS = {  # (share of the teacher that a step keeps: the schedule's, at the end of an epoch) -> share

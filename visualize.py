@@ -26,21 +26,21 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from common import cli
-from plotting.attention import open_attention
-from data.loaders import eval_loader, large_size, normalised, some_of, whole_view
-from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
+from common.checkpoint import require_writable
 from common.cli import natural, positive, share
-from plotting.curves import AXES, first_reached, page, read_log, table
+from common.precision import fast_products
+from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
 from data.datasets import DataError, ImageTree, Unreadable, open_data, open_rgb
+from data.loaders import eval_loader, large_size, normalised, some_of, whole_view
+from data.video import Writer, open_clip
+from data.views import add_view_flags, build_multicrop, require_views
+from evaluation.features import extract_features
+from evaluation.masks import keep_mass
+from plotting.attention import open_attention
+from plotting.curves import AXES, first_reached, page, read_log, table
 from plotting.draw import COLORS, SIGNED, as_rgb, filling, heads_in_color, in_color, spotlight
 from plotting.embedding import colors, in_a_plane, principal_components, scatter, thumbnails
-from evaluation.features import extract_features
-from data.video import Writer, open_clip
-from evaluation.masks import keep_mass
-from common.precision import fast_products
-from common.checkpoint import require_writable
 from plotting.sheet import contact_sheet, side_in
-from data.views import add_view_flags, build_multicrop, require_views
 
 
 def parse_args(argv=None):

@@ -23,15 +23,15 @@ from unittest import mock
 import torch
 from torch import nn
 
-from common import cli
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from data.loaders import batch_keys
 from benchmarks.checkout import FILES, NoReference, load, start_alone, stay
+from common import cli
+from common.checkpoint import CheckpointError, load_state
+from common.logger import Report
 from common.weights import save_model
 from data.datasets import DataError, open_data
+from data.loaders import batch_keys
 from evaluation.online import judge
-from common.logger import Report
-from common.checkpoint import CheckpointError, load_state
 from vit import SIZES
 
 WITHOUT = dict(teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,

@@ -34,15 +34,15 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cli
 from augment import BatchMultiCrop, MultiCrop
 from benchmarks.checkout import FILES, NoReference, load, start_alone, stay
+from common import cli
 from common.cli import natural, positive
+from common.precision import PRECISIONS, autocast, fast_products, usual_products
 from data.datasets import DataError, ImageTree, Shapes, open_rgb
 from dino_loss import DINOLoss
-from optim import build_optimizer, param_groups
-from common.precision import PRECISIONS, autocast, fast_products, usual_products
 from evaluation.label_propagation import transfer
+from optim import build_optimizer, param_groups
 from step import Settings, apply_gradients, build_networks, compile_regions, train_step
 from vit import SIZES, VisionTransformer
 

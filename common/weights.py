@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from backbones import BackboneError, Headless, build_backbone
-from common.convert import config_of, standard_names
 from common.checkpoint import CheckpointError, fault, first_line, load_state, require_writable, write_whole
+from common.convert import config_of, standard_names
 
 
 def save_model(path, state_dict, info):

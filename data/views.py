@@ -8,8 +8,8 @@
 
 import functools
 
-from common import cli
 from augment import BatchMultiCrop, MultiCrop
+from common import cli
 from common.cli import natural, natural_float, positive, share
 
 

@@ -9,10 +9,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+from common.precision import autocast
 from data.loaders import eval_loader, some_of
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
-from common.precision import autocast
 from evaluation.linear import probe
 
 

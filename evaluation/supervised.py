@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from common import cli
 from augment import BatchMultiCrop, MultiCrop
 from backbones import share_statistics, synchronised
-from data.loaders import batch_keys, counted_seed, on_device, train_loader
-from data.datasets import DataError
-from dino_loss import cosine_schedule
-from common.precision import autocast, fast_products
-from common.logger import Report
+from common import cli
 from common.checkpoint import prepare_folder, resume, save_state, was_restarted
+from common.logger import Report
+from common.precision import autocast, fast_products
+from data.datasets import DataError
+from data.loaders import batch_keys, counted_seed, on_device, train_loader
+from dino_loss import cosine_schedule
 
 # ---- networks ----
 

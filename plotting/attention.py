@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 import infer
-from data.loaders import large_size, normalised, whole_view
-from common.weights import CheckpointError, open_backbone
 from common.precision import fast_products
+from common.weights import CheckpointError, open_backbone
+from data.loaders import large_size, normalised, whole_view
 
 
 def open_attention(args):

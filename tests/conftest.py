@@ -63,8 +63,8 @@ def model(tmp_path):
 def stopped(capsys):
     """stopped(run, *argv): the one line with which a command ends."""
     from common import cli
-    from data.datasets import DataError
     from common.checkpoint import CheckpointError
+    from data.datasets import DataError
 
     def stopped(run, *argv):
         with pytest.raises(SystemExit) as stop:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from common import weights as checkpoint
 import evaluate
 import export
 import infer
@@ -20,11 +19,12 @@ import segment
 import train
 import visualize
 from backbones import BackboneError, Headless, build_backbone, synchronised
-from data.loaders import eval_view
-from common.weights import CheckpointError, load_backbone
-from evaluation.supervised import Classifiers, Tokens, layer_groups
-from data.datasets import Shapes, open_data
+from common import weights as checkpoint
 from common.checkpoint import load_state
+from common.weights import CheckpointError, load_backbone
+from data.datasets import Shapes, open_data
+from data.loaders import eval_view
+from evaluation.supervised import Classifiers, Tokens, layer_groups
 from step import Settings, build_networks, compile_regions, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "

@@ -18,11 +18,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from evaluation import supervised as classify
 import evaluate
-from data.loaders import eval_view
 from common.weights import CheckpointError, load_backbone, save_model
 from data.datasets import Data, DataError, Shapes, TorchvisionSet
+from data.loaders import eval_view
+from evaluation import supervised as classify
 from step import build_networks
 from vit import VisionTransformer
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import export
 import infer
-from data.loaders import eval_view
 from common.weights import CheckpointError, save_model
+from data.loaders import eval_view
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]

@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
-from data.loaders import eval_view
+from common.checkpoint import load_state, resume, save_state
 from common.weights import CheckpointError, load_backbone, save_model
 from data.datasets import Unreadable, open_rgb
-from common.checkpoint import load_state, resume, save_state
+from data.loaders import eval_view
 from step import build_networks, train_step
 
 GIB = 2**30

@@ -16,11 +16,11 @@ from torchvision.transforms import functional as TF
 
 import retrieve
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from data.loaders import eval_view
 from common.weights import save_model
 from data.datasets import DataError, ImageTree, Shapes
-from evaluation.descriptor import cls_and_gem, learn_whitening
+from data.loaders import eval_view
 from data.retrieval import read_copydays, read_landmarks
+from evaluation.descriptor import cls_and_gem, learn_whitening
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tests.evaluation.test_masks import f_by_definition
-from tests.evaluation.test_label_propagation import by_definition
 from torchvision.transforms import functional as TF
 
 import segment
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from data.datasets import DataError, Shapes
+from tests.evaluation.test_label_propagation import by_definition
+from tests.evaluation.test_masks import f_by_definition
 from vit import VisionTransformer
 
 PALETTE = [0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200] + [9] * 756

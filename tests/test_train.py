@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from common.checkpoint import load_state
 from data import views
 from data.datasets import Shapes
 from dino_loss import DINOHead, DINOLoss
-from common.checkpoint import load_state
 from step import Network, build_networks, compile_regions, move_teacher, train_step
 from vit import VisionTransformer
 

@@ -10,14 +10,14 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torchvision.transforms import functional as TF
 
-from common import cli
 import export
 import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
+from common import cli
 from common.weights import save_model
 from data.datasets import Shapes
-from plotting.draw import COLORS, heads_in_color, in_color, spotlight
 from data.video import open_clip
+from plotting.draw import COLORS, heads_in_color, in_color, spotlight
 from vit import VisionTransformer
 
 GAP = 8

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torchvision import transforms
 
-from benchmarks import checkout
-from data import datasets as data
-from benchmarks import reference
 import train
-from data.loaders import batch_keys
-from common.weights import CheckpointError, load_backbone
+from benchmarks import checkout, reference
 from common.checkpoint import load_state, save_state
+from common.weights import CheckpointError, load_backbone
+from data import datasets as data
+from data.loaders import batch_keys
 
 SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_heads 2 --patch_size 8 --out_dim 64 "
          "--hidden_dim 32 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import cli
-from common import checkpoint as resume
 import train
-from data import views
-from data.loaders import batch_keys
-from data.datasets import Shapes
+from common import checkpoint as resume
+from common import cli
 from common.checkpoint import CheckpointError, load_state, save_state, saved_states, tensors_in
+from data import views
+from data.datasets import Shapes
+from data.loaders import batch_keys
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 "

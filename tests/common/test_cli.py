@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import cli
 import evaluate
 import export
 import retrieve
 import segment
 import train
 from backbones import BackboneError
+from common import cli
 from common.weights import save_model
 from data.datasets import DataError
 from vit import VisionTransformer

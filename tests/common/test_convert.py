@@ -5,9 +5,9 @@ import torch
 import transformers
 
 import export
-from data.loaders import eval_view
-from common.weights import load_backbone, read_weights, save_model
 from common.checkpoint import load_state, save_state
+from common.weights import load_backbone, read_weights, save_model
+from data.loaders import eval_view
 from vit import VisionTransformer
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2)  # heads of 24, not 64

@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from common.weights import CheckpointError, load_backbone, newest_model, save_model
 from common.checkpoint import load_state, save_state
+from common.weights import CheckpointError, load_backbone, newest_model, save_model
 from vit import VisionTransformer
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2)

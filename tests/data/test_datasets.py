@@ -6,8 +6,8 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from data import datasets as data
 from augment import MultiCrop
+from data import datasets as data
 from data.datasets import DataError, ImageTree, Shapes, TorchvisionSet, Unreadable, open_data, open_rgb
 from evaluation.knn import knn_classifier
 

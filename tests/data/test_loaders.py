@@ -3,10 +3,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from data import loaders as batches
 from augment import BatchMultiCrop, MultiCrop
-from data.loaders import Views, batch_keys, eval_loader, eval_view, on_device, train_loader
+from data import loaders as batches
 from data.datasets import ImageTree, Shapes
+from data.loaders import Views, batch_keys, eval_loader, eval_view, on_device, train_loader
 
 
 def test_a_step_sees_the_same_pictures_however_it_is_divided():

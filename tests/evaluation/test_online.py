@@ -6,10 +6,10 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from data.loaders import some_of
 from data.datasets import open_data
-from evaluation.online import collapse, judge, pixel_features
+from data.loaders import some_of
 from evaluation.linear import probe
+from evaluation.online import collapse, judge, pixel_features
 
 
 class Colors(torch.nn.Module):
