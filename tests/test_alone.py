@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WORDS = {  # file -> what it says when it is run
     "vit.py": "vit_small/16    21.7 M parameters", "dino_loss.py": "ln K = 8.3178",
-    "augment.py": "equal for equal keys: True", "knn.py": "top-1", "probe.py": "top-1", "masks.py": "0.854",
-    "propagate.py": "columns 2 to 9, 100.0%", "ranking.py": "1.00  1.00  1.00  1.00",
-    "descriptor.py": "whitened: variances", "sheet.py": "three pictures in two columns",
-    "draw.py": "from (0, 0, 4) to (252, 255, 164)", "curves.py": "training     200   6.200",
-    "data.py": "built-in shapes",
-    "cli.py": "", "precision.py": "bf16: torch.bfloat16", "report.py": "skipped unreadable picture a.jpg",
-    "batches.py": "2 processes, step 1", "optim.py": "lars", "resume.py": "", "advice.py": "", "checkout.py": ""}
+    "augment.py": "equal for equal keys: True", "evaluation/knn.py": "top-1", "evaluation/linear.py": "top-1", "evaluation/masks.py": "0.854",
+    "evaluation/label_propagation.py": "columns 2 to 9, 100.0%", "evaluation/ranking.py": "1.00  1.00  1.00  1.00",
+    "evaluation/descriptor.py": "whitened: variances", "plotting/sheet.py": "three pictures in two columns",
+    "plotting/draw.py": "from (0, 0, 4) to (252, 255, 164)", "plotting/curves.py": "training     200   6.200",
+    "data/datasets.py": "built-in shapes",
+    "common/cli.py": "", "common/precision.py": "bf16: torch.bfloat16", "common/logger.py": "skipped unreadable picture a.jpg",
+    "data/loaders.py": "2 processes, step 1", "optim.py": "lars", "common/checkpoint.py": "", "advice.py": "", "benchmarks/checkout.py": ""}
 RUN_ALL = """
 import contextlib, io, json, os, runpy, sys, traceback
 said = {}
@@ -40,8 +40,8 @@ def said(tmp_path_factory):
     """What each file prints, in a folder of its own; one process imports torch for all."""
     files = []
     for name in WORDS:
-        folder = tmp_path_factory.mktemp(name.partition(".")[0])
-        files.append(folder / name)
+        folder = tmp_path_factory.mktemp(Path(name).stem)
+        files.append(folder / Path(name).name)
         shutil.copy(ROOT / name, folder)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run([sys.executable, "-c", RUN_ALL, *map(str, files)], capture_output=True, text=True,
@@ -51,4 +51,4 @@ def said(tmp_path_factory):
 
 @pytest.mark.parametrize("name", WORDS)
 def test_runs_alone(said, name):
-    assert WORDS[name] in said[name] and "FAILED" not in said[name], said[name]
+    assert WORDS[name] in said[Path(name).name] and "FAILED" not in said[Path(name).name], said[Path(name).name]
