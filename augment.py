@@ -34,7 +34,7 @@ class View(NamedTuple):
     box: tuple  # (left, top, right, bottom) in the picture, pixels
     flip: bool
     jitter: tuple  # (name, amount) in the order of application; empty for none
-    grey: bool
+    grayscale: bool
     blur: float  # standard deviation of the Gaussian, pixels of the result; 0 for none
     solarize: bool
 
@@ -52,7 +52,7 @@ class MultiCrop:
         jitter: probability of the colour jitter, whose four parts come in random order.
         brightness, contrast, saturation: factors are drawn from [1 - x, 1 + x].
         hue: turn of the colour circle, drawn from [-x, x], in whole turns.
-        grey: probability of dropping the colour.
+        grayscale: probability of dropping the colour.
         blur: probability of a Gaussian blur for the first global, second global and local views.
         blur_radius: range of its standard deviation, pixels.
         solarize: probability of inverting bright pixels, second global view only.
@@ -61,13 +61,13 @@ class MultiCrop:
 
     def __init__(self, global_size=224, global_scale=(0.4, 1.0), local_size=96, local_scale=(0.05, 0.4),
                  local_number=8, ratio=(3 / 4, 4 / 3), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
-                 saturation=0.2, hue=0.1, grey=0.2, blur=(1.0, 0.1, 0.5), blur_radius=(0.1, 2.0), solarize=0.2,
+                 saturation=0.2, hue=0.1, grayscale=0.2, blur=(1.0, 0.1, 0.5), blur_radius=(0.1, 2.0), solarize=0.2,
                  mean=IMAGENET_MEAN, std=IMAGENET_STD, global_number=2):
         # (size, scale, blur probability, solarize probability) of each view
         self.kinds = [(global_size, global_scale, blur[0], 0.0), (global_size, global_scale, blur[1], solarize)]
         self.kinds = self.kinds[:global_number]
         self.kinds += [(local_size, local_scale, blur[2], 0.0)] * local_number
-        self.ratio, self.flip, self.jitter, self.grey, self.blur_radius = ratio, flip, jitter, grey, blur_radius
+        self.ratio, self.flip, self.jitter, self.grayscale, self.blur_radius = ratio, flip, jitter, grayscale, blur_radius
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.mean, self.std = 255 * torch.tensor(mean).view(3, 1, 1), 255 * torch.tensor(std).view(3, 1, 1)
 
@@ -97,7 +97,7 @@ class MultiCrop:
             box=sample_box(rng, width, height, scale, self.ratio),
             flip=rng.random() < self.flip,
             jitter=self.sample_jitter(rng) if rng.random() < self.jitter else (),
-            grey=rng.random() < self.grey,
+            grayscale=rng.random() < self.grayscale,
             blur=rng.uniform(*self.blur_radius) if rng.random() < blur else 0.0,
             solarize=rng.random() < solarize,
         )
@@ -149,8 +149,8 @@ def render(pixels, view):
         x = x.flip(-1)
     for name, amount in view.jitter:
         x = JITTER[name](x, amount)
-    if view.grey:
-        x = grey(x)
+    if view.grayscale:
+        x = grayscale(x)
     if view.blur:
         x = blur(x, torch.tensor(blur_box(view.blur)))
     if view.solarize:
@@ -166,16 +166,16 @@ def brightness(x, factor):
 
 
 def contrast(x, factor):
-    mean = grey(x).mean(dim=(-2, -1), keepdim=True).add_(0.5).floor_()
+    mean = grayscale(x).mean(dim=(-2, -1), keepdim=True).add_(0.5).floor_()
     return x.sub_(mean).mul_(factor).add_(mean).clamp_(0, 255).floor_()
 
 
 def saturation(x, factor):
-    grey_x = grey(x)
+    grey_x = grayscale(x)
     return x.sub_(grey_x).mul_(factor).add_(grey_x).clamp_(0, 255).floor_()
 
 
-def grey(x):
+def grayscale(x):
     """Luminance as [S, 1, H, W]: ITU-R 601-2 in 16 bits, which float32 holds exactly."""
     r, g, b = x.split(1, dim=-3)
     return (r * (19595 / 65536)).add_(g, alpha=38470 / 65536).add_(b, alpha=7471 / 65536).add_(0.5).floor_()
@@ -271,7 +271,7 @@ class BatchMultiCrop(MultiCrop):
         names = [list(JITTER).index(name) for name, _ in view.jitter] or [-1.0] * 4
         amounts = [amount for _, amount in view.jitter] or [0.0] * 4
         box = blur_box(view.blur) if view.blur else []
-        return [*view.box, view.flip, *names, *amounts, view.grey, view.solarize, bool(view.blur),
+        return [*view.box, view.flip, *names, *amounts, view.grayscale, view.solarize, bool(view.blur),
                 *box, *[0.0] * (self.widest - len(box))]
 
     @torch.no_grad()
@@ -314,7 +314,7 @@ class BatchMultiCrop(MultiCrop):
         # (operation, which samples it alters, its number for each of all samples if it takes one), in their order
         todo = [(op, name == i, [amount])
                 for name, amount in zip(names, amounts) for i, op in enumerate(JITTER.values())]
-        todo += [(grey, is_grey, []), (blur, is_blurred, [boxes]), (solarize, is_solarized, [])]
+        todo += [(grayscale, is_grey, []), (blur, is_blurred, [boxes]), (solarize, is_solarized, [])]
         indices = [which.nonzero().flatten() for _, which, _ in todo]
         indices = torch.cat(indices).to(x.device).split([len(index) for index in indices])  # one transfer for all
         for (op, _, number), index in zip(todo, indices):

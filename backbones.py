@@ -24,7 +24,7 @@ class BackboneError(ValueError):
     """There is no such backbone, or it cannot take such pictures; the message says which."""
 
 
-class Headless(nn.Module):
+class HeadlessClassifier(nn.Module):
     """A classifier of torchvision or timm without its head: images [B, 3, H, W] -> features [B, D].
 
     Args:
@@ -40,7 +40,7 @@ class Headless(nn.Module):
 
     def __init__(self, arch, img_size=224, drop_path_rate=0.0):
         super().__init__()
-        require_known(arch)
+        check_arch(arch)
         self.arch, self.grid = arch, (img_size, img_size)
         make = from_timm if arch.startswith("timm:") else from_torchvision
         self.model = make(arch, img_size, drop_path_rate)
@@ -72,7 +72,7 @@ class Headless(nn.Module):
         return feature.shape[1]
 
 
-def require_known(arch):
+def check_arch(arch):
     """Raise BackboneError unless torchvision or timm has a classifier of this name."""
     library, known, prefix, name = "torchvision", models.list_models(module=models), "", arch
     if arch.startswith("timm:"):
@@ -121,7 +121,7 @@ def from_timm(arch, img_size, drop_path_rate):
     raise BackboneError(f"{arch} cannot be built: {reason}")
 
 
-def synchronised(network):
+def convert_sync_batchnorm(network):
     """A network whose backbone's batch norm, and its own, is over the pictures of all GPUs."""
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     if getattr(network.backbone, "arch", "").startswith("timm:"):  # whose layers hold their activation too
@@ -129,7 +129,7 @@ def synchronised(network):
     return convert(network)
 
 
-def share_statistics(network):
+def broadcast_buffers(network):
     """Give all processes what batch norm of process 0 has gathered: on the CPU each has seen pictures of its own."""
     if dist.is_available() and dist.is_initialized():
         for buffer in network.buffers():
@@ -138,13 +138,13 @@ def share_statistics(network):
 
 def build_backbone(arguments, drop_path_rate=0.0):
     """Headless from arguments that name an "arch", VisionTransformer from others."""
-    kind = Headless if "arch" in arguments else VisionTransformer
+    kind = HeadlessClassifier if "arch" in arguments else VisionTransformer
     return kind(**arguments, drop_path_rate=drop_path_rate)
 
 
 if __name__ == "__main__":
     for arch in ("resnet18", "mobilenet_v3_small", "convnext_tiny"):
-        backbone = Headless(arch, 64)
+        backbone = HeadlessClassifier(arch, 64)
         parameters = sum(p.numel() for p in backbone.parameters())
         print(f"{arch}: {parameters / 1e6:.1f} M parameters, [2, 3, 64, 64] -> "
               f"{list(backbone(torch.rand(2, 3, 64, 64)).shape)}")

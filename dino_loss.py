@@ -151,7 +151,7 @@ class DINOLoss(nn.Module):
             raise ValueError(f"logits of {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}: expected "
                              f"[V*B, {K}] with V >= 2 and [2*B, {K}]")
         student, teacher = student_logits.float(), teacher_logits.float()
-        answer = functools.partial(centred_softmax, center=self.center, temp=teacher_temp)
+        answer = functools.partial(centered_softmax, center=self.center, temp=teacher_temp)
         if self.iterations:  # all images decide together, so not a few at a time
             teacher, answer = self.teacher_probabilities(teacher, teacher_temp), nn.Identity()
         if self.objective == "mse":
@@ -168,7 +168,7 @@ class DINOLoss(nn.Module):
         """[M, K] logits -> [M, K] targets, each row summing to 1."""
         if self.iterations:
             return sinkhorn(teacher_logits.float(), teacher_temp, self.iterations)
-        return centred_softmax(teacher_logits.float(), self.center, teacher_temp)
+        return centered_softmax(teacher_logits.float(), self.center, teacher_temp)
 
     @torch.no_grad()
     def teacher_entropy(self, teacher_logits, teacher_temp):
@@ -202,7 +202,7 @@ class DINOLoss(nn.Module):
         self.center.lerp_(mean, 1 - self.center_momentum)
 
 
-def centred_softmax(logits, center, temp):
+def centered_softmax(logits, center, temp):
     """What the teacher answers: centred, so that no prototype wins everywhere, and sharpened (equation 1)."""
     return F.softmax((logits - center) / temp, dim=-1)
 

@@ -27,33 +27,48 @@ from torch import nn
 from tqdm import tqdm
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from common import cli
-from common.checkpoint import require_writable, write_json
-from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
-from common.precision import autocast, fast_products, resolve
+from common import cli, distributed
+from common.checkpoint import check_writable, write_json
+from common.cli import (
+    boolean,
+    fraction,
+    fraction_below_one,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
+from common.precision import autocast, resolve_precision, set_matmul_precision
 from common.weights import (
     CheckpointError,
-    file_for,
-    folder_for,
     load_backbone,
     open_backbone,
+    output_file,
+    output_folder,
     read_weights,
+    resolve_image_size,
     save_model,
-    square_size,
 )
 from data.datasets import DataError, open_data
-from data.loaders import eval_loader
+from data.loaders import build_eval_loader
 from evaluation.features import LABELS, extract_features, load_features, save_features
 from evaluation.knn import knn_classifier
-from evaluation.linear import LRS, WEIGHT_DECAYS, choose, fit, tenth
-from evaluation.supervised import Classifiers, Tokens, head_groups, layer_groups, mixing, train
+from evaluation.linear import LRS, WEIGHT_DECAYS, fit_classifiers, holdout_mask, select_hyperparameters
+from evaluation.supervised import (
+    Classifiers,
+    FeatureExtractor,
+    build_head_groups,
+    build_layer_decay_groups,
+    build_mixup,
+    train_classifiers,
+)
 from optim import build_optimizer
 
 # ---- flags ----
 
 def parse_args(argv=None):
-    parser = cli.parser("evaluate.py", __doc__)
-    for name, task_parser in cli.add_tasks(parser, TASKS).items():
+    parser = cli.build_parser("evaluate.py", __doc__)
+    for name, task_parser in cli.add_subcommands(parser, TASKS).items():
         def add(flag, default, help, type=None, add_argument=task_parser.add_argument, **kwargs):
             shown = " ".join(map(str, default if isinstance(default, list) else [default]))
             kwargs |= {"type": type} if type else {}
@@ -63,42 +78,42 @@ def parse_args(argv=None):
         add("--data_path", None, "labelled pictures, named as for train.py (default: what the newest run was trained "
             "on; the built-in pictures if --ckpt says so)")
         add("--image_size", None, "side of the square that is judged (default: the size the model was trained at)",
-            positive, metavar="PIXELS")
-        add("--batch_size_per_gpu", 128, "pictures per process and pass", positive, metavar="B")
+            positive_int, metavar="PIXELS")
+        add("--batch_size_per_gpu", 128, "pictures per process and pass", positive_int, metavar="B")
         add("--output_dir", None, "folder for what is written (default: " + (
             "that of the model file)" if name == "knn" else f"NAME.{name} beside the model file)"), metavar="DIR")
         FLAGS[name](add)
-        cli.add_machine_flags(task_parser)
+        cli.add_device_flags(task_parser)
     args = parser.parse_args(argv)
     if args.task != "knn":
-        args.precision = resolve(args.precision, args.device)
+        args.precision = resolve_precision(args.precision, args.device)
         if args.overwrite and args.resume != "none":
             parser.error("--overwrite deletes what was trained and starts anew: say --resume none as well")
         if args.task == "linear" and args.features and not args.quick:
             parser.error("--features keeps what --quick extracts: without it every picture is seen anew in each epoch")
-        cli.require_range(parser, args, "crop_scale")
+        cli.check_range(parser, args, "crop_scale")
         if getattr(args, "warmup_epochs", 0) > args.epochs and not args.test_only:
             parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     return args
 
 
 def knn_flags(add):
-    add("--nb_knn", [10, 20, 100, 200], "numbers of neighbours; those beyond the data are clamped", positive,
+    add("--nb_knn", [10, 20, 100, 200], "numbers of neighbours; those beyond the data are clamped", positive_int,
         nargs="+", metavar="K")
     add("--temperature", 0.07, "of the vote", positive_float, metavar="T")
-    add("--knn_memory_mb", 1024, "bound on the similarities held at once", positive, metavar="MB")
+    add("--knn_memory_mb", 1024, "bound on the similarities held at once", positive_int, metavar="MB")
     add_features_flag(add)
 
 
 def linear_flags(add):
     add("--n_last_blocks", 4, "CLS tokens of so many blocks side by side; in the paper 4 for small, 1 for base",
-        positive, metavar="N")
+        positive_int, metavar="N")
     add("--avgpool_patchtokens", False, "the last block's mean patch token beside them, as for base", boolean,
         nargs="?", const=True, metavar="X")
     add("--lr", list(LRS), "one or several, for 256 pictures a step; scaled linearly "
         "with their number. Of several the best is taken, judged on a tenth of the training pictures that is held out",
         positive_float, nargs="+", metavar="LR")
-    add("--weight_decay", None, "one or several (default: 0; with --quick 0 0.0001 0.001 0.01 0.1)", natural_float,
+    add("--weight_decay", None, "one or several (default: 0; with --quick 0 0.0001 0.001 0.01 0.1)", nonnegative_float,
         nargs="+", metavar="WD")
     add("--quick", False, "extract features of the centre view once, in fp32, and train on them all classifiers of "
         "the grid; flags of views, steps, saves and tests then mean nothing", action="store_true")
@@ -109,13 +124,13 @@ def linear_flags(add):
 def finetune_flags(add):
     add("--lr", 0.0005, "peak, for 256 pictures a step; scaled linearly with their number", positive_float,
         metavar="LR")
-    add("--warmup_epochs", 5, "epochs of linear learning-rate warm-up", natural, metavar="N")
-    add("--layer_decay", 0.75, "factor of the learning rate from each block to the one before", share, metavar="X")
-    add("--weight_decay", 0.05, "on matrices only", natural_float, metavar="WD")
-    add("--drop_path_rate", None, "stochastic depth of a vision transformer (default: 0.1)", rate, metavar="X")
-    add("--label_smoothing", 0.1, "share of each label that is given to all classes", share, metavar="X")
-    add("--mixup", 0.0, "its alpha, 0 for none; 0.8 for long runs", natural_float, metavar="A")
-    add("--cutmix", 0.0, "its alpha, 0 for none; 1 for long runs", natural_float, metavar="A")
+    add("--warmup_epochs", 5, "epochs of linear learning-rate warm-up", nonnegative_int, metavar="N")
+    add("--layer_decay", 0.75, "factor of the learning rate from each block to the one before", fraction, metavar="X")
+    add("--weight_decay", 0.05, "on matrices only", nonnegative_float, metavar="WD")
+    add("--drop_path_rate", None, "stochastic depth of a vision transformer (default: 0.1)", fraction_below_one, metavar="X")
+    add("--label_smoothing", 0.1, "share of each label that is given to all classes", fraction, metavar="X")
+    add("--mixup", 0.0, "its alpha, 0 for none; 0.8 for long runs", nonnegative_float, metavar="A")
+    add("--cutmix", 0.0, "its alpha, 0 for none; 1 for long runs", nonnegative_float, metavar="A")
     add_training_flags(add, epochs=100)
 
 
@@ -125,16 +140,16 @@ def add_features_flag(add):
 
 
 def add_training_flags(add, epochs):
-    add("--epochs", epochs, "passes over the pictures", positive, metavar="N")
-    add("--crop_scale", [0.08, 1.0], "share of the area that a training view shows", share, nargs=2, metavar="X")
+    add("--epochs", epochs, "passes over the pictures", positive_int, metavar="N")
+    add("--crop_scale", [0.08, 1.0], "share of the area that a training view shows", fraction, nargs=2, metavar="X")
     add("--precision", "auto", "auto: bf16 where the device is fast at it, else fp32",
         choices=["auto", "bf16", "fp16", "fp32"])
-    add("--val_freq", 10, "epochs between tests, 0 for none but the last", natural, metavar="N")
+    add("--val_freq", 10, "epochs between tests, 0 for none but the last", nonnegative_int, metavar="N")
     add("--resume", "auto", "auto goes on with what the folder holds, none starts anew", choices=["auto", "none"])
     add("--overwrite", False, "with --resume none: delete what the folder holds first", action="store_true")
     add("--test_only", False, "judge the classifier in the folder, train nothing", action="store_true")
     add("--save_every_minutes", 10.0, "between saves", positive_float, metavar="X")
-    add("--log_every", 50, "steps between lines in the log", positive, metavar="N")
+    add("--log_every", 50, "steps between lines in the log", positive_int, metavar="N")
     add("--seed", 0, "of order, views and what is dropped", cli.seed, metavar="X")
 
 
@@ -159,10 +174,9 @@ class Subject(NamedTuple):
 
 
 def open_subject(args):
-    rank, world_size, device = cli.start_processes(args.device)
-    backbone, info, origin = open_backbone(args, print if rank == 0 else lambda text: None)
-    fast_products(device, "fp32", backbone.embed_dim)
-    size = square_size(args.image_size, backbone)
+    rank, world_size, device = distributed.init_distributed(args.device)
+    backbone, info, origin = open_backbone(args, device)
+    size = resolve_image_size(args.image_size, backbone)
     data_path = args.data_path or info.get("data_path")
     if not (data_path and isinstance(data_path, str)):
         raise DataError(f"{origin['ckpt']} does not say what it was trained on: name labelled pictures with "
@@ -170,11 +184,11 @@ def open_subject(args):
     if args.ckpt and not args.data_path and not re.fullmatch(r"shapes(:\d+)?", data_path):
         raise DataError(f"{origin['ckpt']} says that it was trained on {data_path}; what a file names is opened when "
                         f"you name it too: --data_path {data_path}")
-    data = cli.rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
-    if data.queries is None:
+    data = distributed.run_on_rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
+    if data.val is None:
         raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
-    cli.require_same("labelled pictures:", (len(data.bank), len(data.queries)))
-    origin |= dict(data_path=data.path, pictures=[len(data.bank), len(data.queries)], image_size=size)
+    distributed.check_same_on_all_ranks("labelled pictures:", (len(data.train_labeled), len(data.val)))
+    origin |= dict(data_path=data.path, pictures=[len(data.train_labeled), len(data.val)], image_size=size)
     if rank == 0:
         print(data.note)
     return Subject(backbone.to(device), info, data, size, origin, device, rank, world_size, set())
@@ -185,7 +199,7 @@ def class_names(data):
     names = getattr(data.train, "classes", None)
     if not names:  # only the labels themselves tell how many there are
         labels = {0}
-        for images in (data.bank, data.queries):
+        for images in (data.train_labeled, data.val):
             for i in range(len(images)):
                 with contextlib.suppress(OSError):
                     labels.add(images[i][1])
@@ -196,7 +210,7 @@ def class_names(data):
 
 def extract(subject, model, images, args):
     """model(centre view) of each picture, once over all processes: [M, ...] float32 and labels [M]."""
-    loader = eval_loader(images, subject.size, args.batch_size_per_gpu, args.num_workers, subject.rank,
+    loader = build_eval_loader(images, subject.size, args.batch_size_per_gpu, args.num_workers, subject.rank,
                          subject.world_size)
     x, labels, unreadable = extract_features(model, loader, subject.device, total=len(images))
     for message in unreadable:
@@ -209,14 +223,14 @@ def extract(subject, model, images, args):
 def features_of(subject, model, args, origin):
     """Features and labels of both parts by name (see LABELS), from --features if they are there."""
     kept = bool(args.features and os.path.exists(args.features))
-    cli.require_same("a file of features", kept)
+    distributed.check_same_on_all_ranks("a file of features", kept)
     if args.features and not kept:
-        require_writable(Path(args.features).parent)
+        check_writable(Path(args.features).parent)
     if kept:
         subject.say(f"features taken from {args.features}")
         return load_features(args.features, origin)
     features = {}
-    for part, images in (("bank", subject.data.bank), ("queries", subject.data.queries)):
+    for part, images in (("bank", subject.data.train_labeled), ("queries", subject.data.val)):
         features[part], features[LABELS[part]] = extract(subject, model, images, args)
     if args.features and subject.rank == 0:
         save_features(args.features, features, origin)
@@ -234,7 +248,7 @@ def write_result(path, subject, **result):
 def knn(args):
     """A weighted vote of the nearest neighbours."""
     subject = open_subject(args)
-    path = file_for(subject.origin, args, "knn.json")
+    path = output_file(subject.origin, args, "knn.json")
     features = features_of(subject, subject.backbone, args, subject.origin)
     scores = knn_classifier(*features.values(), args.nb_knn, args.temperature, args.knn_memory_mb, subject.device)
     if subject.rank > 0:
@@ -254,12 +268,12 @@ def knn(args):
 def linear(args):
     """Linear classifiers on frozen features: SGD, cosine, random crops and flips; or --quick, on features once."""
     subject = open_subject(args)
-    classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
+    classes = distributed.all_gather_objects(class_names(subject.data) if subject.rank == 0 else None)[0]
     if args.avgpool_patchtokens and not subject.backbone.blocks:
         raise CheckpointError(f"{subject.origin['ckpt']}: {subject.backbone.arch} gives features alone: "
                               f"leave --avgpool_patchtokens out")
-    tokens = Tokens(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
-    output = folder_for(subject.origin, args, "linear_quick" if args.quick else "linear")
+    tokens = FeatureExtractor(subject.backbone, args.n_last_blocks, args.avgpool_patchtokens).eval()
+    output = output_folder(subject.origin, args, "linear_quick" if args.quick else "linear")
     origin = subject.origin | dict(n_last_blocks=tokens.n_last_blocks, avgpool_patchtokens=tokens.avgpool)
     grid = list(itertools.product(args.lr, args.weight_decay or (WEIGHT_DECAYS if args.quick else [0])))
     if args.test_only:
@@ -284,7 +298,7 @@ def quick_classifier(tokens, grid, origin, classes, output, subject, args):
                               f"--output_dir")
     if subject.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        require_writable(output)
+        check_writable(output)
     features = features_of(subject, tokens, args, origin)
     bank, labels = (features[name].to(subject.device) for name in ("bank", "bank_labels"))
     if len(bank) < 2:
@@ -296,8 +310,8 @@ def quick_classifier(tokens, grid, origin, classes, output, subject, args):
     with tqdm(total=2 * args.epochs * len(bank), unit="img", leave=False,
               disable=subject.rank > 0 or not sys.stderr.isatty()) as bar:
         how = dict(epochs=args.epochs, batch_size=batch, seed=args.seed, progress=bar.update)
-        best, accuracies = choose(bank, labels, len(classes), scaled, **how)
-        head = fit(bank, labels, len(classes), [scaled[best]], **how).linear()
+        best, accuracies = select_hyperparameters(bank, labels, len(classes), scaled, **how)
+        head = fit_classifiers(bank, labels, len(classes), [scaled[best]], **how).linear()
     if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
         raise FloatingPointError("every classifier of the grid diverged: lower --lr")
     lr, weight_decay = grid[best]
@@ -309,13 +323,13 @@ def quick_classifier(tokens, grid, origin, classes, output, subject, args):
 
 def trained_classifier(tokens, grid, origin, classes, output, subject, args):
     """The best of the grid: nn.Linear, and how it was found; None, None if a signal ended the training."""
-    images, judged = subject.data.bank, subject.data.queries
+    images, judged = subject.data.train_labeled, subject.data.val
     if len(grid) > 1:
-        mask = tenth(len(images))
+        mask = holdout_mask(len(images))
         images, judged = (torch.utils.data.Subset(images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
     torch.manual_seed(args.seed)
     network = Classifiers(tokens, len(classes), len(grid)).to(subject.device)
-    optimizer = build_optimizer("sgd", head_groups(network, grid))
+    optimizer = build_optimizer("sgd", build_head_groups(network, grid))
 
     def accuracies():
         with autocast(subject.device, args.precision):
@@ -329,7 +343,7 @@ def trained_classifier(tokens, grid, origin, classes, output, subject, args):
     subject.say(f"{len(grid)} classifiers on {tokens.dim} features; effective lr "
                 + effective(args.lr, args.batch_size_per_gpu * subject.world_size))
     fixed = fixed_part(origin) | {"grid": grid, "classes": classes}
-    if not train(network, optimizer, images, fixed, measure, output, args, *place(subject)):
+    if not train_classifiers(network, optimizer, images, fixed, measure, output, args, *place(subject)):
         return None, None
     top1 = accuracies() if len(grid) > 1 else [0.0]
     best = top1.index(max(top1))
@@ -344,11 +358,11 @@ def trained_classifier(tokens, grid, origin, classes, output, subject, args):
 def finetune(args):
     """Backbone and classifier trained with labels: AdamW, layer-wise lr decay, label smoothing, mixup by flag."""
     subject = open_subject(args)
-    classes = cli.gather(class_names(subject.data) if subject.rank == 0 else None)[0]
-    output, tokens = folder_for(subject.origin, args, "finetune"), Tokens(subject.backbone)
+    classes = distributed.all_gather_objects(class_names(subject.data) if subject.rank == 0 else None)[0]
+    output, tokens = output_folder(subject.origin, args, "finetune"), FeatureExtractor(subject.backbone)
     if args.test_only:
         head, how = load_classifier(output, subject.origin, classes, subject)
-        tokens = Tokens(load_backbone(output / "classifier.safetensors", say=subject.say)[0].to(subject.device))
+        tokens = FeatureExtractor(load_backbone(output / "classifier.safetensors", log=subject.say)[0].to(subject.device))
     else:
         if args.drop_path_rate and not tokens.backbone.blocks:
             raise CheckpointError(f"--drop_path_rate is of vision transformers, not of {tokens.backbone.arch}")
@@ -358,7 +372,7 @@ def finetune(args):
         torch.manual_seed(args.seed)
         network = Classifiers(tokens, len(classes), frozen=False).to(subject.device)
         head = network.heads[0]
-        optimizer = build_optimizer("adamw", layer_groups(network, args.lr, args.weight_decay, args.layer_decay))
+        optimizer = build_optimizer("adamw", build_layer_decay_groups(network, args.lr, args.weight_decay, args.layer_decay))
 
         def measure():
             said, labels = answers(tokens, head, subject, args)
@@ -369,9 +383,9 @@ def finetune(args):
         names = ("lr", "warmup_epochs", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "mixup",
                  "cutmix")
         how = {name: getattr(args, name) for name in names}
-        if not train(network, optimizer, subject.data.bank, fixed_part(subject.origin) | how | {"classes": classes},
+        if not train_classifiers(network, optimizer, subject.data.train_labeled, fixed_part(subject.origin) | how | {"classes": classes},
                      measure, output, args, *place(subject), args.warmup_epochs,
-                     mixing(len(classes), args.mixup, args.cutmix), args.label_smoothing):
+                     build_mixup(len(classes), args.mixup, args.cutmix), args.label_smoothing):
             return
         how["epochs"] = args.epochs
         weights = {f"backbone.{name}": tensor for name, tensor in tokens.backbone.state_dict().items()}
@@ -382,14 +396,14 @@ def finetune(args):
 
 def answers(tokens, head, subject, args):
     """Logits [Q, K] on the held-out pictures, as in training: features by --precision, the classifier in float32."""
-    fast_products(subject.device, args.precision, subject.backbone.embed_dim)
+    set_matmul_precision(subject.device, args.precision, subject.backbone.embed_dim)
 
     def model(images):
         with autocast(subject.device, args.precision):
             features = tokens(images)
         with torch.autocast(subject.device.type, enabled=False):
             return head(features.float())
-    return extract(subject, model, subject.data.queries, args)
+    return extract(subject, model, subject.data.val, args)
 
 
 def fixed_part(origin):
@@ -456,4 +470,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, CheckpointError, FloatingPointError)
+    cli.run_command(main, parse_args, DataError, CheckpointError, FloatingPointError)

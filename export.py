@@ -39,13 +39,14 @@ import torch.nn.functional as F
 from torchvision.transforms import functional as TF
 
 import infer
-from backbones import BackboneError, Headless
+from backbones import BackboneError, HeadlessClassifier
 from common import cli
-from common.cli import natural, positive
+from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS, IMAGENET_MEAN, IMAGENET_STD
-from common.precision import PRECISIONS
-from common.weights import CheckpointError, beside, load_backbone, newest_model, save_model, sha256
-from data.datasets import DataError, ImageTree, Shapes
+from common.precision import DTYPES
+from common.weights import CheckpointError, find_newest_model, load_backbone, save_model, sha256, sibling_path
+from data.datasets import DataError, ImageFolder
+from data.shapes import Shapes
 from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and of the largest value in half, and least cosine
@@ -65,18 +66,18 @@ class ExportError(RuntimeError):
 
 
 def parse_args(argv=None):
-    parser = cli.parser("export.py", __doc__)
+    parser = cli.build_parser("export.py", __doc__)
     parser.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     parser.add_argument("--checkpoint_key", choices=["teacher", "student"],
                         help="network to take from a full checkpoint (default: teacher)")
     parser.add_argument("--format", choices=["onnx", *FORMATS], default="onnx", help="(default: onnx)")
     parser.add_argument("--output", metavar="FILE", help="(default: the model file's name with the format's ending)")
     graph = parser.add_argument_group("ONNX")
-    graph.add_argument("--image_size", type=positive, nargs="+", metavar="PIXELS",
+    graph.add_argument("--image_size", type=positive_int, nargs="+", metavar="PIXELS",
                        help="height and width, or the side of a square (default: the size the model was trained at)")
     graph.add_argument("--dynamic", choices=["batch", "size", "none"], default="batch",
                        help="what may vary: the batch; batch, height and width; nothing (default: batch)")
-    graph.add_argument("--batch_size", type=positive, default=1, metavar="B",
+    graph.add_argument("--batch_size", type=positive_int, default=1, metavar="B",
                        help="of --dynamic none and --benchmark (default: 1)")
     graph.add_argument("--precision", choices=list(LIMITS), default="fp32",
                        help="fp16: all in half; mixed: products in half, norms, softmax, input and outputs in float32 "
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     graph.add_argument("--heads", choices=["each", "mean"], default="each",
                        help="attention of each head or their mean (default: each)")
     graph.add_argument("--patch_tokens", action="store_true", help="also give patch_tokens [B, N, D]")
-    graph.add_argument("--last_layers", type=natural, default=0, metavar="N",
+    graph.add_argument("--last_layers", type=nonnegative_int, default=0, metavar="N",
                        help="also give all tokens after each of the last N blocks (default: 0)")
     graph.add_argument("--normalize", choices=["nhwc", "nchw"],
                        help="take uint8 pixels of this layout and normalise them in the graph")
@@ -110,7 +111,7 @@ def parse_args(argv=None):
 
 def opset(text):
     """An argparse type: a version of ONNX's operators that the graph can be written in."""
-    return cli.number(int, lambda n: 17 <= n <= onnx.defs.onnx_opset_version(),
+    return cli.bounded_number(int, lambda n: 17 <= n <= onnx.defs.onnx_opset_version(),
                       f"a whole number from 17 to {onnx.defs.onnx_opset_version()}")(text)
 
 
@@ -125,7 +126,7 @@ def describe(backbone, info, ckpt, args):
         raise CheckpointError(f"--image_size {height} {width} must be multiples of the model's patch size {p}")
     if args.normalize and backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
-    is_vit = not isinstance(backbone, Headless)
+    is_vit = not isinstance(backbone, HeadlessClassifier)
     for flag, asked in (("precision", args.precision != "fp32"), ("dynamic size", args.dynamic == "size"), (
             "patch_tokens", args.patch_tokens), ("last_layers", args.last_layers), ("heads", args.heads != "each"), (
             "opset 17", args.opset == 17)):
@@ -169,7 +170,7 @@ def write(backbone, path, about):
     if size > 2**31 - 2**26:  # what one protobuf holds
         raise ExportError(f"the weights take {size / 2**30:.1f} GiB, more than the 2 that one ONNX file holds"
                           + ": try --precision mixed" * (about["precision"] == "fp32"))
-    if isinstance(backbone, Headless):
+    if isinstance(backbone, HeadlessClassifier):
         with running(path):
             proto = traced(backbone, height, width, about)
     else:
@@ -333,7 +334,7 @@ def samples(batch, height, width, about, channels, kind, pictures=()):
 @torch.no_grad()
 def compute(backbone, images, about):
     """What the model itself gives: {name of output: tensor}."""
-    if isinstance(backbone, Headless):
+    if isinstance(backbone, HeadlessClassifier):
         return {"features": backbone(images)}
     features, attention = backbone.forward_with_attention(images)
     attention = attention.unflatten(2, [side // backbone.patch_size for side in images.shape[2:]])
@@ -356,8 +357,8 @@ def benchmark(backbone, path, about, batch, turns=15):
     height, width = about["image_size"] or [side * backbone.patch_size for side in backbone.grid]
     images, feed = next(samples(batch, height, width, about, backbone.in_chans, session.get_inputs()[0].type))
     precision = "fp16" if on_cuda and about["precision"] != "fp32" else "fp32"
-    model, images = (thing.to(device, PRECISIONS[precision]) for thing in (backbone, images))
-    eager = model if isinstance(backbone, Headless) else model.forward_with_attention
+    model, images = (thing.to(device, DTYPES[precision]) for thing in (backbone, images))
+    eager = model if isinstance(backbone, HeadlessClassifier) else model.forward_with_attention
     compiled = torch.compile(eager)
 
     def in_torch(call):
@@ -398,13 +399,13 @@ def benchmark(backbone, path, about, batch, turns=15):
 def main(args):
     if args.check:
         return check(args)
-    ckpt = (args.ckpt or newest_model()).rstrip("/")
+    ckpt = (args.ckpt or find_newest_model()).rstrip("/")
     backbone, info = load_backbone(ckpt, args.checkpoint_key)
     ending, save = FORMATS.get(args.format, ("onnx", None))
     layouts = ["onnx", "safetensors", "dino"] + ["timm"] * getattr(backbone, "arch", "").startswith("timm:")
-    if isinstance(backbone, Headless) and args.format not in layouts:
+    if isinstance(backbone, HeadlessClassifier) and args.format not in layouts:
         raise CheckpointError(f"--format {args.format}: {backbone.arch} has no such names; it has {', '.join(layouts)}")
-    output = (args.output or str(beside(ckpt, args.checkpoint_key, ending))).rstrip("/")
+    output = (args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))).rstrip("/")
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise CheckpointError(f"--output {output}: its folder does not exist")
     if os.path.isdir(output) and args.format != "transformers":
@@ -431,7 +432,7 @@ def main(args):
 
 def pictures_in(folder):
     """The first five pictures below a folder."""
-    images = ImageTree(folder) if folder else []
+    images = ImageFolder(folder) if folder else []
     return [images[i][0] for i in range(min(5, len(images)))]
 
 
@@ -469,4 +470,4 @@ def check(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, CheckpointError, ExportError, DataError)
+    cli.run_command(main, parse_args, CheckpointError, ExportError, DataError)

@@ -9,7 +9,7 @@ This file needs torch and nothing else.
 import torch
 
 
-def param_groups(network):
+def build_param_groups(network):
     """Two groups of named parameters: matrices, which are regularised, then biases and norms, which are not."""
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     regularized = [(name, p) for name, p in trained if p.ndim > 1]
@@ -68,7 +68,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     network = torch.nn.Linear(100, 10)
     for name, lr in (("adamw", 0.01), ("sgd", 0.1), ("lars", 10.0)):
-        optimizer = build_optimizer(name, param_groups(network))
+        optimizer = build_optimizer(name, build_param_groups(network))
         for group in optimizer.param_groups:
             group["lr"] = lr
         network(torch.randn(8, 100)).square().sum().backward()

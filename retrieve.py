@@ -22,26 +22,26 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import cli
-from common.checkpoint import require_writable, write_json
-from common.cli import boolean, positive
-from common.precision import fast_products
-from common.weights import CheckpointError, file_for, folder_for, open_backbone, square_size
-from data.datasets import DataError, ImageTree, Unreadable, open_rgb
-from data.loaders import eval_loader, eval_view, normalised
-from data.retrieval import pictures_in, read_copydays, read_landmarks
-from evaluation.descriptor import SCALES, cls_and_gem, learn_whitening, multi_scale
-from evaluation.features import NothingReadable, extract_features
-from evaluation.image_index import bring_up_to_date
-from evaluation.ranking import judge, mean_judgement
+from common import cli, distributed
+from common.checkpoint import check_writable, write_json
+from common.cli import boolean, positive_int
+from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
+from data.datasets import DataError, ImageFolder
+from data.images import ImageReadError, read_image
+from data.loaders import build_eval_loader, center_crop_view, normalize
+from data.retrieval import list_images, read_copydays, read_landmarks
+from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
+from evaluation.features import NoImagesError, extract_features
+from evaluation.image_index import update_index
+from evaluation.ranking import average_precision, mean_average_precision
 from plotting.sheet import contact_sheet
 
 KS = (1, 5, 10)  # ranks at which precision is said
 
 
 def parse_args(argv=None):
-    parser = cli.parser("retrieve.py", __doc__)
-    tasks = cli.add_tasks(parser, TASKS)
+    parser = cli.build_parser("retrieve.py", __doc__)
+    tasks = cli.add_subcommands(parser, TASKS)
     for name, task in tasks.items():
         cli.add_model_flags(task)
         task.add_argument("--data_path", required=True, metavar="DIR", help={
@@ -53,15 +53,15 @@ def parse_args(argv=None):
             "NAME.search beside the model file)" if name == "search" else "that of the model file)"))
     add = tasks["search"].add_argument
     add("query", nargs="+", help="pictures to look for; a query that lies in the folder does not find itself")
-    add("--nearest", type=positive, default=11, metavar="N", help="how many to show (default: 11)")
-    add("--image_size", type=positive, metavar="PIXELS",
+    add("--nearest", type=positive_int, default=11, metavar="N", help="how many to show (default: 11)")
+    add("--image_size", type=positive_int, metavar="PIXELS",
         help="side of the square that is compared (default: the size the model was trained at)")
     add = tasks["copies"].add_argument
-    add("--image_size", type=positive, default=320, metavar="PIXELS",
+    add("--image_size", type=positive_int, default=320, metavar="PIXELS",
         help="side of the square that a picture is squeezed into (default: 320)")
     add("--distractors", metavar="DIR", help="pictures that none is a copy of, to look among as well (default: none)")
     add = tasks["landmarks"].add_argument
-    add("--image_size", type=positive, default=512, metavar="PIXELS", help="longer side (default: 512)")
+    add("--image_size", type=positive_int, default=512, metavar="PIXELS", help="longer side (default: 512)")
     add("--multiscale", type=boolean, nargs="?", const=True, default=True, metavar="X",
         help="sum of the features at 1, 0.71 and 0.5 of that size (default: true)")
     add("--crop_queries", action="store_true",
@@ -70,10 +70,10 @@ def parse_args(argv=None):
         tasks[name].add_argument("--whitening", metavar="DIR", help="other pictures, thousands of them, to learn a "
                                                                     "whitening from (default: none)")
     for name, count in (("search", 128), ("copies", 16)):
-        tasks[name].add_argument("--batch_size_per_gpu", type=positive, default=count, metavar="B",
+        tasks[name].add_argument("--batch_size_per_gpu", type=positive_int, default=count, metavar="B",
                                  help=f"pictures per process and pass (default: {count})")
     for task in tasks.values():
-        cli.add_machine_flags(task)
+        cli.add_device_flags(task)
     return parser.parse_args(argv)
 
 
@@ -89,12 +89,12 @@ class Files(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        image = open_rgb(self.paths[i], upright=self.upright)
+        image = read_image(self.paths[i], upright=self.upright)
         if self.boxes:
             left, top, right, bottom = self.boxes[i]
             box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
             if box[0] >= box[2] or box[1] >= box[3]:
-                raise Unreadable(f"{self.paths[i]}: the box {self.boxes[i]} lies outside its {image.width} x "
+                raise ImageReadError(f"{self.paths[i]}: the box {self.boxes[i]} lies outside its {image.width} x "
                                  f"{image.height} pixels")
             image = image.crop(box)
         return image, i
@@ -110,11 +110,9 @@ class Looker:
     """
 
     def __init__(self, args, describe, view, batch_size, upright=True, needs=""):
-        self.rank, self.world_size, self.device = cli.start_processes(args.device)
-        self.backbone, _, self.origin = open_backbone(args, self.say, needs)
-        fast_products(self.device, "fp32", self.backbone.embed_dim)
-        self.backbone.to(self.device)
-        self.size = args.image_size if view is within else square_size(args.image_size, self.backbone)
+        self.rank, self.world_size, self.device = distributed.init_distributed(args.device)
+        self.backbone, _, self.origin = open_backbone(args, self.device, needs)
+        self.size = args.image_size if view is within else resolve_image_size(args.image_size, self.backbone)
         self.describe, self.view, self.batch_size, self.upright = describe, view, batch_size, upright
         self.num_workers = args.num_workers
 
@@ -124,11 +122,11 @@ class Looker:
 
     def look(self, paths, boxes=None):
         """Features [M, D] of the pictures that can be read, their numbers [M], and messages on the others."""
-        loader = eval_loader(Files(paths, boxes, self.upright), self.size, self.batch_size, self.num_workers, self.rank,
+        loader = build_eval_loader(Files(paths, boxes, self.upright), self.size, self.batch_size, self.num_workers, self.rank,
                              self.world_size, self.view)
         try:
             return extract_features(partial(self.describe, self.backbone), loader, self.device, total=len(paths))
-        except NothingReadable as error:
+        except NoImagesError as error:
             return torch.empty(0, 1), torch.empty(0, dtype=torch.int64), error.unreadable
 
     def look_at_all(self, paths, boxes=None):
@@ -140,7 +138,7 @@ class Looker:
 
     def look_at_others(self, folder, what):
         """Features of a folder's pictures, but for those that cannot be read, which are counted."""
-        features, _, unreadable = self.look(pictures_in(folder))
+        features, _, unreadable = self.look(list_images(folder))
         if not len(features):
             raise DataError(f"{folder}: none of its pictures can be read; the last: {unreadable[-1]}")
         self.say(f"{what}: {len(features)} pictures of {folder}" + f", {len(unreadable)} unreadable" * bool(unreadable))
@@ -149,14 +147,14 @@ class Looker:
 
 def squeezed(image, size):
     """RGB image -> [3, size, size], bicubic, whatever its shape."""
-    return normalised(image.resize((size, size), Image.Resampling.BICUBIC))
+    return normalize(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def within(image, size):
     """RGB image -> [3, H, W], its longer side no more than size, as Pillow's thumbnails with Lanczos are."""
     image = image.copy()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return normalised(image)
+    return normalize(image)
 
 
 def normaliser(looker, folder):
@@ -166,7 +164,7 @@ def normaliser(looker, folder):
     others = looker.look_at_others(folder, "whitening")
     if len(others) < others.shape[1]:
         looker.say(f"that is less than the {others.shape[1]} features have directions: it may do harm")
-    whiten = learn_whitening(others)
+    whiten = fit_whitening(others)
     return lambda x: F.normalize(whiten(x), dim=1)
 
 
@@ -180,8 +178,8 @@ def write_result(looker, path, args, *flags, **result):
 def copies(args):
     """Copies of pictures found among the originals: Copydays, CLS and pooled patch tokens."""
     originals, blocks = read_copydays(args.data_path)
-    looker = Looker(args, cls_and_gem, squeezed, args.batch_size_per_gpu, needs="patch tokens")
-    path = file_for(looker.origin, args, "copies.json")
+    looker = Looker(args, cls_and_gem_features, squeezed, args.batch_size_per_gpu, needs="patch tokens")
+    path = output_file(looker.origin, args, "copies.json")
     queries = {name: looker.look_at_all(paths) for name, (paths, _) in blocks.items()}
     database = looker.look_at_all(originals)
     if args.distractors:
@@ -194,7 +192,7 @@ def copies(args):
     for name, (_, positives) in blocks.items():
         # As released, what comes after the first 20 is not looked at.
         orders = (normalise(queries[name]) @ database.T).topk(min(20, len(database))).indices
-        table[name] = 100 * mean_judgement(map(judge, orders, positives))[0]
+        table[name] = 100 * mean_average_precision(map(average_precision, orders, positives))[0]
         print(f"{name:12} {len(orders):5} queries  {table[name]:5.1f}")
     write_result(looker, path, args, "data_path", "image_size", "distractors", "whitening", database=len(database),
                  mAP=table)
@@ -211,9 +209,9 @@ def landmarks(args):
     truths = {str(file.relative_to(root)): read_landmarks(file) for file in files}
     scales = SCALES if args.multiscale else (1.0,)
     # Sizes differ, so pictures come one by one; and as they lie in the file, for so the boxes were drawn.
-    looker = Looker(args, partial(multi_scale, scales=scales), within, batch_size=1, upright=False,
+    looker = Looker(args, partial(multi_scale_features, scales=scales), within, batch_size=1, upright=False,
                     needs="views of any size")
-    path = file_for(looker.origin, args, "landmarks.json")
+    path = output_file(looker.origin, args, "landmarks.json")
     normalise, result = normaliser(looker, args.whitening), {}
     for file, truth in truths.items():
         queries = looker.look_at_all(truth.queries, truth.boxes if args.crop_queries else None)
@@ -239,11 +237,11 @@ def judge_landmarks(name, orders, answers):
         judgements = []
         for order, answer in zip(orders, answers):
             positives, junk = ([i for part in parts for i in answer[part]] for parts in (wanted, passed_over))
-            judgements.append(judge(order, positives, junk, KS))
+            judgements.append(average_precision(order, positives, junk, KS))
         if not any(judgements):
             print(f"{level:8}  no query has a picture to find")
             continue
-        ap, precisions = mean_judgement(judgements)
+        ap, precisions = mean_average_precision(judgements)
         result[level] = {"mAP": 100 * ap} | {f"mP@{k}": 100 * x for k, x in zip(KS, precisions)}
         print(f"{level:8} {100 * ap:5.1f}" + "".join(f"{100 * x:7.1f}" for x in precisions))
     return result
@@ -253,8 +251,8 @@ def judge_landmarks(name, orders, answers):
 
 def search(args):
     """The pictures of a folder that look most like others, and a sheet of them."""
-    looker = Looker(args, unit_cls, eval_view, args.batch_size_per_gpu)
-    output = folder_for(looker.origin, args, "search")
+    looker = Looker(args, unit_cls, center_crop_view, args.batch_size_per_gpu)
+    output = output_folder(looker.origin, args, "search")
     queries, numbers, unreadable = looker.look(args.query)
     features, paths = gallery(looker, args.data_path, output)
     if looker.rank > 0:
@@ -280,12 +278,12 @@ def unit_cls(backbone, images):
 def gallery(looker, folder, output):
     """Features of the pictures below a folder and their paths; kept in a file of the folder's name."""
     root, written = os.path.realpath(folder), os.path.join(os.path.realpath(output), "")
-    names = [name for name in ImageTree(folder).files if not os.path.join(root, name).startswith(written)]
+    names = [name for name in ImageFolder(folder).files if not os.path.join(root, name).startswith(written)]
     about = [looker.origin["sha256"], looker.origin["network"], looker.origin["untrained"], root, looker.size]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     output.mkdir(parents=True, exist_ok=True)
-    require_writable(output)
-    features, names = bring_up_to_date(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, names,
+    check_writable(output)
+    features, names = update_index(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, names,
                                        looker.look, looker.say)
     if not names:
         raise DataError(f"{folder}: none of its pictures can be read")
@@ -299,8 +297,8 @@ def same_file(a, b):
 def shown(path):
     """The picture, or a grey one if it is gone since it was looked at."""
     try:
-        return open_rgb(path)
-    except Unreadable:
+        return read_image(path)
+    except ImageReadError:
         return Image.new("RGB", (180, 180), "lightgrey")
 
 
@@ -312,4 +310,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, CheckpointError)
+    cli.run_command(main, parse_args, DataError, CheckpointError)

@@ -24,46 +24,47 @@ from tqdm import tqdm
 
 from common import cli
 from common.checkpoint import write_json
-from common.cli import natural, positive, positive_float, share
-from common.precision import autocast, fast_products
-from common.weights import CheckpointError, file_for, folder_for, open_backbone, untrained
-from data.datasets import DataError, Unreadable, open_rgb
-from data.loaders import large_size, normalised, whole_view
-from data.segmentation import Readable, find_sequences, mask_of, names_in, open_masked, read_mask, save_mask
-from evaluation.label_propagation import decide, follow, one_hot
-from evaluation.masks import boundary_f, jaccard, keep_mass, over_time
+from common.cli import fraction, nonnegative_int, positive_float, positive_int
+from common.precision import autocast
+from common.weights import CheckpointError, build_untrained, open_backbone, output_file, output_folder
+from data.datasets import DataError
+from data.images import ImageReadError, read_image
+from data.loaders import default_attention_size, normalize, resize_to_patches
+from data.segmentation import FallibleDataset, find_sequences, mask_path, open_masks, read_mask, read_names, save_mask
+from evaluation.label_propagation import labels_to_mask, mask_to_labels, propagate_labels
+from evaluation.masks import boundary_f, jaccard, summarize_over_time, threshold_attention
 
 
 def parse_args(argv=None):
-    parser = cli.parser("segment.py", __doc__)
-    tasks = cli.add_tasks(parser, TASKS)
+    parser = cli.build_parser("segment.py", __doc__)
+    tasks = cli.add_subcommands(parser, TASKS)
     for task in tasks.values():
         cli.add_model_flags(task)
     add = tasks["masks"].add_argument
     add("--data_path", default="shapes", help="shapes[:PIXELS], a folder in the layout of VOC2012, or one in that of "
         "DAVIS, whose frames are taken as pictures (default: shapes)")
-    add("--image_size", type=positive, metavar="PIXELS", help="shorter side of a picture (default: 480 for a model "
+    add("--image_size", type=positive_int, metavar="PIXELS", help="shorter side of a picture (default: 480 for a model "
         "trained at 224, and in proportion)")
-    add("--mass", type=share, default=0.6, metavar="X", help="share of the attention that a mask keeps (default: 0.6)")
-    add("--pictures", type=positive, metavar="N", help="at most so many, evenly spread (default: all)")
+    add("--mass", type=fraction, default=0.6, metavar="X", help="share of the attention that a mask keeps (default: 0.6)")
+    add("--pictures", type=positive_int, metavar="N", help="at most so many, evenly spread (default: all)")
     add("--output_dir", metavar="DIR", help="folder for NAME.masks.json (default: that of the model file)")
 
     add = tasks["video"].add_argument
     add("--data_path", required=True, metavar="DIR", help="a folder that holds JPEGImages/480p/SEQUENCE/FRAME.jpg and "
         "Annotations/480p/SEQUENCE/FRAME.png, of the first frame at least")
     add("--sequences", nargs="+", metavar="NAME", help="which (default: those of ImageSets/2017/val.txt, or all)")
-    add("--image_size", type=positive, default=480, metavar="PIXELS", help="shorter side of a frame (default: 480)")
-    add("--n_last_frames", type=natural, default=7, metavar="N",
+    add("--image_size", type=positive_int, default=480, metavar="PIXELS", help="shorter side of a frame (default: 480)")
+    add("--n_last_frames", type=nonnegative_int, default=7, metavar="N",
         help="frames that labels come from, besides the first (default: 7)")
-    add("--size_mask_neighborhood", type=natural, default=12, metavar="N",
+    add("--size_mask_neighborhood", type=nonnegative_int, default=12, metavar="N",
         help="patches that an object may move in each direction, 0 for any (default: 12)")
-    add("--topk", type=positive, default=5, metavar="K", help="patches that each takes its label from (default: 5)")
+    add("--topk", type=positive_int, default=5, metavar="K", help="patches that each takes its label from (default: 5)")
     add("--temperature", type=positive_float, default=0.1, metavar="T",
         help="of the softmax that weights them (default: 0.1)")
     add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the backbone (default: fp32)")
     add("--output_dir", metavar="DIR", help="folder for the masks (default: NAME.video beside the model file)")
     for task in tasks.values():
-        cli.add_machine_flags(task)
+        cli.add_device_flags(task)
     return parser.parse_args(argv)
 
 
@@ -71,12 +72,11 @@ def parse_args(argv=None):
 
 def attention_masks(args):
     """Jaccard of the thresholded CLS attention: the best head for each object, the heads' mean, random weights."""
-    pictures = open_masked(args.data_path, args.pictures)
+    pictures = open_masks(args.data_path, args.pictures)
     model, info, origin = open_backbone(args, needs="attention")
-    fast_products(args.device, "fp32", model.embed_dim)
-    shorter = args.image_size or large_size(model.grid[0] * model.patch_size, model.patch_size)
-    path = file_for(origin, args, "masks.json")
-    models = {"untrained": model} if args.untrained else {"trained": model, "untrained": untrained(info)}
+    shorter = args.image_size or default_attention_size(model.grid[0] * model.patch_size, model.patch_size)
+    path = output_file(origin, args, "masks.json")
+    models = {"untrained": model} if args.untrained else {"trained": model, "untrained": build_untrained(info)}
     models = {name: network.to(args.device) for name, network in models.items()}
     scores, left_out = {name: [] for name in models}, []
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=args.num_workers)
@@ -85,7 +85,7 @@ def attention_masks(args):
             left_out.append(item)
             continue
         image, objects, void = item
-        x = normalised(whole_view(image, shorter, model.patch_size))[None].to(args.device)
+        x = normalize(resize_to_patches(image, shorter, model.patch_size))[None].to(args.device)
         for name, network in models.items():
             scores[name].append(overlap(network, x, objects.to(args.device), void.to(args.device), args.mass))
     count = len(pictures) - len(left_out)
@@ -117,7 +117,7 @@ def overlap(model, x, objects, void, mass):
     """
     attention = model.forward_with_attention(x)[1][0]  # [heads, N]
     attention = torch.cat((attention, attention.mean(dim=0, keepdim=True)))
-    kept = keep_mass(attention, mass).view(1, len(attention), x.shape[-2] // model.patch_size, -1)
+    kept = threshold_attention(attention, mass).view(1, len(attention), x.shape[-2] // model.patch_size, -1)
     kept = F.interpolate(kept.float(), size=objects.shape[-2:], mode="nearest-exact")[0] > 0
     *heads, mean = (jaccard(mask, objects, void) for mask in kept)  # [O] each
     heads = torch.stack(heads)
@@ -129,12 +129,10 @@ def overlap(model, x, objects, void, mass):
 def video(args):
     """Objects of a first frame followed through the video by patch features, and their J and F."""
     listed = Path(args.data_path, "ImageSets", "2017", "val.txt")
-    names = args.sequences or (names_in(listed) if listed.is_file() else None)
+    names = args.sequences or (read_names(listed) if listed.is_file() else None)
     sequences = find_sequences(args.data_path, names)
-    model, _, origin = open_backbone(args, needs="patch tokens")
-    fast_products(args.device, args.precision, model.embed_dim)
-    model.to(args.device)
-    output = folder_for(origin, args, "video")
+    model, _, origin = open_backbone(args, needs="patch tokens", precision=args.precision)
+    output = output_folder(origin, args, "video")
     output.mkdir(parents=True, exist_ok=True)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}
@@ -150,7 +148,7 @@ def video(args):
             bar.set_description(name)
             try:
                 scores[name] = follow_sequence(model, frames, output / name, args, bar)
-            except Unreadable as error:
+            except ImageReadError as error:
                 failed.append(str(error))
                 tqdm.write(f"{name}: left out, {error}")
                 continue
@@ -181,22 +179,22 @@ def follow_sequence(model, frames, folder, args, bar):
     Raises:
         Unreadable: a frame or a mask cannot be used; the masks of the frames before it are written.
     """
-    size, p = open_rgb(frames[0]).size, model.patch_size
-    values, palette, _ = read_mask(mask_of(frames[0]), size)
+    size, p = read_image(frames[0]).size, model.patch_size
+    values, palette, _ = read_mask(mask_path(frames[0]), size)
     classes = np.unique(np.append(values, 0))  # object numbers; class 0 is the ground
     if len(classes) == 1:
-        raise Unreadable(f"{mask_of(frames[0])}: holds no object")
+        raise ImageReadError(f"{mask_path(frames[0])}: holds no object")
     rows, cols = grid_of(*size, args.image_size, p)
-    first = one_hot(torch.from_numpy(np.searchsorted(classes, values)), len(classes), rows, cols).to(args.device)
+    first = mask_to_labels(torch.from_numpy(np.searchsorted(classes, values)), len(classes), rows, cols).to(args.device)
     read = partial(read_frame, size=size, height=rows * p, width=cols * p)
-    loader = torch.utils.data.DataLoader(Readable(frames, read), batch_size=None, num_workers=args.num_workers)
+    loader = torch.utils.data.DataLoader(FallibleDataset(frames, read), batch_size=None, num_workers=args.num_workers)
     features = (patch_features(model, frame, args) for frame in loader)
     folder.mkdir(exist_ok=True)
     save_mask(folder / f"{frames[0].stem}.png", values, palette)
     found = {}
-    for frame, labels in zip(frames[1:], follow(features, first, args.n_last_frames, args.topk,
+    for frame, labels in zip(frames[1:], propagate_labels(features, first, args.n_last_frames, args.topk,
                                                 args.size_mask_neighborhood, args.temperature)):
-        mask = Image.fromarray(decide(labels, rows * p, cols * p).byte().cpu().numpy())
+        mask = Image.fromarray(labels_to_mask(labels, rows * p, cols * p).byte().cpu().numpy())
         found[frame] = classes[np.asarray(mask.resize(size, Image.Resampling.NEAREST))]
         save_mask(folder / f"{frame.stem}.png", found[frame], palette)
         bar.update()
@@ -219,18 +217,18 @@ def read_frame(path, size, height, width):
     It is resized as in the published evaluation: bilinear without antialiasing, to whole levels. Its slip in the red
     channel, a standard deviation of 0.228 for 0.229, is not repeated.
     """
-    image = open_rgb(path)
+    image = read_image(path)
     if image.size != size:
-        raise Unreadable(f"{path}: {image.width} x {image.height} pixels, the first frame has {size[0]} x {size[1]}")
+        raise ImageReadError(f"{path}: {image.width} x {image.height} pixels, the first frame has {size[0]} x {size[1]}")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    return normalised(F.interpolate(pixels, size=(height, width), mode="bilinear").round() / 255)
+    return normalize(F.interpolate(pixels, size=(height, width), mode="bilinear").round() / 255)
 
 
 @torch.no_grad()
 def patch_features(model, image, args):
     """Image [1, 3, H, W] -> the last block's patch tokens [H/p, W/p, D]; Unreadable if it is a message instead."""
     if isinstance(image, str):
-        raise Unreadable(image)
+        raise ImageReadError(image)
     with autocast(torch.device(args.device), args.precision):
         tokens = model.get_intermediate_layers(image.to(args.device))[0][0, 1:]
     return tokens.unflatten(0, (image.shape[-2] // model.patch_size, -1))
@@ -244,12 +242,12 @@ def score_objects(found, numbers, size):
     Args:
         found: {path of each frame but the first: object numbers [H, W]}.
     """
-    masked = [frame for frame in found if mask_of(frame).is_file()][:-1]
-    truths = {frame: read_mask(mask_of(frame), size)[0] for frame in masked}
+    masked = [frame for frame in found if mask_path(frame).is_file()][:-1]
+    truths = {frame: read_mask(mask_path(frame), size)[0] for frame in masked}
     result = {}
     for number in numbers if masked else []:
         pairs = [[torch.from_numpy(mask == number) for mask in (found[frame], truths[frame])] for frame in masked]
-        result[str(number)] = {name: over_time(torch.stack([measure(*pair) for pair in pairs]))
+        result[str(number)] = {name: summarize_over_time(torch.stack([measure(*pair) for pair in pairs]))
                                for name, measure in (("J", jaccard), ("F", boundary_f))}
     return result
 
@@ -275,4 +273,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, CheckpointError)
+    cli.run_command(main, parse_args, DataError, CheckpointError)

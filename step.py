@@ -20,7 +20,7 @@ from optim import clip_gradients
 
 # ---- networks ----
 
-class Network(nn.Module):
+class MultiCropWrapper(nn.Module):
     """Backbone and projection head, for views of several sizes."""
 
     def __init__(self, backbone, head):
@@ -42,7 +42,7 @@ def build_networks(backbone, head, drop_path_rate=0.0, seed=0, predictor=False):
         head: arguments of DINOHead behind the first.
     """
     def network(backbone, **more):
-        return Network(backbone, DINOHead(backbone.embed_dim, **head, **more))
+        return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, **head, **more))
 
     torch.manual_seed(seed)
     student = network(build_backbone(backbone, drop_path_rate), predictor=predictor)
@@ -52,7 +52,7 @@ def build_networks(backbone, head, drop_path_rate=0.0, seed=0, predictor=False):
     return student, teacher.requires_grad_(False)
 
 
-def compile_regions(student, teacher):
+def compile_blocks(student, teacher):
     """Compile the blocks of both backbones, or all of one that has none, for every size of view by itself."""
     for network in (student, teacher):
         for region in network.backbone.blocks or [network.backbone]:
@@ -60,7 +60,7 @@ def compile_regions(student, teacher):
 
 
 @torch.no_grad()
-def move_teacher(teacher, student, momentum, applied=1.0):
+def update_teacher(teacher, student, momentum, applied=1.0):
     """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (section 3.1).
 
     Args:
@@ -155,7 +155,7 @@ def apply_gradients(student, teacher, optimizer, scaler, reached, before, now, c
             optimizer.found_inf = (~applied).float()
     moves = applied | (scaler.is_enabled() and now.momentum == 0)  # a step that fp16 left out may end an epoch
     if now.lagging:
-        move_teacher(teacher, student, now.momentum, moves)
+        update_teacher(teacher, student, now.momentum, moves)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -163,17 +163,17 @@ def apply_gradients(student, teacher, optimizer, scaler, reached, before, now, c
         for tensor, old in before:
             tensor.copy_(torch.where(applied.to(tensor.device), tensor, old))
     if not now.lagging:
-        move_teacher(teacher, student, now.momentum, moves)
+        update_teacher(teacher, student, now.momentum, moves)
     reached += applied | scaler.is_enabled()
 
 
 if __name__ == "__main__":
     from dino_loss import DINOLoss
-    from optim import build_optimizer, param_groups
+    from optim import build_optimizer, build_param_groups
 
     student, teacher = build_networks(dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2),
                                       dict(out_dim=256, hidden_dim=128))
-    dino_loss, optimizer = DINOLoss(256), build_optimizer("adamw", param_groups(student))
+    dino_loss, optimizer = DINOLoss(256), build_optimizer("adamw", build_param_groups(student))
     scaler, reached = torch.amp.GradScaler("cpu", enabled=False), torch.tensor(0)
     pictures = torch.randn(16, 3, 32, 32)
     for step in range(50):

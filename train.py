@@ -12,7 +12,6 @@ none. Healthy training starts at loss = ln(out_dim), stays there for the first h
 while the KL divergence stays above zero (not so with --loss mse).
 """
 
-import functools
 import json
 import math
 import shlex
@@ -26,20 +25,34 @@ from torch import nn
 
 from advice import advice, usual_side
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from backbones import BackboneError, require_known, share_statistics, synchronised
-from common import cli
-from common.checkpoint import CheckpointError, prepare_folder, resume, save_state, was_restarted, write_whole
-from common.cli import boolean, natural, natural_float, positive, positive_float, rate, share
-from common.logger import Report
-from common.precision import fast_products, resolve
+from backbones import BackboneError, broadcast_buffers, check_arch, convert_sync_batchnorm
+from common import cli, distributed
+from common.checkpoint import (
+    CheckpointError,
+    atomic_write,
+    prepare_output_dir,
+    resume_run,
+    save_checkpoint,
+    was_restarted,
+)
+from common.cli import (
+    boolean,
+    fraction,
+    fraction_below_one,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
+from common.logger import Logger
+from common.precision import resolve_precision, set_matmul_precision
 from common.weights import save_model
 from data.datasets import DataError, open_data
-from data.loaders import batch_keys, counted_seed, on_device, train_loader
-from data.views import add_view_flags, build_multicrop, require_views
+from data.loaders import build_multicrop, build_train_loader, derive_seed, iter_batch_keys, iter_on_device
 from dino_loss import DINOLoss, cosine_schedule, teacher_temp_schedule
-from evaluation.online import collapse, judge, pixel_features
-from optim import build_optimizer, param_groups
-from step import Settings, build_networks, compile_regions, train_step
+from evaluation.online import detect_collapse, evaluate_online, pixel_features
+from optim import build_optimizer, build_param_groups
+from step import Settings, build_networks, compile_blocks, train_step
 from vit import SIZES
 
 TEACHERS = {  # (share of the teacher that a step keeps: the schedule's, at the end of an epoch) -> share
@@ -52,7 +65,7 @@ TEACHERS = {  # (share of the teacher that a step keeps: the schedule's, at the 
 
 def parse_args(argv=None):
     """Flags under the reference implementation's names, checked against each other."""
-    parser = cli.parser("train.py", __doc__)
+    parser = cli.build_parser("train.py", __doc__)
 
     def add(group, name, default, help, type=None, **kwargs):
         shown = "the arch's" if default is None else str(default).strip("()").replace(",", "")
@@ -62,17 +75,17 @@ def parse_args(argv=None):
     model = parser.add_argument_group("model")
     add(model, "--arch", "vit_small", f"backbone: {', '.join(SIZES)}; a classifier of torchvision, as resnet50; "
         "timm:NAME, if timm is installed")
-    add(model, "--patch_size", None, "of vit_*, pixels: 16, or 8 for better features at four times the cost", positive)
-    add(model, "--embed_dim", None, "of vit_*, width", positive)
-    add(model, "--depth", None, "of vit_*, number of blocks", positive)
-    add(model, "--num_heads", None, "of vit_*, attention heads", positive)
-    add(model, "--drop_path_rate", None, "stochastic depth of the student: 0.1 for vit_*, else 0", rate)
-    add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive)
-    add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive)
+    add(model, "--patch_size", None, "of vit_*, pixels: 16, or 8 for better features at four times the cost", positive_int)
+    add(model, "--embed_dim", None, "of vit_*, width", positive_int)
+    add(model, "--depth", None, "of vit_*, number of blocks", positive_int)
+    add(model, "--num_heads", None, "of vit_*, attention heads", positive_int)
+    add(model, "--drop_path_rate", None, "stochastic depth of the student: 0.1 for vit_*, else 0", fraction_below_one)
+    add(model, "--out_dim", 65536, "prototypes; 1024 to 4096 for some ten thousand pictures", positive_int)
+    add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive_int)
     add(model, "--norm_last_layer", True, "prototypes of length 1; false is better for vit_small, less stable", boolean)
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
-    add(model, "--head_layers", 3, "layers of the projection head, before the prototypes", positive)
-    add(model, "--bottleneck_dim", 256, "width of its output, which the prototypes are compared with", positive)
+    add(model, "--head_layers", 3, "layers of the projection head, before the prototypes", positive_int)
+    add(model, "--bottleneck_dim", 256, "width of its output, which the prototypes are compared with", positive_int)
     add(model, "--l2_bottleneck", True, "that output is brought to length 1", boolean)
     add(model, "--predictor", False, "two layers more in the student's head alone", boolean)
 
@@ -80,35 +93,35 @@ def parse_args(argv=None):
     add(teacher, "--teacher", "momentum", "what it is: the student's running mean; the student itself; the student of "
         "the step before; the student at the end of the epoch before", choices=list(TEACHERS))
     add(teacher, "--momentum_teacher", 0.996, "of the running mean, rises to 1; 0.9995 for long runs of small steps, "
-        "0.99 for short", share)
+        "0.99 for short", fraction)
     add(teacher, "--warmup_teacher_temp", 0.04, "at the start; less if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after its warm-up; above 0.07 is mostly unstable", positive_float)
-    add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", natural)
+    add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of linear warm-up; 30 in long runs", nonnegative_int)
     add(teacher, "--student_temp", 0.1, "temperature of the student", positive_float)
     add(teacher, "--loss", "ce", "cross-entropy, or mean squared error of centred directions, without temperatures",
         choices=["ce", "mse"])
     add(teacher, "--centering", "mean", "against one answer for all pictures: mean takes a running mean off the "
         "logits, batch and sinkhorn share the prototypes out among the pictures of a pass",
         choices=["mean", "batch", "sinkhorn"])
-    add(teacher, "--center_momentum", 0.9, "share of that running mean that a step keeps; 1 for none", share)
+    add(teacher, "--center_momentum", 0.9, "share of that running mean that a step keeps; 1 for none", fraction)
 
     optim = parser.add_argument_group("optimisation")
-    add(optim, "--epochs", 100, "passes over the pictures", positive)
-    add(optim, "--batch_size_per_gpu", 64, "pictures per process and pass", positive)
-    add(optim, "--accum_steps", 1, "passes whose gradients are summed into one step", positive)
+    add(optim, "--epochs", 100, "passes over the pictures", positive_int)
+    add(optim, "--batch_size_per_gpu", 64, "pictures per process and pass", positive_int)
+    add(optim, "--accum_steps", 1, "passes whose gradients are summed into one step", positive_int)
     add(optim, "--optimizer", "adamw", "adamw for transformers", choices=["adamw", "sgd", "lars"])
     add(optim, "--lr", 0.0005, "peak, for 256 pictures a step; scaled linearly with their number", positive_float)
-    add(optim, "--min_lr", 1e-6, "learning rate at the end", natural_float)
-    add(optim, "--warmup_epochs", 10, "epochs of linear learning-rate warm-up", natural)
-    add(optim, "--weight_decay", 0.04, "at the start; on matrices only", natural_float)
-    add(optim, "--weight_decay_end", 0.4, "at the end, by a cosine", natural_float)
-    add(optim, "--clip_grad", 3.0, "largest gradient norm, 0 for no clipping", natural_float)
+    add(optim, "--min_lr", 1e-6, "learning rate at the end", nonnegative_float)
+    add(optim, "--warmup_epochs", 10, "epochs of linear learning-rate warm-up", nonnegative_int)
+    add(optim, "--weight_decay", 0.04, "at the start; on matrices only", nonnegative_float)
+    add(optim, "--weight_decay_end", 0.4, "at the end, by a cosine", nonnegative_float)
+    add(optim, "--clip_grad", 3.0, "largest gradient norm, 0 for no clipping", nonnegative_float)
     add(optim, "--clip_mode", "per_parameter", "whose norm", choices=["per_parameter", "global"])
-    add(optim, "--freeze_last_layer", 1, "epochs in which the prototypes rest; more if the loss stays", natural)
+    add(optim, "--freeze_last_layer", 1, "epochs in which the prototypes rest; more if the loss stays", nonnegative_int)
     add(optim, "--precision", "auto", "auto: bf16 where the device is fast at it, else fp32",
         choices=["auto", "bf16", "fp16", "fp32"])
 
-    add_view_flags(functools.partial(add, parser.add_argument_group("views")))
+    cli.add_crop_flags(parser.add_argument_group("views"))
 
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "folder of pictures, torchvision set as NAME:ROOT, or shapes[:SIZE]")
@@ -117,37 +130,37 @@ def parse_args(argv=None):
         "torchrun or Slurm has restarted it)", choices=["auto", "none"])
     run.add_argument("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir first")
     add(run, "--save_every_minutes", 10.0, "between saves, besides those at the end of each epoch, 0 for none",
-        natural_float)
-    add(run, "--save_every_steps", 0, "likewise, 0 for none", natural)
-    add(run, "--keep", 2, "saves kept to fall back to, the newest included", positive)
-    add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, which stay, 0 for none", natural)
-    add(run, "--knn_every", 10, "epochs between k-NN tests where there are labels, 0 for none", natural)
-    add(run, "--knn_images", 20000, "at most so many labelled pictures to look neighbours up in", positive)
+        nonnegative_float)
+    add(run, "--save_every_steps", 0, "likewise, 0 for none", nonnegative_int)
+    add(run, "--keep", 2, "saves kept to fall back to, the newest included", positive_int)
+    add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, which stay, 0 for none", nonnegative_int)
+    add(run, "--knn_every", 10, "epochs between k-NN tests where there are labels, 0 for none", nonnegative_int)
+    add(run, "--knn_images", 20000, "at most so many labelled pictures to look neighbours up in", positive_int)
     add(run, "--linear_probe", False, "test by linear classifiers on the same features too, each time", boolean,
         nargs="?", const=True)
-    add(run, "--log_every", 50, "steps between lines in the log", positive)
+    add(run, "--log_every", 50, "steps between lines in the log", positive_int)
     add(run, "--seed", 0, "of weights, order, views and stochastic depth", cli.seed)
     add(run, "--compile", False, "compile the blocks: a minute or more at first, then faster steps", boolean, nargs="?",
         const=True)
     add(run, "--activation_checkpointing", False, "compute the student's blocks again in backward: slower, less memory",
         boolean, nargs="?", const=True)
-    add(run, "--profile", 0, "steps to record, from the third on, in trace.json for Perfetto, 0 for none", natural)
+    add(run, "--profile", 0, "steps to record, from the third on, in trace.json for Perfetto, 0 for none", nonnegative_int)
     add(run, "--timeout_minutes", 30.0, "how long a process waits for the others before it gives up", positive_float)
-    cli.add_machine_flags(run)
+    cli.add_device_flags(run)
 
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, list):
             setattr(args, name, tuple(value))
     resolve_arch(parser, args)
-    require_views(parser, args)
+    cli.check_crop_flags(parser, args)
     if args.loss == "mse" and args.centering != "mean":
         parser.error(f"--centering {args.centering} makes probabilities, which --loss mse does not compare")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.overwrite and args.resume != "none":
         parser.error("--overwrite deletes a run and starts anew: say --resume none as well")
-    args.precision = resolve(args.precision, args.device)
+    args.precision = resolve_precision(args.precision, args.device)
     if args.views == "auto":
         args.views = "device" if args.device == "cuda" else "cpu"
     return args
@@ -160,7 +173,7 @@ def resolve_arch(parser, args):
         args.drop_path_rate = 0.1 if args.arch in SIZES else 0.0
     if args.arch not in SIZES:
         try:
-            require_known(args.arch)
+            check_arch(args.arch)
         except BackboneError as error:
             parser.error(f"--arch: {error}")
         for name in (*of_vit, "activation_checkpointing"):
@@ -213,7 +226,7 @@ LINE = ("loss {loss:.3f} (ln K {ln_k:.2f})  teacher entropy {teacher_entropy:.2f
 def save_run(output, keep, objects, info, **rest):
     """Everything needed to go on, and the two networks as files of their own."""
     states = {name: thing.state_dict() for name, thing in objects.items()}
-    save_state(output / "checkpoint.pth", keep, **states, info=info, **rest)
+    save_checkpoint(output / "checkpoint.pth", keep, **states, info=info, **rest)
     save_models(output, objects, info)
 
 
@@ -244,7 +257,7 @@ def write_pictures(path, step, pictures, images):
     files = getattr(images, "files", None)
     record = dict(step=step, pictures=[dict(epoch=epoch, index=index) | ({"file": files[index]} if files else {})
                                        for epoch, index in pictures])
-    write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(record, indent=1)))
+    atomic_write(path, lambda temporary: Path(temporary).write_text(json.dumps(record, indent=1)))
 
 
 def why_not_finite(output, step, precision):
@@ -260,17 +273,17 @@ def write_flags(path, args):
     flags = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()
              if name not in ("resume", "overwrite") and value is not None}
     lines = [shlex.join([f"--{name}", *map(str, values)]) for name, values in flags.items()]
-    write_whole(path, lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
+    atomic_write(path, lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
 
 
 def main(args):
-    rank, world_size, device = cli.start_processes(args.device, args.timeout_minutes)
+    rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     output = Path(args.output_dir)
-    report = Report(output / "log.jsonl", silent=rank != 0)
+    report = Logger(output / "log.jsonl", silent=rank != 0)
 
     # ---- pictures ----
-    data = cli.rank_zero_first(lambda: open_data(args.data_path))
-    cli.require_same("pictures:", len(data.train))
+    data = distributed.run_on_rank_zero_first(lambda: open_data(args.data_path))
+    distributed.check_same_on_all_ranks("pictures:", len(data.train))
     global_batch = args.batch_size_per_gpu * args.accum_steps * world_size
     steps_per_epoch = len(data.train) // global_batch
     total_steps = args.epochs * steps_per_epoch
@@ -289,10 +302,10 @@ def main(args):
                 image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 data_path=data.path)  # what the model files say
     if device.type == "cuda" and world_size > 1:  # elsewhere each process has statistics of its own pictures
-        network, teacher = map(synchronised, (network, teacher))
+        network, teacher = map(convert_sync_batchnorm, (network, teacher))
     network, teacher = network.to(device), teacher.to(device)
     dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.loss).to(device)
-    optimizer = build_optimizer(args.optimizer, param_groups(network))
+    optimizer = build_optimizer(args.optimizer, build_param_groups(network))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     millions = sum(p.numel() for p in network.backbone.parameters()) / 1e6
     sizes = f"/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks" if args.patch_size else \
@@ -313,11 +326,11 @@ def main(args):
     found = None
     if args.resume == "auto" or was_restarted():
         flags = {name: value for name, value in vars(args).items() if name not in FREE}
-        found = resume(output / "checkpoint.pth", fixed, flags, objects, progress, is_sound, report.say)
+        found = resume_run(output / "checkpoint.pth", fixed, flags, objects, progress, is_sound, report.say)
     first_step, knn, epoch_stats = progress["step"], progress["knn"], progress["epoch_stats"]
-    cli.require_same("a run at step", first_step)
+    distributed.check_same_on_all_ranks("a run at step", first_step)
     if rank == 0:
-        report.claim = prepare_folder(output, found, args.overwrite)  # held as long as the run
+        report.claim = prepare_output_dir(output, found, args.overwrite)  # held as long as the run
         write_flags(output / "flags.txt", args)
         if found:  # the models may be of another save than the state
             save_models(output, objects, info)
@@ -325,10 +338,10 @@ def main(args):
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
                    f"{output} holds a complete run; to train anew, name another --output_dir")
-    fast_products(args.device, args.precision, network.backbone.embed_dim)
+    set_matmul_precision(args.device, args.precision, network.backbone.embed_dim)
     network.backbone.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        compile_regions(network, teacher)
+        compile_blocks(network, teacher)
     student = network
     if world_size > 1:
         student = nn.parallel.DistributedDataParallel(
@@ -341,12 +354,12 @@ def main(args):
             save_run(output, args.keep, objects, info, progress=progress, fixed=fixed, flags=vars(args))
 
     # ---- between epochs ----
-    judging = args.knn_every > 0 and data.queries is not None
+    judging = args.knn_every > 0 and data.val is not None
 
     def measure(name, model):
         best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
-        share_statistics(teacher.eval())
-        scores, unreadable = judge(model, data, args, rank, world_size)
+        broadcast_buffers(teacher.eval())
+        scores, unreadable = evaluate_online(model, data, args, rank, world_size)
         knn[name] = scores["top1"], scores["top5"]
         teacher.train()
         report.skipped(unreadable if rank == 0 else [])
@@ -363,7 +376,7 @@ def main(args):
             return
         numbered = output / f"checkpoint{epoch - 1:04}.pth"
         if rank == 0 and step and args.saveckp_freq and epoch % args.saveckp_freq == 0 and not numbered.exists():
-            write_whole(numbered, lambda temporary: shutil.copyfile(output / "checkpoint.pth", temporary))
+            atomic_write(numbered, lambda temporary: shutil.copyfile(output / "checkpoint.pth", temporary))
         if judging and step == 0:
             measure("raw pixels", pixel_features)
             measure("untrained backbone", teacher.backbone)
@@ -371,15 +384,15 @@ def main(args):
             measure(f"epoch {epoch - 1}", teacher.backbone)
             save()
 
-    stop = cli.StopSignals()
+    stop = distributed.StopSignals()
     finish_epoch(first_step)
 
     # ---- training ----
     keys = (len(data.train), args.seed, args.batch_size_per_gpu, args.accum_steps)
     multicrop = build_multicrop(args, args.compile)
-    loader = train_loader(data.train, multicrop, batch_keys(first_step, total_steps, *keys, rank, world_size),
+    loader = build_train_loader(data.train, multicrop, iter_batch_keys(first_step, total_steps, *keys, rank, world_size),
                           args.seed, args.num_workers, pin_memory=device.type == "cuda")
-    batches = on_device(loader, multicrop, device)
+    batches = iter_on_device(loader, multicrop, device)
     report.start_bar(first_step, total_steps, "step")
     if args.profile and rank == 0:
         report.start_profiler(args.profile, output / "trace.json")
@@ -391,27 +404,27 @@ def main(args):
         now = settings_at(step, steps_per_epoch, global_batch, args)
         passes, _, unreadable = zip(*(report.wait_for(batches) for _ in range(args.accum_steps)))
         report.skipped(sum(unreadable, []))
-        torch.manual_seed(counted_seed("drop path", args.seed, step, rank))  # after the loader, which draws too
+        torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # after the loader, which draws too
 
         stats = train_step(student, teacher, dino_loss, optimizer, scaler, reached, passes, now, args.precision,
                            args.clip_grad, args.clip_mode == "per_parameter", diagnose=log_now)
 
         report.next_step()
-        stopped_by = stop.agreed()
+        stopped_by = stop.poll()[0]
         if (log_now or stopped_by) and (reached.item() <= step or scaler.get_scale() < 1):
             failed = min(reached.item(), step)
             save()
             if rank == 0:
                 pictures = [key for r in range(world_size)
-                            for batch in batch_keys(failed, failed + 1, *keys, r, world_size) for key in batch]
+                            for batch in iter_batch_keys(failed, failed + 1, *keys, r, world_size) for key in batch]
                 write_pictures(output / "nonfinite.json", failed, pictures, data.train)
-            cli.gather(None)  # the first process that ends with an error ends all
+            distributed.all_gather_objects(None)  # the first process that ends with an error ends all
             raise FloatingPointError(why_not_finite(output, failed, args.precision))
         if log_now:
             if world_size > 1:
                 dist.all_reduce(stats)
             loss, entropy, entropy_of_mean = (stats / world_size).tolist()
-            report.unreadable = set().union(*cli.gather(report.unreadable))
+            report.unreadable = set().union(*distributed.all_gather_objects(report.unreadable))
             kl = loss - entropy if args.loss == "ce" else math.nan
             epoch_stats.append((entropy, entropy_of_mean, kl))
             report.step(dict(epoch=epoch, loss=loss, ln_k=math.log(args.out_dim), teacher_entropy=entropy,
@@ -420,7 +433,7 @@ def main(args):
                              loss_scale=scaler.get_scale(), **now._asdict()), total_steps,
                         LINE if args.loss == "ce" else LINE.replace("  KL {kl:.3f}", ""))
         if end_of_epoch:
-            trouble = collapse(epoch_stats, args.out_dim, epoch_before)
+            trouble = detect_collapse(epoch_stats, args.out_dim, epoch_before)
             told_apart = args.batch_size_per_gpu >= 8  # else a mean output tells nothing of other pictures
             if trouble and told_apart and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
                 report.say(f"WARNING: {trouble}")
@@ -446,4 +459,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, BackboneError, CheckpointError, FloatingPointError)
+    cli.run_command(main, parse_args, DataError, BackboneError, CheckpointError, FloatingPointError)

@@ -18,14 +18,14 @@ from torch import nn
 FILES = ("main_dino", "utils", "vision_transformer")
 
 
-class NoReference(ValueError):
+class ReferenceImplementationError(ValueError):
     """There is no reference, or nothing that it can do alike."""
 
 
-def load(folder, *names):
+def import_reference(folder, *names):
     """Modules of a checkout."""
     if not os.path.isfile(os.path.join(folder, "main_dino.py")):
-        raise NoReference(f"{folder}: no checkout of facebookresearch/dino (main_dino.py is missing)")
+        raise ReferenceImplementationError(f"{folder}: no checkout of facebookresearch/dino (main_dino.py is missing)")
     sys.path.insert(0, folder)
     try:
         return [importlib.import_module(name) for name in names]
@@ -33,7 +33,7 @@ def load(folder, *names):
         sys.path.remove(folder)
 
 
-def stay(device):
+def stub_cuda_calls(device):
     """While it lasts, calls of .cuda() and torch.cuda.synchronize() do nothing, if the device is not CUDA."""
     context = contextlib.ExitStack()
     if device != "cuda":
@@ -43,7 +43,7 @@ def stay(device):
     return context
 
 
-def start_alone(device):
+def init_single_process(device):
     """A process group of this process alone: its loss needs one."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -24,14 +24,20 @@ import torch
 from torch import nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from benchmarks.checkout import FILES, NoReference, load, start_alone, stay
+from benchmarks.checkout import (
+    FILES,
+    ReferenceImplementationError,
+    import_reference,
+    init_single_process,
+    stub_cuda_calls,
+)
 from common import cli
-from common.checkpoint import CheckpointError, load_state
-from common.logger import Report
+from common.checkpoint import CheckpointError, load_checkpoint
+from common.logger import Logger
 from common.weights import save_model
 from data.datasets import DataError, open_data
-from data.loaders import batch_keys
-from evaluation.online import judge
+from data.loaders import iter_batch_keys
+from evaluation.online import evaluate_online
 from vit import SIZES
 
 WITHOUT = dict(teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,
@@ -40,7 +46,7 @@ DEFAULTS = WITHOUT | dict(linear_probe=False, student_temp=0.1, center_momentum=
 
 
 def parse_args(argv=None):
-    parser = cli.parser("reference.py", __doc__)
+    parser = cli.build_parser("reference.py", __doc__)
     parser.add_argument("checkout", metavar="CHECKOUT", help="folder with facebookresearch/dino")
     parser.add_argument("--like", required=True, metavar="RUN", help="folder of a run of train.py that has saved")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for log and checkpoints")
@@ -53,21 +59,21 @@ def flags_of(run):
     Raises:
         NoReference: it is no run of train.py, or the reference cannot do the same here.
     """
-    state = load_state(Path(run, "checkpoint.pth"))
+    state = load_checkpoint(Path(run, "checkpoint.pth"))
     if not isinstance(state, dict) or not {"flags", "fixed"} <= state.keys():
-        raise NoReference(f"--like {run}: no run of train.py")
+        raise ReferenceImplementationError(f"--like {run}: no run of train.py")
     flags, pictures = argparse.Namespace(**DEFAULTS | state["flags"]), state["fixed"]["number of pictures"]
     if flags.arch not in SIZES:
-        raise NoReference(f"--like {run}: the reference is run with its transformers alone, not with {flags.arch}")
+        raise ReferenceImplementationError(f"--like {run}: the reference is run with its transformers alone, not with {flags.arch}")
     for name, only in WITHOUT.items():
         if getattr(flags, name) != only:
-            raise NoReference(f"--like {run}: the reference has no --{name} {getattr(flags, name)}")
+            raise ReferenceImplementationError(f"--like {run}: the reference has no --{name} {getattr(flags, name)}")
     if state["fixed"]["global batch"] != flags.batch_size_per_gpu:
-        raise NoReference(f"--like {run}: several processes trained it, the reference runs in one here")
+        raise ReferenceImplementationError(f"--like {run}: several processes trained it, the reference runs in one here")
     if flags.warmup_teacher_temp_epochs > flags.epochs:
-        raise NoReference(f"--like {run}: the reference has no --warmup_teacher_temp_epochs beyond --epochs")
+        raise ReferenceImplementationError(f"--like {run}: the reference has no --warmup_teacher_temp_epochs beyond --epochs")
     if flags.device == "mps" or (flags.device == "cuda" and not torch.cuda.is_available()):
-        raise NoReference(f"--like {run}: the reference cannot run on {flags.device} here, as it did")
+        raise ReferenceImplementationError(f"--like {run}: the reference cannot run on {flags.device} here, as it did")
     return flags, pictures
 
 
@@ -117,7 +123,7 @@ class Order(torch.utils.data.Sampler):
 
     def __iter__(self):
         first = self.epoch * self.steps
-        for batch in batch_keys(first, first + self.steps, self.count, self.flags.seed, self.flags.batch_size_per_gpu):
+        for batch in iter_batch_keys(first, first + self.steps, self.count, self.flags.seed, self.flags.batch_size_per_gpu):
             yield from (index for _, index in batch)
 
 
@@ -160,19 +166,19 @@ class Watched:
 
 def main(args):
     (flags, count), output = flags_of(args.like), Path(args.output_dir)
-    theirs, utils, vits = load(args.checkout, *FILES)
+    theirs, utils, vits = import_reference(args.checkout, *FILES)
     if (output / "log.jsonl").exists():
-        raise NoReference(f"--output_dir {output}: holds a run already, name another")
+        raise ReferenceImplementationError(f"--output_dir {output}: holds a run already, name another")
     data = open_data(flags.data_path)
     if len(data.train) != count:
         raise DataError(f"{flags.data_path}: holds {len(data.train)} pictures, the run of --like had {count}")
     output.mkdir(parents=True, exist_ok=True)
-    report = Report(output / "log.jsonl", silent=False)
+    report = Logger(output / "log.jsonl", silent=False)
     report.start_bar(0, flags.epochs * (len(data.train) // flags.batch_size_per_gpu), "step")
-    train_one_epoch, judging = theirs.train_one_epoch, flags.knn_every > 0 and data.queries is not None
+    train_one_epoch, judging = theirs.train_one_epoch, flags.knn_every > 0 and data.val is not None
 
     def measure(name, model):
-        scores, _ = judge(model.eval(), data, flags)
+        scores, _ = evaluate_online(model.eval(), data, flags)
         model.train()
         report.log(dict(knn=name) | scores)
         report.say(f"k-NN of {name}: top-1 {scores['top1']:.1f}%")
@@ -193,7 +199,7 @@ def main(args):
     def start(its_args):
         its_args.gpu = 0
         random.seed(flags.seed)  # of its blur and solarization, which it forgets
-        start_alone(flags.device)
+        init_single_process(flags.device)
 
     sizes = {name: getattr(flags, name) for name in ("embed_dim", "depth", "num_heads")}
     info = dict(arch=flags.arch, network="teacher", patch_size=flags.patch_size, image_size=flags.global_crops_size,
@@ -202,7 +208,7 @@ def main(args):
     head = dict(nlayers=flags.head_layers, hidden_dim=flags.hidden_dim, bottleneck_dim=flags.bottleneck_dim)
     its_flags = argparse.Namespace(**vars(flags) | dict(
         arch="vit_small", output_dir=str(output), use_fp16=flags.precision != "fp32" and flags.device == "cuda"))
-    with stay(flags.device), contextlib.ExitStack() as patches:
+    with stub_cuda_calls(flags.device), contextlib.ExitStack() as patches:
         def put(target, name, value):
             patches.enter_context(mock.patch.object(target, name, value, create=name == "print"))
 
@@ -228,11 +234,11 @@ def main(args):
         try:
             theirs.train_dino(its_flags)
         except SystemExit:
-            raise NoReference("its loss is not finite, so it stopped") from None
+            raise ReferenceImplementationError("its loss is not finite, so it stopped") from None
         finally:
             sys.path.remove(args.checkout)
     report.close()
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, DataError, CheckpointError, NoReference)
+    cli.run_command(main, parse_args, DataError, CheckpointError, ReferenceImplementationError)

@@ -35,15 +35,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment import BatchMultiCrop, MultiCrop
-from benchmarks.checkout import FILES, NoReference, load, start_alone, stay
+from benchmarks.checkout import (
+    FILES,
+    ReferenceImplementationError,
+    import_reference,
+    init_single_process,
+    stub_cuda_calls,
+)
 from common import cli
-from common.cli import natural, positive
-from common.precision import PRECISIONS, autocast, fast_products, usual_products
-from data.datasets import DataError, ImageTree, Shapes, open_rgb
+from common.cli import nonnegative_int, positive_int
+from common.precision import DTYPES, autocast, reset_matmul_precision, set_matmul_precision
+from data.datasets import DataError, ImageFolder
+from data.images import read_image
+from data.shapes import Shapes
 from dino_loss import DINOLoss
-from evaluation.label_propagation import transfer
-from optim import build_optimizer, param_groups
-from step import Settings, apply_gradients, build_networks, compile_regions, train_step
+from evaluation.label_propagation import propagate_to_frame
+from optim import build_optimizer, build_param_groups
+from step import Settings, apply_gradients, build_networks, compile_blocks, train_step
 from vit import SIZES, VisionTransformer
 
 
@@ -52,27 +60,27 @@ class BenchError(ValueError):
 
 
 def parse_args(argv=None):
-    parser = cli.parser("bench.py", __doc__)
+    parser = cli.build_parser("bench.py", __doc__)
     parser.add_argument("task", choices=list(TASKS), help="what to time")
     parser.add_argument("--settings", nargs="+", type=setting_name, metavar="S", default=["fp32"],
                         help="rows: fp32, bf16 or fp16, with +compile and +checkpointing if wanted (default: fp32); "
                              "views have rows of their own, features and video no checkpointing")
     parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino to time beside")
     parser.add_argument("--arch", choices=list(SIZES), default="vit_small", help="(default: vit_small)")
-    for name, default, kind in (("patch_size", 16, positive), ("batch_size_per_gpu", 8, positive),
-                                ("out_dim", 65536, positive), ("global_crops_size", 224, positive),
-                                ("local_crops_size", 96, positive), ("local_crops_number", 8, natural),
-                                ("warmup", 2, positive), ("runs", 5, positive)):
+    for name, default, kind in (("patch_size", 16, positive_int), ("batch_size_per_gpu", 8, positive_int),
+                                ("out_dim", 65536, positive_int), ("global_crops_size", 224, positive_int),
+                                ("local_crops_size", 96, positive_int), ("local_crops_number", 8, nonnegative_int),
+                                ("warmup", 2, positive_int), ("runs", 5, positive_int)):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"(default: {default})")
     parser.add_argument("--data_path", metavar="DIR", help="pictures to make views of (default: generated JPEGs)")
-    parser.add_argument("--device", type=cli.device, default="auto", help="cuda, mps or cpu (default: the first there)")
+    parser.add_argument("--device", type=cli.device_name, default="auto", help="cuda, mps or cpu (default: the first there)")
     return parser.parse_args(argv)
 
 
 def setting_name(text):
     """An argparse type: what `setting` understands."""
     precision, more = setting(text)
-    if precision not in PRECISIONS or not {"compile", "checkpointing"}.issuperset(more):
+    if precision not in DTYPES or not {"compile", "checkpointing"}.issuperset(more):
         raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp16, with +compile or +checkpointing behind")
     return text
 
@@ -111,14 +119,14 @@ def our_step(args, precision, more):
     student, teacher = (network.to(args.device) for network in networks(args))
     student.backbone.activation_checkpointing = "checkpointing" in more
     if "compile" in more:
-        compile_regions(student, teacher)
-    optimizer = build_optimizer("adamw", param_groups(student))
+        compile_blocks(student, teacher)
+    optimizer = build_optimizer("adamw", build_param_groups(student))
     scaler = torch.amp.GradScaler(args.device, enabled=precision == "fp16")
     reached = torch.tensor(0, device=args.device)
     steps = itertools.count()
 
     def step():
-        fast_products(args.device, precision)
+        set_matmul_precision(args.device, precision)
         now = settings_of(next(steps))
         train_step(student, teacher, dino_loss, optimizer, scaler, reached, [views], now, precision)
     return nothing, step
@@ -132,7 +140,7 @@ def our_loss(args, precision, more):
 
 def our_update(args, precision, more):
     student, teacher = (network.to(args.device) for network in networks(args))
-    optimizer = build_optimizer("adamw", param_groups(student))
+    optimizer = build_optimizer("adamw", build_param_groups(student))
     scaler, reached = torch.amp.GradScaler(args.device, enabled=False), torch.tensor(0, device=args.device)
     steps = itertools.count()
     return (lambda: give_gradients(student),
@@ -153,7 +161,7 @@ def our_features(args, precision, more):
     images, model = random_views(args)[0], frozen_backbone(args, more)
 
     def features():
-        fast_products(args.device, precision)
+        set_matmul_precision(args.device, precision)
         with torch.no_grad(), autocast(args.device, precision):
             model(images)
     return nothing, features
@@ -163,10 +171,10 @@ def our_video(args, precision, more):
     model, (frame, features, labels) = frozen_backbone(args, more), video_so_far(args)
 
     def video():
-        fast_products(args.device, precision)
+        set_matmul_precision(args.device, precision)
         with torch.no_grad(), autocast(args.device, precision):
             tokens = model.get_intermediate_layers(frame[None])[0][0, 1:]
-        transfer(F.normalize(tokens.float(), dim=-1).view_as(features[0]), features, labels)
+        propagate_to_frame(F.normalize(tokens.float(), dim=-1).view_as(features[0]), features, labels)
     return nothing, video
 
 
@@ -211,8 +219,8 @@ class Reference:
 
     def __init__(self, folder, args):
         self.folder, self.args = folder, args
-        self.main_dino, self.utils, self.vision_transformer = load(folder, *FILES)
-        start_alone(args.device)
+        self.main_dino, self.utils, self.vision_transformer = import_reference(folder, *FILES)
+        init_single_process(args.device)
         trains = args.task not in ("features", "video")
         self.precision = "fp16" if args.device == "cuda" and trains else "fp32"  # what it has
         self.scaler = torch.amp.GradScaler(args.device) if self.precision == "fp16" else None
@@ -238,7 +246,7 @@ class Reference:
         optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
 
         def step():
-            usual_products(self.args.device)
+            reset_matmul_precision(self.args.device)
             with torch.autocast(self.args.device, torch.float16, enabled=self.scaler is not None):
                 teacher_logits = teacher(views[:2])
                 student_logits = student(views)
@@ -273,7 +281,7 @@ class Reference:
         model, images = self.frozen_backbone(), random_views(self.args)[0]
 
         def features():
-            usual_products(self.args.device)
+            reset_matmul_precision(self.args.device)
             with torch.no_grad():
                 model(images)
         return nothing, features
@@ -281,7 +289,7 @@ class Reference:
     def video(self):
         device, (frame, features, labels) = self.args.device, video_so_far(self.args)
         sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # reads its frames
-        theirs, = load(self.folder, "eval_video_segmentation")
+        theirs, = import_reference(self.folder, "eval_video_segmentation")
         theirs.args = argparse.Namespace(size_mask_neighborhood=12, topk=5)
         model = self.frozen_backbone()
         before = [x.flatten(0, 1).T for x in features], list(labels[:, None])
@@ -289,8 +297,8 @@ class Reference:
 
         def video():
             nonlocal near
-            usual_products(device)
-            with torch.no_grad(), stay(device):
+            reset_matmul_precision(device)
+            with torch.no_grad(), stub_cuda_calls(device):
                 near = theirs.label_propagation(theirs.args, model, frame, *before, near)[2]
         return nothing, video
 
@@ -327,7 +335,7 @@ def files_in(folder):
         atexit.register(shutil.rmtree, folder)
         for i in range(64):
             Shapes("train", 64, 500)[i][0].crop((0, 50, 500, 450)).save(f"{folder}/{i}.jpg")
-    images = ImageTree(folder)
+    images = ImageFolder(folder)
     return [os.path.join(images.root, file) for file in images.files]
 
 
@@ -348,7 +356,7 @@ def view_rows(args, files):
     row = functools.partial(in_turn, files, args.batch_size_per_gpu)
 
     def decode(files):
-        return [batch.prepare(open_rgb(file, batch.reduction)) for file in files]
+        return [batch.prepare(read_image(file, batch.reduction)) for file in files]
 
     def send(files):
         return [(pixels.to(args.device), plan) for pixels, plan in decode(files)]
@@ -357,7 +365,7 @@ def view_rows(args, files):
         pixels, plans = zip(*prepared)
         return views(pixels, torch.stack(plans))
 
-    rows = {"on a worker": row(lambda files: [multicrop(open_rgb(file, multicrop.reduction)) for file in files]),
+    rows = {"on a worker": row(lambda files: [multicrop(read_image(file, multicrop.reduction)) for file in files]),
             "files to pixels": row(decode), f"pixels on {args.device}": row(render, send)}
     if args.device == "cuda":
         compiled = BatchMultiCrop(*arguments, compile=True)
@@ -390,9 +398,9 @@ def flops_per_image(args):
 
 def matmul_speed(device, precision):
     """Operations a second of large square matrix products, the best of three."""
-    fast_products(device, precision)
+    set_matmul_precision(device, precision)
     n = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(PRECISIONS[precision])
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(3))
 
 
@@ -499,4 +507,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args, BenchError, DataError, NoReference)
+    cli.run_command(main, parse_args, BenchError, DataError, ReferenceImplementationError)

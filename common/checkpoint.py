@@ -25,35 +25,35 @@ class CheckpointError(ValueError):
     """A file that cannot be used; the message names it, what is wrong and what would be right."""
 
 
-class AnotherRun(CheckpointError):
+class RunMismatchError(CheckpointError):
     """What a folder holds was made by a run that these flags do not continue."""
 
 
 # ---- files that are always whole ----
 
-def save_state(path, keep=1, **state):
+def save_checkpoint(path, keep=1, **state):
     """Write a run's state to `path`, and keep the ones that were there before as PATH.1 to PATH.(keep - 1).
 
     Raises:
         FloatingPointError: a tensor is not finite; nothing is written.
         OSError: the disk is full or the folder not writable; what was there is untouched.
     """
-    for name, tensor in tensors_in(state):
-        if fault(tensor):
-            raise FloatingPointError(f"{path}: not written, {name} {fault(tensor)}")
-    write_whole(path, lambda temporary: torch.save(state, temporary), keep)
-    for older in saved_states(path)[keep:]:  # of a time when more were kept
+    for name, tensor in iter_tensors(state):
+        if find_fault(tensor):
+            raise FloatingPointError(f"{path}: not written, {name} {find_fault(tensor)}")
+    atomic_write(path, lambda temporary: torch.save(state, temporary), keep)
+    for older in list_checkpoints(path)[keep:]:  # of a time when more were kept
         older.unlink()
 
 
-def saved_states(path):
+def list_checkpoints(path):
     """`path` and the older ones that `save_state` kept beside it: those that exist, newest first."""
     path = Path(path)
     older = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdecimal()]
     return [path] * path.exists() + sorted(older, key=lambda p: int(p.suffix[1:]))
 
 
-def load_state(path):
+def load_checkpoint(path):
     """Read what `save_state` wrote, onto the CPU.
 
     Raises:
@@ -61,8 +61,8 @@ def load_state(path):
         OSError: it cannot be read at present (permissions, a disk or network that fails); it may be sound.
     """
     try:
-        require_checksums(path)
-        with torch.serialization.safe_globals(harmless()), warnings.catch_warnings():
+        verify_checksums(path)
+        with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickles of odd protocols, which fail or not all the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -74,14 +74,14 @@ def load_state(path):
         raise CheckpointError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from None
 
 
-def harmless():
+def allowed_globals():
     """What the reference's checkpoints hold besides: flags as a Namespace, learning rates as numbers of NumPy's."""
     scalar, (dtype, _) = np.float64(0).__reduce__()
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # before NumPy 2, and since
     return [argparse.Namespace, np.dtype, type(dtype), *names]
 
 
-def require_checksums(path):
+def verify_checksums(path):
     """Read an archive of torch.save once through: torch itself would take flipped bits for weights."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -92,7 +92,7 @@ def require_checksums(path):
                 raise ValueError(f"{damaged} does not match its checksum")
 
 
-def write_whole(path, write, keep=1):
+def atomic_write(path, write, keep=1):
     """Call `write` on a temporary file beside `path`, flush it to the disk and rename it to `path`.
 
     Whenever the process is killed there is a whole file: the new one, or the one before at `path` or PATH.1.
@@ -122,10 +122,10 @@ def write_whole(path, write, keep=1):
 
 def write_json(path, content):
     """Write plain values so that there is always a whole file, see `write_whole`."""
-    write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
+    atomic_write(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
 
 
-def require_writable(folder):
+def check_writable(folder):
     """Raise OSError if no file can be made in a folder."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -133,16 +133,16 @@ def require_writable(folder):
         raise OSError(f"{folder}: nothing can be written there ({error.strerror})") from None
 
 
-def tensors_in(state, name="state"):
+def iter_tensors(state, name="state"):
     """(name, tensor) of all that a nest of dicts, lists and tuples holds."""
     if isinstance(state, torch.Tensor):
         yield name, state
     elif isinstance(state, (dict, list, tuple)):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from tensors_in(value, f"{name}[{key!r}]")
+            yield from iter_tensors(value, f"{name}[{key!r}]")
 
 
-def fault(tensor):
+def find_fault(tensor):
     """What keeps a tensor from being part of a network, as the rest of a sentence; None for a sound one."""
     if tensor.layout != torch.strided or tensor.is_meta:
         return "is no plain tensor"
@@ -159,7 +159,7 @@ def first_line(error):
 
 # ---- going on ----
 
-def resume(path, fixed, flags, objects, progress, is_sound=lambda progress: True, say=print):
+def resume_run(path, fixed, flags, objects, progress, is_sound=lambda progress: True, say=print):
     """Load the newest whole state of a run into `objects` and `progress`; returns its path, None if there is none.
 
     Args:
@@ -176,21 +176,21 @@ def resume(path, fixed, flags, objects, progress, is_sound=lambda progress: True
         CheckpointError: there are saved states, and none is whole.
     """
     reason = None
-    for p in saved_states(path):
+    for p in list_checkpoints(path):
         if reason:
             say(f"WARNING: {reason}; trying the one before")
         try:
-            state = load_state(p)
+            state = load_checkpoint(p)
             for name, value in state["fixed"].items():
                 if name in fixed and fixed[name] != value:
-                    raise AnotherRun(f"{p} was trained with {name} {value}, not {fixed[name]}: choose another "
+                    raise RunMismatchError(f"{p} was trained with {name} {value}, not {fixed[name]}: choose another "
                                      f"--output_dir for another run")
             if not state["fixed"].keys() <= fixed.keys():  # what is new since then, restore finds out
-                raise AnotherRun(f"{p} is of another kind of run: choose another --output_dir")
+                raise RunMismatchError(f"{p} is of another kind of run: choose another --output_dir")
             changed = [f"--{name} {state['flags'][name]} -> {value}" for name, value in flags.items()
                        if state["flags"].get(name, value) != value]
-            restore(state, objects, progress, is_sound)
-        except (AnotherRun, OSError):
+            restore_state(state, objects, progress, is_sound)
+        except (RunMismatchError, OSError):
             raise
         except CheckpointError as error:
             reason = str(error)
@@ -205,11 +205,11 @@ def resume(path, fixed, flags, objects, progress, is_sound=lambda progress: True
     return None
 
 
-def restore(state, objects, progress, is_sound):
+def restore_state(state, objects, progress, is_sound):
     """Put a state into the objects it was saved from; raises nearly anything if it is not what they can take."""
-    for name, tensor in tensors_in(state):
-        if fault(tensor):
-            raise ValueError(f"{name} {fault(tensor)}")
+    for name, tensor in iter_tensors(state):
+        if find_fault(tensor):
+            raise ValueError(f"{name} {find_fault(tensor)}")
     saved, optimizer, scaler = state["progress"], objects["optimizer"], objects["scaler"]
     if types_of(saved) != types_of(progress) or min(saved["step"], saved["log_bytes"]) < 0 or saved["step"] >= 2**63 \
             or not is_sound(saved):
@@ -230,14 +230,14 @@ def restore(state, objects, progress, is_sound):
 
 
 def shapes_of(state):
-    return {name: tensor.shape for name, tensor in tensors_in(state)}
+    return {name: tensor.shape for name, tensor in iter_tensors(state)}
 
 
 def types_of(values):
     return {name: type(value) for name, value in values.items()}
 
 
-def claim(path):
+def acquire_lock(path):
     """Open a file that no other living process has claimed; the claim ends when the file is closed.
 
     Raises:
@@ -249,7 +249,7 @@ def claim(path):
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by workers that outlive a kill
     except (BlockingIOError, PermissionError):
-        raise AnotherRun(f"{path.parent}: another process is training in this folder; name another "
+        raise RunMismatchError(f"{path.parent}: another process is training in this folder; name another "
                          f"--output_dir") from None
     except (ImportError, OSError):  # no locks on this system, or on this kind of disk
         pass
@@ -260,7 +260,7 @@ MODELS = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "st
           "classification": ("classifier.safetensors",)}  # kind of run -> its model files
 
 
-def prepare_folder(output, found, overwrite, kind="pretraining"):
+def prepare_output_dir(output, found, overwrite, kind="pretraining"):
     """Make a folder ready for a run: `found`, what it goes on from, becomes checkpoint.pth; without, all is deleted.
 
     Returns the claim on the folder, to be held while the run goes on.
@@ -272,14 +272,14 @@ def prepare_folder(output, found, overwrite, kind="pretraining"):
     for other, names in MODELS.items():
         for name in names:
             if other != kind and (output / name).exists():
-                raise AnotherRun(f"{output} holds {name}, of another kind of run ({other}): name another --output_dir")
+                raise RunMismatchError(f"{output} holds {name}, of another kind of run ({other}): name another --output_dir")
     learnt = sorted(path for pattern in ("checkpoint*.pth*", *MODELS[kind]) for path in output.glob(pattern)
                     if path.suffix != ".tmp")
     if learnt and not found and not overwrite:
-        raise AnotherRun(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
+        raise RunMismatchError(f"{output} holds {learnt[0].name} of an earlier run: --resume none --overwrite deletes that "
                          f"run, another --output_dir keeps it")
     output.mkdir(parents=True, exist_ok=True)
-    held = claim(output / ".lock")
+    held = acquire_lock(output / ".lock")
     newest = output / "checkpoint.pth"
     for path in output.glob("*.tmp"):  # of a save that was killed
         path.unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint import CheckpointError, load_state, write_whole
+from common.checkpoint import CheckpointError, atomic_write, load_checkpoint
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,7 +36,7 @@ TRANSFORMERS_NAMES = [  # their names -> ours; what is not listed is the same
 ]
 
 
-def standard_names(weights):
+def to_vit_names(weights):
     """Weights under the names of DINO, timm or transformers -> the same under the names of vit.py."""
     ours = {}
     for name, tensor in weights.items():
@@ -51,7 +51,7 @@ def standard_names(weights):
     return ours
 
 
-def config_of(path):
+def read_num_heads(path):
     """The number of heads that transformers wrote beside its weights, which their shapes do not tell."""
     config = os.path.join(os.path.dirname(path), "config.json")
     if os.path.basename(path) != "model.safetensors" or not os.path.isfile(config):
@@ -68,7 +68,7 @@ def plain_weights(backbone):
 
 def save_timm(path, backbone, info, ckpt):
     """For timm.create_model("vit_small_patch16_224", num_classes=0, checkpoint_path=path) and the like."""
-    write_whole(path, lambda temporary: save_file(plain_weights(backbone), temporary, {"format": "pt"}))
+    atomic_write(path, lambda temporary: save_file(plain_weights(backbone), temporary, {"format": "pt"}))
 
 
 def save_transformers(folder, backbone, info, ckpt):
@@ -97,13 +97,13 @@ def save_transformers(folder, backbone, info, ckpt):
     files = [("config", config)] + [("preprocessor_config", preparation)] * (backbone.in_chans == 3)
     for name, values in files:
         text = json.dumps(values, indent=1)
-        write_whole(os.path.join(folder, f"{name}.json"), lambda path, text=text: Path(path).write_text(text))
-    write_whole(os.path.join(folder, "model.safetensors"), lambda path: save_file(theirs, path, {"format": "pt"}))
+        atomic_write(os.path.join(folder, f"{name}.json"), lambda path, text=text: Path(path).write_text(text))
+    atomic_write(os.path.join(folder, "model.safetensors"), lambda path: save_file(theirs, path, {"format": "pt"}))
 
 
 def save_dino(path, backbone, info, ckpt):
     """The released layout of a backbone alone."""
-    write_whole(path, lambda temporary: torch.save(plain_weights(backbone), temporary))
+    atomic_write(path, lambda temporary: torch.save(plain_weights(backbone), temporary))
 
 
 def save_dino_full(path, backbone, info, ckpt):
@@ -112,12 +112,12 @@ def save_dino_full(path, backbone, info, ckpt):
     Raises:
         CheckpointError: `ckpt` does not hold both networks, as checkpoint.pth of a run does.
     """
-    state = {} if str(ckpt).endswith(".safetensors") else load_state(ckpt)
+    state = {} if str(ckpt).endswith(".safetensors") else load_checkpoint(ckpt)
     if not all(isinstance(state.get(name), dict) for name in ("student", "teacher", "dino_loss")):
         raise CheckpointError(f"{ckpt}: holds one network; --format dino_full needs a run's --ckpt checkpoint.pth")
     full = {"student": {f"module.{name}": tensor for name, tensor in state["student"].items()},
             "teacher": state["teacher"], "dino_loss": state["dino_loss"]}
-    write_whole(path, lambda temporary: torch.save(full, temporary))
+    atomic_write(path, lambda temporary: torch.save(full, temporary))
 
 
 NAMES_FOR_TRANSFORMERS = [  # ours -> those of their files

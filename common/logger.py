@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 
-class Report:
+class Logger:
     """Lines on the screen, a bar if it is a terminal, records in a log.
 
     Args:
@@ -123,7 +123,7 @@ if __name__ == "__main__":
     from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
-        report = Report(Path(folder) / "log.jsonl", silent=False)
+        report = Logger(Path(folder) / "log.jsonl", silent=False)
         report.start_bar(0, 30, "step")
         batches = itertools.cycle([None])
         for step in range(30):

@@ -10,15 +10,15 @@ import functools
 
 import torch
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device, precision):
     """A context in which matrix products are made in fp32, bf16 or fp16."""
-    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
+    return torch.autocast(torch.device(device).type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def fast_products(device, precision, width=128):
+def set_matmul_precision(device, precision, width=128):
     """Let products that stay in float32 be made as fast as that allows.
 
     CUDA: beside half precision they may keep the 10 bits of fraction that fp16 has (TF32). CPU: by oneDNN in place of
@@ -30,10 +30,10 @@ def fast_products(device, precision, width=128):
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif torch.device(device).type == "cpu":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if width >= 128 and onednn_keeps_float32() else "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if width >= 128 and is_onednn_exact() else "none"
 
 
-def usual_products(device):
+def reset_matmul_precision(device):
     """Take `fast_products` back: products as torch makes them by itself."""
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
@@ -41,7 +41,7 @@ def usual_products(device):
 
 
 @functools.cache
-def onednn_keeps_float32():
+def is_onednn_exact():
     """Whether oneDNN, given leave to round to bfloat16, does not: without AMX it has no such kernels for float32.
 
     That leave is how torch is told to ask oneDNN at all.
@@ -56,7 +56,7 @@ def onednn_keeps_float32():
     return ((product.double() - exact).norm() / exact.norm()).item() < 1e-5
 
 
-def resolve(precision, device):
+def resolve_precision(precision, device):
     """What "auto" means on this device: bf16 where it multiplies bfloat16 faster than float32, else fp32."""
     if precision != "auto":
         return precision
@@ -67,7 +67,7 @@ def resolve(precision, device):
 
 if __name__ == "__main__":
     a, b = torch.randn(2, 256, 256, dtype=torch.float64)
-    for name in PRECISIONS:
+    for name in DTYPES:
         with autocast("cpu", name):
             product = a.float() @ b.float()
         error = (product.double() - a @ b).norm() / (a @ b).norm()

@@ -18,9 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision import models
 
-from backbones import BackboneError, Headless, build_backbone
-from common.checkpoint import CheckpointError, fault, first_line, load_state, require_writable, write_whole
-from common.convert import config_of, standard_names
+from backbones import BackboneError, HeadlessClassifier, build_backbone
+from common.checkpoint import CheckpointError, atomic_write, check_writable, find_fault, first_line, load_checkpoint
+from common.convert import read_num_heads, to_vit_names
+from common.distributed import is_rank_zero
+from common.precision import set_matmul_precision
 
 
 def save_model(path, state_dict, info):
@@ -32,10 +34,10 @@ def save_model(path, state_dict, info):
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_backbone(path, key=None, say=print):
+def load_backbone(path, key=None, log=print):
     """Build the backbone that a file holds.
 
     Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), vision transformers
@@ -54,11 +56,11 @@ def load_backbone(path, key=None, say=print):
     Raises:
         CheckpointError: not a checkpoint, damaged, or not the weights of a backbone as in vit.py or backbones.py.
     """
-    path = file_of(path)
+    path = weights_file(path)
     weights, info, found = read_weights(path, key)
     try:
-        ours, outside, sizes = recognised(weights, info.get("backbone"), path)
-        model, matched = build(sizes, ours)
+        ours, outside, sizes = match_weights(weights, info.get("backbone"), path)
+        model, matched = build_with_weights(sizes, ours)
     except (CheckpointError, ModuleNotFoundError):  # timm is not there
         raise
     except Exception as error:  # the description is as foreign as the weights
@@ -69,65 +71,75 @@ def load_backbone(path, key=None, say=print):
         if re.match(r"blocks\.|norm_pre|reg|storage", name):
             raise CheckpointError(f"{path}: {name} has no place in vit.py, so the features would be wrong")
     left = unused + outside
-    say(f"{path}: all {len(matched)} backbone tensors matched"
+    log(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
     return model.eval(), info | {"backbone": sizes, "network": found}
 
 
-def open_backbone(args, say=print, needs=""):
-    """The backbone of pictures that --ckpt, --checkpoint_key and --untrained name (see cli.add_model_flags).
+def open_backbone(args, device=None, needs="", precision="fp32"):
+    """Load the backbone that --ckpt, --checkpoint_key and --untrained name (see cli.add_model_flags), ready to run.
+
+    Sets the matmul precision of the device for it, see `set_matmul_precision`.
 
     Args:
-        needs: what is asked of it that those of vit.py alone give: "attention", "patch tokens", "views of any size".
+        device: where it goes, args.device if not given.
+        needs: what only backbones of vit.py have: "attention", "patch tokens", "images of any size".
+        precision: autocast dtype that it will run in.
 
     Returns:
-        the model in eval mode, its description (see `load_backbone`), and where it comes from, for people and files:
+        the model in eval mode, its description (see `load_backbone`), and its origin, for output files:
         {"ckpt": ..., "sha256": ..., "network": ..., "untrained": ...}.
+
+    Raises:
+        CheckpointError: the file cannot be used, takes other than 3 channels, or lacks what is needed.
     """
-    ckpt = (args.ckpt or newest_model()).rstrip("/")
-    backbone, info = load_backbone(ckpt, args.checkpoint_key, say)
+    ckpt = (args.ckpt or find_newest_model()).rstrip("/")
+    backbone, info = load_backbone(ckpt, args.checkpoint_key, print if is_rank_zero() else lambda text: None)
     if backbone.in_chans != 3:
-        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, pictures here have 3")
+        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, images here have 3")
     if needs and "arch" in info["backbone"]:
-        raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features of squares alone, this needs {needs} "
-                              f"as of a vision transformer of vit.py")
+        raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features only, {needs} need a vision "
+                              f"transformer of vit.py")
     if args.untrained:
-        backbone = untrained(info)
-    return backbone, info, dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained)
+        backbone = build_untrained(info)
+    device = device or args.device
+    set_matmul_precision(device, precision, backbone.embed_dim)
+    origin = dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained)
+    return backbone.to(device), info, origin
 
 
-def untrained(info):
+def build_untrained(info):
     """Random weights of the same shapes, the same ones each time."""
     torch.manual_seed(0)
     return build_backbone(info["backbone"]).eval()
 
 
-def file_for(origin, args, ending):
+def output_file(origin, args, ending):
     """Path of a file about a model file: its name, what was judged of it, an ending; in --output_dir or beside it.
 
     Raises:
         OSError: nothing can be written there; said before hours are spent.
     """
-    path = beside(origin["ckpt"], args.checkpoint_key, ending, args.untrained)
+    path = sibling_path(origin["ckpt"], args.checkpoint_key, ending, args.untrained)
     folder = Path(args.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    require_writable(folder)
+    check_writable(folder)
     return folder / path.name
 
 
-def folder_for(origin, args, ending):
+def output_folder(origin, args, ending):
     """Path of a folder about a model file: --output_dir, or beside it under its name, what was judged, an ending."""
-    return Path(args.output_dir or beside(origin["ckpt"], args.checkpoint_key, ending, args.untrained))
+    return Path(args.output_dir or sibling_path(origin["ckpt"], args.checkpoint_key, ending, args.untrained))
 
 
-def beside(ckpt, key, ending, untrained=False):
+def sibling_path(ckpt, key, ending, untrained=False):
     """Path beside a model file: its name, the network that --checkpoint_key took if not the teacher, an ending."""
     file = Path(ckpt) if Path(ckpt).name not in ("", "..") else Path(ckpt).resolve()  # it may be a folder
     network = f".{key}" * (key not in (None, "teacher", file.stem))
     return file.with_name(f"{file.stem}{network}{'.untrained' * untrained}.{ending}")
 
 
-def build(sizes, weights):
+def build_with_weights(sizes, weights):
     """The backbone of these sizes with these weights, and those of the weights that it took.
 
     Nothing is allocated before the sizes have proved to be those of weights that are there.
@@ -143,9 +155,9 @@ def build(sizes, weights):
     expected = model.state_dict()
     matched = {name: weights[name] for name in expected if name in weights}
     for name, tensor in matched.items():
-        if fault(tensor) or tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(f"{name} {fault(tensor) or 'is made of another kind of number'}")
-    shapes = shapes_in(expected)
+        if find_fault(tensor) or tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{name} {find_fault(tensor) or 'is made of another kind of number'}")
+    shapes = tensor_shapes(expected)
     wrong = [name for name in shapes if name not in matched or matched[name].shape != shapes[name]]
     if wrong:
         found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
@@ -172,7 +184,7 @@ def read_weights(path, key):
             raise CheckpointError(f"{path}: not a safetensors file, or damaged ({first_line(error)})") from None
         found = info.get("network")
     else:
-        weights = state = load_state(path)
+        weights = state = load_checkpoint(path)
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds {type(state).__name__}, expected named weights")
         try:
@@ -190,7 +202,7 @@ def read_weights(path, key):
     return weights, info if isinstance(info, dict) and isinstance(info.get("backbone"), dict) else {}, found
 
 
-def recognised(weights, sizes, path):
+def match_weights(weights, sizes, path):
     """A file's weights and what it says of their backbone, None for nothing -> what `build` takes.
 
     Returns:
@@ -205,33 +217,33 @@ def recognised(weights, sizes, path):
     if headless:
         return inside, outside, sizes
     if "layer1.0.conv1.weight" in inside:
-        arch, ours = resnet_of(inside)
+        arch, ours = identify_resnet(inside)
         return ours, [name for name in weights if f"model.{name.removeprefix(prefix)}" not in ours], dict(arch=arch)
-    ours = standard_names(inside)
+    ours = to_vit_names(inside)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
                               f"of DINO, timm or transformers, or a ResNet's under those of torchvision (first: "
                               f"{', '.join(list(weights)[:3]) or 'none'})")
-    return ours, outside, sizes or shapes_of(ours) | config_of(path)
+    return ours, outside, sizes or infer_vit_arguments(ours) | read_num_heads(path)
 
 
-def resnet_of(weights):
+def identify_resnet(weights):
     """The name of the ResNet of torchvision that has these weights, and they under the names of a Headless."""
     inside = {name: tensor for name, tensor in weights.items() if re.match(r"(conv1|bn1|layer\d)\.", name)}
     for arch in models.list_models(module=models, include=["resne*", "wide_resnet*"]):
         with torch.device("meta"):
             theirs = {name: tensor for name, tensor in models.get_model(arch).state_dict().items() if name[:3] != "fc."}
         counters = {name: torch.tensor(0) for name in theirs if name.endswith(".num_batches_tracked")}  # old files lack
-        if shapes_in(counters | inside) == shapes_in(theirs):
+        if tensor_shapes(counters | inside) == tensor_shapes(theirs):
             return arch, {f"model.{name}": tensor for name, tensor in (counters | inside).items()}
     raise ValueError("not the tensors of a ResNet of torchvision")
 
 
-def shapes_in(weights):
+def tensor_shapes(weights):
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
-def shapes_of(weights):
+def infer_vit_arguments(weights):
     """The arguments of VisionTransformer, read from the shapes of its weights."""
     embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name)))
@@ -242,15 +254,15 @@ def shapes_of(weights):
 
 def sha256(path):
     """Checksum of a model file, or of the weights in a folder that transformers wrote."""
-    with open(file_of(path), "rb") as file:
+    with open(weights_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_of(path):
+def weights_file(path):
     return os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
 
 
-def square_size(image_size, backbone):
+def resolve_image_size(image_size, backbone):
     """Side of the square that is looked at, pixels: --image_size, or what the backbone was trained at.
 
     Raises:
@@ -259,7 +271,7 @@ def square_size(image_size, backbone):
     p = backbone.patch_size
     if image_size and image_size % p:
         raise CheckpointError(f"--image_size {image_size} is not a multiple of the model's patch size {p}")
-    if image_size and isinstance(backbone, Headless):
+    if image_size and isinstance(backbone, HeadlessClassifier):
         try:
             backbone.try_size(image_size, image_size)
         except BackboneError as error:
@@ -267,7 +279,7 @@ def square_size(image_size, backbone):
     return image_size or backbone.grid[0] * p
 
 
-def newest_model(root="runs"):
+def find_newest_model(root="runs"):
     """The teacher of the run that was written last: runs/*/teacher.safetensors."""
     found = sorted(Path(root).glob("*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:

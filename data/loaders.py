@@ -1,16 +1,19 @@
-"""Which pictures a step sees: batches counted by (seed, epoch, index), and each picture judged once.
+"""Deterministic sampling and data loaders. Order and crops depend on (seed, epoch, index) only.
 
-    keys = batch_keys(0, 1000, len(images), seed=0, batch_size=64)
-    batches = train_loader(images, multicrop, keys, seed=0, num_workers=8)
-    for views, labels, unreadable in on_device(batches, multicrop, torch.device("cuda")): ...
-    for views, labels, indices, unreadable in eval_loader(images, size=224, batch_size=128): ...
+    multicrop = build_multicrop(args)                                    # from the flags of cli.add_crop_flags
+    keys = iter_batch_keys(0, 1000, len(images), seed=0, batch_size=64)
+    loader = build_train_loader(images, multicrop, keys, seed=0, num_workers=8)
+    for crops, labels, corrupt in iter_on_device(loader, multicrop, torch.device("cuda")): ...
+    for images, labels, indices, corrupt in build_eval_loader(images, size=224, batch_size=128): ...
 
-Nothing random is consumed, so nothing is replayed: a run that goes on at step 700 asks for the keys from 700 on,
-and neither the number of processes nor that of workers changes what a step sees. `images` is a sequence of
-(PIL image, label) whose indexing raises OSError for one that cannot be read. This file needs torch and torchvision.
+No random state is consumed, so a run that resumes at step 700 asks for the keys from step 700 on, and neither the
+number of processes nor that of workers changes what a step sees. `images` is a sequence of (PIL image, label) that
+raises OSError for an image that cannot be decoded; such images are skipped, and `corrupt` lists the messages.
 """
 
+import functools
 import os
+import pickle
 import random
 import signal
 import threading
@@ -18,173 +21,194 @@ import threading
 import torch
 from torchvision.transforms import functional as TF
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-UNREADABLE_IN_A_ROW = 1000  # pictures; more is no picture's fault
+from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, MultiCrop
+
+MAX_CORRUPT_IN_A_ROW = 1000  # images; more means that the storage fails, not the images
 
 
-def counted_seed(*key):
-    """A seed of 63 bits that depends on the key alone."""
+def derive_seed(*key):
+    """63-bit seed that depends on the key only."""
     return random.Random(repr(key)).getrandbits(63)
 
 
-# ---- to train on ----
+# ---- training ----
 
-def batch_keys(first_step, last_step, num_images, seed, batch_size, accum_steps=1, rank=0, world_size=1):
-    """The (epoch, index) keys of every batch of this process, from first_step to before last_step.
+def iter_batch_keys(first_step, last_step, num_images, seed, batch_size, accum_steps=1, rank=0, world_size=1):
+    """Yield the (epoch, index) keys of each micro-batch of this rank, from first_step to before last_step.
 
-    Each epoch is one permutation of the pictures, cut into steps, then processes, then accumulated
-    passes: what a step sees does not depend on the number of processes. What is left over by the last
-    whole step of an epoch is not seen in it.
+    Each epoch is one permutation of the images, cut into steps, then ranks, then micro-batches, so the images of a
+    step do not depend on the number of ranks. The images left over after the last full step of an epoch are dropped.
     """
     per_step = batch_size * accum_steps * world_size
     steps_per_epoch = num_images // per_step
     order, order_epoch = None, None
     for step in range(first_step, last_step):
-        epoch, place = divmod(step, steps_per_epoch)
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
         if epoch != order_epoch:
-            generator = torch.Generator().manual_seed(counted_seed("order", seed, epoch))
+            generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
             order, order_epoch = torch.randperm(num_images, generator=generator), epoch
-        mine = order[place * per_step:(place + 1) * per_step].view(world_size, accum_steps, -1)[rank]
-        for batch in mine.tolist():
-            yield [(epoch, index) for index in batch]
+        indices = order[step_in_epoch * per_step:(step_in_epoch + 1) * per_step]
+        for micro_batch in indices.view(world_size, accum_steps, -1)[rank].tolist():
+            yield [(epoch, index) for index in micro_batch]
 
 
-class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> what a multicrop makes of one picture, its label, and messages about unreadable pictures.
+def build_multicrop(args, compile=False):
+    """Multi-crop augmentation from the crop flags: MultiCrop for --views cpu, BatchMultiCrop for --views device."""
+    brightness, contrast, saturation, hue = args.color_jitter
+    kind = functools.partial(BatchMultiCrop, compile=compile) if args.views == "device" else MultiCrop
+    return kind(args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
+                args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
+                blur=args.blur, blur_radius=args.blur_radius)
 
-    That is all views from a MultiCrop, pixels and plan from a BatchMultiCrop. An unreadable picture's place is
-    taken by the next readable one, so that batches stay whole.
+
+class MultiCropDataset(torch.utils.data.Dataset):
+    """(epoch, index) -> crops of one image, its label, messages on corrupt images.
+
+    The crops are V tensors from a MultiCrop, or pixels and crop parameters from BatchMultiCrop.prepare. The next
+    readable image takes the place of a corrupt one, so that batches keep their size.
     """
 
     def __init__(self, images, multicrop, seed):
         self.images, self.multicrop, self.seed = images, multicrop, seed
-        self.make = multicrop.prepare if makes_batches(multicrop) else multicrop
+        self.make_crops = multicrop.prepare if is_batched(multicrop) else multicrop
 
     def __getitem__(self, key):
         epoch, index = key
-        unreadable = []
-        for i in range(index, index + min(len(self.images), UNREADABLE_IN_A_ROW)):
+        corrupt = []
+        for i in range(index, index + min(len(self.images), MAX_CORRUPT_IN_A_ROW)):
             try:
-                image, label = self.open(i % len(self.images))
+                image, label = self.read(i % len(self.images))
             except OSError as error:
-                unreadable.append(str(error))
+                corrupt.append(str(error))
                 continue
-            return self.make(image, key=(self.seed, epoch, index)), label, unreadable
-        raise OSError(f"{len(unreadable)} pictures in a row cannot be read any more; the last is {unreadable[-1]}")
+            return self.make_crops(image, key=(self.seed, epoch, index)), label, corrupt
+        raise OSError(f"{len(corrupt)} images in a row cannot be read; the last: {corrupt[-1]}")
 
-    def open(self, i):
-        """Picture i, reduced as far as its views cannot tell, and its label; a set may have a quicker way to reduce."""
+    def read(self, i):
+        """Image i, downsampled while decoding as far as the crops allow, and its label."""
         images = self.images
         while isinstance(images, torch.utils.data.Subset):
             images, i = images.dataset, images.indices[i]
-        if hasattr(images, "open_reduced"):
-            return images.open_reduced(i, self.multicrop.reduction)
+        if hasattr(images, "read_reduced"):
+            return images.read_reduced(i, self.multicrop.reduction)
         image, label = images[i]
         factor = self.multicrop.reduction(*image.size)
         return image.reduce(factor) if factor > 1 else image, label
 
 
-def makes_batches(multicrop):
+def is_batched(multicrop):
     return hasattr(multicrop, "prepare")
 
 
-def collate_views(samples):
-    """B samples of Views -> V tensors [B, 3, s, s], labels [B], and all messages."""
-    made, labels, messages = zip(*samples)
-    return [torch.stack(view) for view in zip(*made)], torch.tensor(labels), sum(messages, [])
+def collate_crops(samples):
+    """B samples of MultiCropDataset -> V tensors [B, 3, s, s], labels [B], messages."""
+    crops, labels, messages = zip(*samples)
+    return [torch.stack(view) for view in zip(*crops)], torch.tensor(labels), sum(messages, [])
 
 
-def collate_pictures(samples):
-    """The same for pictures that a device makes views of: (their bytes one behind the other, sizes, plans)."""
-    made, labels, messages = zip(*samples)
-    pixels, plans = zip(*made)  # one tensor for all: each that is sent takes a file descriptor
+def collate_pixels(samples):
+    """B samples for BatchMultiCrop -> (concatenated uint8 pixels, sizes [B, 3], crop parameters), labels, messages."""
+    prepared, labels, messages = zip(*samples)
+    pixels, params = zip(*prepared)  # concatenated, because every tensor that a worker sends takes a file descriptor
     sizes = torch.tensor([p.shape for p in pixels])
-    batch = (torch.cat([p.flatten() for p in pixels]), sizes, torch.stack(plans))
+    batch = (torch.cat([p.flatten() for p in pixels]), sizes, torch.stack(params))
     return batch, torch.tensor(labels), sum(messages, [])
 
 
-def train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False):
-    """Batches of (V view tensors [B, 3, s, s], labels [B], messages on unreadable pictures), one per list of keys.
-
-    With a BatchMultiCrop workers only decode; the views come from `on_device`.
-    """
-    collate = collate_pictures if makes_batches(multicrop) else collate_views
+def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False):
+    """DataLoader with one batch of collate_crops (or collate_pixels, see iter_on_device) per list of keys."""
     return torch.utils.data.DataLoader(
-        Views(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers, collate_fn=collate,
-        pin_memory=pin_memory, worker_init_fn=outlive_signals)
+        MultiCropDataset(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers,
+        collate_fn=collate_pixels if is_batched(multicrop) else collate_crops, pin_memory=pin_memory,
+        worker_init_fn=ignore_job_signals)
 
 
-def on_device(batches, multicrop, device):
-    """Batches of train_loader, their views made on a device; on CUDA on a stream of its own, beside the step."""
-    def send(tensor):
+def iter_on_device(loader, multicrop, device):
+    """Yield (V tensors [B, 3, s, s], labels [B], messages) on `device`; on CUDA from a side stream.
+
+    Raises:
+        RuntimeError: "DataLoader worker ...", whichever way a dead worker shows.
+    """
+    def to_device(tensor):
         return tensor.to(device, non_blocking=tensor.is_pinned())
 
-    def make(batch):
-        if not makes_batches(multicrop):
-            return [send(view) for view in batch]
-        pixels, sizes, plans = batch
-        parts = send(pixels).split(sizes.prod(dim=1).tolist())
-        return multicrop([part.view(size) for part, size in zip(parts, sizes.tolist())], plans)
+    def make_crops(batch):
+        if not is_batched(multicrop):
+            return [to_device(view) for view in batch]
+        pixels, sizes, params = batch
+        parts = to_device(pixels).split(sizes.prod(dim=1).tolist())
+        return multicrop([part.view(size) for part, size in zip(parts, sizes.tolist())], params)
 
-    if device.type != "cuda":
-        for batch, labels, messages in batches:
-            yield make(batch), labels.to(device), messages
-        return
-    stream = torch.cuda.Stream(device, priority=-1)
-    for batch, labels, messages in batches:
+    stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+    for batch, labels, messages in reraise_worker_death(loader):
+        if stream is None:
+            yield make_crops(batch), labels.to(device), messages
+            continue
         with torch.cuda.stream(stream):
-            views, labels = make(batch), send(labels)
-        here = torch.cuda.current_stream(device)
-        here.wait_stream(stream)
-        for tensor in (*views, labels):
-            tensor.record_stream(here)
-        yield views, labels, messages
+            crops, labels = make_crops(batch), to_device(labels)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for tensor in (*crops, labels):
+            tensor.record_stream(current)
+        yield crops, labels, messages
 
 
-# ---- to judge features on ----
+def reraise_worker_death(loader):
+    """Iterate a DataLoader; a worker that dies while it sends a batch breaks a pipe or a socket, or cuts a pickle."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
+            raise RuntimeError(f"DataLoader worker exited while sending a batch ({type(error).__name__})") from None
+        yield batch
 
-def some_of(images, most):
-    """At most so many of the images, always the same ones, drawn at random: an even step may fall in with classes."""
-    if len(images) <= most:
+
+# ---- evaluation ----
+
+def random_subset(images, max_images):
+    """At most `max_images` of the images, the same ones every time."""
+    if len(images) <= max_images:
         return images
-    return torch.utils.data.Subset(images, sorted(random.Random(0).sample(range(len(images)), most)))
+    return torch.utils.data.Subset(images, sorted(random.Random(0).sample(range(len(images)), max_images)))
 
 
-def eval_view(image, height, width=None):
-    """RGB image -> [3, height, width], normalised: the one view that features are judged on.
+def normalize(image):
+    """RGB image or [3, H, W] in [0, 1] -> [3, H, W], ImageNet mean and standard deviation."""
+    image = image if isinstance(image, torch.Tensor) else TF.to_tensor(image)
+    return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
-    The shorter side is resized to the crop's / 0.875 (bicubic), then the centre is cut out, as ImageNet
-    is evaluated (256 and 224). A picture that already has the size is taken as it is.
+
+def center_crop_view(image, height, width=None):
+    """RGB image -> [3, height, width], normalized: the view that features are evaluated on.
+
+    Shorter side resized to the crop's / 0.875 (bicubic), then center crop, as for ImageNet (256 and 224). An image
+    that already has the size is taken as it is.
     """
     width = width or height
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height) / 0.875
         image = TF.resize(image, round(min(image.size) * scale), TF.InterpolationMode.BICUBIC)
         image = TF.center_crop(image, [height, width])
-    return normalised(image)
+    return normalize(image)
 
 
-def large_size(trained_size, patch_size):
-    """Shorter side, pixels, at which attention is looked at: 480 for a model trained at 224, and in proportion."""
+def default_attention_size(trained_size, patch_size):
+    """Shorter side in pixels for attention and patch features: 480 for a model trained at 224, and in proportion."""
     return round(480 / 224 * trained_size / patch_size) * patch_size
 
 
-def whole_view(image, shorter, patch_size):
-    """The whole of an RGB image or [3, H, W], resized so that patches fill it: about `shorter` pixels, bicubic."""
+def resize_to_patches(image, shorter_side, patch_size):
+    """RGB image or [3, H, W], resized (bicubic) so that both sides are multiples of the patch size."""
     _, H, W = TF.get_dimensions(image)
-    sides = [max(1, round(side * shorter / min(H, W) / patch_size)) * patch_size for side in (H, W)]
+    sides = [max(1, round(side * shorter_side / min(H, W) / patch_size)) * patch_size for side in (H, W)]
     return TF.resize(image, sides, TF.InterpolationMode.BICUBIC)
 
 
-def normalised(image):
-    """RGB image or [3, H, W] in [0, 1] -> [3, H, W], less ImageNet's mean over its standard deviation."""
-    image = image if isinstance(image, torch.Tensor) else TF.to_tensor(image)
-    return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
-
-
-class EvalViews(torch.utils.data.Dataset):
-    """One view of each picture: index -> (view, label, index), or (None, reason, index)."""
+class EvalDataset(torch.utils.data.Dataset):
+    """index -> (view, label, index), or (None, message, index) for a corrupt image."""
 
     def __init__(self, images, size, view):
         self.images, self.size, self.view = images, size, view
@@ -200,47 +224,40 @@ class EvalViews(torch.utils.data.Dataset):
         return self.view(image, self.size), label, index
 
 
-def collate_readable(samples):
-    """Samples of EvalViews -> images [B, 3, H, W], labels [B], indices [B], messages of those left out."""
-    readable = [sample for sample in samples if sample[0] is not None]
-    views = torch.stack([view for view, _, _ in readable]) if readable else torch.empty(0)
-    labels = torch.tensor([label for _, label, _ in readable], dtype=torch.int64)
-    indices = torch.tensor([index for _, _, index in readable], dtype=torch.int64)
-    return views, labels, indices, [reason for view, reason, _ in samples if view is None]
+def collate_valid(samples):
+    """Samples of EvalDataset -> images [B, 3, H, W], labels [B], indices [B], messages on corrupt images."""
+    valid = [sample for sample in samples if sample[0] is not None]
+    views = torch.stack([view for view, _, _ in valid]) if valid else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in valid], dtype=torch.int64)
+    indices = torch.tensor([index for _, _, index in valid], dtype=torch.int64)
+    return views, labels, indices, [message for view, message, _ in samples if view is None]
 
 
-def eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1, view=eval_view):
-    """Batches of views, each picture on one of the processes: (images, labels, indices, unreadable).
+def build_eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1, view=center_crop_view):
+    """DataLoader over this rank's share of the images, each image on exactly one rank: batches of collate_valid.
 
     Args:
-        view: (RGB image, size) -> [3, H, W]; the centre view if it is not given.
+        view: (RGB image, size) -> [3, H, W].
     """
-    share = torch.utils.data.Subset(EvalViews(images, size, view), range(rank, len(images), world_size))
-    return torch.utils.data.DataLoader(share, batch_size, num_workers=num_workers, collate_fn=collate_readable,
-                                       pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals)
+    shard = torch.utils.data.Subset(EvalDataset(images, size, view), range(rank, len(images), world_size))
+    return torch.utils.data.DataLoader(shard, batch_size, num_workers=num_workers, collate_fn=collate_valid,
+                                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_job_signals)
 
 
 # ---- workers ----
 
-def outlive_signals(worker):
-    """Let a worker end by its parent's will alone: what is sent to the whole job (Ctrl-C, preemption) passes it by.
+def ignore_job_signals(worker_id):
+    """Let a worker stop only when its parent stops it, not on signals to the whole job (Ctrl-C, preemption).
 
-    Otherwise its death would end the parent before the parent has saved.
+    Otherwise the worker's death would end the parent before it has saved.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # torch ends workers by SIGTERM, so that one must be told apart
-        def wait():
+    if hasattr(signal, "sigwaitinfo"):  # torch itself stops workers by SIGTERM, so look who sent it
+        def wait_for_parent():
             while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
                 pass
             os._exit(0)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=wait, daemon=True).start()
-
-
-if __name__ == "__main__":
-    for world_size in (1, 2):
-        steps = [list(batch_keys(0, 2, 20, 0, 8 // world_size, 1, rank, world_size)) for rank in range(world_size)]
-        for step in range(2):
-            print(f"{world_size} processes, step {step}:", [[index for _, index in rank[step]] for rank in steps])
+        threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.datasets import DataError, ImageTree
+from data.datasets import DataError, ImageFolder
 
 
-def pictures_in(folder):
+def list_images(folder):
     """Paths of all pictures below a folder, in order."""
-    return [os.path.join(folder, name) for name in ImageTree(str(folder)).files]
+    return [os.path.join(folder, name) for name in ImageFolder(str(folder)).files]
 
 
 def read_copydays(root):
@@ -31,7 +31,7 @@ def read_copydays(root):
         DataError: another layout, or a copy without an original.
     """
     root = Path(root)
-    originals = pictures_in(root / "original")
+    originals = list_images(root / "original")
     folders = [folder for pattern in ("strong", "jpegqual/[!.]*", "crops/[!.]*") for folder in root.glob(pattern)
                if folder.is_dir()]
     if not folders:
@@ -40,7 +40,7 @@ def read_copydays(root):
     for i, path in enumerate(originals):
         numbers.setdefault(os.path.basename(path)[:4], []).append(i)
     for folder in sorted(folders, key=lambda x: (x.name != "strong", x.parent.name, x.name.zfill(9))):
-        copies = pictures_in(folder)
+        copies = list_images(folder)
         lost = [path for path in copies if os.path.basename(path)[:4] not in numbers]
         if lost:
             raise DataError(f"{lost[0]}: no picture in {root / 'original'} has a name with the same first four "

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from data.datasets import DataError, Unreadable, decoding, open_data, open_rgb
+from data.datasets import DataError, open_data
+from data.images import ImageReadError, read_image, wrap_decode_errors
 
 VOID = 255  # in a mask with a palette: pixels that nobody labelled
 
 
-class Readable(torch.utils.data.Dataset):
+class FallibleDataset(torch.utils.data.Dataset):
     """read(entry) of each entry; in place of one that is Unreadable the message that says why."""
 
     def __init__(self, entries, read):
@@ -31,11 +32,11 @@ class Readable(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return self.read(self.entries[i])
-        except Unreadable as error:
+        except ImageReadError as error:
             return str(error)
 
 
-def open_masked(data_path, at_most=None):
+def open_masks(data_path, at_most=None):
     """The pictures with masks that a name or a folder holds: shapes[:PIXELS], VOC2012, or the frames of DAVIS.
 
     Args:
@@ -48,12 +49,12 @@ def open_masked(data_path, at_most=None):
         DataError: nothing of these is there.
     """
     if not os.path.exists(data_path) and data_path.partition(":")[0] == "shapes":
-        shapes = open_data(data_path).queries
+        shapes = open_data(data_path).val
         entries, read = range(len(shapes)), partial(read_shape, shapes)
     else:
         entries, read = voc_files(data_path) or davis_files(data_path), read_files
     count = min(at_most or len(entries), len(entries))
-    return Readable([entries[i * len(entries) // count] for i in range(count)], read)
+    return FallibleDataset([entries[i * len(entries) // count] for i in range(count)], read)
 
 
 def voc_files(data_path):
@@ -61,17 +62,17 @@ def voc_files(data_path):
     for root in (Path(data_path), Path(data_path, "VOC2012"), Path(data_path, "VOCdevkit", "VOC2012")):
         if (root / "SegmentationClass").is_dir():
             return [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
-                    for name in names_in(root / "ImageSets" / "Segmentation" / "val.txt")]
+                    for name in read_names(root / "ImageSets" / "Segmentation" / "val.txt")]
     return None
 
 
 def davis_files(data_path):
     """(frame, mask) of all frames that have one."""
     frames = [frame for frames in find_sequences(data_path).values() for frame in frames]
-    pairs = [(frame, mask_of(frame)) for frame in frames if mask_of(frame).is_file()]
+    pairs = [(frame, mask_path(frame)) for frame in frames if mask_path(frame).is_file()]
     if not pairs:
         raise DataError(f"{data_path}: none of its {len(frames)} frames has a mask; the first of them would be "
-                        f"{mask_of(frames[0])}")
+                        f"{mask_path(frames[0])}")
     return pairs
 
 
@@ -82,11 +83,11 @@ def read_shape(shapes, i):
 
 def read_files(files):
     """A picture and its mask, each value of which is an object, or in VOC a class of objects."""
-    image = open_rgb(files[0])
+    image = read_image(files[0])
     values, _, void = read_mask(files[1], image.size)
     found = np.unique(values[values > 0])
     if not len(found):
-        raise Unreadable(f"{files[1]}: holds no object")
+        raise ImageReadError(f"{files[1]}: holds no object")
     return TF.to_tensor(image), torch.from_numpy(values == found[:, None, None]), torch.from_numpy(void)
 
 
@@ -101,7 +102,7 @@ def read_mask(path, size):
     Raises:
         Unreadable: no mask of that size is there.
     """
-    with decoding(str(path)):
+    with wrap_decode_errors(str(path)):
         if not path.is_file():
             raise ValueError("no such file")
         with Image.open(path) as image:
@@ -137,7 +138,7 @@ def save_mask(path, values, palette):
     image.save(path)
 
 
-def names_in(path):
+def read_names(path):
     """The first word of each line of a list.
 
     Raises:
@@ -176,13 +177,13 @@ def frame_number(path):
     return int(path.stem) if path.stem.isdecimal() else 0, path.name
 
 
-def mask_of(frame):
+def mask_path(frame):
     """Where the layout of DAVIS keeps the mask of a frame."""
     resolution, sequence, _ = frame.parts[-3:]
     return frame.parents[3] / "Annotations" / resolution / sequence / f"{frame.stem}.png"
 
 
 if __name__ == "__main__":
-    pictures = open_masked("shapes", at_most=4)
+    pictures = open_masks("shapes", at_most=4)
     for image, objects, _ in map(pictures.__getitem__, range(len(pictures))):
         print(f"picture {list(image.shape)}, {len(objects)} object on {objects.float().mean():.0%} of it")

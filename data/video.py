@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from data.datasets import EXTENSIONS, DataError, Unreadable, open_rgb
+from data.datasets import DataError
+from data.images import EXTENSIONS, ImageReadError, read_image
 
 KINDS = (".mp4", ".mov", ".mkv", ".webm")  # of files that are written
 
@@ -27,7 +28,7 @@ class Clip(NamedTuple):
     count: int  # of frames; None where the file does not say
 
 
-def open_clip(path):
+def open_video(path):
     """The frames of a video file, upright, or the pictures of a folder in the order of the numbers in their names.
 
     A video whose rate varies is given out at its average.
@@ -58,8 +59,8 @@ def open_clip(path):
 
 def read(file):
     try:
-        return file.name, open_rgb(file)
-    except Unreadable as error:
+        return file.name, read_image(file)
+    except ImageReadError as error:
         return file.name, str(error)
 
 
@@ -81,7 +82,7 @@ def decoded(container, stream):
                 yield f"{number:06}", f"{container.name}, after {number} frames: {error.strerror}"
 
 
-class Writer:
+class VideoWriter:
     """Frames into a video file of the kind that its name ends with, or into a folder as PNG under their own names.
 
     All frames of a file have the size of the first, rounded down to even numbers; others are fitted into it. What was

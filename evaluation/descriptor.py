@@ -14,7 +14,7 @@ import torch.nn.functional as F
 SCALES = (1.0, 0.5 ** 0.5, 0.5)
 
 
-def multi_scale(model, images, scales=SCALES):
+def multi_scale_features(model, images, scales=SCALES):
     """The sum of a picture's features at several sizes, of length 1: [B, C, H, W] -> [B, D].
 
     Sizes are cut to multiples of the patch at the right and below, as the released backbone does by itself; what would
@@ -34,7 +34,7 @@ def multi_scale(model, images, scales=SCALES):
     return F.normalize(total, dim=-1)
 
 
-def cls_and_gem(model, images, power=4):
+def cls_and_gem_features(model, images, power=4):
     """CLS beside the patch tokens' generalised mean (Radenovic et al. 2019, equation 3): [B, C, H, W] -> [B, 2D].
 
     Negative tokens count as 1e-6.
@@ -44,7 +44,7 @@ def cls_and_gem(model, images, power=4):
     return torch.cat((tokens[:, 0], pooled), dim=1)
 
 
-def learn_whitening(features):
+def fit_whitening(features):
     """The whitening that features [M, D] of other pictures ask for: a function [..., D] -> [..., D].
 
     It takes their mean off and makes their second moments (about zero, not about the mean, as released) those of
@@ -63,7 +63,7 @@ def learn_whitening(features):
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(8, 8, generator=generator)
-    white = learn_whitening(torch.randn(5000, 8, generator=generator) @ mixing)(
+    white = fit_whitening(torch.randn(5000, 8, generator=generator) @ mixing)(
         torch.randn(5000, 8, generator=generator) @ mixing)
     print(f"correlated features, whitened: variances {white.var(dim=0).min():.2f} to {white.var(dim=0).max():.2f}, "
           f"largest correlation {(torch.corrcoef(white.T) - torch.eye(8)).abs().max():.2f}")

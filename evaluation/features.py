@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.checkpoint import CheckpointError, write_whole
+from common.checkpoint import CheckpointError, atomic_write
 
 LABELS = {"bank": "bank_labels", "queries": "query_labels"}  # names of each part and of its labels
 
 
-class NothingReadable(OSError):
+class NoImagesError(OSError):
     """No picture of a loader can be read; its messages on them are in `unreadable`."""
 
     def __init__(self, unreadable):
@@ -63,7 +63,7 @@ def extract_features(model, loader, device="cpu", total=None):
         dist.all_gather_object(parts, part)
     unreadable = [message for *_, bad in parts for message in bad]
     if all(f is None for f, *_ in parts):
-        raise NothingReadable(unreadable)
+        raise NoImagesError(unreadable)
     order = torch.cat([i for _, _, i, _ in parts]).argsort()
     features = torch.cat([f for f, *_ in parts if f is not None])
     return features[order], torch.cat([y for _, y, *_ in parts])[order], unreadable
@@ -72,7 +72,7 @@ def extract_features(model, loader, device="cpu", total=None):
 def save_features(path, features, origin):
     """Write features and labels of both parts, and what they came from."""
     metadata = {name: json.dumps(value) for name, value in origin.items()}
-    write_whole(path, lambda temporary: save_file(features, temporary, metadata))
+    atomic_write(path, lambda temporary: save_file(features, temporary, metadata))
 
 
 def load_features(path, origin):

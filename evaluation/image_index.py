@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import cli
-from common.checkpoint import write_whole
+from common import distributed
+from common.checkpoint import atomic_write
 
 
-def bring_up_to_date(path, root, names, look, say=print, save_every=10_000):
+def update_index(path, root, names, look, say=print, save_every=10_000):
     """Features of the pictures of a folder, from a file as far as it has them.
 
     Args:
@@ -26,14 +26,14 @@ def bring_up_to_date(path, root, names, look, say=print, save_every=10_000):
     Returns:
         features [M, D], and the names they belong to: those of `names` that can be read.
     """
-    stamps = {name: stamp(os.path.join(root, name)) for name in names}
-    features, files, unreadable = load_gallery(path)
+    stamps = {name: file_stamp(os.path.join(root, name)) for name in names}
+    features, files, unreadable = load_index(path)
     still = [row for row, (name, *found) in enumerate(files) if stamps.get(name) == found]
     features, files = features[still], [files[row] for row in still]
     unreadable = [[name, *found] for name, *found in unreadable if stamps.get(name) == found]
     known = {name for name, *_ in files + unreadable}
     new = [name for name in names if name not in known]
-    cli.require_same("new pictures:", len(new))
+    distributed.check_same_on_all_ranks("new pictures:", len(new))
     say(f"{path} has {len(files)} of {len(names)} pictures" + f"; {len(unreadable)} cannot be read" * bool(unreadable)
         + f"; looking at {len(new)}" * bool(new))
     while new:
@@ -47,12 +47,12 @@ def bring_up_to_date(path, root, names, look, say=print, save_every=10_000):
             features = torch.cat((features, found)) if files else found
         files += [[part[place], *stamps[part[place]]] for place in places.tolist()]
         unreadable += [[name, *stamps[name]] for i, name in enumerate(part) if i not in readable]
-        if cli.is_first_process():
-            save_gallery(path, features, files, unreadable)
+        if distributed.is_rank_zero():
+            save_index(path, features, files, unreadable)
     return features, [name for name, *_ in files]
 
 
-def stamp(path):
+def file_stamp(path):
     """[bytes, time of the last change in ns] of a file; [] if it is gone."""
     try:
         status = os.stat(path)
@@ -61,13 +61,13 @@ def stamp(path):
     return [status.st_size, status.st_mtime_ns]
 
 
-def save_gallery(path, features, files, unreadable):
+def save_index(path, features, files, unreadable):
     """Write features [M, D] and, for each, [name, bytes, time of the last change]; the same of unreadable ones."""
     text = torch.frombuffer(bytearray(json.dumps([files, unreadable]).encode()), dtype=torch.uint8)
-    write_whole(path, lambda temporary: save_file({"features": features, "files": text}, temporary))
+    atomic_write(path, lambda temporary: save_file({"features": features, "files": text}, temporary))
 
 
-def load_gallery(path):
+def load_index(path):
     """What `save_gallery` wrote; nothing where there is none or it is damaged, so that it is made anew."""
     try:
         with safe_open(path, "pt") as file:

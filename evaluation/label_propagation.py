@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 
 @torch.no_grad()
-def follow(features, labels, n_last=7, topk=5, radius=12, temperature=0.1):
+def propagate_labels(features, labels, n_last=7, topk=5, radius=12, temperature=0.1):
     """Carry the labels of the first frame through all others.
 
     Args:
@@ -34,13 +34,13 @@ def follow(features, labels, n_last=7, topk=5, radius=12, temperature=0.1):
     first, last = (next(frames), labels), collections.deque(maxlen=n_last)
     for frame in frames:
         sources, known = (torch.stack(x) for x in zip(first, *last))
-        labels = transfer(frame, sources, known, topk, radius, temperature)
+        labels = propagate_to_frame(frame, sources, known, topk, radius, temperature)
         del sources, known
         last.append((frame, labels))
         yield labels
 
 
-def transfer(frame, sources, known, topk=5, radius=12, temperature=0.1, tile=(8, 16)):
+def propagate_to_frame(frame, sources, known, topk=5, radius=12, temperature=0.1, tile=(8, 16)):
     """Each patch takes the labels of the patches in other frames that are most like it and near its place.
 
     Args:
@@ -103,13 +103,13 @@ def largest(x, k, run=32):
     return values, places.gather(1, found)
 
 
-def one_hot(mask, classes, rows, cols):
+def mask_to_labels(mask, classes, rows, cols):
     """Labels [C, rows, cols] of a mask [H, W] of class numbers below C: the pixel in the middle of each patch."""
     small = F.interpolate(mask[None, None].float(), size=(rows, cols), mode="nearest-exact")[0, 0].long()
     return F.one_hot(small, classes).permute(2, 0, 1).float()
 
 
-def decide(labels, height, width):
+def labels_to_mask(labels, height, width):
     """Labels [C, h, w] -> the class of each pixel, int64 [height, width].
 
     Shares are interpolated, and each class's stretched from 0 to 1, as in the published evaluation: else an object
@@ -128,8 +128,8 @@ if __name__ == "__main__":
     mask = torch.zeros(24, 32, dtype=torch.long)
     mask[8:16, 8:16] = 1  # moves to the left by one patch a frame
     frames = (scene[:, t:t + 32] + 0.3 * torch.randn(24, 32, 48, generator=generator) for t in range(7))
-    for t, labels in enumerate(follow(frames, one_hot(mask, 2, 24, 32)), start=1):
-        found = decide(labels, 24, 32)
+    for t, labels in enumerate(propagate_labels(frames, mask_to_labels(mask, 2, 24, 32)), start=1):
+        found = labels_to_mask(labels, 24, 32)
         columns = found.amax(dim=0).nonzero()
         print(f"frame {t}: object at columns {columns.min()} to {columns.max()}, "
               f"{(found == mask.roll(-t, dims=1)).float().mean():.1%} of the patches right")

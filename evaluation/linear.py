@@ -36,7 +36,7 @@ class LinearClassifiers:
         return layer.requires_grad_(False)
 
 
-def fit(features, labels, num_classes, grid, epochs=100, batch_size=1024, momentum=0.9, seed=0, progress=None):
+def fit_classifiers(features, labels, num_classes, grid, epochs=100, batch_size=1024, momentum=0.9, seed=0, progress=None):
     """Train one classifier for each (learning rate, weight decay).
 
     Args:
@@ -74,34 +74,34 @@ def fit(features, labels, num_classes, grid, epochs=100, batch_size=1024, moment
     return LinearClassifiers(mean, std, weight, bias)
 
 
-def tenth(count):
+def holdout_mask(count):
     """A mask [count] of a tenth of so many pictures, always the same: labels may come in turns."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order < max(1, round(count / 10))
 
 
 @torch.no_grad()
-def top(classifiers, features, k=5, batch_size=8192):
+def predict_topk(classifiers, features, k=5, batch_size=8192):
     """The k best classes of each picture by each classifier: [G, M, k]."""
     k = min(k, classifiers.weight.shape[2])
     return torch.cat([classifiers(part).topk(k, dim=-1).indices for part in features.split(batch_size)], dim=1)
 
 
-def choose(features, labels, num_classes, grid, **how):
+def select_hyperparameters(features, labels, num_classes, grid, **how):
     """Which of the grid classifies a tenth of the pictures best after training on the others.
 
     Returns:
         index into the grid, and the accuracies of all of it on those pictures, in percent.
     """
-    held_out = tenth(len(features)).to(features.device)
-    classifiers = fit(features[~held_out], labels[~held_out], num_classes, grid, **how)
-    correct = top(classifiers, features[held_out], 1)[..., 0] == labels[held_out]
+    held_out = holdout_mask(len(features)).to(features.device)
+    classifiers = fit_classifiers(features[~held_out], labels[~held_out], num_classes, grid, **how)
+    correct = predict_topk(classifiers, features[held_out], 1)[..., 0] == labels[held_out]
     accuracies = 100 * correct.sum(dim=1) / correct.shape[1]
     accuracies[~classifiers.weight.flatten(1).isfinite().all(dim=1)] = 0
     return accuracies.argmax().item(), accuracies.tolist()
 
 
-def probe(features, labels, queries, query_labels, batch_size=1024, **how):
+def linear_probe_accuracy(features, labels, queries, query_labels, batch_size=1024, **how):
     """Top-1 on the queries, in percent, of the classifier of LRS x WEIGHT_DECAYS that `choose` takes, fitted to all.
 
     Args:
@@ -110,9 +110,9 @@ def probe(features, labels, queries, query_labels, batch_size=1024, **how):
     num_classes, batch_size = int(max(labels.max(), query_labels.max())) + 1, min(batch_size, len(features))
     grid = [(lr * batch_size / 256, weight_decay) for lr in LRS for weight_decay in WEIGHT_DECAYS]
     how |= dict(batch_size=batch_size)
-    best, _ = choose(features, labels, num_classes, grid, **how)
-    classifier = fit(features, labels, num_classes, [grid[best]], **how)
-    return 100 * (top(classifier, queries, 1)[0, :, 0] == query_labels).float().mean().item()
+    best, _ = select_hyperparameters(features, labels, num_classes, grid, **how)
+    classifier = fit_classifiers(features, labels, num_classes, [grid[best]], **how)
+    return 100 * (predict_topk(classifier, queries, 1)[0, :, 0] == query_labels).float().mean().item()
 
 
 if __name__ == "__main__":
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     labels = torch.arange(4000) % 10
     features = centres[labels] + 2.5 * torch.randn(4000, 64)
     grid = [(lr, weight_decay) for lr in (0.01, 0.1, 1.0) for weight_decay in (0.0, 1e-3, 1e-1)]
-    best, accuracies = choose(features[1000:], labels[1000:], 10, grid, epochs=20)
-    classifier = fit(features[1000:], labels[1000:], 10, [grid[best]], epochs=20)
-    top1 = (top(classifier, features[:1000])[0, :, 0] == labels[:1000]).float().mean()
+    best, accuracies = select_hyperparameters(features[1000:], labels[1000:], 10, grid, epochs=20)
+    classifier = fit_classifiers(features[1000:], labels[1000:], 10, [grid[best]], epochs=20)
+    top1 = (predict_topk(classifier, features[:1000])[0, :, 0] == labels[:1000]).float().mean()
     print(f"lr and weight decay {grid[best]}: top-1 {top1:.1%}  (ten noisy clusters, chance 10%)")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 
-def keep_mass(attention, mass):
+def threshold_attention(attention, mass):
     """The patches with most of the attention, which together have this share of it (Caron et al. 2021, section 4.2.2).
 
     Args:
@@ -88,7 +88,7 @@ def dilate(mask, radius):
     return result
 
 
-def over_time(scores):
+def summarize_over_time(scores):
     """What DAVIS says of an object's scores in T frames [T]: their mean, recall and decay.
 
     Recall is the share above 0.5, decay the mean of the first quarter minus that of the last; a frame on the border

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from common.precision import autocast
-from data.loaders import eval_loader, some_of
+from data.loaders import build_eval_loader, random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
-from evaluation.linear import probe
+from evaluation.linear import linear_probe_accuracy
 
 
-def judge(model, data, args, rank=0, world_size=1):
+def evaluate_online(model, data, args, rank=0, world_size=1):
     """Accuracy of a model's features on the held-out labelled pictures, in percent, and messages on unreadable ones.
 
     Args:
@@ -31,8 +31,8 @@ def judge(model, data, args, rank=0, world_size=1):
         classifiers.
     """
     features, messages = [], []
-    for images in (some_of(data.bank, args.knn_images), some_of(data.queries, max(1, args.knn_images // 5))):
-        loader = eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank,
+    for images in (random_subset(data.train_labeled, args.knn_images), random_subset(data.val, max(1, args.knn_images // 5))):
+        loader = build_eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank,
                              world_size)
         with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):  # batches of any length
             x, labels, unreadable = extract_features(model, loader, args.device)
@@ -42,7 +42,7 @@ def judge(model, data, args, rank=0, world_size=1):
     scores = dict(top1=top1, top5=top5)
     if args.linear_probe and model is not pixel_features and len(features[0]) > 1:  # thousands of pixels take minutes
         epochs = max(20, 100_000 // len(features[0]))  # a hundred steps or more
-        scores["linear"] = probe(*(x.to(args.device) for x in features), epochs=epochs)
+        scores["linear"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
     return scores, messages
 
 
@@ -51,7 +51,7 @@ def pixel_features(images):
     return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
 
 
-def collapse(stats, out_dim, before=()):
+def detect_collapse(stats, out_dim, before=()):
     """A sentence if an epoch's figures show that training has collapsed, else None (sections 5.1 and 5.3, figure 7).
 
     Args:

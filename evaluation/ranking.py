@@ -10,7 +10,7 @@ over recall (Philbin et al. 2007; Radenovic et al. 2018, section 4). This file n
 import torch
 
 
-def judge(order, positives, junk=(), ks=(1, 5, 10)):
+def average_precision(order, positives, junk=(), ks=(1, 5, 10)):
     """What one query's ranking is worth.
 
     Args:
@@ -36,7 +36,7 @@ def judge(order, positives, junk=(), ks=(1, 5, 10)):
     return (before + after).sum().item() / 2 / len(positives), precisions
 
 
-def mean_judgement(judgements):
+def mean_average_precision(judgements):
     """Means over the queries that have positives: mAP and a list of mean precisions.
 
     Raises:
@@ -55,5 +55,5 @@ if __name__ == "__main__":
     print("100 pictures, 10 to be found, ranked by a score with noise\n noise    AP   P@1   P@5  P@10")
     for noise in (0.0, 0.5, 1.0, 4.0):
         score = (torch.arange(100) < 10) + noise * torch.randn(100, generator=generator)
-        ap, (p1, p5, p10) = judge(score.argsort(descending=True), relevant, junk)
+        ap, (p1, p5, p10) = average_precision(score.argsort(descending=True), relevant, junk)
         print(f"{noise:6.1f} {ap:5.2f} {p1:5.2f} {p5:5.2f} {p10:5.2f}")

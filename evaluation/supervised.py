@@ -23,19 +23,19 @@ from torch import nn
 from torchvision.transforms import v2
 
 from augment import BatchMultiCrop, MultiCrop
-from backbones import share_statistics, synchronised
-from common import cli
-from common.checkpoint import prepare_folder, resume, save_state, was_restarted
-from common.logger import Report
-from common.precision import autocast, fast_products
+from backbones import broadcast_buffers, convert_sync_batchnorm
+from common import distributed
+from common.checkpoint import prepare_output_dir, resume_run, save_checkpoint, was_restarted
+from common.logger import Logger
+from common.precision import autocast, set_matmul_precision
 from data.datasets import DataError
-from data.loaders import batch_keys, counted_seed, on_device, train_loader
+from data.loaders import build_train_loader, derive_seed, iter_batch_keys, iter_on_device
 from dino_loss import cosine_schedule
 
 # ---- networks ----
 
 
-class Tokens(nn.Module):
+class FeatureExtractor(nn.Module):
     """The paper's input of a linear classifier: CLS tokens of the last blocks, by request the mean patch token.
 
     Args:
@@ -79,7 +79,7 @@ class Classifiers(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return torch.stack([head(features.float()) for head in self.heads])
 
-    def train(self, mode=True):
+    def train_classifiers(self, mode=True):
         super().train(mode)
         self.tokens.train(mode and not self.frozen)
         return self
@@ -87,13 +87,13 @@ class Classifiers(nn.Module):
 
 # ---- one step ----
 
-def head_groups(network, grid):
+def build_head_groups(network, grid):
     """Parameter groups for classifiers on frozen features, one pair (lr, weight_decay) of the grid for each."""
     return [{"params": list(head.named_parameters()), "peak": lr, "weight_decay": weight_decay}
             for head, (lr, weight_decay) in zip(network.heads, grid)]
 
 
-def layer_groups(network, lr, weight_decay, layer_decay):
+def build_layer_decay_groups(network, lr, weight_decay, layer_decay):
     """Parameter groups for fine-tuning: the learning rate falls by `layer_decay` from each block to the one before.
 
     The classifier has `lr`, the last block and the norm behind it one factor less, the embeddings one less than the
@@ -112,7 +112,7 @@ def layer_groups(network, lr, weight_decay, layer_decay):
     return list(groups.values())
 
 
-def mixing(num_classes, mixup, cutmix):
+def build_mixup(num_classes, mixup, cutmix):
     """(images, labels) -> both mixed with those of other pictures, labels as shares [B, K]; None for no mixing.
 
     Args:
@@ -124,7 +124,7 @@ def mixing(num_classes, mixup, cutmix):
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def train_step(network, optimizer, scaler, images, labels, rate=1.0, precision="fp32", label_smoothing=0.0):
+def supervised_step(network, optimizer, scaler, images, labels, rate=1.0, precision="fp32", label_smoothing=0.0):
     """One step of each classifier, and of the backbone if it learns.
 
     Args:
@@ -158,7 +158,7 @@ LINE = "loss {loss:.3f}  lr {lr:.1e}  {images_per_second:.0f} img/s: {data_secon
        "{compute_seconds:.3f} s compute"
 
 
-def train(network, optimizer, pictures, fixed, measure, output, args, size, device, rank=0, world_size=1,
+def train_classifiers(network, optimizer, pictures, fixed, measure, output, args, size, device, rank=0, world_size=1,
           warmup_epochs=0, mix=None, label_smoothing=0.0):
     """Train Classifiers on crops and flips to the end of a cosine, from the newest save in `output` on.
 
@@ -187,7 +187,7 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
                         f"(batch_size_per_gpu x processes); lower --batch_size_per_gpu")
 
     # ---- a new run, or the rest of one ----
-    report, path = Report(output / "log.jsonl", silent=rank != 0), output / "checkpoint.pth"
+    report, path = Logger(output / "log.jsonl", silent=rank != 0), output / "checkpoint.pth"
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16" and not network.frozen)
     objects = dict(network=network.heads if network.frozen else network, optimizer=optimizer, scaler=scaler)
     progress = dict(step=0, log_bytes=0, unreadable=[])
@@ -196,11 +196,11 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
                      "number of pictures": len(pictures), "global batch": global_batch}
     found = None
     if args.resume == "auto" or was_restarted():
-        found = resume(path, fixed, flags, objects, progress, say=report.say)
+        found = resume_run(path, fixed, flags, objects, progress, say=report.say)
     first_step = progress["step"]
-    cli.require_same("a run at step", first_step)
+    distributed.check_same_on_all_ranks("a run at step", first_step)
     if rank == 0:
-        report.claim = prepare_folder(output, found, args.overwrite, "classification")
+        report.claim = prepare_output_dir(output, found, args.overwrite, "classification")
     report.take_up(progress)
     if found:
         report.say(f"going on at step {first_step} of {total_steps} from {found}")
@@ -209,21 +209,21 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
         if rank == 0:
             progress.update(step=step, unreadable=sorted(report.unreadable), log_bytes=report.log_bytes())
             states = {name: thing.state_dict() for name, thing in objects.items()}
-            save_state(path, fixed=fixed, flags=flags, progress=progress, **states)
+            save_checkpoint(path, fixed=fixed, flags=flags, progress=progress, **states)
 
     # ---- training ----
-    fast_products(device, args.precision, network.tokens.backbone.embed_dim)
+    set_matmul_precision(device, args.precision, network.tokens.backbone.embed_dim)
     network.train()
     model = network
     if device.type == "cuda" and world_size > 1 and not network.frozen:
-        synchronised(network.tokens)
+        convert_sync_batchnorm(network.tokens)
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
-        size, args.crop_scale, global_number=1, local_number=0, jitter=0, grey=0, blur=(0, 0, 0), solarize=0)
-    keys = batch_keys(first_step, total_steps, len(pictures), args.seed, args.batch_size_per_gpu, 1, rank, world_size)
-    loader = train_loader(pictures, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
-    batches, stop, saved_at = on_device(loader, multicrop, device), cli.StopSignals(), time.monotonic()
+        size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0), solarize=0)
+    keys = iter_batch_keys(first_step, total_steps, len(pictures), args.seed, args.batch_size_per_gpu, 1, rank, world_size)
+    loader = build_train_loader(pictures, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
+    batches, stop, saved_at = iter_on_device(loader, multicrop, device), distributed.StopSignals(), time.monotonic()
     report.start_bar(first_step * global_batch, total_steps * global_batch, "img")
     report.restart_pace()
     for step in range(first_step, total_steps):
@@ -231,18 +231,18 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
         done = step + 1 == total_steps
         (images,), labels, unreadable = report.wait_for(batches)
         report.skipped(unreadable)
-        torch.manual_seed(counted_seed("drop path", args.seed, step, rank))  # mixing draws after it too
+        torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # mixing draws after it too
         if mix:
             images, labels = mix(images, labels)
         rate = cosine_schedule(step, total_steps, 1.0, 0.0, warmup_epochs * steps_per_epoch)
-        losses = train_step(model, optimizer, scaler, images, labels, rate * global_batch / 256, args.precision,
+        losses = supervised_step(model, optimizer, scaler, images, labels, rate * global_batch / 256, args.precision,
                             label_smoothing)
         report.next_step(global_batch)
-        stopped_by = stop.agreed()
+        stopped_by = stop.poll()[0]
         if end_of_epoch or (step + 1) % args.log_every == 0:
             if world_size > 1:
                 dist.all_reduce(losses)
-            report.unreadable = set().union(*cli.gather(report.unreadable))
+            report.unreadable = set().union(*distributed.all_gather_objects(report.unreadable))
             if not losses.isfinite().any():
                 raise FloatingPointError(f"step {step}: in {args.precision} the loss is not finite; lower --lr"
                                          + " or name --precision fp32" * (args.precision != "fp32"))
@@ -250,7 +250,7 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
                              lr=max(group["lr"] for group in optimizer.param_groups), **report.pace(global_batch),
                              unreadable=len(report.unreadable)), total_steps, LINE)
         if end_of_epoch and not done and args.val_freq and (epoch + 1) % args.val_freq == 0:
-            share_statistics(network.eval())
+            broadcast_buffers(network.eval())
             figures = measure()
             network.train()
             report.log(dict(epoch=epoch) | figures)
@@ -265,5 +265,5 @@ def train(network, optimizer, pictures, fixed, measure, output, args, size, devi
             return False
     stop.restore()
     report.close()
-    share_statistics(network.eval())
+    broadcast_buffers(network.eval())
     return True

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 import infer
-from common.precision import fast_products
 from common.weights import CheckpointError, open_backbone
-from data.loaders import large_size, normalised, whole_view
+from data.loaders import default_attention_size, normalize, resize_to_patches
 
 
 def open_attention(args):
@@ -29,14 +28,12 @@ def open_attention(args):
 
 def trained(args):
     model, _, origin = open_backbone(args, needs="attention")
-    fast_products(args.device, "fp32", model.embed_dim)
-    model.to(args.device)
     p = model.patch_size
-    shorter = args.image_size or large_size(model.grid[0] * p, p)
+    shorter = args.image_size or default_attention_size(model.grid[0] * p, p)
 
     @torch.no_grad()
     def look(picture):
-        x = normalised(whole_view(picture, shorter, p))[None].to(args.device)
+        x = normalize(resize_to_patches(picture, shorter, p))[None].to(args.device)
         attention = model.forward_with_attention(x)[1][0]  # [heads, N]
         return picture, attention.unflatten(1, (x.shape[2] // p, -1)).cpu().numpy()
     return look, origin
@@ -58,10 +55,10 @@ def exported(args):
     if size and args.image_size:
         raise CheckpointError(f"{args.ckpt}: takes {size[0]} x {size[1]} pixels; leave --image_size out, or export it "
                               f"with --dynamic size")
-    shorter = args.image_size or large_size(trained_size, p)
+    shorter = args.image_size or default_attention_size(trained_size, p)
 
     def look(picture):
-        view = infer.prepare(picture, about) if size else whole_view(picture, shorter, p)
+        view = infer.prepare(picture, about) if size else resize_to_patches(picture, shorter, p)
         maps = infer.infer(session, about, view)[1]
         return view if size else picture, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
     return look, dict(ckpt=args.ckpt)

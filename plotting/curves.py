@@ -74,7 +74,7 @@ def read_log(path):
     return curves, baselines
 
 
-def table(runs):
+def format_table(runs):
     """{name: what read_log gives} -> lines on how each run ended."""
     width = max(map(len, runs))
     lines = [f"{'':{width}} {'steps':>7} {'loss':>7} {'ln K':>7} {'entropy':>7} {'KL':>7}  {'k-NN last':>9} "
@@ -125,7 +125,7 @@ def in_short(values, form):
             f"({min(values):{form}} to {max(values):{form}})")
 
 
-def first_reached(runs, top1):
+def format_time_to_accuracy(runs, top1):
     """Lines on when runs first had a k-NN accuracy: images seen and seconds of training, linear between two tests.
 
     Means of several runs are compared where each of them had it.
@@ -160,7 +160,7 @@ def crossing(curves, baselines, top1):
     return None
 
 
-def page(runs, against="step"):
+def plot_curves(runs, against="step"):
     """{name: what read_log gives} -> a matplotlib figure: a panel for each of PANELS, a colour for runs of one kind.
 
     Args:
@@ -215,4 +215,4 @@ if __name__ == "__main__":
         records = [dict(step=step, loss=6.2 + 2 / (step + 1) ** 2, data_seconds=0.0, compute_seconds=0.1)
                    for step in range(200)]
         log.write_text("\n".join(map(json.dumps, records)))
-        print(table({"training": read_log(log)}))
+        print(format_table({"training": read_log(log)}))

@@ -18,7 +18,7 @@ COLORS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (0, 114, 1
           (170, 68, 153), (117, 112, 179)]  # of heads or classes; the first seven can be told apart by the colour-blind
 
 
-def in_color(values, size, low=0.0, high=None, scale=HEAT, smooth=False):
+def colorize(values, size, low=0.0, high=None, scale=HEAT, smooth=False):
     """Map [h, w] -> RGB image of `size`, (width, height) in pixels.
 
     Args:
@@ -35,24 +35,24 @@ def in_color(values, size, low=0.0, high=None, scale=HEAT, smooth=False):
     return Image.fromarray(colors.round().astype(np.uint8)[levels])
 
 
-def filling(picture, side):
+def resize_to_fit(picture, side):
     """The picture, smaller or larger, as it fits into side x side pixels."""
     scale = side / max(picture.size)
     return picture.resize([max(1, round(edge * scale)) for edge in picture.size], Image.Resampling.LANCZOS)
 
 
-def enlarged(mask, size):
+def resize_mask(mask, size):
     """bool [h, w] -> mask image of `size`, (width, height)."""
     return Image.fromarray(np.asarray(mask, np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
 
 
-def spotlight(picture, mask):
+def highlight_mask(picture, mask):
     """The picture where the mask is, bool [h, w]; grey and dark elsewhere."""
     shade = ImageOps.colorize(ImageOps.grayscale(picture), (0, 0, 0), (90, 90, 90))
-    return Image.composite(picture, shade, enlarged(mask, picture.size))
+    return Image.composite(picture, shade, resize_mask(mask, picture.size))
 
 
-def heads_in_color(picture, attention, masks):
+def colorize_heads(picture, attention, masks):
     """What each head attends to, in its colour over the grey picture (Caron et al. 2021, figure 3).
 
     Where the masks of several heads meet it is the head's that gives the patch the largest share of its maximum.
@@ -66,10 +66,10 @@ def heads_in_color(picture, attention, masks):
     colors = np.array(COLORS, np.uint8)[strongest % len(COLORS)]
     colors = Image.fromarray(colors).resize(picture.size, Image.Resampling.NEAREST)
     grey = ImageOps.grayscale(picture).convert("RGB")
-    return Image.composite(Image.blend(grey, colors, 0.65), grey, enlarged(masks.any(axis=0), picture.size))
+    return Image.composite(Image.blend(grey, colors, 0.65), grey, resize_mask(masks.any(axis=0), picture.size))
 
 
-def as_rgb(components, size, low, high):
+def components_to_rgb(components, size, low, high):
     """Three components of each patch, [h, w, 3] -> RGB image of `size`; low and high are the ends of each, [3]."""
     x = ((components - low) / (high - low).clip(1e-12)).clip(0, 1)
     return Image.fromarray((255 * x).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
@@ -77,5 +77,5 @@ def as_rgb(components, size, low, high):
 
 if __name__ == "__main__":
     values = np.arange(12.0).reshape(3, 4)
-    image = in_color(values, (40, 30))
+    image = colorize(values, (40, 30))
     print(f"map {values.shape} -> picture {image.size}, from {image.getpixel((0, 0))} to {image.getpixel((39, 29))}")

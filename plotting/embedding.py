@@ -29,7 +29,7 @@ def principal_components(x, n):
     return x @ (directions * largest.sign())
 
 
-def in_a_plane(features, seed=0):
+def embed_2d(features, seed=0):
     """Features [M, D] -> points float64 [M, 2], and by what method: t-SNE of cosines (van der Maaten & Hinton 2008).
 
     It is PCA without scikit-learn, and for fewer than eight pictures.
@@ -42,7 +42,7 @@ def in_a_plane(features, seed=0):
     return torch.from_numpy(tsne.fit_transform(features.numpy())).double(), "t-SNE"
 
 
-def colors(count):
+def class_colors(count):
     """Colours of so many classes, as RGB from 0 to 255."""
     if count <= len(COLORS):
         return COLORS[:count]
@@ -50,7 +50,7 @@ def colors(count):
     return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(*hue)) for hue in hues]
 
 
-def scatter(points, labels, names, colors, title):
+def plot_scatter(points, labels, names, class_colors, title):
     """Points [M, 2] in the colour of their label [M], -1 for none: a matplotlib figure."""
     from matplotlib.figure import Figure
 
@@ -58,7 +58,7 @@ def scatter(points, labels, names, colors, title):
     axes = figure.subplots()
     axes.set(title=title, xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
-    for label, color in enumerate([GREY, *colors], start=-1):
+    for label, color in enumerate([GREY, *class_colors], start=-1):
         x, y = points[labels == label].T
         axes.scatter(x, y, s=14, color=[channel / 255 for channel in color], linewidths=0)
     if 0 < len(names) <= 40:
@@ -67,7 +67,7 @@ def scatter(points, labels, names, colors, title):
     return figure
 
 
-def thumbnails(points, labels, colors, open_picture, side=1200, cell=48):
+def plot_thumbnails(points, labels, class_colors, open_picture, side=1200, cell=48):
     """Pictures at their points, framed in the colour of their label; where several meet the one in the middle.
 
     Args:
@@ -86,7 +86,7 @@ def thumbnails(points, labels, colors, open_picture, side=1200, cell=48):
     sheet = Image.new("RGB", (side, side), "white")
     for (x, y), (_, i) in nearest.items():
         picture = ImageOps.fit(open_picture(i), (cell - 8, cell - 8))
-        framed = ImageOps.expand(picture, 3, colors[labels[i]] if labels[i] >= 0 else GREY)
+        framed = ImageOps.expand(picture, 3, class_colors[labels[i]] if labels[i] >= 0 else GREY)
         sheet.paste(framed, (x * cell + 1, side - (y + 1) * cell + 1))  # upwards, as in the plot
     return sheet
 
@@ -95,8 +95,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     features = torch.cat([torch.randn(50, 16) + 4 * torch.randn(16) for _ in range(3)])
     labels = torch.arange(150) // 50
-    points, method = in_a_plane(features)
+    points, method = embed_2d(features)
     nearest = torch.cdist(points, points).fill_diagonal_(torch.inf).argmin(dim=1)
     print(f"{method} of 150 points in three classes: the nearest is of the same class for "
           f"{(labels[nearest] == labels).double().mean():.0%}")
-    print("picture:", thumbnails(points, labels, COLORS, lambda i: Image.new("RGB", (32, 32))).size)
+    print("picture:", plot_thumbnails(points, labels, COLORS, lambda i: Image.new("RGB", (32, 32))).size)

@@ -35,7 +35,7 @@ def contact_sheet(pictures, columns=6, side=180):
     return sheet
 
 
-def side_in(width, columns):
+def cell_side(width, columns):
     """Side of the pictures in a sheet of so many pixels and columns."""
     return (width - GAP) // columns - GAP
 

@@ -9,7 +9,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow: many kills, fuzzing, browser")
+    parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")
+    parser.addoption("--reference", help="checkout of facebookresearch/dino, for tests beside it (default: none)")
+    parser.addoption("--images", help="folder of real images for tests of crops and copies (default: generated)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: run with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
 @pytest.fixture(scope="session")
@@ -17,14 +36,14 @@ def golden():
     """Numbers computed with the reference implementation: golden("head") -> tensors, golden("knn.json") -> values."""
     def load(name):
         if name.endswith(".json"):
-            return json.loads((GOLDEN / name).read_text())
-        return load_file(GOLDEN / f"{name}.safetensors")
+            return json.loads((ROOT / "tests" / "golden" / name).read_text())
+        return load_file(ROOT / "tests" / "golden" / f"{name}.safetensors")
     return load
 
 
 @pytest.fixture(scope="session")
 def image():
-    """The pictures that the golden values were computed on: image(b, h, w, phase) -> [b, 3, h, w]."""
+    """The images that the golden values were computed on: image(b, h, w, phase) -> [b, 3, h, w]."""
     def wave(b, h, w, phase=0.0):
         i, j = torch.arange(h, dtype=torch.float64).view(-1, 1), torch.arange(w, dtype=torch.float64).view(1, -1)
         bb, cc = torch.arange(b).view(-1, 1, 1, 1), torch.arange(3).view(1, 3, 1, 1)
@@ -35,7 +54,7 @@ def image():
 
 @pytest.fixture
 def scene():
-    """A 97 x 61 RGB picture with structure at all scales, as PIL image."""
+    """A 97 x 61 RGB image with structure at all scales, as PIL image."""
     from PIL import Image
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 6, 9, generator=generator)
@@ -47,56 +66,49 @@ def scene():
 
 @pytest.fixture
 def model(tmp_path):
-    """A small backbone with random weights, and its file."""
+    """A small backbone with random weights, and its model file."""
     from common.weights import save_model
     from vit import VisionTransformer
     torch.manual_seed(3)
-    vit = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
-    network = VisionTransformer(**vit).eval()
+    network = VisionTransformer(**TINY).eval()
     path = tmp_path / "runs" / "one" / "teacher.safetensors"
     path.parent.mkdir(parents=True)
-    save_model(path, {f"backbone.{k}": v for k, v in network.state_dict().items()}, dict(backbone=vit))
+    save_model(path, {f"backbone.{k}": v for k, v in network.state_dict().items()}, dict(backbone=TINY))
     return network, path
 
 
 @pytest.fixture
-def stopped(capsys):
-    """stopped(run, *argv): the one line with which a command ends."""
-    from common import cli
+def small_shapes(monkeypatch):
+    """The built-in shapes, 300 for training and 60 held out."""
+    from data.shapes import Shapes
+    init = Shapes.__init__
+    monkeypatch.setattr(Shapes, "__init__",
+                        lambda self, part, length, size: init(self, part, 300 if part == "train" else 60, size))
+
+
+@pytest.fixture
+def exit_message(capsys):
+    """exit_message(main, *argv): the one line with which a command ends in exit status 2."""
     from common.checkpoint import CheckpointError
+    from common.cli import run_command
     from data.datasets import DataError
 
-    def stopped(run, *argv):
+    def exit_message(main, *argv):
         with pytest.raises(SystemExit) as stop:
-            cli.run(lambda args: run(*argv), lambda: None, DataError, CheckpointError)
+            run_command(lambda args: main(*argv), lambda: None, DataError, CheckpointError)
         error = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and len(error) == 1
         return error[0]
-    return stopped
+    return exit_message
 
 
 @pytest.fixture
-def in_processes():
-    """in_processes(count, script): run it under torchrun, beside the project's files; each process must end well."""
-    def in_processes(count, script):
+def run_torchrun():
+    """run_torchrun(count, script): run a script in `count` processes, from the root; all must exit with status 0."""
+    def run_torchrun(count, script):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
                    "--no-python", sys.executable, "-c", script]
-        result = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                timeout=300, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+                                capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-    return in_processes
-
-
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")
-    parser.addoption("--reference", help="checkout of facebookresearch/dino, for tests beside it (default: none)")
-    parser.addoption("--pictures", help="folder of real pictures for tests of views and copies (default: generated)")
-
-
-@pytest.fixture
-def shapes_300(monkeypatch):
-    """The built-in pictures, 300 and 60 of them."""
-    from data import datasets as data
-    full = data.Shapes.__init__
-    monkeypatch.setattr(data.Shapes, "__init__",
-                        lambda self, part, length, size: full(self, part, 300 if part == "train" else 60, size))
+    return run_torchrun

@@ -10,9 +10,10 @@ from torchvision.transforms import functional as TF
 
 import augment
 from augment import BatchMultiCrop, MultiCrop, View, render, sample_box, to_pixels
-from data.datasets import Shapes, open_rgb
+from data.images import read_image
+from data.shapes import Shapes
 
-PLAIN = View(size=32, box=(10, 5, 70, 50), flip=False, jitter=(), grey=False, blur=0.0, solarize=False)
+PLAIN = View(size=32, box=(10, 5, 70, 50), flip=False, jitter=(), grayscale=False, blur=0.0, solarize=False)
 THEIRS = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation,
           "hue": TF.adjust_hue}
 
@@ -29,7 +30,7 @@ def pillows(image, view):
     x = TF.hflip(x) if view.flip else x
     for name, amount in view.jitter:
         x = THEIRS[name](x, amount)
-    x = TF.rgb_to_grayscale(x, num_output_channels=3) if view.grey else x
+    x = TF.rgb_to_grayscale(x, num_output_channels=3) if view.grayscale else x
     x = x.filter(ImageFilter.GaussianBlur(view.blur)) if view.blur else x
     x = ImageOps.solarize(x) if view.solarize else x
     return TF.pil_to_tensor(x).float()
@@ -76,7 +77,7 @@ def test_hue_of_every_kind_of_colour():
 def test_grey_of_every_colour_and_means_that_end_in_a_half():
     colours = torch.cartesian_prod(*[torch.arange(256, dtype=torch.uint8)] * 3).view(4096, 4096, 3)
     image = Image.frombytes("RGB", (4096, 4096), colours.numpy().tobytes())
-    grey = augment.grey(colours.permute(2, 0, 1).float()).byte()
+    grey = augment.grayscale(colours.permute(2, 0, 1).float()).byte()
     assert torch.equal(grey, TF.pil_to_tensor(image.convert("L")))
     halves = Image.new("RGB", (2, 1), (10, 10, 10))
     halves.putpixel((1, 0), (11, 11, 11))
@@ -92,7 +93,7 @@ def test_jitter_is_applied_in_its_order(scene):
 
 
 def test_flip_grey_solarize_are_pillows_to_the_bit(scene):
-    for altered in (dict(flip=True), dict(solarize=True), dict(grey=True)):
+    for altered in (dict(flip=True), dict(solarize=True), dict(grayscale=True)):
         assert differences(scene, **altered).max() == 0
 
 
@@ -105,9 +106,9 @@ def test_blur_is_pillows_but_for_rounding(scene, sigma):
 @pytest.fixture(scope="module")
 def pictures(request):
     """Real ones from the folder that `--pictures` names, generated ones without it."""
-    folder = request.config.getoption("--pictures")
+    folder = request.config.getoption("--images")
     if folder:
-        return [open_rgb(path) for path in sorted(Path(folder).rglob("*.[jJ]*"))[:200]]
+        return [read_image(path) for path in sorted(Path(folder).rglob("*.[jJ]*"))[:200]]
     return [Shapes("test", 24, 300)[i][0].crop((0, 0, 300, 160 + 4 * i)) for i in range(24)]
 
 
@@ -274,7 +275,7 @@ def test_each_number_has_its_frequency():
         assert rate(kind, lambda v: v.blur > 0) == pytest.approx(blur, abs=near)
         assert rate(kind, lambda v: v.solarize) == pytest.approx(solarize, abs=near)
         assert rate(kind, lambda v: v.flip) == pytest.approx(0.5, abs=near)
-        assert rate(kind, lambda v: v.grey) == pytest.approx(0.2, abs=near)
+        assert rate(kind, lambda v: v.grayscale) == pytest.approx(0.2, abs=near)
         assert rate(kind, lambda v: len(v.jitter) == 4) == pytest.approx(0.8, abs=near)
         assert rate(kind, lambda v: v.jitter[:1] != () and v.jitter[0][0] == "hue") == pytest.approx(0.2, abs=near)
     amounts = {name: [dict(v.jitter)[name] for v in first if v.jitter] for name in ("brightness", "saturation", "hue")}

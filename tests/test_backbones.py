@@ -18,14 +18,15 @@ import retrieve
 import segment
 import train
 import visualize
-from backbones import BackboneError, Headless, build_backbone, synchronised
+from backbones import BackboneError, HeadlessClassifier, build_backbone, convert_sync_batchnorm
 from common import weights as checkpoint
-from common.checkpoint import load_state
+from common.checkpoint import load_checkpoint
 from common.weights import CheckpointError, load_backbone
-from data.datasets import Shapes, open_data
-from data.loaders import eval_view
-from evaluation.supervised import Classifiers, Tokens, layer_groups
-from step import Settings, build_networks, compile_regions, train_step
+from data.datasets import open_data
+from data.loaders import center_crop_view
+from data.shapes import Shapes
+from evaluation.supervised import Classifiers, FeatureExtractor, build_layer_decay_groups
+from step import Settings, build_networks, compile_blocks, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "
          "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 2 --num_workers 0 --device cpu --precision fp32 "
@@ -41,7 +42,7 @@ ARCHS = ["resnet18", "timm:mobilenetv3_small_050"]
 def test_a_classifier_of_torchvision_loses_its_head_alone(arch, head):
     torch.manual_seed(0)
     flags = dict(aux_logits=False, init_weights=True) if arch == "googlenet" else {}
-    theirs, ours, x = models.get_model(arch, **flags).eval(), Headless(arch, 64).eval(), torch.randn(2, 3, 64, 64)
+    theirs, ours, x = models.get_model(arch, **flags).eval(), HeadlessClassifier(arch, 64).eval(), torch.randn(2, 3, 64, 64)
     ours.model.load_state_dict({name: value for name, value in theirs.state_dict().items()
                                 if not name.startswith(f"{head}.")})
     with torch.no_grad():
@@ -56,7 +57,7 @@ def test_a_model_of_timm_loses_its_head_alone(name, size):
     torch.manual_seed(0)
     sized = {"img_size": 64} if "vit" in name else {}
     theirs = timm.create_model(name, **sized, **({"dynamic_img_size": True} if "vit" in name else {})).eval()
-    ours, x = Headless(f"timm:{name}", 64).eval(), torch.randn(2, 3, size, size)
+    ours, x = HeadlessClassifier(f"timm:{name}", 64).eval(), torch.randn(2, 3, size, size)
     wanted = ours.model.state_dict()
     ours.model.load_state_dict({key: value for key, value in theirs.state_dict().items() if key in wanted})
     with torch.no_grad():
@@ -76,10 +77,10 @@ def test_nothing_is_drawn_in_a_teacher(arch):
 
 def test_stochastic_depth_of_torchvision_is_scaled():
     theirs = [module.p for module in models.convnext_tiny().modules() if isinstance(module, StochasticDepth)]
-    ours = [module.p for module in Headless("convnext_tiny", 32, 0.3).modules() if isinstance(module, StochasticDepth)]
+    ours = [module.p for module in HeadlessClassifier("convnext_tiny", 32, 0.3).modules() if isinstance(module, StochasticDepth)]
     assert ours == pytest.approx([3 * p for p in theirs]) and max(ours) == pytest.approx(0.3)
     with pytest.raises(BackboneError, match="resnet18 has no stochastic depth"):
-        Headless("resnet18", 32, 0.3)
+        HeadlessClassifier("resnet18", 32, 0.3)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "timm:mobilenetv3_small_050"])
@@ -88,7 +89,7 @@ def test_synchronised_batch_norm_is_the_same_network(arch):
     x = torch.randn(2, 3, 32, 32)
     before = teacher.eval()([x])
     state = list(teacher.state_dict())
-    made = synchronised(teacher)
+    made = convert_sync_batchnorm(teacher)
     kinds = [type(module).__name__ for module in made.modules() if hasattr(module, "running_mean")]
     assert torch.equal(made([x]), before) and list(made.state_dict()) == state
     assert kinds and all("Sync" in kind for kind in kinds)
@@ -96,7 +97,7 @@ def test_synchronised_batch_norm_is_the_same_network(arch):
 
 def test_all_of_a_headless_is_compiled():
     networks = build_networks(dict(arch="resnet18", img_size=32), dict(out_dim=8, hidden_dim=8))
-    compile_regions(*networks)
+    compile_blocks(*networks)
     assert all(network.backbone._compiled_call_impl is not None for network in networks)
 
 
@@ -118,8 +119,8 @@ dist.destroy_process_group()
 """
 
 
-def test_processes_judge_by_the_same_statistics(in_processes):
-    in_processes(2, STATISTICS)
+def test_processes_judge_by_the_same_statistics(run_torchrun):
+    run_torchrun(2, STATISTICS)
 
 
 def test_a_file_that_does_not_fit_allocates_nothing(tmp_path, monkeypatch):
@@ -141,7 +142,7 @@ def test_a_file_that_does_not_fit_allocates_nothing(tmp_path, monkeypatch):
 
 
 def test_stochastic_depth_is_timms():
-    backbone = Headless("timm:xcit_nano_12_p16_224", 32, drop_path_rate=0.3)
+    backbone = HeadlessClassifier("timm:xcit_nano_12_p16_224", 32, drop_path_rate=0.3)
     found = {module.drop_prob for module in backbone.modules() if type(module).__name__ == "DropPath"}
     assert max(found) == pytest.approx(0.3)
     x = torch.randn(4, 3, 32, 32)
@@ -155,12 +156,12 @@ def test_stochastic_depth_is_timms():
     ("timm:vit_tiny_patch16_224", 40, "cannot look at 40 x 40"), ("resnet18", 5000, "5000 pixels are not sides from")])
 def test_what_cannot_be_a_backbone(arch, size, words):
     with pytest.raises(BackboneError, match=words):
-        Headless(arch, size)
+        HeadlessClassifier(arch, size)
 
 
-def test_without_timm_there_is_one_line(monkeypatch, stopped):
+def test_without_timm_there_is_one_line(monkeypatch, exit_message):
     monkeypatch.setitem(sys.modules, "timm", None)
-    assert "this needs timm, which is not installed: pip install timm" in stopped(
+    assert "this needs timm, which is not installed: pip install timm" in exit_message(
         train.parse_args, ["--arch", "timm:xcit_nano_12_p16_224"])
 
 
@@ -184,8 +185,8 @@ def test_batch_norm_of_the_teacher_sees_the_teachers_pictures():
 
 
 def test_fine_tuning_rates_of_a_backbone_without_blocks():
-    network = Classifiers(Tokens(Headless("resnet18", 32)), 5, frozen=False)
-    groups = layer_groups(network, lr=0.1, weight_decay=0.05, layer_decay=0.5)
+    network = Classifiers(FeatureExtractor(HeadlessClassifier("resnet18", 32)), 5, frozen=False)
+    groups = build_layer_decay_groups(network, lr=0.1, weight_decay=0.05, layer_decay=0.5)
     peaks = {name: group["peak"] for group in groups for name, _ in group["params"]}
     assert peaks.pop("heads.0.weight") == peaks.pop("heads.0.bias") == 0.1 and set(peaks.values()) == {0.05}
     assert len(peaks) == len(list(network.tokens.parameters()))
@@ -229,7 +230,7 @@ def runs(request, pictures, tmp_path_factory):
 
 def test_an_interrupted_run_ends_like_a_whole_one(runs):
     _, *folders = runs
-    whole, parts = (load_state(folder / "checkpoint.pth") for folder in folders)
+    whole, parts = (load_checkpoint(folder / "checkpoint.pth") for folder in folders)
     assert whole["progress"]["step"] == parts["progress"]["step"] == 4
     for which in ("student", "teacher", "dino_loss"):
         for name, value in whole[which].items():
@@ -240,11 +241,11 @@ def test_a_file_says_what_it_is(runs):
     arch, folder, _ = runs
     backbone, info = load_backbone(folder / "teacher.safetensors")
     assert info["backbone"] == dict(arch=arch, img_size=32) and not backbone.training
-    state = load_state(folder / "checkpoint.pth")["teacher"]
+    state = load_checkpoint(folder / "checkpoint.pth")["teacher"]
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, state[f"backbone.{name}"])
     again, info = load_backbone(folder / "checkpoint.pth", key="student")
-    assert type(again) is Headless and info["network"] == "student"
+    assert type(again) is HeadlessClassifier and info["network"] == "student"
 
 
 def test_neighbours_are_those_of_its_features(runs, pictures, capsys):
@@ -255,7 +256,7 @@ def test_neighbours_are_those_of_its_features(runs, pictures, capsys):
     backbone, _ = load_backbone(ckpt)
     data = open_data(str(pictures))
     with torch.no_grad():
-        expected = backbone(torch.stack([eval_view(data.bank[i][0], 32) for i in range(16)]))
+        expected = backbone(torch.stack([center_crop_view(data.train_labeled[i][0], 32) for i in range(16)]))
     torch.testing.assert_close(load_file(folder / "f.safetensors")["bank"], expected, rtol=0, atol=1e-5)
     found = json.loads((folder / "teacher.knn.json").read_text())["knn"]["16"]
     said = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]
@@ -263,7 +264,7 @@ def test_neighbours_are_those_of_its_features(runs, pictures, capsys):
 
 
 def test_judging_leaves_batch_norm_as_it_is(runs):
-    teacher = load_state(runs[1] / "checkpoint.pth")["teacher"]
+    teacher = load_checkpoint(runs[1] / "checkpoint.pth")["teacher"]
     counts = {value.item() for name, value in teacher.items() if name.endswith("num_batches_tracked")}
     assert counts == {4}  # steps; each shows the teacher its two views at once
 
@@ -281,7 +282,7 @@ def test_its_features_are_classified(runs, pictures, capsys):
     assert json.loads((folder / "teacher.finetune" / "result.json").read_text())["judged"] == 8
 
 
-def test_an_exported_file_gives_its_features(runs, tmp_path, stopped, capsys):
+def test_an_exported_file_gives_its_features(runs, tmp_path, exit_message, capsys):
     arch, folder, _ = runs
     flags = "--normalize nhwc --dynamic none --batch_size 3" if arch == "resnet18" else ""
     output = str(tmp_path / "model.onnx")
@@ -296,14 +297,14 @@ def test_an_exported_file_gives_its_features(runs, tmp_path, stopped, capsys):
     found, = session.run(None, {"image": feed.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), backbone(images), rtol=0, atol=1e-4)
-    line = stopped(lambda *a: visualize.main(visualize.parse_args(a)), "attention", "shapes", "--ckpt", output)
+    line = exit_message(lambda *a: visualize.main(visualize.parse_args(a)), "attention", "shapes", "--ckpt", output)
     assert "gives features alone, this needs attention" in line
     session, about = infer.open_model(output)
     feature, attention = infer.infer(session, about, infer.prepare(Shapes("test", 1, 48)[0][0], about))
     assert feature.shape == (backbone.embed_dim,) and attention is None and feature.dtype == np.float32
 
 
-def test_weights_go_back_to_their_library(runs, tmp_path, stopped):
+def test_weights_go_back_to_their_library(runs, tmp_path, exit_message):
     arch, folder, _ = runs
     ckpt, output = str(folder / "teacher.safetensors"), str(tmp_path / "weights")
     backbone, _ = load_backbone(ckpt)
@@ -315,7 +316,7 @@ def test_weights_go_back_to_their_library(runs, tmp_path, stopped):
     theirs.fc = torch.nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(x), backbone(x), rtol=0, atol=1e-5)
-    assert "has no such names" in stopped(export_main, "--ckpt", ckpt, "--format", "transformers")
+    assert "has no such names" in exit_message(export_main, "--ckpt", ckpt, "--format", "transformers")
 
 
 def export_main(*argv):
@@ -346,8 +347,8 @@ def test_a_released_resnet_is_recognised(tmp_path):
         load_backbone(tmp_path / "less.pth")
 
 
-def test_one_picture_is_too_few_for_batch_norm(pictures, tmp_path, stopped):
-    line = stopped(lambda *argv: train.main(train.parse_args(argv)), *TRAIN, "--arch", "resnet18", "--epochs", "1",
+def test_one_picture_is_too_few_for_batch_norm(pictures, tmp_path, exit_message):
+    line = exit_message(lambda *argv: train.main(train.parse_args(argv)), *TRAIN, "--arch", "resnet18", "--epochs", "1",
                    "--batch_size_per_gpu", "1", "--local_crops_number", "1", "--data_path", str(pictures),
                    "--output_dir", str(tmp_path / "run"))
     assert "batch norm needs several pictures to learn from: raise --batch_size_per_gpu" in line
@@ -374,13 +375,13 @@ REFUSALS = {  # command -> what its one line says
 def small(tmp_path_factory):
     """The file of a ResNet-18."""
     path = tmp_path_factory.mktemp("small") / "teacher.safetensors"
-    weights = {f"backbone.{name}": value for name, value in Headless("resnet18", 32).state_dict().items()}
+    weights = {f"backbone.{name}": value for name, value in HeadlessClassifier("resnet18", 32).state_dict().items()}
     checkpoint.save_model(path, weights, dict(backbone=dict(arch="resnet18", img_size=32)))
     return str(path)
 
 
 @pytest.mark.parametrize("command", REFUSALS)
-def test_what_needs_a_transformer_says_so(small, pictures, tmp_path, stopped, command):
+def test_what_needs_a_transformer_says_so(small, pictures, tmp_path, exit_message, command):
     davis = tmp_path / "davis"
     for part, mode in (("JPEGImages", "jpg"), ("Annotations", "png")):
         path = davis / part / "480p" / "cat" / f"0.{mode}"
@@ -394,7 +395,7 @@ def test_what_needs_a_transformer_says_so(small, pictures, tmp_path, stopped, co
     name, *argv = command.format(d=davis, p=pictures).split()
     script = {"segment": segment, "visualize": visualize, "retrieve": retrieve, "evaluate": evaluate,
               "export": export}[name]
-    line = stopped(lambda *a: script.main(script.parse_args(a)), *argv, "--ckpt", small)
+    line = exit_message(lambda *a: script.main(script.parse_args(a)), *argv, "--ckpt", small)
     assert REFUSALS[command] in line
 
 

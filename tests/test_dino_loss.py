@@ -259,8 +259,8 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_prototypes_out_together(in_processes):
-    in_processes(2, SPLIT)
+def test_two_processes_share_the_prototypes_out_together(run_torchrun):
+    run_torchrun(2, SPLIT)
 
 
 def test_without_centring_the_centre_stays_where_it_is():

@@ -20,8 +20,9 @@ from torchvision.datasets import ImageFolder
 
 import evaluate
 from common.weights import CheckpointError, load_backbone, save_model
-from data.datasets import Data, DataError, Shapes, TorchvisionSet
-from data.loaders import eval_view
+from data.datasets import Data, DataError, TorchvisionDataset
+from data.loaders import center_crop_view
+from data.shapes import Shapes
 from evaluation import supervised as classify
 from step import build_networks
 from vit import VisionTransformer
@@ -109,7 +110,7 @@ def test_knn_with_no_argument_judges_the_newest_run(run, monkeypatch, capsys):
         shapes = Shapes("test", count, 32)
         order = sorted(range(count), key=lambda i: (i % 3, i))
         with torch.no_grad():
-            x = model(torch.stack([eval_view(shapes[i][0], 32) for i in order]))
+            x = model(torch.stack([center_crop_view(shapes[i][0], 32) for i in order]))
         return torch.nn.functional.normalize(x).numpy(), [i % 3 for i in order]
 
     bank, queries = features("train", 60), features("val", 23)
@@ -166,7 +167,7 @@ def train(folder, task, *more, at=None):
 def held_out(count=23):
     """The held-out pictures in the order in which they are judged, and their classes."""
     shapes, order = Shapes("test", count, 32), sorted(range(count), key=lambda i: (i % 3, i))
-    return torch.stack([eval_view(shapes[i][0], 32) for i in order]), torch.tensor([i % 3 for i in order])
+    return torch.stack([center_crop_view(shapes[i][0], 32) for i in order]), torch.tensor([i % 3 for i in order])
 
 
 def test_quick_linear(run, monkeypatch, capsys):
@@ -234,7 +235,7 @@ def test_going_on_changes_nothing(run, monkeypatch, capsys, task, end):
     output = folder / "runs" / "one" / f"teacher.{task}"
     train(folder, task, *more)
     output.rename(folder / "whole")
-    step = classify.train_step
+    step = classify.supervised_step
     calls = itertools.count()
 
     def interrupted(*args):
@@ -244,7 +245,7 @@ def test_going_on_changes_nothing(run, monkeypatch, capsys, task, end):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
-    monkeypatch.setattr(classify, "train_step", interrupted)
+    monkeypatch.setattr(classify, "supervised_step", interrupted)
     capsys.readouterr()
     with pytest.raises(Killed) if end == "killed" else contextlib.nullcontext():
         train(folder, task, *more) if end == "killed" else evaluate.main(evaluate.parse_args(
@@ -349,7 +350,7 @@ class Unnamed(torch.utils.data.Dataset):
 
 
 def test_sets_that_do_not_name_their_classes():
-    bank, queries = TorchvisionSet(Unnamed([0, 2, 1])), TorchvisionSet(Unnamed([4]))
+    bank, queries = TorchvisionDataset(Unnamed([0, 2, 1])), TorchvisionDataset(Unnamed([4]))
     queries.images.labels.append("cut")  # cannot be read
     assert evaluate.class_names(Data(bank, bank, queries, "", "")) == ["0", "1", "2", "3", "4"]
 

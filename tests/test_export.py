@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import export
 import infer
 from common.weights import CheckpointError, save_model
-from data.loaders import eval_view
+from data.loaders import center_crop_view
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,7 @@ def test_the_users_pictures_are_compared_on_too(saved, scene, tmp_path, monkeypa
     seen, compute = [], export.compute
     monkeypatch.setattr(export, "compute", lambda backbone, images, about: seen.append(images) or compute(
         backbone, images, about))
-    make(saved[0], "--pictures", str(tmp_path / "pictures"))
+    make(saved[0], "--images", str(tmp_path / "pictures"))
     about = dict(patch_size=8, image_size=[32, 32])
     expected = torch.from_numpy(np.asarray(infer.prepare(scene, about)).copy()).permute(2, 0, 1) / 255
     mean, std = torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -236,7 +236,7 @@ def test_pictures_are_prepared_as_for_evaluation(scene, size):
     picture = scene.resize(size)
     about = dict(patch_size=8, image_size=[48, 32])
     ours = np.asarray(infer.prepare(picture, about)) / 255
-    expected = eval_view(picture, 48, 32).permute(1, 2, 0).numpy() * (0.229, 0.224, 0.225) + (0.485, 0.456, 0.406)
+    expected = center_crop_view(picture, 48, 32).permute(1, 2, 0).numpy() * (0.229, 0.224, 0.225) + (0.485, 0.456, 0.406)
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     whole = infer.prepare(picture, about | {"image_size": None})
     assert whole.size == (size[0] // 8 * 8, size[1] // 8 * 8)
@@ -298,7 +298,7 @@ def test_a_folder_with_file_and_picture_is_enough(saved, tmp_path, scene, script
     session, about = infer.open_model(str(file))
     picture = infer.prepare(Image.open(place / "dog.png"), about)
     features, attention = infer.infer(session, about, picture)
-    x = eval_view(picture, *picture.size[::-1])
+    x = center_crop_view(picture, *picture.size[::-1])
     x = x * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1) + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
     x = (x - torch.tensor(about["mean"]).view(3, 1, 1)) / torch.tensor(about["std"]).view(3, 1, 1)
     with torch.no_grad():

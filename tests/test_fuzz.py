@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
-from common.checkpoint import load_state, resume, save_state
+from common.checkpoint import load_checkpoint, resume_run, save_checkpoint
 from common.weights import CheckpointError, load_backbone, save_model
-from data.datasets import Unreadable, open_rgb
-from data.loaders import eval_view
+from data.images import ImageReadError, read_image
+from data.loaders import center_crop_view
 from step import build_networks, train_step
 
 GIB = 2**30
@@ -109,11 +109,11 @@ def read_all(contents, path, count):
     for i in range(count):
         path.write_bytes(mutate(contents[i % len(contents)], rng))
         try:
-            image = open_rgb(path)
-        except Unreadable as error:
+            image = read_image(path)
+        except ImageReadError as error:
             assert str(path) in str(error) and len(str(error)) < 2000
             continue
-        assert image.mode == "RGB" and eval_view(image, 32).shape == (3, 32, 32)
+        assert image.mode == "RGB" and center_crop_view(image, 32).shape == (3, 32, 32)
         read += 1
     return read
 
@@ -122,7 +122,7 @@ def test_10000_damaged_pictures(scene, tmp_path):
     contents = originals(scene)
     for i, content in enumerate(contents):
         (tmp_path / "whole").write_bytes(content)
-        assert min(open_rgb(tmp_path / "whole").size) == 61, i
+        assert min(read_image(tmp_path / "whole").size) == 61, i
     read, grown = within_limits(read_all, contents, tmp_path / "damaged", 10_000)
     print(f"{read} of 10,000 damaged pictures could be read, memory grew by {grown / 2**20:.0f} MiB")
     assert 1000 < read < 9000 and grown < 2.5 * GIB
@@ -142,15 +142,15 @@ def test_absurd_sizes_are_refused(tmp_path, width, height, words):
     (tmp_path / "b.png").write_bytes(b"P6 %d %d 255\n" % (width, height))
     (tmp_path / "c.png").write_bytes(bmp)
     for name in "abc":
-        with pytest.raises(Unreadable, match=f"{name}.png: .*{words}"):
-            open_rgb(tmp_path / f"{name}.png")
+        with pytest.raises(ImageReadError, match=f"{name}.png: .*{words}"):
+            read_image(tmp_path / f"{name}.png")
 
 
 def test_only_picture_formats_are_opened(tmp_path):
     """What Pillow knows besides (EPS starts a program) is not asked, whatever the content says."""
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n")
-    with pytest.raises(Unreadable, match="cannot identify image file"):
-        open_rgb(tmp_path / "a.jpg")
+    with pytest.raises(ImageReadError, match="cannot identify image file"):
+        read_image(tmp_path / "a.jpg")
 
 
 # ---- checkpoints ----
@@ -226,9 +226,9 @@ def load_all(folder, count):
     objects, info, progress = small_run()
     flags = {"lr": 0.1}
     states = {name: thing.state_dict() for name, thing in objects.items()}
-    save_state(folder / "run.pth", **states, info=info, progress=progress, fixed={"arch": "vit_tiny"}, flags=flags)
+    save_checkpoint(folder / "run.pth", **states, info=info, progress=progress, fixed={"arch": "vit_tiny"}, flags=flags)
     save_model(folder / "model.safetensors", states["teacher"], info)
-    state = load_state(folder / "run.pth")
+    state = load_checkpoint(folder / "run.pth")
     torch.save(states["student"], folder / "legacy.pth", _use_new_zipfile_serialization=False)
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
@@ -245,8 +245,8 @@ def load_all(folder, count):
             broken = broken if isinstance(broken, dict) else {"backbone": broken}
             words = {str(k): json.dumps(v, default=str) if rng.random() < 0.9 else "{" for k, v in broken.items()}
             save_file(states["teacher"], path, metadata | words)
-        model = unless_refused(path, load_backbone, path, say=quiet)
-        resumed = unless_refused(path, resume, path, {"arch": "vit_tiny"}, flags, objects, dict(progress), say=quiet)
+        model = unless_refused(path, load_backbone, path, log=quiet)
+        resumed = unless_refused(path, resume_run, path, {"arch": "vit_tiny"}, flags, objects, dict(progress), say=quiet)
         if model:
             model, _ = model
             loaded[kind] += 1
@@ -279,7 +279,7 @@ def test_a_zip_bomb_is_no_checkpoint(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", bytes(50_000_000))
     with pytest.raises(CheckpointError, match="claims to hold more than it does"):
-        load_state(tmp_path / "bomb.pth")
+        load_checkpoint(tmp_path / "bomb.pth")
 
 
 def test_nothing_is_fetched_for_a_file(tmp_path, monkeypatch):

@@ -17,10 +17,11 @@ from torchvision.transforms import functional as TF
 import retrieve
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from common.weights import save_model
-from data.datasets import DataError, ImageTree, Shapes
-from data.loaders import eval_view
+from data.datasets import DataError, ImageFolder
+from data.loaders import center_crop_view
 from data.retrieval import read_copydays, read_landmarks
-from evaluation.descriptor import cls_and_gem, learn_whitening
+from data.shapes import Shapes
+from evaluation.descriptor import cls_and_gem_features, fit_whitening
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,8 +74,8 @@ def make_copydays(root, images):
 @pytest.fixture
 def copydays(tmp_path, request):
     """Copies of 12 pictures, and 50 others beside them; of --pictures if that is given."""
-    real = request.config.getoption("--pictures")
-    images = ImageTree(real) if real else Shapes("test", 62, 64)
+    real = request.config.getoption("--images")
+    images = ImageFolder(real) if real else Shapes("test", 62, 64)
     pictures = [images[i][0] for i in range(62)]
     make_copydays(tmp_path / "copydays", pictures[:12])
     (tmp_path / "others").mkdir()
@@ -95,10 +96,10 @@ def test_copies_equal_the_protocol_by_hand(model, copydays, capsys, whitening):
     def features(folder):
         images = [Image.open(file).convert("RGB").resize((48, 48), Image.Resampling.BICUBIC)
                   for file in sorted(folder.iterdir())]
-        return cls_and_gem(network, torch.cat([normalised(image) for image in images]))
+        return cls_and_gem_features(network, torch.cat([normalised(image) for image in images]))
     database, strong, jpeg = (features(copydays / name) for name in ("original", "strong", "jpegqual/5"))
     distractors = features(others)
-    white = learn_whitening(distractors) if whitening else lambda x: x
+    white = fit_whitening(distractors) if whitening else lambda x: x
     database = F.normalize(white(torch.cat((database, distractors))), dim=1)
     strong, jpeg = (F.normalize(white(x), dim=1) @ database.T for x in (strong, jpeg))
     assert result["mAP"]["strong"] == pytest.approx(mean_ap(strong, [i // 4 for i in range(48)]))
@@ -128,9 +129,9 @@ def test_layout_of_copydays(copydays, tmp_path):
         read_copydays(tmp_path / "half")
 
 
-def test_a_copy_that_cannot_be_read_ends_it(model, copydays, stopped):
+def test_a_copy_that_cannot_be_read_ends_it(model, copydays, exit_message):
     (copydays / "strong" / "200301.jpg").write_bytes(b"bad")
-    line = stopped(run, "copies", "--ckpt", model[1], "--data_path", copydays, "--image_size", 48)
+    line = exit_message(run, "copies", "--ckpt", model[1], "--data_path", copydays, "--image_size", 48)
     assert "1 of 48 pictures cannot be read; the first: " in line and "200301.jpg" in line
 
 
@@ -286,7 +287,7 @@ def test_search_finds_what_is_nearest(model, photos, tmp_path, capsys):
     run("search", "--ckpt", path, "--data_path", photos, "--nearest", 3, tmp_path / "query.png", photos / "a" / "2.png")
     first, second = capsys.readouterr().out.split(f"{photos / 'a' / '2.png'}:\n")
     files = sorted(photos.rglob("*.png"))
-    features = F.normalize(torch.cat([network(eval_view(Image.open(file), 32)[None]) for file in files]))
+    features = F.normalize(torch.cat([network(center_crop_view(Image.open(file), 32)[None]) for file in files]))
     scores = features @ features[files.index(photos / "a" / "4.png")]
     order = scores.argsort(descending=True)[:3].tolist()
     assert [f"  {scores[i]:6.3f}  {files[i]}" for i in order] == first.splitlines()[-4:-1]
@@ -318,7 +319,7 @@ def test_the_sheet_shows_what_was_found(model, photos, tmp_path):
     sheet = Image.open(model[1].with_suffix(".search") / "query.png.nearest.png")
     with torch.no_grad():
         files = sorted(photos.rglob("*.png"))
-        features = F.normalize(torch.cat([model[0](eval_view(Image.open(file), 32)[None]) for file in files]))
+        features = F.normalize(torch.cat([model[0](center_crop_view(Image.open(file), 32)[None]) for file in files]))
     order = (features @ features[files.index(photos / "a" / "4.png")]).argsort(descending=True)[:2]
     for i, file in enumerate([tmp_path / "query.png", *(files[j] for j in order)]):
         left = 8 + i * 188
@@ -348,9 +349,9 @@ def test_sheets_are_not_found(model, photos, tmp_path, capsys):
     assert capsys.readouterr().out.count(str(photos)) == 1 + 8 + 1  # the query, the others and, from here, a sheet
 
 
-def test_queries_that_cannot_be_read_leave_the_others(model, photos, tmp_path, stopped):
+def test_queries_that_cannot_be_read_leave_the_others(model, photos, tmp_path, exit_message):
     (tmp_path / "bad.png").write_bytes(b"bad")
-    line = stopped(run, "search", "--ckpt", model[1], "--data_path", photos, tmp_path / "bad.png",
+    line = exit_message(run, "search", "--ckpt", model[1], "--data_path", photos, tmp_path / "bad.png",
                    photos / "b" / "1.png", tmp_path / "none.png")
     assert "2 of 3 queries cannot be read; the first: " in line and "bad.png" in line
     assert (model[1].with_suffix(".search") / "1.png.1.nearest.png").exists()

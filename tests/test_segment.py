@@ -10,7 +10,8 @@ from torchvision.transforms import functional as TF
 
 import segment
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from data.datasets import DataError, Shapes
+from data.datasets import DataError
+from data.shapes import Shapes
 from tests.evaluation.test_label_propagation import by_definition
 from tests.evaluation.test_masks import f_by_definition
 from vit import VisionTransformer
@@ -76,7 +77,7 @@ def jaccard_of_attention(network, image, truths, size, mass, void=False):
 
 def test_masks_of_shapes(model, capsys):
     network, path = model
-    run("masks", "--ckpt", path, "--data_path", "shapes:32", "--pictures", 5, "--image_size", 64, "--mass", 0.5)
+    run("masks", "--ckpt", path, "--data_path", "shapes:32", "--images", 5, "--image_size", 64, "--mass", 0.5)
     result = json.loads(path.with_suffix(".masks.json").read_text())
     assert result["pictures"] == 5 and result["left_out"] == []
     torch.manual_seed(0)
@@ -97,7 +98,7 @@ def test_masks_of_shapes(model, capsys):
 
 def test_untrained_is_said_once(model, capsys):
     _, path = model
-    run("masks", "--ckpt", path, "--pictures", 2, "--untrained")
+    run("masks", "--ckpt", path, "--images", 2, "--untrained")
     result = json.loads((path.parent / "teacher.untrained.masks.json").read_text())
     assert list(result["jaccard"]) == ["untrained"] and result["image_size"] == 72  # 480 to 224 as 72 to 32, nearly
 
@@ -118,11 +119,11 @@ def test_each_object_has_its_best_head(model, davis):
     assert result["jaccard"]["trained"]["best_head"] == pytest.approx(100 * np.mean(best))
 
 
-def test_masks_that_cannot_be_used_are_named_and_the_others_judged(model, davis, stopped):
+def test_masks_that_cannot_be_used_are_named_and_the_others_judged(model, davis, exit_message):
     _, path = model
     Image.new("L", (10, 10), 255).save(davis / "Annotations" / "480p" / "single" / "00002.png")
     Image.new("L", (150, 100)).save(davis / "Annotations" / "480p" / "single" / "00003.png")
-    line = stopped(run, "masks", "--ckpt", path, "--data_path", davis)
+    line = exit_message(run, "masks", "--ckpt", path, "--data_path", davis)
     assert "2 of 12 pictures were left out; the first: " in line
     assert "00002.png: the mask is 10 x 10 pixels, its picture 150 x 100" in line
     result = json.loads(path.with_suffix(".masks.json").read_text())
@@ -244,7 +245,7 @@ def test_video_keeps_what_was_done(model, davis, capsys, monkeypatch):
     assert json.loads((path.with_suffix(".video") / "result.json").read_text())["sequences"] == {}
 
 
-def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, stopped):
+def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, exit_message):
     _, path = model
     frames, masks = davis / "JPEGImages" / "480p", davis / "Annotations" / "480p"
     for name in ("a_cut", "b_unmasked", "c_small_mask", "d_other_mask", "e_nothing"):
@@ -259,7 +260,7 @@ def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, stoppe
     Image.new("L", (15, 10)).save(masks / "d_other_mask" / "00002.png")
     (masks / "d_other_mask" / "00003.png").write_bytes((masks / "pair" / "00003.png").read_bytes())
     Image.new("L", (150, 100)).save(masks / "e_nothing" / "00000.png")
-    line = stopped(run, "video", "--ckpt", path, "--data_path", davis, "--image_size", 64)
+    line = exit_message(run, "video", "--ckpt", path, "--data_path", davis, "--image_size", 64)
     assert "5 of 7 sequences could not be followed to their end; the first: " in line
     assert line.endswith("00003.jpg: 150 x 90 pixels, the first frame has 150 x 100")
     output = path.with_suffix(".video")
@@ -294,9 +295,9 @@ def test_precision_is_that_of_the_backbone(model):
     assert errors["fp32"] < 1e-5 and 1e-4 < errors["bf16"] < 5e-2
 
 
-def test_several_processes_are_refused(model, davis, stopped, monkeypatch):
+def test_several_processes_are_refused(model, davis, exit_message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process does it" in stopped(run, "video", "--ckpt", model[1], "--data_path", davis)
+    assert "one process does it" in exit_message(run, "video", "--ckpt", model[1], "--data_path", davis)
 
 
 @pytest.mark.parametrize("width, height, shorter, p, expected", [

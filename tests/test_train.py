@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from common.checkpoint import load_state
-from data import views
-from data.datasets import Shapes
+from common.checkpoint import load_checkpoint
+from data import loaders
+from data.shapes import Shapes
 from dino_loss import DINOHead, DINOLoss
-from step import Network, build_networks, compile_regions, move_teacher, train_step
+from step import MultiCropWrapper, build_networks, compile_blocks, train_step, update_teacher
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def test_24_steps_equal_the_reference(golden, image, name, flags, way):
         "--warmup_teacher_temp_epochs 2").split())
 
     def network():
-        result = Network(VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2),
+        result = MultiCropWrapper(VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2),
                                DINOHead(32, 96, hidden_dim=64, bottleneck_dim=32, norm_last_layer=args.norm_last_layer))
         result.load_state_dict({key[5:]: value.clone() for key, value in g.items() if key.startswith("init.")})
         return result
@@ -59,7 +59,7 @@ def test_24_steps_equal_the_reference(golden, image, name, flags, way):
     optimizer = train.build_optimizer(args.optimizer, groups)
     student.backbone.activation_checkpointing = way == "checkpointed"
     if way == "compiled":
-        compile_regions(student, teacher)
+        compile_blocks(student, teacher)
     losses = []
     for step in range(24):
         views = [image(4, s, s, 0.3 * step + 1.1 * v) for v, s in enumerate((32, 32, 16, 16, 16))]
@@ -113,7 +113,7 @@ def test_teacher_starts_as_the_student_and_moves():
     with torch.no_grad():
         for p in student.parameters():
             p.add_(1.0)
-    move_teacher(teacher, student, 0.9)
+    update_teacher(teacher, student, 0.9)
     for p, q in zip(teacher.parameters(), before):
         torch.testing.assert_close(p, q + 0.1, rtol=0, atol=1e-6)
 
@@ -175,7 +175,7 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
-def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
+def test_a_run_writes_what_it_promises(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 2 --knn_every 1 --saveckp_freq 1 --linear_probe")
     out = capsys.readouterr().out
     for words in ("effective lr 0.000125", "raw pixels", "untrained backbone", "teacher entropy", "ln K 4.16", "img/s",
@@ -191,7 +191,7 @@ def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
     assert records[0]["kl"] == pytest.approx(records[0]["loss"] - records[0]["teacher_entropy"])
     assert [(line["knn"], "linear" in line) for line in lines(tmp_path) if "knn" in line] == [
         ("raw pixels", False), ("untrained backbone", True), ("epoch 0", True), ("epoch 1", True)]
-    state = load_state(tmp_path / "checkpoint.pth")
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
     assert state["progress"]["step"] == 8 and state["flags"]["embed_dim"] == 32
     teacher = load_file(tmp_path / "teacher.safetensors")
     assert teacher.keys() == state["teacher"].keys()
@@ -200,7 +200,7 @@ def test_a_run_writes_what_it_promises(shapes_300, tmp_path, capsys):
     assert state["flags"] == again
 
 
-def test_an_interrupted_run_ends_like_a_whole_one(shapes_300, tmp_path):
+def test_an_interrupted_run_ends_like_a_whole_one(small_shapes, tmp_path):
     flags = "--drop_path_rate 0.2 --epochs 3"
     run(tmp_path / "whole", flags)
 
@@ -220,7 +220,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(shapes_300, tmp_path):
         train.save_run = save
     run(tmp_path / "parts", flags + " --num_workers 2")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    whole, parts = (load_state(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for which in ("student", "teacher", "dino_loss"):
         for name, value in whole[which].items():
             assert torch.equal(value, parts[which][name]), f"{which} {name}"
@@ -252,15 +252,15 @@ def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path):
         torch.testing.assert_close(value, load_file(tmp_path / "two" / "teacher.safetensors")[name], rtol=0, atol=1e-4)
 
 
-def test_views_made_in_batches_teach_the_same(shapes_300, tmp_path, monkeypatch):
+def test_views_made_in_batches_teach_the_same(small_shapes, tmp_path, monkeypatch):
     """To rounding: each view is the same picture with the same numbers."""
-    class Counted(views.BatchMultiCrop):
+    class Counted(loaders.BatchMultiCrop):
         def __call__(self, pixels, plans):
             batches.append(len(pixels))
             return super().__call__(pixels, plans)
 
     batches = []
-    monkeypatch.setattr(views, "BatchMultiCrop", Counted)
+    monkeypatch.setattr(loaders, "BatchMultiCrop", Counted)
     for where, made in (("cpu", []), ("device", 8 * [64])):
         run(tmp_path / where, f"--epochs 2 --views {where} --num_workers 2")
         assert batches == made
@@ -276,13 +276,13 @@ def test_views_made_in_batches_teach_the_same(shapes_300, tmp_path, monkeypatch)
     "--precision bf16 --optimizer lars", "--precision fp16 --optimizer sgd --accum_steps 2 --batch_size_per_gpu 32",
     "--use_bn_in_head true --clip_mode global --local_crops_number 0 --views device",
     "--clip_grad 0 --norm_last_layer false"])
-def test_every_way_to_train_runs(shapes_300, tmp_path, flags):
+def test_every_way_to_train_runs(small_shapes, tmp_path, flags):
     run(tmp_path, f"--epochs 1 {flags}")
     assert len(losses(tmp_path)) == 4 and all(math.isfinite(loss) for loss in losses(tmp_path))
 
 
 @pytest.mark.parametrize("asked, epochs, recorded", [(2, 2, 2), (9, 1, 2)])
-def test_a_trace_is_recorded(shapes_300, tmp_path, asked, epochs, recorded):
+def test_a_trace_is_recorded(small_shapes, tmp_path, asked, epochs, recorded):
     """Of the steps asked for, or, in a run that is shorter, of all after two."""
     run(tmp_path, f"--epochs {epochs} --profile {asked} --activation_checkpointing" + " --compile" * (epochs == 1))
     trace = json.loads((tmp_path / "trace.json").read_text())
@@ -301,7 +301,7 @@ def test_a_machine_without_a_compiler_is_told(tmp_path):
     assert "compiler found" in result.stderr.splitlines()[-1]
 
 
-def test_collapse_to_uniform_is_reported(shapes_300, tmp_path, capsys):
+def test_collapse_to_uniform_is_reported(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 2 --warmup_teacher_temp 1 --teacher_temp 1")
     assert "WARNING: collapsed to uniform" in capsys.readouterr().out
 
@@ -310,26 +310,26 @@ NO_CENTRING = "--epochs 8 --lr 0.02 --teacher_temp 0.01 --warmup_teacher_temp 0.
     "--center_momentum 1"
 
 
-def test_collapse_to_one_prototype_is_reported(shapes_300, tmp_path, capsys):
+def test_collapse_to_one_prototype_is_reported(small_shapes, tmp_path, capsys):
     run(tmp_path, NO_CENTRING)
     assert "WARNING: collapsed to one prototype" in capsys.readouterr().out
 
 
-def test_sharing_the_prototypes_out_prevents_that_collapse(shapes_300, tmp_path, capsys):
+def test_sharing_the_prototypes_out_prevents_that_collapse(small_shapes, tmp_path, capsys):
     run(tmp_path, f"{NO_CENTRING} --centering sinkhorn")
     assert "collapsed" not in capsys.readouterr().out
     assert min(line["teacher_entropy_of_mean"] for line in lines(tmp_path) if "loss" in line) > 0.5 * math.log(64)
 
 
 @pytest.mark.parametrize("teacher", ["student", "momentum"])
-def test_a_teacher_without_momentum_is_reported(shapes_300, tmp_path, capsys, teacher):
+def test_a_teacher_without_momentum_is_reported(small_shapes, tmp_path, capsys, teacher):
     run(tmp_path, f"--epochs 4 --lr 0.002 --momentum_teacher 0.99 --teacher {teacher}")
     assert ("WARNING: collapsed to one prototype" in capsys.readouterr().out) == (teacher != "momentum")
 
 
 @pytest.mark.parametrize("flags", ["--loss mse --predictor true --use_bn_in_head true --local_crops_number 0",
                                    "--predictor true --l2_bottleneck false --teacher previous_epoch"])
-def test_a_run_with_other_switches_goes_on(shapes_300, tmp_path, flags):
+def test_a_run_with_other_switches_goes_on(small_shapes, tmp_path, flags):
     run(tmp_path / "whole", f"--epochs 2 {flags}")
     run(tmp_path / "parts", f"--epochs 1 {flags}")
     run(tmp_path / "parts", f"--epochs 2 {flags}")
@@ -350,7 +350,7 @@ def test_recipes_are_flags(path):
     assert bool(changed) == (path.stem != "dino")
 
 
-def test_flags_reach_loss_and_head(shapes_300, tmp_path, capsys):
+def test_flags_reach_loss_and_head(small_shapes, tmp_path, capsys):
     flags = "--epochs 1 --student_temp 0.2 --center_momentum 0.5 --head_layers 2 --bottleneck_dim 24"
     made, build = [], train.DINOLoss
 
@@ -369,9 +369,9 @@ def test_flags_reach_loss_and_head(shapes_300, tmp_path, capsys):
         run(tmp_path, "--epochs 2 --head_layers 2")
 
 
-def test_a_run_from_before_a_flag_goes_on(shapes_300, tmp_path, capsys):
+def test_a_run_from_before_a_flag_goes_on(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 1")
-    state = load_state(tmp_path / "checkpoint.pth")
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
     for name in ("head_layers", "bottleneck_dim", "l2_bottleneck", "predictor"):
         del state["fixed"][name]
     train.save_state(tmp_path / "checkpoint.pth", 1, **state)
@@ -399,7 +399,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     ("--seed 1", "seed 0, not 1"), ("--batch_size_per_gpu 32", "global batch 64, not 32"),
     ("--norm_last_layer false", "norm_last_layer True, not False"), ("--embed_dim 64", "embed_dim 32, not 64")])
-def test_another_run_is_not_continued(shapes_300, tmp_path, flags, words):
+def test_another_run_is_not_continued(small_shapes, tmp_path, flags, words):
     run(tmp_path, "--epochs 1")
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.raises(train.CheckpointError, match=words):
@@ -407,7 +407,7 @@ def test_another_run_is_not_continued(shapes_300, tmp_path, flags, words):
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
-def test_judging_later_does_not_call_the_trained_untrained(shapes_300, tmp_path, capsys):
+def test_judging_later_does_not_call_the_trained_untrained(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 1")
     run(tmp_path, "--epochs 2 --knn_every 1")
     assert [line["knn"] for line in lines(tmp_path) if "knn" in line] == ["epoch 0", "epoch 1"]

@@ -17,7 +17,7 @@ from PIL import Image
 import export
 import infer
 from common.weights import save_model
-from evaluation.masks import keep_mass
+from evaluation.masks import threshold_attention
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -238,7 +238,7 @@ def test_maps_and_similarities(page, model, scene, tmp_path):
 
     page.locator("#mass").fill("0.6")
     for i, values in enumerate(maps):
-        kept = keep_mass(torch.from_numpy(values.ravel()), 0.6).reshape(values.shape).numpy()
+        kept = threshold_attention(torch.from_numpy(values.ravel()), 0.6).reshape(values.shape).numpy()
         assert np.array_equal(drawn(page, 2 + i)[:, :, 3] == 255, kept) and 0 < kept.sum() < kept.size
 
 

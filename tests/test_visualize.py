@@ -15,9 +15,9 @@ import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from common import cli
 from common.weights import save_model
-from data.datasets import Shapes
-from data.video import open_clip
-from plotting.draw import COLORS, heads_in_color, in_color, spotlight
+from data.shapes import Shapes
+from data.video import open_video
+from plotting.draw import COLORS, colorize, colorize_heads, highlight_mask
 from vit import VisionTransformer
 
 GAP = 8
@@ -59,14 +59,14 @@ def test_attention_is_that_of_the_whole_matrix(model, photos, capsys):
         assert found.dtype == np.float32 and np.abs(found - expected).max() < 1e-6
         for head in range(4):
             drawn = Image.open(output / f"{name}.head{head + 1}.png")
-            assert drawn.size == image.size and np.array_equal(drawn, in_color(expected[head], image.size))
+            assert drawn.size == image.size and np.array_equal(drawn, colorize(expected[head], image.size))
     assert "a.png: 4 heads of 6 x 9 patches" in capsys.readouterr().out
     sheet = Image.open(output / "a.png.png")
     side = (640 - GAP) // 4 - GAP  # four places a row: picture, mean, mask, colours; heads; their masks
     assert sheet.width == 640 and 3 * side * 40 / 60 < sheet.height < 3 * side
     corner = sheet.getpixel((GAP + side + GAP + 1, GAP + 1))  # of the mean's map
     expected = np.load(output / "a.png.npy").mean(axis=0)
-    assert corner == in_color(expected, (9, 6)).getpixel((0, 0))
+    assert corner == colorize(expected, (9, 6)).getpixel((0, 0))
 
 
 def test_attention_without_a_size_is_larger_than_training(model, photos):
@@ -107,29 +107,29 @@ def test_attention_of_an_exported_file_is_the_same(model, photos, flags, size):
     assert np.abs(found - expected.numpy()).max() < (1e-3 if "mixed" in flags else 1e-5)
 
 
-def test_what_an_exported_file_does_not_do(model, photos, stopped):
+def test_what_an_exported_file_does_not_do(model, photos, exit_message):
     onnx = photos / "model.onnx"
     export.main(export.parse_args(["--ckpt", str(model[1]), "--output", str(onnx)]))
     picture = photos / "a.png"
-    assert "takes 32 x 32 pixels; leave --image_size out" in stopped(
+    assert "takes 32 x 32 pixels; leave --image_size out" in exit_message(
         run, "attention", picture, "--ckpt", onnx, "--image_size", 64)
     for flags in (["--untrained"], ["--checkpoint_key", "teacher"]):
-        assert "has neither --untrained" in stopped(run, "attention", picture, "--ckpt", onnx, *flags)
+        assert "has neither --untrained" in exit_message(run, "attention", picture, "--ckpt", onnx, *flags)
     grey = VisionTransformer(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2)
     save_model(photos / "grey.safetensors", {f"backbone.{k}": v for k, v in grey.state_dict().items()},
                dict(backbone=dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2)))
     export.main(export.parse_args(["--ckpt", str(photos / "grey.safetensors")]))
-    assert "takes other channels than red" in stopped(run, "attention", picture, "--ckpt", photos / "grey.onnx")
+    assert "takes other channels than red" in exit_message(run, "attention", picture, "--ckpt", photos / "grey.onnx")
     (photos / "text.onnx").write_text("no model")
-    assert "text.onnx: not a file of export.py" in stopped(run, "attention", picture, "--ckpt", photos / "text.onnx")
+    assert "text.onnx: not a file of export.py" in exit_message(run, "attention", picture, "--ckpt", photos / "text.onnx")
 
 
-def test_pictures_that_cannot_be_read_leave_the_others(model, photos, stopped, capsys):
+def test_pictures_that_cannot_be_read_leave_the_others(model, photos, exit_message, capsys):
     (photos / "c.png").write_bytes(b"no picture")
     (photos / "empty").mkdir()
     names = [photos / "gone.png", photos, photos / "empty", "shapes:5", photos / "a.png"]
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda args: run("attention", *names, "--ckpt", model[1], "--image_size", 16, "--output_dir",
+        cli.run_command(lambda args: run("attention", *names, "--ckpt", model[1], "--image_size", 16, "--output_dir",
                                  photos / "out"), lambda: None, visualize.DataError)
     said = capsys.readouterr()
     assert stop.value.code == 2 and "4 could not be used; the first: " in said.err
@@ -180,29 +180,29 @@ def test_every_head_is_on_the_sheet(heads, columns, monkeypatch):
         return mask.reshape(values.shape)
     masks, mean = np.stack([mass_of(values) for values in maps]), maps.mean(axis=0)
     assert captions[1] == f"mean of heads, to {mean.max():.1%}" and captions[2] == "60% of the mean"
-    assert np.array_equal(shown[1], in_color(mean, picture.size))
-    assert np.array_equal(shown[2], spotlight(picture, mass_of(mean)))
-    assert np.array_equal(shown[3], heads_in_color(picture, maps, masks))
+    assert np.array_equal(shown[1], colorize(mean, picture.size))
+    assert np.array_equal(shown[2], highlight_mask(picture, mass_of(mean)))
+    assert np.array_equal(shown[3], colorize_heads(picture, maps, masks))
     inside = picture.width - 6, picture.height - 6
     for head in range(heads):  # its mask is below its map
         place = captions.index(f"head {head + 1}, to {maps[head].max():.1%}")
         assert captions[place + columns] == f"60% of head {head + 1}"
-        assert np.array_equal(shown[place][3:-3, 3:-3], in_color(maps[head], inside))
+        assert np.array_equal(shown[place][3:-3, 3:-3], colorize(maps[head], inside))
         assert shown[place][0, 0].tolist() == list(COLORS[head % 16])
-        assert np.array_equal(shown[place + columns], spotlight(picture, masks[head]))
+        assert np.array_equal(shown[place + columns], highlight_mask(picture, masks[head]))
 
 
 # ---- video ----
 
-def test_video_of_a_folder(model, tmp_path, stopped):
+def test_video_of_a_folder(model, tmp_path, exit_message):
     network, path = model
     (tmp_path / "in").mkdir()
     for i in range(6):
         Shapes("train", 8, 48)[i][0].save(tmp_path / "in" / f"{i}.png")
     (tmp_path / "in" / "3.png").write_bytes(b"no picture")
-    line = stopped(run, "video", tmp_path / "in", tmp_path / "out", "--ckpt", path, "--image_size", 48)
+    line = exit_message(run, "video", tmp_path / "in", tmp_path / "out", "--ckpt", path, "--image_size", 48)
     assert "1 could not be used; the first: " in line and "3.png" in line
-    frames = dict(open_clip(tmp_path / "out").frames)
+    frames = dict(open_video(tmp_path / "out").frames)
     assert list(frames) == [f"{i}.png" for i in (0, 1, 2, 4, 5)]
     top = 0.0
     for name, sheet in frames.items():
@@ -211,7 +211,7 @@ def test_video_of_a_folder(model, tmp_path, stopped):
             mean = network.get_last_selfattention(resized(image, 48, 48))[0, :, 0, 1:].mean(dim=0).view(6, 6).numpy()
         top = max(mean.max(), 0.95 * top)
         assert np.array_equal(np.asarray(sheet)[:, :48], image)
-        assert np.abs(np.asarray(sheet, int)[:, 48:] - np.asarray(in_color(mean, (48, 48), high=top), int)).max() <= 3
+        assert np.abs(np.asarray(sheet, int)[:, 48:] - np.asarray(colorize(mean, (48, 48), high=top), int)).max() <= 3
 
 
 def test_the_scale_of_a_video_follows_its_brightest_frame(model, tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_the_scale_of_a_video_follows_its_brightest_frame(model, tmp_path, monke
     for layout in ("side", "overlay"):
         bright = iter([0.8, 0.2, 0.77])
         run("video", tmp_path / "in", tmp_path / layout, "--head", 2, "--layout", layout)
-        for (_, image), value, top in zip(open_clip(tmp_path / layout).frames, (0.8, 0.2, 0.77), (0.8, 0.76, 0.77)):
+        for (_, image), value, top in zip(open_video(tmp_path / layout).frames, (0.8, 0.2, 0.77), (0.8, 0.76, 0.77)):
             values = np.array([[0.0, value]], np.float32)
             made = getattr(visualize, {"side": "side_by_side", "overlay": "overlaid"}[layout])(frame, values, top)
             drawn.append(np.asarray(made).max())
@@ -240,14 +240,14 @@ def test_video_file_to_video_file(model, tmp_path):
     from test_frames import written
     clip = written(tmp_path / "in.mp4", 8)
     run("video", clip, tmp_path / "out.mp4", "--ckpt", model[1], "--image_size", 16, "--layout", "overlay", "--head", 2)
-    made = open_clip(tmp_path / "out.mp4")
-    assert made.rate == open_clip(clip).rate and [image.size for _, image in made.frames] == [(64, 48)] * 8
+    made = open_video(tmp_path / "out.mp4")
+    assert made.rate == open_video(clip).rate and [image.size for _, image in made.frames] == [(64, 48)] * 8
     run("video", clip, tmp_path / "side.mp4", "--ckpt", model[1], "--image_size", 16)
-    assert [image.size for _, image in open_clip(tmp_path / "side.mp4").frames] == [(128, 48)] * 8
+    assert [image.size for _, image in open_video(tmp_path / "side.mp4").frames] == [(128, 48)] * 8
     (tmp_path / "in").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "0.png")
     run("video", tmp_path / "in", tmp_path / "slow.mp4", "--ckpt", model[1], "--image_size", 16, "--fps", 7)
-    assert open_clip(tmp_path / "slow.mp4").rate == 7
+    assert open_video(tmp_path / "slow.mp4").rate == 7
 
 
 def test_overlay_shows_the_frame_where_nothing_is_attended_to():
@@ -274,25 +274,25 @@ def test_no_more_than_a_frame_is_held(model, tmp_path, monkeypatch):
                 most.append(sum(other() is not None for other in alive))
                 yield name, image
         return clip._replace(frames=frames())
-    monkeypatch.setattr(visualize, "open_clip", watched)
+    monkeypatch.setattr(visualize, "open_video", watched)
     run("video", tmp_path / "in", tmp_path / "out.mp4", "--ckpt", model[1], "--image_size", 16)
     assert len(most) == 40 and max(most) <= 4
 
 
-def test_videos_that_cannot_be_made(model, tmp_path, stopped, monkeypatch):
+def test_videos_that_cannot_be_made(model, tmp_path, exit_message, monkeypatch):
     from test_frames import written
     clip = written(tmp_path / "in.mp4", 3)
     flags = "--ckpt", model[1]
-    assert "is the input" in stopped(run, "video", clip, clip, *flags)
-    assert "--head 9: there are 4" in stopped(run, "video", clip, tmp_path / "x.mp4", "--head", 9, *flags)
-    assert "no such" in stopped(run, "video", tmp_path / "no.mp4", tmp_path / "x.mp4", *flags).lower()
-    assert "ends with .mp4" in stopped(run, "video", clip, tmp_path / "x.doc", *flags)
-    assert "x.mp4: its folder does not exist" in stopped(run, "video", clip, tmp_path / "no" / "x.mp4", *flags)
+    assert "is the input" in exit_message(run, "video", clip, clip, *flags)
+    assert "--head 9: there are 4" in exit_message(run, "video", clip, tmp_path / "x.mp4", "--head", 9, *flags)
+    assert "no such" in exit_message(run, "video", tmp_path / "no.mp4", tmp_path / "x.mp4", *flags).lower()
+    assert "ends with .mp4" in exit_message(run, "video", clip, tmp_path / "x.doc", *flags)
+    assert "x.mp4: its folder does not exist" in exit_message(run, "video", clip, tmp_path / "no" / "x.mp4", *flags)
     (tmp_path / "file").write_text("")
-    assert "file: is a file" in stopped(run, "video", clip, tmp_path / "file", *flags)
+    assert "file: is a file" in exit_message(run, "video", clip, tmp_path / "file", *flags)
     assert clip.stat().st_size > 500 and not (tmp_path / "x.mp4").exists()
     monkeypatch.setitem(sys.modules, "av", None)
-    line = stopped(run, "video", clip, tmp_path / "x.mp4", *flags)
+    line = exit_message(run, "video", clip, tmp_path / "x.mp4", *flags)
     assert line.endswith("this needs av, which is not installed: pip install av")
 
 
@@ -323,7 +323,7 @@ def test_features_are_components_of_all_pictures(model, photos, capsys):
             if left == GAP and (row, column) == (3, 5):
                 continue  # partly under its mark
             cosine = (F.normalize(x[row, column], dim=0) @ anchor).item()
-            color = in_color(np.array([[cosine]]), (1, 1), -1, 1, visualize.SIGNED).getpixel((0, 0))
+            color = colorize(np.array([[cosine]]), (1, 1), -1, 1, visualize.SIGNED).getpixel((0, 0))
             assert np.abs(sheet[GAP + y, left + 2 * (side + GAP) + place] - color).max() <= 3
         left += 3 * (side + GAP)
     for left in (GAP, GAP + 2 * (side + GAP)):  # row 3 of 6 and column 5 of 9 are framed
@@ -334,23 +334,23 @@ def test_features_are_components_of_all_pictures(model, photos, capsys):
     assert "2 pictures -> " in capsys.readouterr().out
 
 
-def test_features_of_what_is_not_there(model, photos, stopped):
+def test_features_of_what_is_not_there(model, photos, exit_message):
     flags = "--ckpt", model[1], "--image_size", 16
-    assert "--point 60 0: the first picture has 60 x 40 pixels" in stopped(
+    assert "--point 60 0: the first picture has 60 x 40 pixels" in exit_message(
         run, "features", photos / "a.png", "--point", 60, 0, *flags)
-    assert "--point 0 40: the first picture has" in stopped(
+    assert "--point 0 40: the first picture has" in exit_message(
         run, "features", photos / "a.png", "--point", 0, 40, *flags)
-    assert "--point lies in the first picture, which cannot be used" in stopped(
+    assert "--point lies in the first picture, which cannot be used" in exit_message(
         run, "features", photos / "gone.png", photos / "a.png", "--point", 1, 1, *flags)
-    assert "1 could not be used" in stopped(run, "features", photos / "gone.png", *flags)
-    line = stopped(run, "features", photos / "a.png", photos / "gone.png", *flags)
+    assert "1 could not be used" in exit_message(run, "features", photos / "gone.png", *flags)
+    line = exit_message(run, "features", photos / "a.png", photos / "gone.png", *flags)
     assert "1 could not be used; the first: " in line
     assert (model[1].with_suffix(".features") / "features.png").exists()
 
 
 # ---- a folder ----
 
-def test_a_map_of_a_folder(model, tmp_path, stopped, monkeypatch):
+def test_a_map_of_a_folder(model, tmp_path, exit_message, monkeypatch):
     _, path = model
     for i in range(24):
         file = tmp_path / "set" / ("cat", "dog")[i % 2] / f"{i}.png"
@@ -364,15 +364,15 @@ def test_a_map_of_a_folder(model, tmp_path, stopped, monkeypatch):
                                                                                            colors, title))
         return drawn["figure"]
     scatter = visualize.scatter
-    monkeypatch.setattr(visualize, "scatter", kept)
+    monkeypatch.setattr(visualize, "plot_scatter", kept)
     flags = "embedding", "--ckpt", path, "--num_workers", 0
-    line = stopped(run, *flags, "--data_path", tmp_path / "set")
+    line = exit_message(run, *flags, "--data_path", tmp_path / "set")
     assert "1 could not be used; the first: " in line and "99.png" in line
     assert drawn["names"] == ["cat", "dog"] and drawn["title"] == "t-SNE of 24 pictures"
     assert drawn["labels"].tolist() == [0] * 12 + [1] * 12 and len(drawn["points"]) == 24
     assert Image.open(path.parent / "teacher.embedding.png").width >= 1000
     assert Image.open(path.parent / "teacher.embedding.thumbnails.png").size == (1200, 1200)
-    run(*flags, "--data_path", "shapes", "--pictures", 40)
+    run(*flags, "--data_path", "shapes", "--images", 40)
     assert drawn["names"] == list(Shapes.classes) and len(set(drawn["labels"].tolist())) == 8
     red, cyan = (dots.get_facecolor()[0][:3] for dots in (drawn["figure"].axes[0].collections[i] for i in (1, 5)))
     assert red[0] > 0.8 > 0.2 > red[2] and cyan[2] > 0.8 > 0.2 > cyan[0]  # a class that is a hue has that colour
@@ -384,8 +384,8 @@ def test_the_pictures_of_a_map_are_those_of_its_points(model, tmp_path, monkeypa
     def kept(points, labels, colors, open_picture):
         opened.update({i: (open_picture(i), labels[i].item()) for i in range(len(points))})
         return Image.new("RGB", (1, 1))
-    monkeypatch.setattr(visualize, "thumbnails", kept)
-    run("embedding", "--ckpt", model[1], "--pictures", 30, "--num_workers", 0)
+    monkeypatch.setattr(visualize, "plot_thumbnails", kept)
+    run("embedding", "--ckpt", model[1], "--images", 30, "--num_workers", 0)
     test = Shapes("test", 2000, 32)
     pixels = {image.tobytes(): label for image, label in (test[i] for i in range(2000))}
     assert len(opened) == 30 and all(pixels[image.tobytes()] == label for image, label in opened.values())
@@ -393,7 +393,7 @@ def test_the_pictures_of_a_map_are_those_of_its_points(model, tmp_path, monkeypa
 
 # ---- training ----
 
-def test_runs(tmp_path, stopped, capsys):
+def test_runs(tmp_path, exit_message, capsys):
     for name, loss in (("one", 3.0), ("two", 4.0)):
         (tmp_path / name).mkdir()
         records = [dict(epoch=0, step=step, loss=loss / (step + 1), data_seconds=0.1, compute_seconds=0.2)
@@ -408,10 +408,10 @@ def test_runs(tmp_path, stopped, capsys):
     assert "1.000" in out and "1.333" in out and "two k-NN 50%: 0 of 1 runs" in out
     svg = (tmp_path / "both.svg").read_text()
     assert "<svg" in svg and "seconds of training" in svg
-    assert "does not say how many images seen" in stopped(run, "run", tmp_path / "one", "--against", "images")
-    assert "expected the folder of a run" in stopped(run, "run", tmp_path / "three")
+    assert "does not say how many images seen" in exit_message(run, "run", tmp_path / "one", "--against", "images")
+    assert "expected the folder of a run" in exit_message(run, "run", tmp_path / "three")
     for name in ("both.doc", "both", "one"):
-        assert "expected a file that ends with .png" in stopped(
+        assert "expected a file that ends with .png" in exit_message(
             run, "run", tmp_path / "one", "--output", tmp_path / name)
     (tmp_path / "one").rename(tmp_path / "$x_$y^")
     run("run", tmp_path / "$x_$y^")
@@ -443,12 +443,12 @@ def test_crops_are_the_views_of_training(photos, tmp_path, capsys):
     assert abs(left - min(view.box[0] for view in multicrop.sample(60, 40, (5, "a.png"))[:2]) * side / 60) <= 2
 
 
-def test_crops_as_in_the_paper(tmp_path, monkeypatch, stopped):
+def test_crops_as_in_the_paper(tmp_path, monkeypatch, exit_message):
     monkeypatch.chdir(tmp_path)
     run("crops", "shapes:64")
     assert Image.open("shapes_64_0.crops.png").width == 1000
-    assert "not a file" in stopped(run, "crops", "gone.png")
-    assert "is a folder, expected one picture" in stopped(run, "crops", tmp_path)
+    assert "not a file" in exit_message(run, "crops", "gone.png")
+    assert "is a folder, expected one picture" in exit_message(run, "crops", tmp_path)
     for text in ("--global_crops_scale 0.9 0.1", "--color_jitter 0 0 0 0.9", "--data_path 'unclosed", "--blur 0 0"):
         (tmp_path / "flags.txt").write_text(text)
         with pytest.raises(SystemExit) as stop:
@@ -467,7 +467,7 @@ def test_crops_are_numbered_and_the_paper_has_ten(tmp_path, monkeypatch):
 
 
 def test_what_is_done_to_a_view_is_told():
-    view = MultiCrop(solarize=1, blur=(1, 1, 1), flip=1, grey=1, jitter=1).sample(100, 50, key=1)[1]
+    view = MultiCrop(solarize=1, blur=(1, 1, 1), flip=1, grayscale=1, jitter=1).sample(100, 50, key=1)[1]
     words = list(visualize.told(view, Image.new("RGB", (100, 50))))
     left, top, right, bottom = view.box
     assert words[0] == f"{(right - left) * (bottom - top) / 50:.0f}%"
@@ -478,4 +478,4 @@ def test_a_module_of_ours_that_is_missing_is_a_defect():
     def main(args):
         raise ModuleNotFoundError("no module named vit", name="vit")
     with pytest.raises(ModuleNotFoundError):
-        cli.run(main, lambda: None)
+        cli.run_command(main, lambda: None)

@@ -8,10 +8,10 @@ from torchvision import transforms
 
 import train
 from benchmarks import checkout, reference
-from common.checkpoint import load_state, save_state
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.weights import CheckpointError, load_backbone
 from data import datasets as data
-from data.loaders import batch_keys
+from data.loaders import iter_batch_keys
 
 SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_heads 2 --patch_size 8 --out_dim 64 "
          "--hidden_dim 32 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "
@@ -27,7 +27,7 @@ def run(tmp_path):
         folder = tmp_path / "run"
         folder.mkdir()
         args = train.parse_args([*SMALL, "--output_dir", str(folder), *flags])
-        save_state(folder / "checkpoint.pth", flags=vars(args),
+        save_checkpoint(folder / "checkpoint.pth", flags=vars(args),
                    fixed={"global batch": batch, "number of pictures": pictures})
         return folder
     return run
@@ -61,9 +61,9 @@ def test_what_is_no_run_or_no_checkout(tmp_path, run):
     with pytest.raises(reference.NoReference, match="no checkout of facebookresearch/dino"):
         reference.main(args)
     assert not (tmp_path / "new").exists()
-    state = load_state(tmp_path / "run" / "checkpoint.pth")
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     for name, value, words in (("arch", "resnet18", "not with resnet18"), ("device", "mps", "cannot run on mps here")):
-        save_state(tmp_path / "run" / "checkpoint.pth", **state | {"flags": state["flags"] | {name: value}})
+        save_checkpoint(tmp_path / "run" / "checkpoint.pth", **state | {"flags": state["flags"] | {name: value}})
         with pytest.raises(reference.NoReference, match=words):
             reference.flags_of(tmp_path / "run")
 
@@ -73,9 +73,9 @@ def test_pictures_come_in_the_order_of_train():
     order = reference.Order(range(11), flags)
     for epoch in (0, 1):
         order.set_epoch(epoch)
-        expected = [index for batch in batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for _, index in batch]
+        expected = [index for batch in iter_batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for _, index in batch]
         assert list(order) == expected and len(order) == len(expected) == 9
-        assert {e for batch in batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for e, _ in batch} == {epoch}
+        assert {e for batch in iter_batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for e, _ in batch} == {epoch}
 
 
 class Blur:
@@ -115,7 +115,7 @@ def test_views_are_of_the_flags(run):
 def test_device_calls_stay_only_while_asked():
     before = torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.synchronize
     x, layer = torch.ones(1), torch.nn.Linear(1, 1)
-    with checkout.stay("cpu"):
+    with checkout.stub_cuda_calls("cpu"):
         assert x.cuda(non_blocking=True) is x and layer.cuda() is layer and torch.cuda.synchronize() is None
     assert (torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.synchronize) == before
 
@@ -203,7 +203,7 @@ def has_batchnorms(network):
 """
 
 
-def test_a_stand_in_trains_as_a_run_says(shapes_300, run, tmp_path, monkeypatch, capsys):
+def test_a_stand_in_trains_as_a_run_says(small_shapes, run, tmp_path, monkeypatch, capsys):
     """Ours, with the reference's names: what main puts in place arrives in the order of train.py, and is taken back."""
     folder = tmp_path / "checkout"
     folder.mkdir()
@@ -223,7 +223,7 @@ def test_a_stand_in_trains_as_a_run_says(shapes_300, run, tmp_path, monkeypatch,
     assert before == (torch.utils.data.DistributedSampler, torch.nn.parallel.DistributedDataParallel, torch.Tensor.cuda)
     assert seen["head"] == (3, 32, 256, False, True) and seen["loss"] == (64, 4, 0.1, 0.9)
     images = data.open_data("shapes:32").train
-    batches = list(batch_keys(0, 36, 300, 0, 16))
+    batches = list(iter_batch_keys(0, 36, 300, 0, 16))
     assert len(seen["views"]) == len(batches) == 36
     for views, batch in zip(seen["views"], batches):
         value = sum(images[index][0].getpixel((9, 9))[0] / 255 for _, index in batch) / 16
@@ -233,13 +233,13 @@ def test_a_stand_in_trains_as_a_run_says(shapes_300, run, tmp_path, monkeypatch,
         "untrained backbone", 4, 9, 14, 17, "epoch 0", 19, 24, 29, 34, 35, "epoch 1"]
     assert all(record["loss"] > 0 and record["lr"] == 0.0005 for record in records if "loss" in record)
     assert "k-NN of epoch 1: top-1" in capsys.readouterr().out
-    weights = load_state(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
+    weights = load_checkpoint(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
     backbone, info = load_backbone(str(tmp_path / "theirs" / "teacher.safetensors"))
     assert all(torch.equal(x, weights[f"backbone.{name}"]) for name, x in backbone.state_dict().items())
     assert info["image_size"] == 32 and backbone.num_heads == 2
 
 
-def test_the_checkout_trains_as_a_run_did(tmp_path, request, shapes_300):
+def test_the_checkout_trains_as_a_run_did(tmp_path, request, small_shapes):
     """With --reference alone: nothing of the reference is in this project."""
     folder_of_it = request.config.getoption("--reference")
     if folder_of_it is None:
@@ -263,7 +263,7 @@ def test_the_checkout_trains_as_a_run_did(tmp_path, request, shapes_300):
     found, info = load_backbone(str(tmp_path / "theirs" / "teacher.safetensors"))
     assert {name: x.shape for name, x in found.state_dict().items()} == {name: x.shape for name, x in weights.items()}
     assert found.num_heads == 2 and info["data_path"] == "shapes:32"
-    state = load_state(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
+    state = load_checkpoint(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
     assert all(torch.equal(x, state[f"backbone.{name}"]) for name, x in found.state_dict().items())
     with pytest.raises(reference.NoReference, match="holds a run already"):
         reference.main(args)

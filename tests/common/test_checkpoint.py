@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import train
 from common import checkpoint as resume
-from common import cli
-from common.checkpoint import CheckpointError, load_state, save_state, saved_states, tensors_in
-from data import views
-from data.datasets import Shapes
-from data.loaders import batch_keys
+from common import cli, distributed
+from common.checkpoint import CheckpointError, iter_tensors, list_checkpoints, load_checkpoint, save_checkpoint
+from data import loaders
+from data.loaders import iter_batch_keys
+from data.shapes import Shapes
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 "
@@ -124,8 +124,8 @@ def new_steps(folder, logged):
 
 def assert_identical(whole, parts):
     """Bit for bit: student, teacher, optimizer, centre, scaler, progress, log and model files."""
-    one, two = (load_state(folder / "checkpoint.pth") for folder in (whole, parts))
-    tensors, others = (dict(tensors_in(state)) for state in (one, two))
+    one, two = (load_checkpoint(folder / "checkpoint.pth") for folder in (whole, parts))
+    tensors, others = (dict(iter_tensors(state)) for state in (one, two))
     assert tensors.keys() == others.keys() and len(tensors) > 150
     different = [name for name in tensors if not torch.equal(tensors[name], others[name])]
     assert different == []
@@ -199,7 +199,7 @@ def test_kills_within_a_save_leave_no_trace(flags, tmp_path):
         child = start(die_within_a_save, train.parse_args(flags("parts", more)), save, point)
         child.join()
         assert child.exitcode == -signal.SIGKILL, (save, point)
-        assert bool(saved_states(tmp_path / "parts" / "checkpoint.pth")) == (save > 1), (save, point)
+        assert bool(list_checkpoints(tmp_path / "parts" / "checkpoint.pth")) == (save > 1), (save, point)
     run(flags("parts", more))
     for folder in ("whole", "parts"):
         (tmp_path / folder / "teacher_best.safetensors").touch()
@@ -229,7 +229,7 @@ def die_after_saving(monkeypatch, times):
 def test_the_diagnosis_of_an_epoch_survives_an_interruption_in_it(flags, monkeypatch):
     seen = {"whole": [], "parts": []}
     for name in seen:
-        monkeypatch.setattr(train, "collapse", lambda *means, name=name: seen[name].append(means))
+        monkeypatch.setattr(train, "detect_collapse", lambda *means, name=name: seen[name].append(means))
         if name == "parts":
             with monkeypatch.context() as patch, pytest.raises(Killed):
                 die_after_saving(patch, times=1)
@@ -276,7 +276,7 @@ def test_signals_save_and_exit_0(flags, tmp_path, name):
     assert child.exitcode == 0
     said = (tmp_path / "said").read_text()
     assert f"{name}: finishing the step, then saving" in said
-    step = load_state(tmp_path / "parts" / "checkpoint.pth")["progress"]["step"]
+    step = load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["progress"]["step"]
     assert f"stopped by {name} after step {step} of 24" in said and "the same command goes on" in said
     assert step >= 8 and step == steps_logged(tmp_path / "parts")
     run(flags("parts", more))
@@ -284,7 +284,7 @@ def test_signals_save_and_exit_0(flags, tmp_path, name):
 
 
 def test_a_second_interrupt_stops_at_once():
-    stop = cli.StopSignals()
+    stop = distributed.StopSignals()
     assert stop.agreed() is None
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # torchrun and the terminal may each send one
@@ -317,7 +317,7 @@ def stop_then_train(args):
         start_bar(*args)
 
     train.Report.start_bar = signalled
-    cli.run(train.main, lambda: args, CheckpointError)
+    cli.run_command(train.main, lambda: args, CheckpointError)
 
 
 def test_a_signal_before_the_first_step_loses_nothing(flags, tmp_path):
@@ -334,7 +334,7 @@ def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     wait_for_steps(process, folder, 8)
     process.terminate()
     output, _ = process.communicate(timeout=120)
-    step = load_state(folder / "checkpoint.pth")["progress"]["step"]
+    step = load_checkpoint(folder / "checkpoint.pth")["progress"]["step"]
     assert output.count(f"stopped by SIGTERM after step {step} of 120") == 1 and "exitcode" not in output
 
     process = torchrun(two, "--max-restarts=1")
@@ -364,25 +364,25 @@ def test_a_process_that_hangs_is_waited_for_in_vain(flags, tmp_path):
 
 
 def test_processes_that_see_different_runs_refuse(monkeypatch):
-    monkeypatch.setattr(cli, "gather", lambda value: [value, 0])
-    with pytest.raises(cli.ProcessError, match="process 1 has a run at step 0, process 0 has 40"):
-        cli.require_same("a run at step", 40)
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, 0])
+    with pytest.raises(distributed.DistributedError, match="process 1 has a run at step 0, process 0 has 40"):
+        distributed.check_same_on_all_ranks("a run at step", 40)
 
 
 # ---- not finite ----
 
 def nan_at(monkeypatch, steps, num_pictures=96, once=True):
     """Make the first picture of these steps NaN, as a broken decoder might."""
-    bad = {next(batch_keys(step, step + 1, num_pictures, 0, 16))[0] for step in steps}
+    bad = {next(iter_batch_keys(step, step + 1, num_pictures, 0, 16))[0] for step in steps}
 
-    class Broken(views.MultiCrop):
+    class Broken(loaders.MultiCrop):
         def __call__(self, image, key):
             views = super().__call__(image, key)
             if key[1:] in bad:
                 views[0][0, 0, 0] = float("nan")
             return views
 
-    monkeypatch.setattr(views, "MultiCrop", Broken)
+    monkeypatch.setattr(loaders, "MultiCrop", Broken)
     return bad
 
 
@@ -398,20 +398,20 @@ def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypa
         nan_at(patch, [9])
         with pytest.raises(FloatingPointError, match="step 9: in fp32 the gradient is not finite; the state without"):
             run(flags("broken", more))
-    broken = load_state(tmp_path / "broken" / "checkpoint.pth")
+    broken = load_checkpoint(tmp_path / "broken" / "checkpoint.pth")
     assert broken["progress"]["step"] == 9
-    before = next(state for path in saved_states(tmp_path / "whole" / "checkpoint.pth")
-                  if (state := load_state(path))["progress"]["step"] == 9)
-    one, two = (dict(tensors_in({key: state[key] for key in ("student", "teacher", "dino_loss", "optimizer")}))
+    before = next(state for path in list_checkpoints(tmp_path / "whole" / "checkpoint.pth")
+                  if (state := load_checkpoint(path))["progress"]["step"] == 9)
+    one, two = (dict(iter_tensors({key: state[key] for key in ("student", "teacher", "dino_loss", "optimizer")}))
                 for state in (before, broken))
     assert one.keys() == two.keys() and [name for name in one if not torch.equal(one[name], two[name])] == []
     named = json.loads((tmp_path / "broken" / "nonfinite.json").read_text())
-    keys = next(batch_keys(9, 10, 96, 0, 16))
+    keys = next(iter_batch_keys(9, 10, 96, 0, 16))
     assert named["step"] == 9 and [(p["epoch"], p["index"]) for p in named["pictures"]] == keys
     assert named["pictures"][0]["file"].endswith(".png")
     run(flags("broken", more))  # the decoder mended
-    states = [load_state(tmp_path / name / "checkpoint.pth") for name in ("whole", "broken")]
-    for (name, a), (_, b) in zip(*(tensors_in(state["student"]) for state in states)):
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "broken")]
+    for (name, a), (_, b) in zip(*(iter_tensors(state["student"]) for state in states)):
         assert torch.equal(a, b), name
 
 
@@ -419,28 +419,28 @@ BROKEN = """
 import sys
 import train
 from common import cli
-from data import views
+from data import loaders
 
-class Broken(views.MultiCrop):
+class Broken(loaders.MultiCrop):
     def __call__(self, image, key):
         views = super().__call__(image, key)
         if key[1:] == {key}:
             views[0][0, 0, 0] = float("nan")
         return views
 
-views.MultiCrop = Broken
+loaders.MultiCrop = Broken
 cli.run(train.main, train.parse_args, FloatingPointError)
 """
 
 
 def test_what_is_not_finite_on_one_process_stops_all(flags, tmp_path):
     two = "--batch_size_per_gpu 8 --epochs 3 --log_every 4 --knn_every 0"
-    key = list(batch_keys(9, 10, 96, 0, 8, 1, rank=1, world_size=2))[0][3]
+    key = list(iter_batch_keys(9, 10, 96, 0, 8, 1, rank=1, world_size=2))[0][3]
     (tmp_path / "broken.py").write_text(BROKEN.replace("{key}", str(key)))
     process = torchrun(flags("run", two), script=tmp_path / "broken.py")
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 1 and "step 9: in fp32 the gradient is not finite" in output
-    assert load_state(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 9
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 9
     named = json.loads((tmp_path / "run" / "nonfinite.json").read_text())["pictures"]
     assert len(named) == 16 and (named[11]["epoch"], named[11]["index"]) == key
 
@@ -450,10 +450,10 @@ def test_fp16_leaves_out_single_steps(flags, tmp_path, monkeypatch):
     run(flags("whole", more))
     nan_at(monkeypatch, [11, 14])
     run(flags("run", more))
-    whole, state = (load_state(tmp_path / name / "checkpoint.pth") for name in ("whole", "run"))
+    whole, state = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "run"))
     assert state["progress"]["step"] == 18 and state["scaler"]["scale"] == whole["scaler"]["scale"] / 4
     assert state["optimizer"]["state"][0]["step"] == whole["optimizer"]["state"][0]["step"] - 2
-    assert all(tensor.isfinite().all() for _, tensor in tensors_in(state))
+    assert all(tensor.isfinite().all() for _, tensor in iter_tensors(state))
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert [i for i, loss in enumerate(losses) if loss is None] == [11, 14]
 
@@ -462,8 +462,8 @@ def test_fp16_gives_up_where_no_scale_helps(flags, tmp_path, monkeypatch):
     nan_at(monkeypatch, range(60))
     with pytest.raises(FloatingPointError, match="in fp16 no scale keeps the gradient finite.*--precision bf16"):
         run(flags("run", "--epochs 10 --precision fp16 --knn_every 0"))
-    given_up = load_state(tmp_path / "run" / "checkpoint.pth")
-    assert all(tensor.isfinite().all() for _, tensor in tensors_in(given_up)) and given_up["scaler"]["scale"] < 1
+    given_up = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert all(tensor.isfinite().all() for _, tensor in iter_tensors(given_up)) and given_up["scaler"]["scale"] < 1
     monkeypatch.undo()
     run(flags("run", "--epochs 10 --precision fp16 --knn_every 0"))  # with sound pictures and a new scale
     assert records(tmp_path / "run")[-1]["step"] == 59 and records(tmp_path / "run")[-1]["loss_scale"] > 1
@@ -471,11 +471,11 @@ def test_fp16_gives_up_where_no_scale_helps(flags, tmp_path, monkeypatch):
 
 def test_no_nan_is_ever_written(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    save_state(path, weights={"a": torch.ones(3)})
+    save_checkpoint(path, weights={"a": torch.ones(3)})
     for bad in (float("nan"), float("inf")):
         with pytest.raises(FloatingPointError, match=r"state\['weights'\]\['a'\] holds NaN or infinity"):
-            save_state(path, weights={"a": torch.tensor([1.0, bad])})
-    assert torch.equal(load_state(path)["weights"]["a"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
+            save_checkpoint(path, weights={"a": torch.tensor([1.0, bad])})
+    assert torch.equal(load_checkpoint(path)["weights"]["a"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
 
 
 # ---- damaged ----
@@ -492,7 +492,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(flags, tmp_path, caps
     newest = tmp_path / "parts" / "checkpoint.pth"
     flip(newest)
     with pytest.raises(CheckpointError, match="does not match its checksum"):
-        load_state(newest)
+        load_checkpoint(newest)
     capsys.readouterr()
     run(flags("parts", more))
     out = capsys.readouterr().out
@@ -503,7 +503,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(flags, tmp_path, caps
 
 def test_nothing_whole_is_no_reason_to_start_anew(flags, tmp_path):
     run(flags("run", "--epochs 1 --save_every_steps 2 --keep 3"))
-    paths = saved_states(tmp_path / "run" / "checkpoint.pth")
+    paths = list_checkpoints(tmp_path / "run" / "checkpoint.pth")
     assert [path.name for path in paths] == ["checkpoint.pth", "checkpoint.pth.1", "checkpoint.pth.2"]
     for path in paths:
         path.write_bytes(path.read_bytes()[:5000])
@@ -522,7 +522,7 @@ def test_a_disk_that_fails_is_not_a_damaged_file(flags, tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "require_checksums", fail)
+        patch.setattr(resume, "verify_checksums", fail)
         with pytest.raises(OSError, match="Input/output error: .*checkpoint.pth'"):
             run(flags("run", "--epochs 2"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
@@ -541,7 +541,7 @@ def test_models_are_those_of_the_state(flags, tmp_path):
 def test_fewer_are_kept_when_told_so(flags, tmp_path):
     run(flags("run", "--epochs 1 --save_every_steps 2 --keep 3"))
     run(flags("run", "--epochs 2 --save_every_steps 2 --keep 2"))
-    assert [path.name for path in saved_states(tmp_path / "run" / "checkpoint.pth")][-1] == "checkpoint.pth.1"
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoint.pth")][-1] == "checkpoint.pth.1"
 
 
 def test_judging_switched_on_after_the_end_has_nothing_to_say(flags, capsys):
@@ -557,7 +557,7 @@ def models_of(folder):
 
 
 def train_like_the_script(args):
-    cli.run(train.main, lambda: args, CheckpointError)
+    cli.run_command(train.main, lambda: args, CheckpointError)
 
 
 def train_on_a_full_disk(args, name):
@@ -595,7 +595,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(flags, tmp_path, how):
     assert how == "log.jsonl" or (tmp_path / "run" / "log.jsonl").read_bytes().startswith(log)
     assert list((tmp_path / "run").glob("*.tmp")) == []
     run(flags("run", "--epochs 2"))
-    assert load_state(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 12
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 12
 
 
 # ---- what may change, and what may not ----
@@ -628,10 +628,10 @@ def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
     assert "going on at step 6 of 12" in capsys.readouterr().out
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     run(flags("run", "--epochs 1 --resume none --overwrite --seed 7"))
-    assert load_state(tmp_path / "run" / "checkpoint.pth")["flags"]["seed"] == 7 and steps_logged(tmp_path / "run") == 6
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["flags"]["seed"] == 7 and steps_logged(tmp_path / "run") == 6
     words = (tmp_path / "run" / "flags.txt").read_text()
     assert "overwrite" not in words and "resume" not in words
-    for path in saved_states(tmp_path / "run" / "checkpoint.pth"):
+    for path in list_checkpoints(tmp_path / "run" / "checkpoint.pth"):
         path.unlink()
     with pytest.raises(CheckpointError, match="holds student"):  # the models are still worth something
         run(flags("run", "--epochs 1"))
@@ -666,10 +666,10 @@ def test_a_killed_loader_worker_is_one_line(flags, tmp_path):
 
 
 def test_claims_end_with_their_file(tmp_path):
-    with resume.claim(tmp_path / "lock"):
-        child = start(resume.claim, tmp_path / "lock", said=tmp_path / "said")
+    with resume.acquire_lock(tmp_path / "lock"):
+        child = start(resume.acquire_lock, tmp_path / "lock", said=tmp_path / "said")
         child.join()
         assert child.exitcode == 1 and "another process is training in this folder" in (tmp_path / "said").read_text()
-    child = start(resume.claim, tmp_path / "lock")
+    child = start(resume.acquire_lock, tmp_path / "lock")
     child.join()
     assert child.exitcode == 0

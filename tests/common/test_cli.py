@@ -235,7 +235,7 @@ def test_one_line_and_status_2(mistakes, monkeypatch, capsys, command, words):
         argv += ["--output_dir", str(mistakes / "new")]
     before = contents(mistakes)
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, lambda: parse_args(argv), *ERRORS)
+        cli.run_command(main, lambda: parse_args(argv), *ERRORS)
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(error) == 1 and words in error[0] and "Traceback" not in error[0]

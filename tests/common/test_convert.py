@@ -5,9 +5,9 @@ import torch
 import transformers
 
 import export
-from common.checkpoint import load_state, save_state
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.weights import load_backbone, read_weights, save_model
-from data.loaders import eval_view
+from data.loaders import center_crop_view
 from vit import VisionTransformer
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2)  # heads of 24, not 64
@@ -60,7 +60,7 @@ def test_transformers(tmp_path, capsys, scene):
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     assert list(processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_std) == [0.4, 0.5, 0.6]
     view = processor(scene, return_tensors="pt")["pixel_values"][0]
-    ours = (eval_view(scene, 32) * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    ours = (center_crop_view(scene, 32) * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
             + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1) - torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1)) \
         / torch.tensor((0.4, 0.5, 0.6)).view(3, 1, 1)
     assert (view - ours).abs().mean() < 0.05  # it rounds the longer side otherwise, and shifts by a pixel
@@ -90,11 +90,11 @@ def test_a_full_checkpoint_in_the_released_layout(tmp_path, capsys):
     _, model = saved(tmp_path, **SMALL)
     networks = {name: {f"backbone.{key}": tensor + i for key, tensor in model.state_dict().items()}
                 | {"head.last_layer.weight_v": torch.ones(3, 3)} for i, name in enumerate(("student", "teacher"))}
-    save_state(tmp_path / "checkpoint.pth", **networks, dino_loss={"center": torch.zeros(1, 3)}, info={"vit": SMALL},
+    save_checkpoint(tmp_path / "checkpoint.pth", **networks, dino_loss={"center": torch.zeros(1, 3)}, info={"vit": SMALL},
                progress={"step": 7}, flags={"arch": "vit_tiny", "patch_size": 8})
     full = torch.load(exported(tmp_path / "checkpoint.pth", "dino_full", capsys))  # as the released scripts do
     assert set(full) == {"student", "teacher", "dino_loss"}
     assert set(full["student"]) == {f"module.{name}" for name in networks["student"]}
     for i, name in enumerate(("student", "teacher")):
-        weights = load_state(tmp_path / "checkpoint.dino_full.pth")[name]
+        weights = load_checkpoint(tmp_path / "checkpoint.dino_full.pth")[name]
         torch.testing.assert_close(weights["module." * (i == 0) + "backbone.norm.bias"], model.norm.bias.detach() + i)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.precision import autocast, fast_products, onednn_keeps_float32, resolve, usual_products
+from common.precision import autocast, is_onednn_exact, reset_matmul_precision, resolve_precision, set_matmul_precision
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -16,17 +16,17 @@ def test_products_are_made_in_it(precision):
 
 def test_auto_is_bf16_where_the_processor_multiplies_it():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    assert resolve("auto", "cpu") == ("bf16" if "avx512_bf16" in flags else "fp32")
-    assert resolve("auto", "mps") == "fp32"
-    assert [resolve(name, "cpu") for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    assert resolve_precision("auto", "cpu") == ("bf16" if "avx512_bf16" in flags else "fp32")
+    assert resolve_precision("auto", "mps") == "fp32"
+    assert [resolve_precision(name, "cpu") for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
 
 
 def test_tf32_stands_beside_half_precision_alone():
     before = torch.backends.cuda.matmul.allow_tf32
     for precision, allowed in (("bf16", True), ("fp32", False), ("fp16", True)):
-        fast_products("cuda", precision)
+        set_matmul_precision("cuda", precision)
         assert torch.backends.cuda.matmul.allow_tf32 == allowed
-    usual_products("cuda")
+    reset_matmul_precision("cuda")
     assert not torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -37,11 +37,11 @@ def test_fast_products_on_a_cpu_are_float32(shape):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*size, generator=generator).requires_grad_() for size in ((m, k), (n, k)))
     exact = a.detach().double(), b.detach().double()
-    usual_products("cpu")
+    reset_matmul_precision("cpu")
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
-    fast_products("cpu", "fp32", width=64)
+    set_matmul_precision("cpu", "fp32", width=64)
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
-    fast_products("cpu", "fp32")
+    set_matmul_precision("cpu", "fp32")
     product = torch.nn.functional.linear(a, b)
     product.sum().backward()
     for found, expected in ((product, exact[0] @ exact[1].T), (a.grad, exact[1].sum(dim=0).expand(m, k)),
@@ -51,13 +51,13 @@ def test_fast_products_on_a_cpu_are_float32(shape):
 
 
 def test_onednn_is_not_asked_where_it_would_round(monkeypatch):
-    onednn_keeps_float32.cache_clear()
+    is_onednn_exact.cache_clear()
     product = torch.Tensor.__matmul__
 
     def rounds(a, b):
         asked = a.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         return product(a.bfloat16(), b.bfloat16()).float() if asked else product(a, b)
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounds)
-    fast_products("cpu", "fp32")
+    set_matmul_precision("cpu", "fp32")
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
-    onednn_keeps_float32.cache_clear()
+    is_onednn_exact.cache_clear()

@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from common.checkpoint import load_state, save_state
-from common.weights import CheckpointError, load_backbone, newest_model, save_model
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.weights import CheckpointError, find_newest_model, load_backbone, save_model
 from vit import VisionTransformer
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2)
@@ -89,8 +89,8 @@ def test_transformers_names(tmp_path, wrap):
 
 def test_state_round_trip_is_whole_or_old(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    save_state(path, step=3, weights={"a": torch.arange(3.0)}, knn={"epoch 0": (1.0, 2.0)})
-    state = load_state(path)
+    save_checkpoint(path, step=3, weights={"a": torch.arange(3.0)}, knn={"epoch 0": (1.0, 2.0)})
+    state = load_checkpoint(path)
     assert state["step"] == 3 and state["knn"] == {"epoch 0": (1.0, 2.0)}
     assert torch.equal(state["weights"]["a"], torch.arange(3.0))
 
@@ -99,8 +99,8 @@ def test_state_round_trip_is_whole_or_old(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", die)
     with pytest.raises(OSError, match="disk full"):
-        save_state(path, step=4)
-    assert load_state(path)["step"] == 3
+        save_checkpoint(path, step=4)
+    assert load_checkpoint(path)["step"] == 3
 
 
 class Evil:
@@ -154,9 +154,9 @@ def test_cut_and_wrong_files_are_refused(tmp_path, model):
 
 def test_newest_model(tmp_path):
     with pytest.raises(CheckpointError, match="no trained model"):
-        newest_model(tmp_path)
+        find_newest_model(tmp_path)
     for age, name in ((30, "old"), (10, "new"), (20, "middle")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "teacher.safetensors").touch()
         os.utime(tmp_path / name / "teacher.safetensors", (1e9 - age, 1e9 - age))
-    assert newest_model(tmp_path) == str(tmp_path / "new" / "teacher.safetensors")
+    assert find_newest_model(tmp_path) == str(tmp_path / "new" / "teacher.safetensors")

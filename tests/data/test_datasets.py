@@ -8,7 +8,9 @@ from torchvision.transforms import functional as TF
 
 from augment import MultiCrop
 from data import datasets as data
-from data.datasets import DataError, ImageTree, Shapes, TorchvisionSet, Unreadable, open_data, open_rgb
+from data.datasets import DataError, ImageFolder, TorchvisionDataset, open_data
+from data.images import ImageReadError, read_image
+from data.shapes import Shapes
 from evaluation.knn import knn_classifier
 
 
@@ -25,15 +27,15 @@ def test_train_and_val(tmp_path):
     plant(tmp_path, "train/cat/1.jpg", "train/cat/deep/2.JPEG", "train/dog/3.png", "val/cat/4.jpg", "val/dog/5.webp")
     for root in (tmp_path, tmp_path / "train"):
         found = open_data(str(root))
-        assert len(found.train) == len(found.bank) == 3 and len(found.queries) == 2
-        assert found.train.classes == ["cat", "dog"] and [found.queries[i][1] for i in range(2)] == [0, 1]
+        assert len(found.train) == len(found.train_labeled) == 3 and len(found.val) == 2
+        assert found.train.classes == ["cat", "dog"] and [found.val[i][1] for i in range(2)] == [0, 1]
 
 
 def test_labels_without_a_held_out_part(tmp_path):
     plant(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
     found = open_data(str(tmp_path))
-    assert (len(found.train), len(found.bank), len(found.queries)) == (20, 18, 2)
-    assert not set(found.bank.indices) & set(found.queries.indices)
+    assert (len(found.train), len(found.train_labeled), len(found.val)) == (20, 18, 2)
+    assert not set(found.train_labeled.indices) & set(found.val.indices)
     assert "every tenth" in found.note
 
 
@@ -43,7 +45,7 @@ def test_flat_and_nested_folders_have_no_labels(tmp_path):
     plant(tmp_path / "one", "only/a.jpg")
     for name, count in (("flat", 2), ("mixed", 4), ("one", 1)):
         found = open_data(str(tmp_path / name))
-        assert len(found.train) == count and found.train.classes is None and found.queries is None
+        assert len(found.train) == count and found.train.classes is None and found.val is None
         assert found.train[0][1] == -1
 
 
@@ -62,7 +64,7 @@ def test_links_and_hidden_folders(tmp_path):
     plant(tmp_path, "elsewhere/5.jpg")
     (tmp_path / "root" / "dog" / "again").symlink_to(tmp_path / "root")
     (tmp_path / "root" / "bird").symlink_to(tmp_path / "elsewhere")
-    tree = ImageTree(str(tmp_path / "root"))
+    tree = ImageFolder(str(tmp_path / "root"))
     assert tree.files == ["bird/5.jpg", "cat/1.jpg", "dog/2.jpg"] and tree.classes == ["bird", "cat", "dog"]
 
 
@@ -88,7 +90,7 @@ def test_every_mode_is_correct_rgb(tmp_path, scene):
 
     def opened(name, image, **how):
         image.save(tmp_path / name, **how)
-        result = open_rgb(tmp_path / name)
+        result = read_image(tmp_path / name)
         assert result.mode == "RGB" and result.size == image.size
         return TF.pil_to_tensor(result).int()
 
@@ -110,15 +112,15 @@ def test_transparency_lies_on_white(tmp_path):
     image = Image.new("RGBA", (3, 1))
     image.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128)])
     image.save(tmp_path / "a.png")
-    shown = [open_rgb(tmp_path / "a.png").getpixel((x, 0)) for x in range(3)]
+    shown = [read_image(tmp_path / "a.png").getpixel((x, 0)) for x in range(3)]
     assert shown == [(255, 0, 0), (255, 255, 255), (127, 127, 127)]
     image.convert("RGB").save(tmp_path / "key.png", transparency=(0, 0, 0))
-    assert open_rgb(tmp_path / "key.png").getpixel((2, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "key.png").getpixel((2, 0)) == (255, 255, 255)
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
     palette.save(tmp_path / "p.png", transparency=1)
-    assert [open_rgb(tmp_path / "p.png").getpixel((x, 0)) for x in range(2)] == [(10, 20, 30), (255, 255, 255)]
+    assert [read_image(tmp_path / "p.png").getpixel((x, 0)) for x in range(2)] == [(10, 20, 30), (255, 255, 255)]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -132,7 +134,7 @@ def test_exif_rotation_is_undone(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    assert open_rgb(tmp_path / "a.png").tobytes() == upright.tobytes()
+    assert read_image(tmp_path / "a.png").tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -151,8 +153,8 @@ def test_a_picture_reduced_while_it_is_read(tmp_path, scene, mode, factor, orien
         asked.append(size)
         return factor
 
-    expected = open_rgb(tmp_path / "a.jpg").reduce(factor)
-    result = open_rgb(tmp_path / "a.jpg", reduction)
+    expected = read_image(tmp_path / "a.jpg").reduce(factor)
+    result = read_image(tmp_path / "a.jpg", reduction)
     assert result.size == expected.size and result.mode == "RGB" and sorted(asked[0]) == sorted(size)
     if orientation == 1 and factor <= 8:  # the decoder did it
         with Image.open(tmp_path / "a.jpg") as drafted:
@@ -161,8 +163,8 @@ def test_a_picture_reduced_while_it_is_read(tmp_path, scene, mode, factor, orien
     difference = (TF.pil_to_tensor(result).int() - TF.pil_to_tensor(expected)).abs().float()
     assert difference.mean() < 1.5
     stored.convert("RGB").save(tmp_path / "a.png", exif=exif)
-    whole = open_rgb(tmp_path / "a.png")
-    assert open_rgb(tmp_path / "a.png", reduction).tobytes() == whole.reduce(factor).tobytes()
+    whole = read_image(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", reduction).tobytes() == whole.reduce(factor).tobytes()
 
 
 def test_an_mpo_of_a_camera_is_decoded_reduced(tmp_path, scene):
@@ -170,14 +172,14 @@ def test_an_mpo_of_a_camera_is_decoded_reduced(tmp_path, scene):
     large.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[scene])
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.format == "MPO"
-    assert open_rgb(tmp_path / "a.jpg", lambda width, height: 4).size == (244, 152)
+    assert read_image(tmp_path / "a.jpg", lambda width, height: 4).size == (244, 152)
 
 
 def test_a_picture_of_108_million_pixels(tmp_path, scene):
     """As telephones take them; on the way to its views it is never decoded whole."""
     Image.new("RGB", (12_000, 9_000), (200, 100, 50)).save(tmp_path / "a.jpg")
     multicrop = MultiCrop()
-    image = open_rgb(tmp_path / "a.jpg", multicrop.reduction)
+    image = read_image(tmp_path / "a.jpg", multicrop.reduction)
     assert image.size == (3000, 2250) and len(multicrop(image, key=0)) == 10
 
 
@@ -186,13 +188,13 @@ def test_unreadable_files_are_named(tmp_path, scene, monkeypatch):
     whole = (tmp_path / "whole.jpg").read_bytes()
     for name, content in (("empty", b""), ("text", b"hello"), ("cut", whole[:len(whole) // 2])):
         (tmp_path / f"{name}.jpg").write_bytes(content)
-        with pytest.raises(Unreadable, match=f"{name}.jpg: ."):
-            open_rgb(tmp_path / f"{name}.jpg")
-    with pytest.raises(Unreadable, match="missing.jpg"):
-        open_rgb(tmp_path / "missing.jpg")
+        with pytest.raises(ImageReadError, match=f"{name}.jpg: ."):
+            read_image(tmp_path / f"{name}.jpg")
+    with pytest.raises(ImageReadError, match="missing.jpg"):
+        read_image(tmp_path / "missing.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 97 * 61 / 2 - 1)
-    with pytest.raises(Unreadable, match="decompression bomb"):
-        open_rgb(tmp_path / "whole.jpg")
+    with pytest.raises(ImageReadError, match="decompression bomb"):
+        read_image(tmp_path / "whole.jpg")
 
 
 # ---- sets by name ----
@@ -201,12 +203,12 @@ def test_sets_of_torchvision_are_checked_too(tmp_path, scene, monkeypatch):
     for name, image in (("line", Image.new("RGB", (3000, 1))), ("whole", scene)):
         (tmp_path / "class").mkdir(exist_ok=True)
         image.save(tmp_path / "class" / f"{name}.png")
-    images = TorchvisionSet(torchvision.datasets.ImageFolder(tmp_path))
-    with pytest.raises(Unreadable, match="ImageFolder 0: 3000 x 1 pixels is more of a line"):
+    images = TorchvisionDataset(torchvision.datasets.ImageFolder(tmp_path))
+    with pytest.raises(ImageReadError, match="ImageFolder 0: 3000 x 1 pixels is more of a line"):
         images[0]
     assert images[1][0].size == scene.size
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)
-    with pytest.raises(Unreadable, match="ImageFolder 1: .*decompression bomb"):
+    with pytest.raises(ImageReadError, match="ImageFolder 1: .*decompression bomb"):
         images[1]
 
 
@@ -218,7 +220,7 @@ def test_a_torchvision_set_by_name(tmp_path):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(range(count)))
     found = open_data(f"mnist:{tmp_path}")
-    assert len(found.train) == 4 and len(found.queries) == 2
+    assert len(found.train) == 4 and len(found.val) == 2
     image, label = found.train[3]
     assert image.mode == "RGB" and image.size == (28, 28) and label == 3 and image.getpixel((5, 0)) == (5, 5, 5)
     assert found.path == f"mnist:{tmp_path}"
@@ -230,7 +232,7 @@ def test_imagenet_through_torchvision(tmp_path):
     names = {"n01440764": ("tench",), "n01443537": ("goldfish",)}
     torch.save((names, list(names)), tmp_path / "meta.bin")
     found = open_data(f"imagenet:{tmp_path}")
-    assert len(found.train) == 2 and len(found.queries) == 2 and found.queries[1][1] == 1
+    assert len(found.train) == 2 and len(found.val) == 2 and found.val[1][1] == 1
 
 
 def test_torchvision_sets_without_parts_or_classes(tmp_path, monkeypatch):
@@ -246,8 +248,8 @@ def test_torchvision_sets_without_parts_or_classes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.torchvision.datasets, "EuroSAT", Whole)
     found = open_data("eurosat:labels")
-    assert len(found.bank) == 18 and len(found.queries) == 2
-    assert open_data("eurosat:attributes").queries is None
+    assert len(found.train_labeled) == 18 and len(found.val) == 2
+    assert open_data("eurosat:attributes").val is None
 
 
 # ---- the built-in pictures ----

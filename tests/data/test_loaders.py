@@ -5,13 +5,21 @@ from torchvision.transforms import functional as TF
 
 from augment import BatchMultiCrop, MultiCrop
 from data import loaders as batches
-from data.datasets import ImageTree, Shapes
-from data.loaders import Views, batch_keys, eval_loader, eval_view, on_device, train_loader
+from data.datasets import ImageFolder
+from data.loaders import (
+    MultiCropDataset,
+    build_eval_loader,
+    build_train_loader,
+    center_crop_view,
+    iter_batch_keys,
+    iter_on_device,
+)
+from data.shapes import Shapes
 
 
 def test_a_step_sees_the_same_pictures_however_it_is_divided():
     def pictures(batch, accum, world_size):
-        ranks = [list(batch_keys(0, 9, 50, 0, batch, accum, rank, world_size)) for rank in range(world_size)]
+        ranks = [list(iter_batch_keys(0, 9, 50, 0, batch, accum, rank, world_size)) for rank in range(world_size)]
         return [sorted(key for rank in ranks for part in rank[step * accum:(step + 1) * accum] for key in part)
                 for step in range(9)]
 
@@ -19,15 +27,15 @@ def test_a_step_sees_the_same_pictures_however_it_is_divided():
     assert whole == pictures(3, 1, 4) == pictures(3, 2, 2)
     assert len({index for _, index in sum(whole[:4], [])}) == 48  # an epoch shows no picture twice
     assert whole[0] != whole[4] and {epoch for epoch, _ in whole[4]} == {1}
-    assert list(batch_keys(5, 9, 50, 0, 12)) == list(batch_keys(0, 9, 50, 0, 12))[5:]
+    assert list(iter_batch_keys(5, 9, 50, 0, 12)) == list(iter_batch_keys(0, 9, 50, 0, 12))[5:]
 
 
 def test_views_depend_on_seed_epoch_and_index_alone():
     images, multicrop = Shapes("train", 20, 32), MultiCrop(32, (0.4, 1), 16, (0.1, 0.4), 2)
-    one, again = Views(images, multicrop, seed=0), Views(images, multicrop, seed=0)
+    one, again = MultiCropDataset(images, multicrop, seed=0), MultiCropDataset(images, multicrop, seed=0)
     one[0, 3], one[0, 5]  # what was drawn before does not matter
     assert all(map(torch.equal, one[1, 7][0], again[1, 7][0]))
-    for other in (again[2, 7], again[1, 8], Views(images, multicrop, seed=1)[1, 7]):
+    for other in (again[2, 7], again[1, 8], MultiCropDataset(images, multicrop, seed=1)[1, 7]):
         assert not torch.equal(one[1, 7][0][0], other[0][0])
 
 
@@ -36,12 +44,12 @@ def test_workers_that_only_decode_lead_to_the_same_views(tmp_path, scene):
     for i in range(8):
         scene.resize((40 + 11 * i, 90 - 6 * i)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"bad")
-    images, arguments = ImageTree(str(tmp_path)), (32, (0.4, 1), 16, (0.1, 0.4), 2)
-    keys = list(batch_keys(0, 4, 8, 0, 4))
+    images, arguments = ImageFolder(str(tmp_path)), (32, (0.4, 1), 16, (0.1, 0.4), 2)
+    keys = list(iter_batch_keys(0, 4, 8, 0, 4))
     made = []
     for multicrop in (MultiCrop(*arguments), BatchMultiCrop(*arguments)):
-        loader = train_loader(images, multicrop, keys, seed=0, num_workers=2)
-        made.append(list(on_device(loader, multicrop, torch.device("cpu"))))
+        loader = build_train_loader(images, multicrop, keys, seed=0, num_workers=2)
+        made.append(list(iter_on_device(loader, multicrop, torch.device("cpu"))))
     assert len(made[0]) == len(made[1]) == 4
     for (views, labels, messages), (expected, expected_labels, expected_messages) in zip(*made):
         assert messages == expected_messages and torch.equal(labels, expected_labels)
@@ -58,12 +66,12 @@ def test_labels_are_those_of_the_pictures_seen(tmp_path, kind):
         Image.new("RGB", (40, 40), tuple(255 * (i % 3 == channel) for channel in range(3))).save(
             tmp_path / f"{i % 3}" / f"{i:02}.png")
     (tmp_path / "0" / "09.png").write_bytes(b"bad")  # the last of its class: the next is another's
-    tree = ImageTree(str(tmp_path))
-    multicrop = kind(16, (0.4, 1), 8, (0.1, 0.4), 0, jitter=0, grey=0, blur=(0, 0, 0), global_number=1)
+    tree = ImageFolder(str(tmp_path))
+    multicrop = kind(16, (0.4, 1), 8, (0.1, 0.4), 0, jitter=0, grayscale=0, blur=(0, 0, 0), global_number=1)
     for images, zeros in ((tree, 6), (torch.utils.data.Subset(tree, list(range(11, -1, -1))), 8)):
         seen = []
-        loader = train_loader(images, multicrop, batch_keys(0, 6, 12, 0, 4), seed=0)
-        for (views,), labels, _ in on_device(loader, multicrop, torch.device("cpu")):
+        loader = build_train_loader(images, multicrop, iter_batch_keys(0, 6, 12, 0, 4), seed=0)
+        for (views,), labels, _ in iter_on_device(loader, multicrop, torch.device("cpu")):
             assert views.shape == (4, 3, 16, 16)
             assert torch.equal(views.mean(dim=(2, 3)).argmax(dim=1), labels)
             seen += labels.tolist()
@@ -72,10 +80,10 @@ def test_labels_are_those_of_the_pictures_seen(tmp_path, kind):
 
 def test_parts_of_a_tree_are_opened_reduced_too(tmp_path, scene):
     scene.resize((970, 610)).save(tmp_path / "a.jpg")
-    tree = ImageTree(str(tmp_path))
+    tree = ImageFolder(str(tmp_path))
     part = torch.utils.data.Subset(torch.utils.data.Subset(tree, [0]), [0])
     multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
-    one, two = (Views(images, multicrop, 0).open(0)[0] for images in (tree, part))
+    one, two = (MultiCropDataset(images, multicrop, 0).open(0)[0] for images in (tree, part))
     assert one.size == two.size and one.width < 970 and one.tobytes() == two.tobytes()
     assert two.tobytes() != tree[0][0].reduce(970 // one.width).tobytes()  # a JPEG is not decoded whole
 
@@ -84,8 +92,8 @@ def test_large_pictures_are_reduced_whether_or_not_a_set_can_open_them_so(tmp_pa
     multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
     multicrop.reduction = lambda width, height: 4 if (width, height) == (970, 610) else 1
     scene.resize((970, 610)).save(tmp_path / "a.png")
-    tree = ImageTree(str(tmp_path))
-    (one, _), (two, _) = (Views(images, multicrop, 0).open(0) for images in (tree, [tree[0]]))
+    tree = ImageFolder(str(tmp_path))
+    (one, _), (two, _) = (MultiCropDataset(images, multicrop, 0).open(0) for images in (tree, [tree[0]]))
     assert one.size == two.size == (243, 153) and one.tobytes() == two.tobytes() == tree[0][0].reduce(4).tobytes()
 
 
@@ -101,17 +109,17 @@ def test_a_whole_disk_that_vanishes_ends_the_run(monkeypatch):
     tried = []
     monkeypatch.setattr(batches, "UNREADABLE_IN_A_ROW", 5)
     with pytest.raises(OSError, match="5 pictures in a row cannot be read any more; the last is 11.jpg: gone"):
-        Views(Gone(), None, seed=0)[0, 7]
+        MultiCropDataset(Gone(), None, seed=0)[0, 7]
     assert tried == [7, 8, 9, 10, 11]
 
 
 def test_eval_view_is_imagenets(scene):
     resized = TF.center_crop(TF.resize(scene, 64, TF.InterpolationMode.BICUBIC), [56, 56])
     expected = TF.normalize(TF.to_tensor(resized), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.testing.assert_close(eval_view(scene, 56), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(center_crop_view(scene, 56), expected, rtol=0, atol=1e-6)
     as_is = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.testing.assert_close(eval_view(scene, 61, 97), as_is, rtol=0, atol=1e-6)
-    assert eval_view(Image.new("RGB", (500, 3)), 32).shape == (3, 32, 32)
+    torch.testing.assert_close(center_crop_view(scene, 61, 97), as_is, rtol=0, atol=1e-6)
+    assert center_crop_view(Image.new("RGB", (500, 3)), 32).shape == (3, 32, 32)
 
 
 def test_loader_shares_each_picture_once_and_leaves_out_bad_ones(tmp_path):
@@ -122,7 +130,7 @@ def test_loader_shares_each_picture_once_and_leaves_out_bad_ones(tmp_path):
     (tmp_path / "b" / "3.png").write_bytes(b"bad")
     seen, bad = [], []
     for rank in range(3):
-        for images, labels, indices, unreadable in eval_loader(ImageTree(str(tmp_path)), 8, 2, rank=rank, world_size=3):
+        for images, labels, indices, unreadable in build_eval_loader(ImageFolder(str(tmp_path)), 8, 2, rank=rank, world_size=3):
             assert len(images) == len(labels) == len(indices)
             seen += indices.tolist()
             bad += unreadable

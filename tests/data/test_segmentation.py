@@ -3,8 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.datasets import DataError, Shapes, Unreadable
-from data.segmentation import find_sequences, mask_of, open_masked, read_mask, save_mask
+from data.datasets import DataError
+from data.images import ImageReadError
+from data.segmentation import find_sequences, mask_path, open_masks, read_mask, save_mask
+from data.shapes import Shapes
 
 PALETTE = [0, 0, 0, 200, 0, 0, 0, 200, 0] + [9] * 759
 
@@ -33,7 +35,7 @@ def voc(tmp_path):
 
 def test_voc(voc):
     root, values = voc
-    pictures = open_masked(str(root))
+    pictures = open_masks(str(root))
     assert len(pictures) == 2
     image, objects, void = pictures[1]
     assert image.shape == (3, 20, 30) and image.mean() == pytest.approx(90 / 255, abs=0.01)
@@ -45,11 +47,11 @@ def test_voc(voc):
     nested = root.parent / "devkit"
     (nested / "VOCdevkit").mkdir(parents=True)
     (nested / "VOCdevkit" / "VOC2012").symlink_to(root)
-    assert len(open_masked(str(nested))) == 2
+    assert len(open_masks(str(nested))) == 2
 
 
 def test_shapes():
-    pictures = open_masked("shapes:48", at_most=7)
+    pictures = open_masks("shapes:48", at_most=7)
     assert len(pictures) == 7
     image, objects, void = pictures[1]
     assert image.shape == (3, 48, 48) and objects.shape == (1, 48, 48) and not void.any()
@@ -69,8 +71,8 @@ def test_davis(tmp_path):
     sequences = find_sequences(str(tmp_path))
     assert list(sequences) == ["a", "b"] and [path.name for path in sequences["a"]] == [f"{i:05}.jpg" for i in range(3)]
     assert list(find_sequences(str(tmp_path), ["b"])) == ["b"]
-    assert mask_of(sequences["b"][1]) == tmp_path / "Annotations" / "480p" / "b" / "00001.png"
-    pictures = open_masked(str(tmp_path))
+    assert mask_path(sequences["b"][1]) == tmp_path / "Annotations" / "480p" / "b" / "00001.png"
+    pictures = open_masks(str(tmp_path))
     (_, binary, _), (_, objects, _) = pictures  # the frames that have masks
     assert binary.shape == (1, 20, 30) and (binary[0].numpy() == (values == 1)).all()
     assert (objects.numpy() == [values == 1, values == 2]).all()
@@ -78,7 +80,7 @@ def test_davis(tmp_path):
         find_sequences(str(tmp_path), ["a", "c"])
     for name, words in (("nothing", "no such folder"), ("JPEGImages", "expected JPEGImages/480p/SEQUENCE")):
         with pytest.raises(DataError, match=words):
-            open_masked(str(tmp_path / name))
+            open_masks(str(tmp_path / name))
 
 
 def test_frames_come_in_order_and_hidden_files_are_none(tmp_path):
@@ -100,7 +102,7 @@ def test_colours_and_deep_levels_may_show_one_object(tmp_path):
     deep[2:9], deep[12:15] = 300, 400
     for array in (two, deep):
         write(tmp_path / "mask.png", array)
-        with pytest.raises(Unreadable, match="more than one level or colour"):
+        with pytest.raises(ImageReadError, match="more than one level or colour"):
             read_mask(tmp_path / "mask.png", (30, 20))
         array[12:15] = 0
         write(tmp_path / "mask.png", array)
@@ -124,7 +126,7 @@ def test_masks_of_every_kind_are_written_as_they_were_read(tmp_path, kind):
     with Image.open(tmp_path / "again.png") as again:
         assert again.mode == "P" and (np.asarray(again) == truth).all()
         assert (np.asarray(again.convert("RGB")) == np.asarray(image.convert("RGB"))).all()  # looks the same
-    with pytest.raises(Unreadable, match="mask.png: the mask is 30 x 20 pixels, its picture 20 x 30"):
+    with pytest.raises(ImageReadError, match="mask.png: the mask is 30 x 20 pixels, its picture 20 x 30"):
         read_mask(tmp_path / "mask.png", (20, 30))
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data.datasets import DataError
-from data.video import Writer, open_clip
+from data.video import VideoWriter, open_video
 
 
 def frame(i, size=(64, 48)):
@@ -17,7 +17,7 @@ def frame(i, size=(64, 48)):
 
 
 def written(path, count=12, size=(64, 48), rate=Fraction(30000, 1001)):
-    with Writer(path, rate) as writer:
+    with VideoWriter(path, rate) as writer:
         for i in range(count):
             writer.write(f"{i:03}.jpg", frame(i, size))
     return path
@@ -25,7 +25,7 @@ def written(path, count=12, size=(64, 48), rate=Fraction(30000, 1001)):
 
 @pytest.mark.parametrize("ending", [".mp4", ".mov", ".mkv", ".webm"])
 def test_a_video_is_read_as_it_was_written(tmp_path, ending):
-    clip = open_clip(written(tmp_path / f"clip{ending}"))
+    clip = open_video(written(tmp_path / f"clip{ending}"))
     assert abs(clip.rate - Fraction(30000, 1001)) < 0.01 and clip.count in (12, None, 11, 13)
     found = list(clip.frames)
     assert [name for name, _ in found] == [f"{i:06}" for i in range(12)]
@@ -35,20 +35,20 @@ def test_a_video_is_read_as_it_was_written(tmp_path, ending):
 
 
 def test_odd_sizes_and_frames_of_another_size(tmp_path):
-    with Writer(tmp_path / "clip.mp4", 25.0) as writer:
+    with VideoWriter(tmp_path / "clip.mp4", 25.0) as writer:
         writer.write("a", frame(0, (65, 49)))
         writer.write("b", frame(0, (130, 49)))
-    (_, first), (_, second) = open_clip(tmp_path / "clip.mp4").frames
+    (_, first), (_, second) = open_video(tmp_path / "clip.mp4").frames
     assert first.size == second.size == (64, 48)
     assert np.asarray(second)[0].mean() < 40 < np.asarray(second)[24].mean()  # the wide one lies between two bars
 
 
 def test_what_was_written_before_an_error_can_be_played(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "clip.mp4", 25) as writer:
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "clip.mp4", 25) as writer:
         for i in range(5):
             writer.write(str(i), frame(i))
         raise KeyboardInterrupt
-    assert len(list(open_clip(tmp_path / "clip.mp4").frames)) == 5
+    assert len(list(open_video(tmp_path / "clip.mp4").frames)) == 5
 
 
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
@@ -57,18 +57,18 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     (tmp_path / "shot_3.png").write_bytes(b"no picture")
     (tmp_path / "notes.txt").write_text("no frame")
     (tmp_path / ".hidden.png").write_bytes(b"no frame")
-    clip = open_clip(tmp_path)
+    clip = open_video(tmp_path)
     assert clip.rate is None and clip.count == 5
     found = dict(clip.frames)
     assert list(found) == [f"shot_{i}.png" for i in (1, 2, 3, 9, 10)]
     assert "shot_3.png: cannot identify" in found.pop("shot_3.png")
-    with Writer(tmp_path / "out", 25) as writer:
+    with VideoWriter(tmp_path / "out", 25) as writer:
         for name, image in found.items():
             writer.write(name, image)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"shot_{i}.png" for i in (1, 10, 2, 9)]
     assert np.array_equal(Image.open(tmp_path / "out" / "shot_9.png"), frame(9))
     (tmp_path / "v1.5").mkdir()  # a folder that is there, whatever its name ends with
-    with Writer(tmp_path / "v1.5", 25) as writer:
+    with VideoWriter(tmp_path / "v1.5", 25) as writer:
         for name in ("a.jpg", "a.png"):
             writer.write(name, frame(1))
     assert sorted(path.name for path in (tmp_path / "v1.5").iterdir()) == ["a.png", "a.png.png"]
@@ -82,7 +82,7 @@ def test_a_turned_video_is_turned_back(tmp_path):
     place = data.index(identity, data.index(b"tkhd"))  # of the track, as phones write it
     data[place:place + 36] = turned
     (tmp_path / "turned.mp4").write_bytes(data)
-    for _, image in open_clip(tmp_path / "turned.mp4").frames:
+    for _, image in open_video(tmp_path / "turned.mp4").frames:
         assert image.size == (48, 64)
     clockwise = np.asarray(frame(1).rotate(-90, expand=True), int)  # what such a matrix asks for
     assert np.abs(np.asarray(image, int) - clockwise).mean() < 6
@@ -94,7 +94,7 @@ def test_damaged_parts_are_named_and_the_others_shown(tmp_path):
     for place in range(start + 3000, start + 3400):
         data[place] ^= 0xA5
     (tmp_path / "damaged.mp4").write_bytes(data)
-    found = [item for _, item in open_clip(tmp_path / "damaged.mp4").frames]
+    found = [item for _, item in open_video(tmp_path / "damaged.mp4").frames]
     messages = [item for item in found if isinstance(item, str)]
     assert messages and "damaged.mp4, after " in messages[0] and "Invalid data" in messages[0]
     assert len(found) - len(messages) >= 100
@@ -109,12 +109,12 @@ def test_what_is_no_video(tmp_path):
     for name, words in (("empty", "no picture in this folder"), ("text.mp4", "not a video file or a folder of frames"),
                         ("absent.mp4", "not a video file or a folder"), ("sound.wav", "no video in it")):
         with pytest.raises(DataError, match=words):
-            open_clip(tmp_path / name)
+            open_video(tmp_path / name)
     with pytest.raises(DataError, match=r"expected a folder, or a file that ends with .mp4 .mov .mkv .webm"):
-        Writer(tmp_path / "out.doc", 25)
+        VideoWriter(tmp_path / "out.doc", 25)
     with pytest.raises(DataError, match="no video of 70000 x 4 pixels can be written there"), \
-            Writer(tmp_path / "wide.mp4", 25) as writer:
+            VideoWriter(tmp_path / "wide.mp4", 25) as writer:
         writer.write("0", Image.new("RGB", (70000, 4)))
-    with Writer(tmp_path / "dot.mp4", 25) as writer:
+    with VideoWriter(tmp_path / "dot.mp4", 25) as writer:
         writer.write("0", Image.new("RGB", (1, 1)))
-    assert [image.size for _, image in open_clip(tmp_path / "dot.mp4").frames] == [(2, 2)]
+    assert [image.size for _, image in open_video(tmp_path / "dot.mp4").frames] == [(2, 2)]

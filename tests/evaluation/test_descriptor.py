@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch.testing import assert_close
 
-from evaluation.descriptor import cls_and_gem, learn_whitening, multi_scale
+from evaluation.descriptor import cls_and_gem_features, fit_whitening, multi_scale_features
 from vit import VisionTransformer
 
 
@@ -32,10 +32,10 @@ def test_multi_scale_by_parts(model):
     image = torch.randn(1, 3, 70, 101, generator=torch.Generator().manual_seed(1))
     whole = model(image[..., :64, :96])
     smaller, half = model(sampled(image, 0.5 ** 0.5)[..., :48, :64]), model(sampled(image, 0.5)[..., :32, :48])
-    assert_close(multi_scale(model, image), F.normalize(whole + smaller + half), atol=1e-4, rtol=0)
-    assert_close(multi_scale(model, image, (1.0,)), F.normalize(whole))
-    assert_close(multi_scale(model, image, (1.0, 0.5)), F.normalize(whole + half))
-    assert multi_scale(model, image[..., :9, :70]).isfinite().all()  # half of it is less than a patch
+    assert_close(multi_scale_features(model, image), F.normalize(whole + smaller + half), atol=1e-4, rtol=0)
+    assert_close(multi_scale_features(model, image, (1.0,)), F.normalize(whole))
+    assert_close(multi_scale_features(model, image, (1.0, 0.5)), F.normalize(whole + half))
+    assert multi_scale_features(model, image[..., :9, :70]).isfinite().all()  # half of it is less than a patch
 
 
 @torch.no_grad()
@@ -43,9 +43,9 @@ def test_cls_and_gem_by_formula(model):
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     tokens = model.get_intermediate_layers(images)[0].double().numpy()
     pooled = (np.maximum(tokens[:, 1:], 1e-6) ** 4).mean(axis=1) ** 0.25
-    assert_close(cls_and_gem(model, images).double(), torch.from_numpy(np.hstack((tokens[:, 0], pooled))), atol=1e-5,
+    assert_close(cls_and_gem_features(model, images).double(), torch.from_numpy(np.hstack((tokens[:, 0], pooled))), atol=1e-5,
                  rtol=1e-5)
-    assert_close(cls_and_gem(model, images)[:, :32], model(images))
+    assert_close(cls_and_gem_features(model, images)[:, :32], model(images))
 
 
 def correlated(count, offset=0.0):
@@ -58,7 +58,7 @@ def test_whitening_is_scikit_learns_where_the_mean_is_zero():
     features -= features.mean(dim=0)
     pca = PCA(whiten=True).fit(features.numpy())
     theirs = torch.from_numpy(pca.transform(features.numpy())) * (500 / 499) ** 0.5
-    mine = learn_whitening(features)(features)
+    mine = fit_whitening(features)(features)
     assert_close(mine @ mine.T, (theirs @ theirs.T).float(), atol=1e-3, rtol=1e-4)  # equal but for a turn
     assert mine.dtype == torch.float32
 
@@ -68,11 +68,11 @@ def test_whitening_takes_the_mean_off_and_moments_about_zero():
     x = features.double().numpy()
     moments, axes = np.linalg.eigh(x.T @ x / 500)
     expected = (x - x.mean(axis=0)) @ axes / np.sqrt(moments)
-    mine = learn_whitening(features)(features).double().numpy()
+    mine = fit_whitening(features)(features).double().numpy()
     assert np.allclose(mine @ mine.T, expected @ expected.T, atol=1e-4)
 
 
 def test_directions_without_variance_do_not_explode():
     features = torch.cat((correlated(50), torch.zeros(50, 3)), dim=1)
-    white = learn_whitening(features)(torch.randn(10, 9, generator=torch.Generator().manual_seed(0)))
+    white = fit_whitening(features)(torch.randn(10, 9, generator=torch.Generator().manual_seed(0)))
     assert white.isfinite().all() and white.abs().max() < 1e4

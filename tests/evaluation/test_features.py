@@ -21,7 +21,7 @@ def test_features_come_back_in_order():
 SCRIPT = """
 import torch, torch.distributed as dist
 from data.loaders import eval_loader
-from data.datasets import Shapes
+from data.shapes import Shapes
 from evaluation.features import extract_features
 dist.init_process_group("gloo")
 loader = eval_loader(Shapes("train", 23, 32), 32, 4, 0, dist.get_rank(), dist.get_world_size())
@@ -34,5 +34,5 @@ dist.destroy_process_group()
 """
 
 
-def test_three_processes_bring_each_picture_once(in_processes):
-    in_processes(3, SCRIPT)
+def test_three_processes_bring_each_picture_once(run_torchrun):
+    run_torchrun(3, SCRIPT)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.image_index import bring_up_to_date, load_gallery
+from evaluation.image_index import load_index, update_index
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def look(asked):
 
 def update(folder, asked, said=None, **kwargs):
     names = sorted(os.listdir(folder))
-    features, found = bring_up_to_date(str(folder.parent / "g.safetensors"), str(folder), names, look(asked),
+    features, found = update_index(str(folder.parent / "g.safetensors"), str(folder), names, look(asked),
                                        (said if said is not None else []).append, **kwargs)
     sizes = {name: os.path.getsize(folder / name) for name in found}
     assert features[:, 0].tolist() == list(sizes.values())
@@ -81,9 +81,9 @@ def test_an_interrupted_index_is_kept(folder):
             raise KeyboardInterrupt
         return extract(paths)
     with pytest.raises(KeyboardInterrupt):
-        bring_up_to_date(str(folder.parent / "g.safetensors"), str(folder), sorted(os.listdir(folder)), dies,
+        update_index(str(folder.parent / "g.safetensors"), str(folder), sorted(os.listdir(folder)), dies,
                          lambda text: None, save_every=2)
-    assert len(load_gallery(folder.parent / "g.safetensors")[1]) == 4
+    assert len(load_index(folder.parent / "g.safetensors")[1]) == 4
     assert len(update(folder, asked, save_every=2)) == 7
     assert sorted(asked) == [f"{i}.jpg" for i in range(7)]
 

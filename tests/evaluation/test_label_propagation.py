@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
-from evaluation.label_propagation import decide, follow, largest, one_hot, transfer
+from evaluation.label_propagation import labels_to_mask, largest, mask_to_labels, propagate_labels, propagate_to_frame
 
 
 def by_definition(frame, sources, known, topk, radius, temperature):
@@ -37,16 +37,16 @@ def test_equals_the_definition_over_all_pairs(h, w, T, topk, radius):
     frame, sources, known = random_frames(T, h, w)
     expected = by_definition(frame, sources, known, topk, radius, 0.1)
     for tile in ((8, 16), (3, 4), (1, 1), (64, 64)):  # the tiles change nothing
-        result = transfer(frame, sources, known, topk, radius, 0.1, tile)
+        result = propagate_to_frame(frame, sources, known, topk, radius, 0.1, tile)
         assert_close(result.double(), expected, atol=1e-5, rtol=0)
     assert_close(result.sum(dim=0), torch.ones(h, w))
 
 
 def test_any_distance_and_few_patches():
     frame, sources, known = random_frames(2, 4, 6)
-    assert_close(transfer(frame, sources, known, 5, 0).double(), by_definition(frame, sources, known, 5, 99, 0.1),
+    assert_close(propagate_to_frame(frame, sources, known, 5, 0).double(), by_definition(frame, sources, known, 5, 99, 0.1),
                  atol=1e-5, rtol=0)
-    everything = transfer(frame, sources, known, 1000, 0)
+    everything = propagate_to_frame(frame, sources, known, 1000, 0)
     assert_close(everything.double(), by_definition(frame, sources, known, 48, 99, 0.1), atol=1e-5, rtol=0)
 
 
@@ -71,10 +71,10 @@ def test_each_frame_is_looked_at_once():
         for t in range(frames):
             seen.append(t)
             yield kinds
-    first = one_hot(torch.eye(4).long(), 2, h, w)
+    first = mask_to_labels(torch.eye(4).long(), 2, h, w)
     asked = []
     for n_last in (0, 1, 3):
-        result = list(follow(features(), first, n_last, topk=1, radius=0))
+        result = list(propagate_labels(features(), first, n_last, topk=1, radius=0))
         assert len(result) == frames - 1
         for labels in result:
             assert_close(labels, first)
@@ -85,7 +85,7 @@ def test_each_frame_is_looked_at_once():
 def test_labels_come_from_the_first_frame_and_the_last_ones():
     generator = torch.Generator().manual_seed(0)
     frames = [torch.randn(5, 5, 8, generator=generator) for _ in range(6)]
-    labels = one_hot(torch.ones(5, 5).long().tril(), 2, 5, 5)
+    labels = mask_to_labels(torch.ones(5, 5).long().tril(), 2, 5, 5)
 
     def reference(n_last):
         known = [(F.normalize(frames[0], dim=-1), labels)]
@@ -96,7 +96,7 @@ def test_labels_come_from_the_first_frame_and_the_last_ones():
             known.append((frame, by_definition(frame, sources, given, 5, 2, 0.1).float()))
         return [given for _, given in known[1:]]
     for n_last in (0, 2, 7):
-        for mine, theirs in zip(follow(frames, labels, n_last, radius=2), reference(n_last), strict=True):
+        for mine, theirs in zip(propagate_labels(frames, labels, n_last, radius=2), reference(n_last), strict=True):
             assert_close(mine, theirs, atol=1e-5, rtol=0)
 
 
@@ -105,13 +105,13 @@ def test_first_labels_are_those_of_pillows_nearest():
     mask = generator.integers(0, 4, (61, 97)).astype(np.uint8)
     for rows, cols in ((7, 12), (30, 52), (61, 97)):
         expected = np.asarray(Image.fromarray(mask).resize((cols, rows), Image.Resampling.NEAREST))
-        labels = one_hot(torch.from_numpy(mask), 5, rows, cols)
+        labels = mask_to_labels(torch.from_numpy(mask), 5, rows, cols)
         assert labels.shape == (5, rows, cols) and labels.sum() == rows * cols
         assert (labels.argmax(dim=0).numpy() == expected).all()
 
 
 def test_decision_stretches_each_class():
     labels = torch.tensor([[[0.9, 0.6, 0.9]], [[0.1, 0.4, 0.1]], [[0.0, 0.0, 0.0]]])  # ground, a weak object, none
-    assert decide(labels, 1, 3).tolist() == [[0, 1, 0]]
-    wide = decide(torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0)), 48, 40)
+    assert labels_to_mask(labels, 1, 3).tolist() == [[0, 1, 0]]
+    wide = labels_to_mask(torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0)), 48, 40)
     assert wide.shape == (48, 40) and set(wide.unique().tolist()) == {0, 1}

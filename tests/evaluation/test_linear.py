@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.linear import choose, fit, probe, tenth, top
+from evaluation.linear import fit_classifiers, holdout_mask, linear_probe_accuracy, predict_topk, select_hyperparameters
 
 GRID = [(lr, weight_decay) for lr in (0.003, 0.03, 0.3, 3.0) for weight_decay in (0.0, 1e-4, 1e-2)]
 
@@ -21,8 +21,8 @@ def test_the_same_as_scikit_learns_logistic_regression():
     x, y = clusters(1, 4000)
     test_x, test_y = clusters(2, 4000)
     strengths = (0.003, 0.03, 0.3)
-    ours = fit(x, y, 8, [(0.1, 1 / (c * len(x))) for c in strengths], epochs=100)
-    answers = top(ours, test_x, 1)[..., 0]
+    ours = fit_classifiers(x, y, 8, [(0.1, 1 / (c * len(x))) for c in strengths], epochs=100)
+    answers = predict_topk(ours, test_x, 1)[..., 0]
     for c, answer in zip(strengths, answers):
         theirs = LogisticRegression(C=c, max_iter=1000).fit((x - ours.mean) / ours.std, y)
         accuracy = 100 * theirs.score((test_x - ours.mean) / ours.std, test_y)
@@ -32,11 +32,11 @@ def test_the_same_as_scikit_learns_logistic_regression():
 
 def test_the_best_on_held_out_pictures_is_chosen():
     x, y = clusters(1, 2000)
-    best, accuracies = choose(x, y, 8, GRID, epochs=20)
+    best, accuracies = select_hyperparameters(x, y, 8, GRID, epochs=20)
     assert accuracies[best] == max(accuracies) and len(accuracies) == len(GRID)
-    held_out = tenth(2000)
+    held_out = holdout_mask(2000)
     assert held_out.sum() == 200 and len((torch.arange(2000)[held_out] % 8).unique()) == 8  # labels in turns
-    classifiers = fit(x[~held_out], y[~held_out], 8, GRID, epochs=20)
+    classifiers = fit_classifiers(x[~held_out], y[~held_out], 8, GRID, epochs=20)
     for g, accuracy in enumerate(accuracies):
         right = classifiers(x[held_out])[g].argmax(dim=1) == y[held_out]
         assert accuracy == pytest.approx(100 * right.double().mean().item(), abs=1e-6)
@@ -47,14 +47,14 @@ def test_the_usual_grid_is_as_good_as_scikit_learns_classifier():
     mean, std = x.mean(dim=0), x.std(dim=0)
     theirs = max(LogisticRegression(C=c, max_iter=1000).fit((x - mean) / std, y).score((test_x - mean) / std, test_y)
                  for c in (0.003, 0.03, 0.3))
-    assert probe(x, y, test_x, test_y, epochs=20) == pytest.approx(100 * theirs, abs=0.5)
+    assert linear_probe_accuracy(x, y, test_x, test_y, epochs=20) == pytest.approx(100 * theirs, abs=0.5)
 
 
 def test_each_of_the_grid_is_trained_as_if_alone():
     x, y = clusters(1, 300)
-    together = fit(x, y, 8, GRID[:4], epochs=3, batch_size=64)
+    together = fit_classifiers(x, y, 8, GRID[:4], epochs=3, batch_size=64)
     for g in range(4):
-        alone = fit(x, y, 8, GRID[g:g + 1], epochs=3, batch_size=64)
+        alone = fit_classifiers(x, y, 8, GRID[g:g + 1], epochs=3, batch_size=64)
         torch.testing.assert_close(together.weight[g], alone.weight[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together(x)[g], alone(x)[0], rtol=1e-4, atol=1e-4)
 
@@ -62,7 +62,7 @@ def test_each_of_the_grid_is_trained_as_if_alone():
 def test_one_step_is_torchs_sgd():
     """Gradient, weight decay and learning rate of the first step, by autograd and torch.optim."""
     x, y = clusters(1, 50)
-    ours = fit(x, y, 8, [(0.5, 0.1)], epochs=2, batch_size=50)
+    ours = fit_classifiers(x, y, 8, [(0.5, 0.1)], epochs=2, batch_size=50)
     layer = torch.nn.Linear(40, 8)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -80,10 +80,10 @@ def test_one_step_is_torchs_sgd():
 
 def test_what_diverges_is_not_chosen():
     x, y = clusters(1, 400)
-    best, accuracies = choose(x, y, 8, [(1e30, 1.0), (0.1, 0.0)], epochs=5)
+    best, accuracies = select_hyperparameters(x, y, 8, [(1e30, 1.0), (0.1, 0.0)], epochs=5)
     assert best == 1 and accuracies[0] == 0 and accuracies[1] > 40
 
 
 def test_constant_features_and_few_classes():
-    classifiers = fit(torch.ones(10, 3), torch.arange(10) % 2, 2, [(0.1, 0.0)], epochs=2)
-    assert top(classifiers, torch.ones(4, 3)).shape == (1, 4, 2) and classifiers.weight.isfinite().all()
+    classifiers = fit_classifiers(torch.ones(10, 3), torch.arange(10) % 2, 2, [(0.1, 0.0)], epochs=2)
+    assert predict_topk(classifiers, torch.ones(4, 3)).shape == (1, 4, 2) and classifiers.weight.isfinite().all()

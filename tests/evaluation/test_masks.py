@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import jaccard_score
 
-from evaluation.masks import boundary, boundary_f, dilate, jaccard, keep_mass, over_time
+from evaluation.masks import boundary, boundary_f, dilate, jaccard, summarize_over_time, threshold_attention
 
 
 def square(top, left, side=20, height=60, width=80):
@@ -21,12 +21,12 @@ def blobs(seed, shape=(61, 83)):
 
 def test_keep_mass_keeps_the_fewest_patches_with_that_share():
     attention = torch.tensor([[0.5, 0.1, 0.25, 0.15], [0.1, 0.1, 0.1, 0.7]])
-    assert keep_mass(attention, 0.6).tolist() == [[True, False, True, False], [False, False, False, True]]
-    assert keep_mass(attention, 0.85).tolist() == [[True, False, True, True], [False, True, True, True]]
-    assert keep_mass(attention, 1.0).all()
+    assert threshold_attention(attention, 0.6).tolist() == [[True, False, True, False], [False, False, False, True]]
+    assert threshold_attention(attention, 0.85).tolist() == [[True, False, True, True], [False, True, True, True]]
+    assert threshold_attention(attention, 1.0).all()
     x = torch.rand(5, 3, 50, generator=torch.Generator().manual_seed(0))
-    kept = keep_mass(x * 7, 0.6)
-    assert kept.equal(keep_mass(x, 0.6))
+    kept = threshold_attention(x * 7, 0.6)
+    assert kept.equal(threshold_attention(x, 0.6))
     share = (x * kept).sum(-1) / x.sum(-1)
     weakest = torch.where(kept, x, math.inf).amin(-1) / x.sum(-1)
     assert (share >= 0.6).all() and (share - weakest < 0.6).all()  # one patch fewer would not be enough
@@ -107,7 +107,7 @@ def test_f_by_hand():
 def test_over_time_by_hand():
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.6, 0.5, 0.4, 0.1], dtype=torch.float64)
     # Quarters of 8 frames begin and end at frames 1, 3, 4 or 5, 6, 8, which both neighbours count.
-    result = over_time(scores)
+    result = summarize_over_time(scores)
     assert result["mean"] == pytest.approx(0.575) and result["recall"] == pytest.approx(5 / 8)
     assert result["decay"] == pytest.approx((0.9 + 0.8 + 0.7) / 3 - (0.5 + 0.4 + 0.1) / 3)
-    assert over_time(torch.ones(1, dtype=torch.float64)) == dict(mean=1, recall=1, decay=0)
+    assert summarize_over_time(torch.ones(1, dtype=torch.float64)) == dict(mean=1, recall=1, decay=0)

@@ -7,9 +7,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from data.datasets import open_data
-from data.loaders import some_of
-from evaluation.linear import probe
-from evaluation.online import collapse, judge, pixel_features
+from data.loaders import random_subset
+from evaluation.linear import linear_probe_accuracy
+from evaluation.online import detect_collapse, evaluate_online, pixel_features
 
 
 class Colors(torch.nn.Module):
@@ -23,7 +23,7 @@ class Colors(torch.nn.Module):
 def judged(model, **more):
     args = dict(global_crops_size=32, knn_images=300, linear_probe=False, batch_size_per_gpu=64, num_workers=0,
                 device=torch.device("cpu"), precision="fp32")
-    return judge(model, open_data("shapes:32"), SimpleNamespace(**args | more))
+    return evaluate_online(model, open_data("shapes:32"), SimpleNamespace(**args | more))
 
 
 def test_against_scikit_learn():
@@ -33,14 +33,14 @@ def test_against_scikit_learn():
     assert unreadable == [] and scores.keys() == {"top1", "top5", "linear"}
     data, (x, q) = open_data("shapes:32"), torch.cat(seen).split([300, 60])  # and a fifth of it
     y, z = (np.array([images[i][1] for i in range(len(images))])
-            for images in (some_of(data.bank, 300), some_of(data.queries, 60)))
+            for images in (random_subset(data.train_labeled, 300), random_subset(data.val, 60)))
     neighbours = KNeighborsClassifier(20, metric="cosine", algorithm="brute",
                                       weights=lambda distance: np.exp((1 - distance) / 0.07)).fit(x, y)
     assert scores["top1"] == pytest.approx(100 * neighbours.score(q, z), abs=1e-3)
     best = np.sort(neighbours.predict_proba(q), axis=1)[:, -5]
     of_truth = neighbours.predict_proba(q)[np.arange(60), z]
     assert scores["top5"] == pytest.approx(100 * np.mean(of_truth >= best), abs=1e-3)
-    assert scores["linear"] == probe(x, torch.tensor(y), q, torch.tensor(z), epochs=333)
+    assert scores["linear"] == linear_probe_accuracy(x, torch.tensor(y), q, torch.tensor(z), epochs=333)
 
 
 def test_pixels_are_judged_without_classifiers():
@@ -53,14 +53,14 @@ def test_pixels_are_judged_without_classifiers():
     (6.9, 6.93, 0.01, "uniform"), (0.0, 0.01, 0.0, "one prototype"), (3.0, 6.5, 1.0, None), (6.8, 6.9, 0.3, None),
     (6.9, 6.93, math.nan, None)])
 def test_diagnosis(entropy, of_mean, kl, expected):
-    sentence = collapse([(entropy, of_mean, kl)] * 3, 1024)
+    sentence = detect_collapse([(entropy, of_mean, kl)] * 3, 1024)
     assert (expected is None) == (sentence is None) and (expected or "") in (sentence or "")
 
 
 def test_a_teacher_that_does_not_settle():
     def of(*entropies, before=()):
         figures = [[(entropy, 6.0, 0.5) for entropy in several] for several in (entropies, before)]
-        return collapse(figures[0], 1024, figures[1])
+        return detect_collapse(figures[0], 1024, figures[1])
     assert "rose by 4.90 and fell by 1.50 (ln K = 6.93)" in of(0.1, 3.0, 5.0, 3.5)
     assert "does not settle" in of(5.0, 3.0, 4.5) and of(5.0, 3.0, 4.0) is None
     assert "rose by 3.00 and fell by 3.00" in of(5.0, before=(5.0, 2.0)) and of(5.0, before=(2.0, 3.0)) is None

@@ -6,7 +6,14 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 
-from evaluation.supervised import Classifiers, Tokens, head_groups, layer_groups, mixing, train_step
+from evaluation.supervised import (
+    Classifiers,
+    FeatureExtractor,
+    build_head_groups,
+    build_layer_decay_groups,
+    build_mixup,
+    supervised_step,
+)
 from optim import build_optimizer
 from vit import VisionTransformer
 
@@ -31,11 +38,11 @@ def test_each_frozen_classifier_is_torchs_sgd(backbone, batch):
     images, labels = batch
     before = copy.deepcopy(backbone.state_dict())
     backbone.drop_path_rate = 0.5  # a frozen backbone drops nothing
-    network = Classifiers(Tokens(backbone, 2, avgpool=True), 5, count=2).train()
+    network = Classifiers(FeatureExtractor(backbone, 2, avgpool=True), 5, count=2).train()
     alone = copy.deepcopy(network.heads)
-    optimizer = build_optimizer("sgd", head_groups(network, [(0.1, 0.0), (0.4, 0.01)]))
+    optimizer = build_optimizer("sgd", build_head_groups(network, [(0.1, 0.0), (0.4, 0.01)]))
     for rate in (1.0, 0.5):
-        losses = train_step(network, optimizer, NO_SCALER, images, labels, rate)
+        losses = supervised_step(network, optimizer, NO_SCALER, images, labels, rate)
     with torch.no_grad():
         tokens = backbone.eval().get_intermediate_layers(images, 2)
         features = torch.cat((tokens[0][:, 0], tokens[1][:, 0], tokens[1][:, 1:].mean(dim=1)), dim=1)
@@ -54,13 +61,13 @@ def test_each_frozen_classifier_is_torchs_sgd(backbone, batch):
 
 def test_layer_decay_is_timms(backbone):
     """Every parameter's learning rate, by name."""
-    network = Classifiers(Tokens(backbone), 7, frozen=False)
+    network = Classifiers(FeatureExtractor(backbone), 7, frozen=False)
     theirs = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
     names = {id(p): name for name, p in theirs.named_parameters()}
     expected = {names[id(p)]: group["lr_scale"] for group in param_groups_layer_decay(theirs, layer_decay=0.6)
                 for p in group["params"]}
     ours = {name.replace("tokens.backbone.", "").replace("heads.0", "head"): (group["peak"], group["weight_decay"])
-            for group in layer_groups(network, lr=2.0, weight_decay=0.3, layer_decay=0.6)
+            for group in build_layer_decay_groups(network, lr=2.0, weight_decay=0.3, layer_decay=0.6)
             for name, _ in group["params"]}
     assert ours.keys() == expected.keys()
     for name, (peak, weight_decay) in ours.items():
@@ -70,13 +77,13 @@ def test_layer_decay_is_timms(backbone):
 
 def test_fine_tuning_is_torchs_adamw_on_timms_loss(backbone, batch):
     images, labels = batch
-    network = Classifiers(Tokens(backbone), 5, frozen=False)
+    network = Classifiers(FeatureExtractor(backbone), 5, frozen=False)
     alone = copy.deepcopy(network)
-    optimizer = build_optimizer("adamw", layer_groups(network, 0.01, 0.1, 1.0))
+    optimizer = build_optimizer("adamw", build_layer_decay_groups(network, 0.01, 0.1, 1.0))
     adamw = torch.optim.AdamW([{"params": [p for p in alone.parameters() if p.ndim > 1], "weight_decay": 0.1},
                                {"params": [p for p in alone.parameters() if p.ndim <= 1], "weight_decay": 0.0}])
     for rate in (0.3, 1.0):
-        loss = train_step(network, optimizer, NO_SCALER, images, labels, rate, label_smoothing=0.1)
+        loss = supervised_step(network, optimizer, NO_SCALER, images, labels, rate, label_smoothing=0.1)
         for group in adamw.param_groups:
             group["lr"] = 0.01 * rate
         adamw.zero_grad()
@@ -91,10 +98,10 @@ def test_fine_tuning_is_torchs_adamw_on_timms_loss(backbone, batch):
 
 def test_mixing(backbone, batch):
     images, labels = batch
-    assert mixing(5, 0, 0) is None
+    assert build_mixup(5, 0, 0) is None
     for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0)):
         torch.manual_seed(3)
-        mixed, shares = mixing(5, mixup, cutmix)(images, labels)
+        mixed, shares = build_mixup(5, mixup, cutmix)(images, labels)
         one_hot = torch.nn.functional.one_hot(labels, 5)
         share = ((shares - one_hot.roll(1, 0)) / (one_hot - one_hot.roll(1, 0))).nanmean()  # of each picture's own
         assert 0.02 < share < 0.98
@@ -104,14 +111,14 @@ def test_mixing(backbone, batch):
         else:
             assert ((mixed == images) | (mixed == images.roll(1, 0))).all()
             assert (mixed == images).float().mean() == pytest.approx(share.item(), abs=1e-6)
-        network = Classifiers(Tokens(backbone), 5, frozen=False).eval()
+        network = Classifiers(FeatureExtractor(backbone), 5, frozen=False).eval()
         expected = SoftTargetCrossEntropy()(network(mixed)[0], shares).item()
-        optimizer = build_optimizer("adamw", layer_groups(network, 0.01, 0.1, 1.0))
-        assert train_step(network, optimizer, NO_SCALER, mixed, shares).item() == pytest.approx(expected, abs=1e-5)
+        optimizer = build_optimizer("adamw", build_layer_decay_groups(network, 0.01, 0.1, 1.0))
+        assert supervised_step(network, optimizer, NO_SCALER, mixed, shares).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_classifiers_compute_in_float32(backbone, batch):
-    network = Classifiers(Tokens(backbone), 5).eval()
+    network = Classifiers(FeatureExtractor(backbone), 5).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = network(batch[0])
         features = network.tokens(batch[0])
@@ -123,7 +130,7 @@ def test_fine_tuning_drops_paths_and_frozen_backbones_do_not(backbone, batch):
     backbone.drop_path_rate = 0.5
     outputs = []
     for frozen in (False, True):
-        network = Classifiers(Tokens(backbone), 5, frozen=frozen).train()
+        network = Classifiers(FeatureExtractor(backbone), 5, frozen=frozen).train()
         torch.manual_seed(0)
         outputs.append((network(batch[0]), network(batch[0])))
     assert not torch.equal(*outputs[0]) and torch.equal(*outputs[1])

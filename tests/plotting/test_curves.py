@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from plotting.curves import PANELS, crossing, first_reached, page, read_log, table
+from plotting.curves import PANELS, crossing, format_table, format_time_to_accuracy, plot_curves, read_log
 
 
 def record(step, **more):
@@ -40,7 +40,7 @@ def test_a_log_is_read(log):
 
 
 def test_a_page_shows_all_of_it(log):
-    figure = page({"one": read_log(log)})
+    figure = plot_curves({"one": read_log(log)})
     panels = {axes.get_title(): axes for axes in figure.axes}
     assert list(panels) == list(PANELS)
     curves = {title: [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
@@ -59,12 +59,12 @@ def test_a_page_shows_all_of_it(log):
 
 def test_several_runs_have_a_color_each(tmp_path, log):
     other = write(tmp_path / "two", [record(0), record(2)])
-    figure = page({"one": read_log(log), "two": read_log(other)})
+    figure = plot_curves({"one": read_log(log), "two": read_log(other)})
     lines = [line for line in figure.axes[0].lines if list(line.get_xdata()) in ([2, 4, 8], [1, 3])]
     assert {line.get_color() for line in lines} == {"C0", "C1"}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     for runs in (["one", "two"], ["two", "one"]):  # what only one of them has is in the legend too
-        figure = page({name: read_log({"one": log, "two": other}[name]) for name in runs})
+        figure = plot_curves({name: read_log({"one": log, "two": other}[name]) for name in runs})
         panels = {axes.get_title(): axes for axes in figure.axes}
         legend = panels["k-NN and linear top-1, %"].get_legend()
         assert [text.get_text() for text in legend.get_texts()] == [
@@ -74,7 +74,7 @@ def test_several_runs_have_a_color_each(tmp_path, log):
 
 
 def test_names_and_single_steps_are_seen(tmp_path):
-    figure = page({"$x_$y^\udcff": read_log(write(tmp_path / "one", [record(0)]))})
+    figure = plot_curves({"$x_$y^\udcff": read_log(write(tmp_path / "one", [record(0)]))})
     assert figure.axes[0].lines[0].get_marker() == "."
     assert figure.get_suptitle() == r"\$x_\$y^?"
     figure.savefig(tmp_path / "curves.png")
@@ -92,7 +92,7 @@ def test_values_that_are_none(tmp_path):
 
 def test_the_table(tmp_path, log):
     other = write(tmp_path / "two", [record(0, loss=None), record(2, loss=None), record(3)])
-    lines = table({"one": read_log(log), "longer": read_log(other)}).splitlines()
+    lines = format_table({"one": read_log(log), "longer": read_log(other)}).splitlines()
     assert lines[1].split() == ["one", "8", "5.300", "6.238", "5.000", "0.300", "40.0", "50.0", "18.0"]
     assert lines[2].split() == ["longer", "4", "5.700", "6.238", "5.000", "0.700", "-", "-", "-"]
     assert lines[0].split() == ["steps", "loss", "ln", "K", "entropy", "KL", "k-NN", "last", "best", "untrained"]
@@ -101,7 +101,7 @@ def test_the_table(tmp_path, log):
 
 def test_curves_against_images_and_time(log):
     for against, per_step in (("images", 80), ("seconds", 0.4)):
-        panels = {axes.get_title(): axes for axes in page({"one": read_log(log)}, against).axes}
+        panels = {axes.get_title(): axes for axes in plot_curves({"one": read_log(log)}, against).axes}
         for title, steps in (("loss, nats", [2, 4, 8]), ("k-NN and linear top-1, %", [4, 8])):
             x = panels[title].lines[0].get_xdata()
             assert list(x) == pytest.approx([step * per_step for step in steps])
@@ -111,7 +111,7 @@ def test_curves_against_images_and_time(log):
 def test_a_log_without_images_is_not_drawn_against_them(tmp_path):
     run = read_log(write(tmp_path / "one", [{k: v for k, v in record(0).items() if k != "images_per_second"}]))
     with pytest.raises(OSError, match="one: its log does not say how many images seen"):
-        page({"one": run}, "images")
+        plot_curves({"one": run}, "images")
 
 
 def pace(step, seconds, top1=None):
@@ -133,8 +133,8 @@ def test_when_an_accuracy_is_first_reached(tmp_path):
         (pytest.approx(32 * 15), pytest.approx(15)), None, None, (160, 5), None]
     assert crossing(*runs["fast"], 20.0) == (0, 0)  # before it learnt anything
     assert crossing(runs["fast"][0], {}, 15.0) == (320, 10)  # nobody knows from where
-    assert "times as fast" not in first_reached(runs, 20.0)
-    assert first_reached(runs, 40.0).splitlines() == [
+    assert "times as fast" not in format_time_to_accuracy(runs, 20.0)
+    assert format_time_to_accuracy(runs, 40.0).splitlines() == [
         "slow     k-NN 40%: 2 of 2 runs, 400 ± 113 (320 to 480) images, 30 ± 0 (30 to 30) seconds",
         "fast     k-NN 40%: 1 of 1 runs, 480 images, 15 seconds", "never    k-NN 40%: 0 of 1 runs",
         "untested k-NN 40%: 0 of 1 runs", "half     k-NN 40%: 1 of 2 runs, 160 images, 5 seconds",
@@ -143,7 +143,7 @@ def test_when_an_accuracy_is_first_reached(tmp_path):
 
 def test_seeds_share_a_color_and_a_name(tmp_path):
     runs = {name: read_log(write(tmp_path / name, [record(0), record(2)])) for name in ("a-0", "b", "a-1")}
-    figure = page(runs)
+    figure = plot_curves(runs)
     assert [line.get_color() for line in figure.axes[0].lines if len(line.get_xdata()) == 2][::2] == ["C0", "C1", "C0"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
@@ -153,7 +153,7 @@ def test_seeds_of_a_run_have_a_mean_and_a_spread(tmp_path):
     for name, top1 in (("a-0", 50.0), ("a-1", 52.0), ("a-2", 57.0), ("b_0", 60.0), ("b_1", 61.0), ("c", 9.0)):
         runs[name] = read_log(write(tmp_path / name, [record(1), dict(knn="epoch 0", top1=10.0, top5=80.0), record(2),
                                                       dict(knn="epoch 1", top1=top1, top5=80.0, linear=top1 + 5)]))
-    lines = table(runs).splitlines()
+    lines = format_table(runs).splitlines()
     assert len(lines) == 11 and [" ".join(line.split()) for line in lines[7:]] == [
         "b 2 runs, k-NN last 60.5 ± 0.7 (60.0 to 61.0)", "a 3 runs, k-NN last 53.0 ± 3.6 (50.0 to 57.0)",
         "b 2 runs, linear last 65.5 ± 0.7 (65.0 to 66.0)", "a 3 runs, linear last 58.0 ± 3.6 (55.0 to 62.0)"]

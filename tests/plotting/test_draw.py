@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plotting.draw import COLORS, HEAT, SIGNED, as_rgb, heads_in_color, in_color, spotlight
+from plotting.draw import COLORS, HEAT, SIGNED, colorize, colorize_heads, components_to_rgb, highlight_mask
 
 
 def lightness(color):
@@ -16,7 +16,7 @@ def lightness(color):
 
 def test_a_map_is_drawn_patch_by_patch():
     values = np.array([[0, 1, 2], [3, 4, 2]], np.float32)
-    image = in_color(values, (30, 20))
+    image = colorize(values, (30, 20))
     assert image.size == (30, 20)
     for row, column in np.ndindex(2, 3):
         square = np.asarray(image)[10 * row:10 * row + 10, 10 * column:10 * column + 10].reshape(-1, 3)
@@ -25,7 +25,7 @@ def test_a_map_is_drawn_patch_by_patch():
 
 
 def test_more_is_lighter():
-    image = in_color(np.linspace(0, 1, 200)[None], (200, 1))
+    image = colorize(np.linspace(0, 1, 200)[None], (200, 1))
     found = [lightness(image.getpixel((x, 0))) for x in range(200)]
     assert (np.diff(found) > -0.3).all() and found[0] < 1 and found[-1] > 97
     steps = np.diff(found[::20])
@@ -34,15 +34,15 @@ def test_more_is_lighter():
 
 def test_scale_and_ends_are_what_is_asked_for():
     values = np.array([[-1.0, 0.0, 1.0, 5.0]])
-    image = in_color(values, (4, 1), -1.0, 1.0, SIGNED)
+    image = colorize(values, (4, 1), -1.0, 1.0, SIGNED)
     assert [image.getpixel((x, 0)) for x in (0, 2, 3)] == [SIGNED[0], SIGNED[-1], SIGNED[-1]]
     assert min(image.getpixel((1, 0))) > 240
-    assert in_color(np.zeros((2, 2)), (4, 4)).getpixel((0, 0)) == HEAT[0]  # nothing is no division by nothing
+    assert colorize(np.zeros((2, 2)), (4, 4)).getpixel((0, 0)) == HEAT[0]  # nothing is no division by nothing
 
 
 def test_smooth_is_bilinear():
     values = np.array([[0.0, 1.0]])
-    image = in_color(values, (80, 2), scale=((0, 0, 0), (255, 255, 255)), smooth=True)
+    image = colorize(values, (80, 2), scale=((0, 0, 0), (255, 255, 255)), smooth=True)
     found = [image.getpixel((x, 0))[0] for x in range(80)]
     expected = 255 * ((np.arange(80) + 0.5) / 40 - 0.5).clip(0, 1)
     assert np.abs(found - expected).max() <= 1.5
@@ -50,7 +50,7 @@ def test_smooth_is_bilinear():
 
 def test_spotlight():
     picture = Image.new("RGB", (4, 2), (200, 100, 50))
-    image = spotlight(picture, np.array([[True, False], [False, True]]))
+    image = highlight_mask(picture, np.array([[True, False], [False, True]]))
     assert [image.getpixel(place) for place in ((0, 0), (1, 0), (2, 1), (3, 1))] == [(200, 100, 50)] * 4
     shade = image.getpixel((3, 0))
     assert len(set(shade)) == 1 and shade[0] < 60
@@ -63,7 +63,7 @@ def test_each_head_has_its_color(heads):
     attention[1] *= 100  # a large head does not cover the others
     picture = Image.new("RGB", (50, 30), (10, 250, 120))
     grey = picture.convert("L").getpixel((0, 0))
-    image = heads_in_color(picture, attention, masks)
+    image = colorize_heads(picture, attention, masks)
     for row, column in np.ndindex(3, 5):
         color, best = None, -1.0
         for head in range(heads):
@@ -84,5 +84,5 @@ def test_colors_of_heads_are_not_alike():
 
 def test_components_as_rgb():
     components = np.array([[[0.0, -1.0, 2.0], [1.0, 3.0, 4.0]]])
-    image = as_rgb(components, (2, 1), np.array([0.0, -1.0, 3.0]), np.array([2.0, 1.0, 4.0]))
+    image = components_to_rgb(components, (2, 1), np.array([0.0, -1.0, 3.0]), np.array([2.0, 1.0, 4.0]))
     assert image.getpixel((0, 0)) == (0, 0, 0) and image.getpixel((1, 0)) == (128, 255, 255)

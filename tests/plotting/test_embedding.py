@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from plotting.embedding import colors, in_a_plane, principal_components, scatter, thumbnails
+from plotting.embedding import class_colors, embed_2d, plot_scatter, plot_thumbnails, principal_components
 
 
 def clusters(count=30):
@@ -23,24 +23,24 @@ def test_components_are_scikit_learns():
 
 def test_points_of_a_class_are_neighbours():
     labels = torch.arange(90) // 30
-    points, method = in_a_plane(clusters())
+    points, method = embed_2d(clusters())
     nearest = torch.cdist(points, points).fill_diagonal_(torch.inf).argmin(dim=1)
     assert method == "t-SNE" and points.shape == (90, 2) and (labels[nearest] == labels).all()
-    assert torch.equal(points, in_a_plane(clusters())[0])
+    assert torch.equal(points, embed_2d(clusters())[0])
 
 
 def test_without_scikit_learn_or_for_few_it_is_pca(monkeypatch):
     few = clusters(2)
-    assert in_a_plane(few)[1] == "PCA" and in_a_plane(few[:1])[0].shape == (1, 2)
+    assert embed_2d(few)[1] == "PCA" and embed_2d(few[:1])[0].shape == (1, 2)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    points, method = in_a_plane(clusters())
+    points, method = embed_2d(clusters())
     assert method == "PCA" and torch.equal(points, principal_components(clusters(), 2))
 
 
 def test_every_point_is_drawn_in_its_color():
     points, labels = clusters()[:, :2].double(), torch.arange(90) // 30 - 1  # a third has no label
-    figure = scatter(points, labels, ["cat", "dog"], [(255, 0, 0), (0, 0, 255)], "t-SNE of 90 pictures")
+    figure = plot_scatter(points, labels, ["cat", "dog"], [(255, 0, 0), (0, 0, 255)], "t-SNE of 90 pictures")
     dots = figure.axes[0].collections
     assert [len(dot.get_offsets()) for dot in dots] == [30, 30, 30]
     np.testing.assert_allclose(dots[2].get_offsets(), points[60:])
@@ -52,10 +52,10 @@ def test_every_point_is_drawn_in_its_color():
 
 def test_names_that_matplotlib_would_take_for_something_else(tmp_path):
     names = ["_misc", "$x_$y^", "a\udcff"]
-    figure = scatter(torch.zeros(3, 2), torch.arange(3), names, colors(3), "title")
+    figure = plot_scatter(torch.zeros(3, 2), torch.arange(3), names, class_colors(3), "title")
     figure.savefig(tmp_path / "map.png")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_misc", r"\$x_\$y^", "a?"]
-    many = scatter(torch.zeros(41, 2), torch.arange(41), list(map(str, range(41))), colors(41), "title")
+    many = plot_scatter(torch.zeros(41, 2), torch.arange(41), list(map(str, range(41))), class_colors(41), "title")
     assert not many.legends and many.axes[0].get_aspect() == 1
 
 
@@ -68,21 +68,21 @@ def test_t_sne_is_of_cosines(monkeypatch):
             asked.update(kwargs)
             super().__init__(**kwargs)
     monkeypatch.setattr(sklearn.manifold, "TSNE", Kept)
-    found = [in_a_plane(clusters(10), seed)[0] for seed in (3, 3, 4)]
+    found = [embed_2d(clusters(10), seed)[0] for seed in (3, 3, 4)]
     assert asked["metric"] == "cosine" and asked["random_state"] == 4 and asked["perplexity"] == 29 / 3
     assert torch.equal(found[0], found[1])
 
 
 def test_colors_differ():
     for count in (3, 16, 17, 40):
-        found = colors(count)
+        found = class_colors(count)
         assert len(set(found)) == len(found) == count
 
 
 def test_pictures_lie_where_their_points_do():
     points = torch.tensor([[0.0, 0.0], [10.0, 0.0], [10.0, 5.0], [9.9, 4.9]]).double()
     shades = [(255, 0, 0), (0, 255, 0)]
-    sheet = thumbnails(points, torch.tensor([0, 1, -1, 0]), shades,
+    sheet = plot_thumbnails(points, torch.tensor([0, 1, -1, 0]), shades,
                        lambda i: Image.new("RGB", (30, 60), (0, 0, 60 * i + 20)), side=200, cell=20)
     pixels = np.asarray(sheet)
     assert sheet.size == (200, 200)

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image, ImageFont
 
-from plotting.sheet import contact_sheet, cut, side_in
+from plotting.sheet import cell_side, contact_sheet, cut
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
 
@@ -38,7 +38,7 @@ def test_captions_end_in_time():
     font = ImageFont.load_default(12)
     assert cut("short\nname", font, 100) == "short name"
     assert cut("long" * 50, font, 100).endswith("…") and 80 < font.getlength(cut("long" * 50, font, 100)) <= 100
-    assert contact_sheet([(Image.new("RGB", (10, 10)), "")] * 4, 4, side_in(1000, 4)).width == 1000
+    assert contact_sheet([(Image.new("RGB", (10, 10)), "")] * 4, 4, cell_side(1000, 4)).width == 1000
 
 
 def test_nothing_but_empty_places():
