@@ -26,10 +26,10 @@ from common.distributed import DistributedError
 # ---- parsers ----
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the layout of the module docstring, and appends defaults other than None and False."""
+    """Keeps the layout of the module docstring, and appends the defaults of flags that take a value."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or "(default:" in action.help:
+        if action.default is None or action.nargs == 0 or "(default:" in action.help:
             return action.help
         if isinstance(action.default, (list, tuple)):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

@@ -57,14 +57,17 @@ def init_distributed(device, timeout_minutes=30.0):
     return rank, world_size, local_device
 
 
-def is_distributed():
-    """Whether there is a process group of more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def get_rank():
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def get_world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_rank_zero():
     """Whether this process is the one that prints, logs and saves."""
-    return not is_distributed() or dist.get_rank() == 0
+    return get_rank() == 0
 
 
 def run_on_rank_zero_first(function):
@@ -80,7 +83,7 @@ def run_on_rank_zero_first(function):
 def all_gather_objects(value):
     """Picklable value of every rank, as a list in the order of ranks."""
     values = [value]
-    if is_distributed():
+    if get_world_size() > 1:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
@@ -133,7 +136,7 @@ class StopSignals:
             name of a signal that some rank received, or None; and whether some rank wants to save.
         """
         flags = torch.tensor([self.number, save_due])
-        if is_distributed():
+        if get_world_size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         number, save_due = flags.tolist()
         return signal.Signals(number).name if number else None, bool(save_due)

@@ -1,9 +1,11 @@
-"""In what numbers a network computes: weights, losses and optimizer stay float32, products may be half as long.
+"""Mixed precision and matmul precision. Weights, loss and optimizer stay float32; autocast covers the rest.
 
-    with autocast("cuda", "bf16"):
+    precision = resolve_precision("auto", "cuda")           # bf16 where the device is fast at it
+    set_matmul_precision("cuda", precision)                 # TF32, or oneDNN on a CPU
+    with autocast("cuda", precision):
         features = model(images)
 
-This file needs torch and nothing else.
+This file needs torch only.
 """
 
 import functools
@@ -11,21 +13,31 @@ import functools
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("auto", *DTYPES)  # values of --precision
+
+
+def resolve_precision(precision, device):
+    """"auto" is bf16 on devices that multiply bfloat16 faster than float32, else fp32."""
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
+    return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def autocast(device, precision):
-    """A context in which matrix products are made in fp32, bf16 or fp16."""
+    """Autocast context of a device for fp32 (disabled), bf16 or fp16."""
     return torch.autocast(torch.device(device).type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def set_matmul_precision(device, precision, width=128):
-    """Let products that stay in float32 be made as fast as that allows.
+    """Choose how float32 matrix products are computed.
 
-    CUDA: beside half precision they may keep the 10 bits of fraction that fp16 has (TF32). CPU: by oneDNN in place of
-    the BLAS, which takes twice the time on AMD, where oneDNN is found to keep float32's accuracy.
+    CUDA: TF32 next to half precision, full float32 for fp32. CPU: oneDNN instead of the BLAS, which takes twice as long
+    on AMD, if oneDNN is found to keep float32's accuracy.
 
     Args:
-        width: of the network; below 128 a call of oneDNN costs more than it saves.
+        width: embedding dimension of the model; below 128 a call of oneDNN costs more than it saves.
     """
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
@@ -34,7 +46,7 @@ def set_matmul_precision(device, precision, width=128):
 
 
 def reset_matmul_precision(device):
-    """Take `fast_products` back: products as torch makes them by itself."""
+    """Undo `set_matmul_precision`: torch's own defaults."""
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
     torch.backends.mkldnn.matmul.fp32_precision = "none"
@@ -42,9 +54,9 @@ def reset_matmul_precision(device):
 
 @functools.cache
 def is_onednn_exact():
-    """Whether oneDNN, given leave to round to bfloat16, does not: without AMX it has no such kernels for float32.
+    """Whether oneDNN keeps float32 where it may round to bfloat16: without AMX it has no such float32 kernels.
 
-    That leave is how torch is told to ask oneDNN at all.
+    Allowing bfloat16 is the only way to make torch use oneDNN at all, so the accuracy is checked on one product.
     """
     if not torch.backends.mkldnn.is_available():
         return False
@@ -54,21 +66,3 @@ def is_onednn_exact():
     product = a @ b
     torch.backends.mkldnn.matmul.fp32_precision = before
     return ((product.double() - exact).norm() / exact.norm()).item() < 1e-5
-
-
-def resolve_precision(precision, device):
-    """What "auto" means on this device: bf16 where it multiplies bfloat16 faster than float32, else fp32."""
-    if precision != "auto":
-        return precision
-    if device == "cuda":
-        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
-    return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
-if __name__ == "__main__":
-    a, b = torch.randn(2, 256, 256, dtype=torch.float64)
-    for name in DTYPES:
-        with autocast("cpu", name):
-            product = a.float() @ b.float()
-        error = (product.double() - a @ b).norm() / (a @ b).norm()
-        print(f"{name}: {product.dtype}, relative error of a product {error:.1e}")

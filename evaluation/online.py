@@ -39,10 +39,10 @@ def evaluate_online(model, data, args, rank=0, world_size=1):
         features += [x, labels]
         messages += unreadable
     top1, top5 = knn_classifier(*features, ks=(20,), device=args.device).popitem()[1]
-    scores = dict(top1=top1, top5=top5)
+    scores = dict(knn_top1=top1, knn_top5=top5)
     if args.linear_probe and model is not pixel_features and len(features[0]) > 1:  # thousands of pixels take minutes
         epochs = max(20, 100_000 // len(features[0]))  # a hundred steps or more
-        scores["linear"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
+        scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
     return scores, messages
 
 
@@ -64,12 +64,12 @@ def detect_collapse(stats, out_dim, before=()):
     e = torch.cat((torch.tensor([entropy for entropy, _, _ in before]), stats[:, 0]))
     rise, fall = (e - e.cummin(0).values).max().item(), (e.cummax(0).values - e).max().item()
     if entropy_of_mean < 0.05 * top:
-        return (f"collapsed to one prototype: the teacher gives every image the same answer (entropy of its mean "
+        return (f"collapse to one prototype: the teacher gives every image the same answer (entropy of its mean "
                 f"output {entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
     if entropy > 0.99 * top and kl < 0.01 * top:
-        return (f"collapsed to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
+        return (f"collapse to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
                 f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, a lower --lr, more --freeze_last_layer")
     if min(rise, fall) > 0.2 * top:
-        return (f"the teacher does not settle: the entropy of its answers rose by {rise:.2f} and fell by {fall:.2f} "
+        return (f"unstable teacher: the entropy of its answers rose by {rise:.2f} and fell by {fall:.2f} "
                 f"(ln K = {top:.2f}) within two epochs; it needs a higher --momentum_teacher, or a lower --lr")
     return None

@@ -14,7 +14,6 @@ Caron et al. 2021, section 4: linear classification and fine-tuning. `train` can
 
 import contextlib
 import math
-import time
 
 import torch
 import torch.distributed as dist
@@ -24,8 +23,8 @@ from torchvision.transforms import v2
 
 from augment import BatchMultiCrop, MultiCrop
 from backbones import broadcast_buffers, convert_sync_batchnorm
-from common import distributed
-from common.checkpoint import prepare_output_dir, resume_run, save_checkpoint, was_restarted
+from common.checkpoint import Run
+from common.distributed import StopSignals, all_gather_objects
 from common.logger import Logger
 from common.precision import autocast, set_matmul_precision
 from data.datasets import DataError
@@ -154,64 +153,43 @@ def supervised_step(network, optimizer, scaler, images, labels, rate=1.0, precis
 
 # ---- all steps ----
 
-LINE = "loss {loss:.3f}  lr {lr:.1e}  {images_per_second:.0f} img/s: {data_seconds:.3f} s data + " \
-       "{compute_seconds:.3f} s compute"
-
-
-def train_classifiers(network, optimizer, pictures, fixed, measure, output, args, size, device, rank=0, world_size=1,
-          warmup_epochs=0, mix=None, label_smoothing=0.0):
-    """Train Classifiers on crops and flips to the end of a cosine, from the newest save in `output` on.
+def train_classifiers(network, optimizer, images, fixed, evaluate, output, args, size, device, rank=0, world_size=1,
+                      warmup_epochs=0, mixup=None, label_smoothing=0.0):
+    """Train Classifiers on random crops and flips with a cosine schedule, resuming from the newest checkpoint.
 
     Args:
-        optimizer: with groups as from head_groups or layer_groups, their "peak" for 256 pictures a step.
-        pictures: labelled, see data.py.
-        fixed: {name: value} of what must be as it was for a saved state to be gone on with.
-        measure: () -> {name: figure}, asked every args.val_freq epochs with the network in eval mode.
+        optimizer: with groups of build_head_groups or build_layer_decay_groups, their "peak" for a batch size of 256.
+        images: labeled, see data/datasets.py.
+        fixed: {name: value} that a resumed run must share.
+        evaluate: () -> {name: metric}, called every args.val_freq epochs with the network in eval mode.
         output: Path of the folder for checkpoint.pth and log.jsonl.
         args: flags of evaluate.py.
-        size: side of a view, pixels.
-        mix: see `mixing`.
+        size: side of a crop in pixels.
+        mixup: see `build_mixup`.
 
     Returns:
-        False if a signal ended it before its end, after saving its state; then the same call goes on.
+        False if a signal stopped the run, which is then saved; the same call resumes it.
 
     Raises:
-        DataError: fewer pictures than a step takes.
-        FloatingPointError: the loss is no number any more.
+        DataError: fewer images than the global batch size.
+        FloatingPointError: the loss is not finite.
     """
-    global_batch = args.batch_size_per_gpu * world_size
-    steps_per_epoch = len(pictures) // global_batch
+    global_batch_size = args.batch_size_per_gpu * world_size
+    steps_per_epoch = len(images) // global_batch_size
     total_steps = args.epochs * steps_per_epoch
     if steps_per_epoch == 0:
-        raise DataError(f"{len(pictures)} labelled pictures are fewer than the {global_batch} of one step "
-                        f"(batch_size_per_gpu x processes); lower --batch_size_per_gpu")
-
-    # ---- a new run, or the rest of one ----
-    report, path = Logger(output / "log.jsonl", silent=rank != 0), output / "checkpoint.pth"
+        raise DataError(f"{len(images)} labeled images are fewer than the global batch size {global_batch_size} "
+                        f"(batch_size_per_gpu x GPUs), lower --batch_size_per_gpu")
+    logger = Logger(output / "log.jsonl", is_silent=rank != 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16" and not network.frozen)
     objects = dict(network=network.heads if network.frozen else network, optimizer=optimizer, scaler=scaler)
-    progress = dict(step=0, log_bytes=0, unreadable=[])
-    flags = dict(precision=args.precision)
     fixed = fixed | {"epochs": args.epochs, "seed": args.seed, "crop_scale": list(args.crop_scale), "image_size": size,
-                     "number of pictures": len(pictures), "global batch": global_batch}
-    found = None
-    if args.resume == "auto" or was_restarted():
-        found = resume_run(path, fixed, flags, objects, progress, say=report.say)
-    first_step = progress["step"]
-    distributed.check_same_on_all_ranks("a run at step", first_step)
-    if rank == 0:
-        report.claim = prepare_output_dir(output, found, args.overwrite, "classification")
-    report.take_up(progress)
+                     "num_images": len(images), "global_batch_size": global_batch_size}
+    run = Run(output, "classification", objects, fixed, dict(precision=args.precision), {}, logger)
+    first_step, found = run.start(args)
     if found:
-        report.say(f"going on at step {first_step} of {total_steps} from {found}")
+        logger.print(f"resuming at step {first_step} of {total_steps} from {found}")
 
-    def save(step):
-        if rank == 0:
-            progress.update(step=step, unreadable=sorted(report.unreadable), log_bytes=report.log_bytes())
-            states = {name: thing.state_dict() for name, thing in objects.items()}
-            save_checkpoint(path, fixed=fixed, flags=flags, progress=progress, **states)
-
-    # ---- training ----
     set_matmul_precision(device, args.precision, network.tokens.backbone.embed_dim)
     network.train()
     model = network
@@ -221,49 +199,52 @@ def train_classifiers(network, optimizer, pictures, fixed, measure, output, args
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
         size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0), solarize=0)
-    keys = iter_batch_keys(first_step, total_steps, len(pictures), args.seed, args.batch_size_per_gpu, 1, rank, world_size)
-    loader = build_train_loader(pictures, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
-    batches, stop, saved_at = iter_on_device(loader, multicrop, device), distributed.StopSignals(), time.monotonic()
-    report.start_bar(first_step * global_batch, total_steps * global_batch, "img")
-    report.restart_pace()
+    keys = iter_batch_keys(first_step, total_steps, len(images), args.seed, args.batch_size_per_gpu, 1, rank,
+                           world_size)
+    loader = build_train_loader(images, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
+    batches, signals = iter_on_device(loader, multicrop, device), StopSignals()
+    logger.start_progress(first_step, total_steps)
     for step in range(first_step, total_steps):
-        epoch, end_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
-        done = step + 1 == total_steps
-        (images,), labels, unreadable = report.wait_for(batches)
-        report.skipped(unreadable)
-        torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # mixing draws after it too
-        if mix:
-            images, labels = mix(images, labels)
+        epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
+        is_last = step + 1 == total_steps
+        (crops,), labels, corrupt = logger.next_batch(batches)
+        logger.log_corrupt(corrupt)
+        torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # mixup draws after it too
+        if mixup:
+            crops, labels = mixup(crops, labels)
         rate = cosine_schedule(step, total_steps, 1.0, 0.0, warmup_epochs * steps_per_epoch)
-        losses = supervised_step(model, optimizer, scaler, images, labels, rate * global_batch / 256, args.precision,
-                            label_smoothing)
-        report.next_step(global_batch)
-        stopped_by = stop.poll()[0]
-        if end_of_epoch or (step + 1) % args.log_every == 0:
+
+        losses = supervised_step(model, optimizer, scaler, crops, labels, rate * global_batch_size / 256,
+                                 args.precision, label_smoothing)
+
+        logger.step_done()
+        stop_signal, is_save_step = signals.poll(run.is_save_due(args.save_every_minutes))
+        if is_epoch_end or (step + 1) % args.log_every == 0:
             if world_size > 1:
                 dist.all_reduce(losses)
-            report.unreadable = set().union(*distributed.all_gather_objects(report.unreadable))
+            logger.corrupt_images = set().union(*all_gather_objects(logger.corrupt_images))
             if not losses.isfinite().any():
-                raise FloatingPointError(f"step {step}: in {args.precision} the loss is not finite; lower --lr"
-                                         + " or name --precision fp32" * (args.precision != "fp32"))
-            report.step(dict(epoch=epoch, step=step, loss=losses.nan_to_num(math.inf).min().item() / world_size,
-                             lr=max(group["lr"] for group in optimizer.param_groups), **report.pace(global_batch),
-                             unreadable=len(report.unreadable)), total_steps, LINE)
-        if end_of_epoch and not done and args.val_freq and (epoch + 1) % args.val_freq == 0:
+                raise FloatingPointError(f"step {step}: the loss is not finite in {args.precision}, lower --lr"
+                                         + " or use --precision fp32" * (args.precision != "fp32"))
+            logger.log_step(dict(epoch=epoch, step=step, loss=losses.nan_to_num(math.inf).min().item() / world_size,
+                                 lr=max(group["lr"] for group in optimizer.param_groups),
+                                 **logger.throughput(global_batch_size, total_steps - step - 1),
+                                 corrupt_images=len(logger.corrupt_images)),
+                            args.epochs, "loss {loss:.3f} lr {lr:.1e}")
+        if is_epoch_end and not is_last and args.val_freq and (epoch + 1) % args.val_freq == 0:
             broadcast_buffers(network.eval())
-            figures = measure()
+            metrics = evaluate()
             network.train()
-            report.log(dict(epoch=epoch) | figures)
-            report.say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-            report.restart_pace()
-        if done or stopped_by or time.monotonic() - saved_at > 60 * args.save_every_minutes:
-            save(step + 1)
-            saved_at = time.monotonic()
-        if stopped_by and not done:
-            stop.restore()
-            report.stopped(stopped_by, step + 1, total_steps, path, args.resume)
+            logger.log(dict(epoch=epoch) | metrics)
+            logger.print(f"epoch {epoch}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+            logger.reset_timer()
+        if is_last or stop_signal or is_save_step:
+            run.save(step + 1)
+        if stop_signal and not is_last:
+            signals.restore()
+            run.print_stopped(stop_signal, step + 1, total_steps, args)
             return False
-    stop.restore()
-    report.close()
+    signals.restore()
+    logger.close()
     broadcast_buffers(network.eval())
     return True
