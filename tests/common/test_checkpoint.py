@@ -1,9 +1,11 @@
-"""Runs that are killed, stopped, damaged and taken up again."""
+"""Runs that are killed, stopped, corrupted and resumed."""
 
 import errno
 import json
+import math
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
@@ -17,8 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from common import checkpoint as resume
-from common import cli, distributed
+from common import checkpoint, cli, distributed
 from common.checkpoint import CheckpointError, iter_tensors, list_checkpoints, load_checkpoint, save_checkpoint
 from data import loaders
 from data.loaders import iter_batch_keys
@@ -31,19 +32,19 @@ TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 -
         "--freeze_last_layer 1 --saveckp_freq 0").split()
 STEPS = 6  # in an epoch
 
-server = multiprocessing.get_context("forkserver")  # a process that has imported torch and computed nothing
+server = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch
 server.set_forkserver_preload(["train"])
 
 
-def start(target, *args, said=os.devnull, limit=resource.RLIM_INFINITY):
-    """Call target(*args) in a process of its own, which speaks to a file and may write none larger than `limit`."""
-    process = server.Process(target=alone, args=(target, args, said, limit))
+def start(target, *args, output=os.devnull, limit=resource.RLIM_INFINITY):
+    """Call target(*args) in a process whose output goes to a file and which may write no file larger than `limit`."""
+    process = server.Process(target=run_target, args=(target, args, output, limit))
     process.start()
     return process
 
 
-def alone(target, args, said, limit):
-    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+def run_target(target, args, output, limit):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -52,7 +53,7 @@ def alone(target, args, said, limit):
 
 
 def kill(process):
-    """SIGKILL; its loader workers would end by themselves in five seconds, but here are not waited for."""
+    """SIGKILL the process and its loader workers, which would end by themselves within five seconds."""
     workers = children_of(process.pid)
     process.kill()
     for pid in workers:
@@ -66,9 +67,9 @@ def children_of(pid):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """96 pictures of two classes: 6 steps of 16 in an epoch."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """96 images of two classes: 6 steps of 16 per epoch."""
+    folder = tmp_path_factory.mktemp("images")
     shapes = Shapes("train", 96, 32)
     for i in range(96):
         path = folder / "ab"[i % 2] / f"{i:02}.png"
@@ -78,16 +79,15 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def flags(pictures, tmp_path):
+def flags(images, tmp_path):
     """Flags of a small run in a folder of this name: flags("whole", "--epochs 3")."""
     def of(name, more=""):
-        return [*TINY, "--data_path", str(pictures), "--output_dir", str(tmp_path / name), *more.split()]
+        return [*TINY, "--data_path", str(images), "--output_dir", str(tmp_path / name), *more.split()]
     return of
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before():
-    """train.main takes over signals for the rest of its process, which here goes on."""
+def restore_signals():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
@@ -98,10 +98,10 @@ def run(flags):
     train.main(train.parse_args(flags))
 
 
-def records(folder, of="step"):
-    """What log.jsonl says, but for the speed."""
+def records(folder):
+    """Records of log.jsonl without the times."""
     lines = (folder / "log.jsonl").read_text().splitlines()
-    times = ("images_per_second", "data_seconds", "compute_seconds")
+    times = ("images_per_sec", "data_time", "step_time", "eta")
     return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
 
 
@@ -113,7 +113,7 @@ def steps_logged(folder):
 
 
 def new_steps(folder, logged):
-    """How many steps were logged since the log was this list of lines; those logged again count, their speed differs"""
+    """Steps logged since the log was this list of lines; steps logged again count, since their times differ."""
     try:
         lines = (folder / "log.jsonl").read_text().splitlines()
     except FileNotFoundError:
@@ -123,13 +123,13 @@ def new_steps(folder, logged):
 
 
 def assert_identical(whole, parts):
-    """Bit for bit: student, teacher, optimizer, centre, scaler, progress, log and model files."""
+    """Bit for bit: student, teacher, optimizer, center, scaler, progress, log and model files."""
     one, two = (load_checkpoint(folder / "checkpoint.pth") for folder in (whole, parts))
     tensors, others = (dict(iter_tensors(state)) for state in (one, two))
     assert tensors.keys() == others.keys() and len(tensors) > 150
     different = [name for name in tensors if not torch.equal(tensors[name], others[name])]
     assert different == []
-    for name in ("knn", "step", "unreadable", "epoch_stats"):
+    for name in ("knn", "step", "corrupt_images", "epoch_stats"):
         assert one["progress"][name] == two["progress"][name]
     assert one["scaler"] == two["scaler"] and records(whole) == records(parts)
     for name in ("student", "teacher", "teacher_best"):
@@ -139,7 +139,7 @@ def assert_identical(whole, parts):
 
 # ---- killed ----
 
-def test_kills_at_random_steps_leave_no_trace(flags, tmp_path, request):
+def test_killed_at_random_steps(flags, tmp_path, request):
     """SIGKILL after a random number of steps; each start has another number of workers."""
     kills = request.config.getoption("--kills")
     more = f"--epochs {1 + kills} --save_every_steps 4"
@@ -161,7 +161,7 @@ def test_kills_at_random_steps_leave_no_trace(flags, tmp_path, request):
 
 
 def die_within_a_save(args, save, point):
-    """Train; at this save be killed before its point-th step on the disk, 0 being amid the writing."""
+    """Train; at this save, die before its point-th operation on the disk, 0 being half-way through the writing."""
     saves, steps = 0, 0
     save_run, torch_save = train.save_run, torch.save
 
@@ -190,7 +190,7 @@ def die_within_a_save(args, save, point):
     train.main(args)
 
 
-def test_kills_within_a_save_leave_no_trace(flags, tmp_path):
+def test_killed_within_a_save(flags, tmp_path):
     more = "--epochs 6 --save_every_steps 2 --knn_every 0"
     run(flags("whole", more))
     # the writing, then 10 calls of fsync and replace for checkpoint, student and teacher
@@ -226,7 +226,7 @@ def die_after_saving(monkeypatch, times):
     monkeypatch.setattr(train, "save_run", save_then_die)
 
 
-def test_the_diagnosis_of_an_epoch_survives_an_interruption_in_it(flags, monkeypatch):
+def test_epoch_statistics_survive_an_interruption(flags, monkeypatch):
     seen = {"whole": [], "parts": []}
     for name in seen:
         monkeypatch.setattr(train, "detect_collapse", lambda *means, name=name: seen[name].append(means))
@@ -238,21 +238,21 @@ def test_the_diagnosis_of_an_epoch_survives_an_interruption_in_it(flags, monkeyp
     assert len(seen["whole"]) == 2 and seen["whole"] == seen["parts"]
 
 
-def test_what_is_due_after_an_epoch_is_made_up_for(flags, tmp_path, monkeypatch, capsys):
+def test_what_an_epoch_owes_is_made_up_for(flags, tmp_path, monkeypatch, capsys):
     """Killed between the save at the end of epoch 3 and its k-NN test and numbered checkpoint."""
     more = "--epochs 5 --saveckp_freq 4"
     run(flags("whole", more))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_after_saving(patch, times=4)
         run(flags("parts", more))
-    assert "epoch 3" not in [record.get("knn") for record in records(tmp_path / "parts")]
+    assert "epoch 3" not in [record.get("eval") for record in records(tmp_path / "parts")]
     run(flags("parts", more))
     assert (tmp_path / "parts" / "checkpoint0003.pth").exists()
     assert_identical(tmp_path / "whole", tmp_path / "parts")
     before = (tmp_path / "parts" / "checkpoint.pth").read_bytes()
     capsys.readouterr()
     run(flags("parts", more))
-    out = capsys.readouterr().out  # once more, with nothing left to do
+    out = capsys.readouterr().out
     assert "holds a complete run" in out and "k-NN of" not in out
     assert (tmp_path / "parts" / "checkpoint.pth").read_bytes() == before
 
@@ -265,7 +265,7 @@ def test_signals_save_and_exit_0(flags, tmp_path, name):
     more = "--epochs 4 --save_every_minutes 0"
     run(flags("whole", more))
     args = train.parse_args(flags("parts", f"{more} --num_workers 2"))
-    child = start(train_like_the_script, args, said=tmp_path / "said")
+    child = start(train_like_the_script, args, output=tmp_path / "output")
     while steps_logged(tmp_path / "parts") < 8:
         time.sleep(0.001)
     workers = children_of(child.pid)
@@ -274,10 +274,10 @@ def test_signals_save_and_exit_0(flags, tmp_path, name):
         os.kill(pid, getattr(signal, name))
     child.join()
     assert child.exitcode == 0
-    said = (tmp_path / "said").read_text()
-    assert f"{name}: finishing the step, then saving" in said
+    output = (tmp_path / "output").read_text()
+    assert f"{name}: finishing the step, then saving" in output
     step = load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["progress"]["step"]
-    assert f"stopped by {name} after step {step} of 24" in said and "the same command goes on" in said
+    assert f"stopped by {name} after step {step} of 24" in output and "the same command resumes" in output
     assert step >= 8 and step == steps_logged(tmp_path / "parts")
     run(flags("parts", more))
     assert_identical(tmp_path / "whole", tmp_path / "parts")
@@ -285,11 +285,11 @@ def test_signals_save_and_exit_0(flags, tmp_path, name):
 
 def test_a_second_interrupt_stops_at_once():
     stop = distributed.StopSignals()
-    assert stop.agreed() is None
+    assert stop.poll() == (None, False) and stop.poll(save_due=True) == (None, True)
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # torchrun and the terminal may each send one
-    assert stop.agreed() == "SIGINT"
-    stop.since -= 3
+    assert stop.poll() == ("SIGINT", False)
+    stop.received_at -= 3
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
@@ -309,21 +309,21 @@ def wait_for_steps(process, folder, steps):
 
 
 def stop_then_train(args):
-    """A signal that comes while the pictures are being read."""
-    start_bar = train.Report.start_bar
+    """A signal that comes before the first step."""
+    start_progress = train.Logger.start_progress
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        start_bar(*args)
+        start_progress(*args)
 
-    train.Report.start_bar = signalled
+    train.Logger.start_progress = signalled
     cli.run_command(train.main, lambda: args, CheckpointError)
 
 
 def test_a_signal_before_the_first_step_loses_nothing(flags, tmp_path):
-    child = start(stop_then_train, train.parse_args(flags("run", "--epochs 2")), said=tmp_path / "said")
+    child = start(stop_then_train, train.parse_args(flags("run", "--epochs 2")), output=tmp_path / "output")
     child.join()
-    assert child.exitcode == 0 and "stopped by SIGTERM after step 1 of 12" in (tmp_path / "said").read_text()
+    assert child.exitcode == 0 and "stopped by SIGTERM after step 1 of 12" in (tmp_path / "output").read_text()
 
 
 def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
@@ -343,7 +343,7 @@ def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    assert f"going on at step {step} of 120" in output and output.count("going on at step") == 2
+    assert f"resuming at step {step} of 120" in output and output.count("resuming at step") == 2
     assert "lost the others" in output or "finishing the step" in output
     assert [record["step"] for record in records(folder)] == list(range(120))
 
@@ -351,122 +351,122 @@ def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     assert [record["step"] for record in records(folder)] == list(range(126))
 
 
-def test_a_process_that_hangs_is_waited_for_in_vain(flags, tmp_path):
+def test_a_hanging_rank_times_out(flags, tmp_path):
     process = torchrun(flags("two", "--batch_size_per_gpu 8 --epochs 400 --knn_every 0 --timeout_minutes 0.15"))
     wait_for_steps(process, tmp_path / "two", 3)
     victim = [pid for pid in children_of(process.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()][1]
     os.kill(victim, signal.SIGSTOP)
-    said = next(line for line in process.stdout if line.startswith("train.py: "))
+    message = next(line for line in process.stdout if line.startswith("train.py: "))
     os.kill(victim, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "process 0 of 2 waited in vain for the others: one of them died or hangs" in said
+    assert "rank 0 of 2 timed out waiting for the others: one of them died or hangs" in message
 
 
-def test_processes_that_see_different_runs_refuse(monkeypatch):
+def test_ranks_that_see_different_runs_refuse(monkeypatch):
     monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, 0])
-    with pytest.raises(distributed.DistributedError, match="process 1 has a run at step 0, process 0 has 40"):
+    with pytest.raises(distributed.DistributedError, match="rank 1 has a run at step 0, rank 0 has 40"):
         distributed.check_same_on_all_ranks("a run at step", 40)
 
 
-# ---- not finite ----
+# ---- non-finite values ----
 
-def nan_at(monkeypatch, steps, num_pictures=96, once=True):
-    """Make the first picture of these steps NaN, as a broken decoder might."""
-    bad = {next(iter_batch_keys(step, step + 1, num_pictures, 0, 16))[0] for step in steps}
+def nan_at(monkeypatch, steps):
+    """Make the first image of these steps NaN, as a broken decoder might."""
+    bad = {next(iter_batch_keys(step, step + 1, 96, 0, 16))[0] for step in steps}
 
     class Broken(loaders.MultiCrop):
         def __call__(self, image, key):
-            views = super().__call__(image, key)
+            crops = super().__call__(image, key)
             if key[1:] in bad:
-                views[0][0, 0, 0] = float("nan")
-            return views
+                crops[0][0, 0, 0] = float("nan")
+            return crops
 
     monkeypatch.setattr(loaders, "MultiCrop", Broken)
-    return bad
 
 
-@pytest.mark.parametrize("more", ["", "--optimizer sgd --use_bn_in_head true", "--optimizer lars --clip_grad 0",
-                                  "not fused"])
-def test_what_is_not_finite_stops_before_it_is_applied(flags, tmp_path, monkeypatch, capsys, more):
-    if more == "not fused":  # as on MPS
-        more, adamw = "", torch.optim.AdamW
-        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: adamw(groups, lr))
+@pytest.mark.parametrize("more", ["", "--optimizer sgd --use_bn_in_head true", "--optimizer lars --clip_grad 0"])
+def test_non_finite_values_stop_the_run_and_are_never_saved(flags, tmp_path, monkeypatch, more):
     more += " --epochs 3 --log_every 4 --save_every_steps 9 --keep 9 --knn_every 0"
     run(flags("whole", more))
     with monkeypatch.context() as patch:
         nan_at(patch, [9])
-        with pytest.raises(FloatingPointError, match="step 9: in fp32 the gradient is not finite; the state without"):
+        with pytest.raises(FloatingPointError, match="steps 9 to 11: the loss or a gradient is not finite in fp32; the "
+                           "last checkpoint is untouched, resume with a lower --lr, or with --log_every 1 to find"):
             run(flags("broken", more))
-    broken = load_checkpoint(tmp_path / "broken" / "checkpoint.pth")
-    assert broken["progress"]["step"] == 9
-    before = next(state for path in list_checkpoints(tmp_path / "whole" / "checkpoint.pth")
-                  if (state := load_checkpoint(path))["progress"]["step"] == 9)
-    one, two = (dict(iter_tensors({key: state[key] for key in ("student", "teacher", "dino_loss", "optimizer")}))
-                for state in (before, broken))
-    assert one.keys() == two.keys() and [name for name in one if not torch.equal(one[name], two[name])] == []
-    named = json.loads((tmp_path / "broken" / "nonfinite.json").read_text())
+        assert not (tmp_path / "broken" / "nonfinite.json").exists()
+        before = next(state for path in list_checkpoints(tmp_path / "whole" / "checkpoint.pth")
+                      if (state := load_checkpoint(path))["progress"]["step"] == 9)
+        broken = load_checkpoint(tmp_path / "broken" / "checkpoint.pth")
+        one, two = (dict(iter_tensors({key: state[key] for key in ("student", "teacher", "dino_loss", "optimizer")}))
+                    for state in (before, broken))
+        assert one.keys() == two.keys() and [name for name in one if not torch.equal(one[name], two[name])] == []
+        with pytest.raises(FloatingPointError, match="step 9: .* images of the step are listed in .*nonfinite.json"):
+            run(flags("broken", more + " --log_every 1"))
+    listed = json.loads((tmp_path / "broken" / "nonfinite.json").read_text())
     keys = next(iter_batch_keys(9, 10, 96, 0, 16))
-    assert named["step"] == 9 and [(p["epoch"], p["index"]) for p in named["pictures"]] == keys
-    assert named["pictures"][0]["file"].endswith(".png")
-    run(flags("broken", more))  # the decoder mended
+    assert listed["step"] == 9 and [(image["epoch"], image["index"]) for image in listed["images"]] == keys
+    assert listed["images"][0]["file"].endswith(".png")
+    run(flags("broken", more))  # with the decoder repaired
     states = [load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "broken")]
     for (name, a), (_, b) in zip(*(iter_tensors(state["student"]) for state in states)):
         assert torch.equal(a, b), name
 
 
 BROKEN = """
-import sys
 import train
 from common import cli
 from data import loaders
 
 class Broken(loaders.MultiCrop):
     def __call__(self, image, key):
-        views = super().__call__(image, key)
+        crops = super().__call__(image, key)
         if key[1:] == {key}:
-            views[0][0, 0, 0] = float("nan")
-        return views
+            crops[0][0, 0, 0] = float("nan")
+        return crops
 
 loaders.MultiCrop = Broken
-cli.run(train.main, train.parse_args, FloatingPointError)
+cli.run_command(train.main, train.parse_args, FloatingPointError)
 """
 
 
-def test_what_is_not_finite_on_one_process_stops_all(flags, tmp_path):
-    two = "--batch_size_per_gpu 8 --epochs 3 --log_every 4 --knn_every 0"
+def test_a_non_finite_value_on_one_rank_stops_all(flags, tmp_path):
+    two = "--batch_size_per_gpu 8 --epochs 3 --log_every 1 --knn_every 0"
     key = list(iter_batch_keys(9, 10, 96, 0, 8, 1, rank=1, world_size=2))[0][3]
     (tmp_path / "broken.py").write_text(BROKEN.replace("{key}", str(key)))
     process = torchrun(flags("run", two), script=tmp_path / "broken.py")
     output, _ = process.communicate(timeout=180)
-    assert process.returncode == 1 and "step 9: in fp32 the gradient is not finite" in output
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 9
-    named = json.loads((tmp_path / "run" / "nonfinite.json").read_text())["pictures"]
-    assert len(named) == 16 and (named[11]["epoch"], named[11]["index"]) == key
+    assert process.returncode == 1 and "step 9: the loss or a gradient is not finite in fp32" in output
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 6
+    listed = json.loads((tmp_path / "run" / "nonfinite.json").read_text())["images"]
+    assert len(listed) == 16 and (listed[11]["epoch"], listed[11]["index"]) == key
 
 
-def test_fp16_leaves_out_single_steps(flags, tmp_path, monkeypatch):
-    more = "--epochs 3 --precision fp16 --knn_every 0"
-    run(flags("whole", more))
-    nan_at(monkeypatch, [11, 14])
-    run(flags("run", more))
-    whole, state = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "run"))
-    assert state["progress"]["step"] == 18 and state["scaler"]["scale"] == whole["scaler"]["scale"] / 4
-    assert state["optimizer"]["state"][0]["step"] == whole["optimizer"]["state"][0]["step"] - 2
+class Overflow(torch.autograd.Function):
+    """Identity with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+def test_fp16_skips_steps_and_stops_when_no_loss_scale_helps(flags, tmp_path, monkeypatch):
+    more = "--epochs 10 --precision fp16 --knn_every 0"
+    forward = train.DINOHead.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(train.DINOHead, "forward", lambda self, x: Overflow.apply(forward(self, x)))
+        with pytest.raises(FloatingPointError, match="step 16: the loss scale fell below 1 in fp16.*--precision bf16"):
+            run(flags("run", more))
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert state["progress"]["step"] == 12 and state["scaler"]["scale"] == 2.0 ** (16 - 12)
     assert all(tensor.isfinite().all() for _, tensor in iter_tensors(state))
-    losses = [record["loss"] for record in records(tmp_path / "run")]
-    assert [i for i, loss in enumerate(losses) if loss is None] == [11, 14]
-
-
-def test_fp16_gives_up_where_no_scale_helps(flags, tmp_path, monkeypatch):
-    nan_at(monkeypatch, range(60))
-    with pytest.raises(FloatingPointError, match="in fp16 no scale keeps the gradient finite.*--precision bf16"):
-        run(flags("run", "--epochs 10 --precision fp16 --knn_every 0"))
-    given_up = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    assert all(tensor.isfinite().all() for _, tensor in iter_tensors(given_up)) and given_up["scaler"]["scale"] < 1
-    monkeypatch.undo()
-    run(flags("run", "--epochs 10 --precision fp16 --knn_every 0"))  # with sound pictures and a new scale
-    assert records(tmp_path / "run")[-1]["step"] == 59 and records(tmp_path / "run")[-1]["loss_scale"] > 1
+    assert state["optimizer"]["state"][0]["step"] == 0
+    run(flags("run", more))
+    assert records(tmp_path / "run")[-1]["step"] == 59 and math.isfinite(records(tmp_path / "run")[-1]["loss"])
 
 
 def test_no_nan_is_ever_written(tmp_path):
@@ -478,7 +478,7 @@ def test_no_nan_is_ever_written(tmp_path):
     assert torch.equal(load_checkpoint(path)["weights"]["a"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- damaged ----
+# ---- corrupt ----
 
 def flip(path, share=0.5):
     content = bytearray(path.read_bytes())
@@ -486,7 +486,7 @@ def flip(path, share=0.5):
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(flags, tmp_path, capsys):
+def test_a_corrupt_checkpoint_falls_back_to_the_previous_one(flags, tmp_path, capsys):
     more = "--epochs 3 --save_every_steps 5 --knn_every 0"
     run(flags("parts", more.replace("3", "2")))
     newest = tmp_path / "parts" / "checkpoint.pth"
@@ -496,25 +496,25 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(flags, tmp_path, caps
     capsys.readouterr()
     run(flags("parts", more))
     out = capsys.readouterr().out
-    assert "WARNING" in out and "does not match its checksum" in out and "trying the one before" in out
-    assert "going on at step 10 of 18" in out and (tmp_path / "parts" / "checkpoint.pth.damaged").exists()
+    assert "WARNING" in out and "does not match its checksum" in out and "trying the previous one" in out
+    assert "resuming at step 10 of 18" in out and (tmp_path / "parts" / "checkpoint.pth.corrupt").exists()
     assert [record["step"] for record in records(tmp_path / "parts") if "step" in record] == list(range(18))
 
 
-def test_nothing_whole_is_no_reason_to_start_anew(flags, tmp_path):
+def test_without_an_intact_checkpoint_nothing_is_deleted(flags, tmp_path):
     run(flags("run", "--epochs 1 --save_every_steps 2 --keep 3"))
     paths = list_checkpoints(tmp_path / "run" / "checkpoint.pth")
     assert [path.name for path in paths] == ["checkpoint.pth", "checkpoint.pth.1", "checkpoint.pth.2"]
     for path in paths:
         path.write_bytes(path.read_bytes()[:5000])
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(CheckpointError, match=r"checkpoint.pth.2: not a checkpoint, or damaged .*--overwrite starts"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.pth.2: not a checkpoint, or corrupt .*--overwrite starts"):
         run(flags("run", "--epochs 1"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_disk_that_fails_is_not_a_damaged_file(flags, tmp_path, monkeypatch):
-    """It may come back, so the newest state is neither passed over nor renamed."""
+def test_a_disk_that_fails_is_not_a_corrupt_file(flags, tmp_path, monkeypatch):
+    """It may recover, so the newest checkpoint is neither skipped nor renamed."""
     run(flags("run", "--epochs 1 --save_every_steps 2"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
@@ -522,14 +522,14 @@ def test_a_disk_that_fails_is_not_a_damaged_file(flags, tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "verify_checksums", fail)
+        patch.setattr(checkpoint, "verify_checksums", fail)
         with pytest.raises(OSError, match="Input/output error: .*checkpoint.pth'"):
             run(flags("run", "--epochs 2"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_models_are_those_of_the_state(flags, tmp_path):
-    """Killed between the save of the state and that of the models, at the end of the run."""
+def test_model_files_are_those_of_the_checkpoint(flags, tmp_path):
+    """Killed between the save of the checkpoint and that of the models, at the end of the run."""
     run(flags("run", "--epochs 1 --knn_every 0"))
     teacher = tmp_path / "run" / "teacher.safetensors"
     before = load_file(teacher)
@@ -538,20 +538,20 @@ def test_models_are_those_of_the_state(flags, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(teacher).items())
 
 
-def test_fewer_are_kept_when_told_so(flags, tmp_path):
+def test_keep_can_be_lowered(flags, tmp_path):
     run(flags("run", "--epochs 1 --save_every_steps 2 --keep 3"))
     run(flags("run", "--epochs 2 --save_every_steps 2 --keep 2"))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoint.pth")][-1] == "checkpoint.pth.1"
 
 
-def test_judging_switched_on_after_the_end_has_nothing_to_say(flags, capsys):
+def test_a_complete_run_is_not_evaluated_again(flags, capsys):
     run(flags("run", "--epochs 2 --knn_every 0"))
     run(flags("run", "--epochs 1 --knn_every 1"))
     assert "complete run" in capsys.readouterr().out
 
 
 def models_of(folder):
-    """All numbers of the model files; the order of their metadata is another in each."""
+    """All values of the model files."""
     return {path.name: {name: tensor.tolist() for name, tensor in load_file(path).items()}
             for path in folder.glob("*.safetensors")}
 
@@ -561,34 +561,34 @@ def train_like_the_script(args):
 
 
 def train_on_a_full_disk(args, name):
-    """Everything written to this file of the run meets a full disk."""
-    start_bar = train.Report.start_bar
+    """Train while writes to this file of the run meet a full disk."""
+    start_progress = train.Logger.start_progress
 
-    def start_with_a_full_disk(report, *args):
-        path = report.log_file.parent / name
+    def start_with_a_full_disk(logger, *args):
+        path = logger.path.parent / name
         path.unlink(missing_ok=True)
         path.symlink_to("/dev/full")
-        start_bar(report, *args)
+        start_progress(logger, *args)
 
-    train.Report.start_bar = start_with_a_full_disk
+    train.Logger.start_progress = start_with_a_full_disk
     train_like_the_script(args)
 
 
 @pytest.mark.parametrize("how", ["checkpoint.pth.tmp", "log.jsonl", "a limit"])
-def test_a_full_disk_is_one_line_and_keeps_what_was_there(flags, tmp_path, how):
+def test_a_full_disk_is_one_line_and_loses_nothing(flags, tmp_path, how):
     run(flags("run", "--epochs 1"))
     checkpoint = (tmp_path / "run" / "checkpoint.pth").read_bytes()
     log, models = (tmp_path / "run" / "log.jsonl").read_bytes(), models_of(tmp_path / "run")
     args = train.parse_args(flags("run", "--epochs 2 --knn_every 0"))
     if how == "a limit":
-        child = start(train_like_the_script, args, said=tmp_path / "said", limit=len(checkpoint) // 3)
+        child = start(train_like_the_script, args, output=tmp_path / "output", limit=len(checkpoint) // 3)
     else:
-        child = start(train_on_a_full_disk, args, how, said=tmp_path / "said")
+        child = start(train_on_a_full_disk, args, how, output=tmp_path / "output")
     child.join()
-    last = (tmp_path / "said").read_text().splitlines()[-1]
-    assert child.exitcode == 2 and "Traceback" not in (tmp_path / "said").read_text()
+    last = (tmp_path / "output").read_text().splitlines()[-1]
+    assert child.exitcode == 2 and "Traceback" not in (tmp_path / "output").read_text()
     assert ("log.jsonl: cannot be written (No space left on device)" if how == "log.jsonl" else
-            "checkpoint.pth: cannot be written, what was there is untouched") in last, last
+            "checkpoint.pth: cannot be written, the previous file is untouched") in last, last
     assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == checkpoint and models_of(tmp_path / "run") == models
     if how == "log.jsonl":
         (tmp_path / "run" / "log.jsonl").unlink()
@@ -600,7 +600,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(flags, tmp_path, how):
 
 # ---- what may change, and what may not ----
 
-def test_what_may_change_does_and_is_said(flags, tmp_path, capsys):
+def test_flags_that_may_change_are_printed(flags, tmp_path, capsys):
     run(flags("run", "--epochs 1"))
     capsys.readouterr()
     run(flags("run", "--epochs 2 --precision bf16 --num_workers 1 --accum_steps 2 --batch_size_per_gpu 8 --lr 0.001"))
@@ -608,24 +608,24 @@ def test_what_may_change_does_and_is_said(flags, tmp_path, capsys):
     for change in ("--epochs 1 -> 2", "--precision fp32 -> bf16", "--accum_steps 1 -> 2", "--lr 0.0005 -> 0.001",
                    "--batch_size_per_gpu 16 -> 8"):
         assert change in out
-    assert "num_workers" not in out and "going on at step 6 of 12" in out
+    assert "num_workers" not in out and "resuming at step 6 of 12" in out
 
 
-def test_other_pictures_are_another_run(flags, tmp_path, pictures):
+def test_other_images_are_another_run(flags, tmp_path):
     run(flags("run", "--epochs 1"))
-    with pytest.raises(CheckpointError, match="number of pictures 96, not 10000"):
+    with pytest.raises(CheckpointError, match="num_images 96, not 10000"):
         run(flags("run", "--epochs 2 --data_path shapes"))
 
 
 def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
     run(flags("run", "--epochs 1"))
     before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
-    with pytest.raises(CheckpointError, match="holds checkpoint.pth of an earlier run: --resume none --overwrite"):
+    with pytest.raises(CheckpointError, match="holds checkpoint.pth of a previous run: --resume none --overwrite"):
         run(flags("run", "--epochs 2 --resume none"))
     assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun repeats its command after a failure
     run(flags("run", "--epochs 2 --resume none --overwrite"))
-    assert "going on at step 6 of 12" in capsys.readouterr().out
+    assert "resuming at step 6 of 12" in capsys.readouterr().out
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     run(flags("run", "--epochs 1 --resume none --overwrite --seed 7"))
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["flags"]["seed"] == 7 and steps_logged(tmp_path / "run") == 6
@@ -637,7 +637,7 @@ def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
         run(flags("run", "--epochs 1"))
 
 
-def test_two_runs_in_one_folder_are_one_too_many(flags, tmp_path):
+def test_a_second_run_in_the_folder_is_refused(flags, tmp_path):
     child = start(train.main, train.parse_args(flags("run", "--epochs 500 --num_workers 1 --knn_every 0")))
     while steps_logged(tmp_path / "run") < 2:
         time.sleep(0.001)
@@ -655,21 +655,37 @@ def test_two_runs_in_one_folder_are_one_too_many(flags, tmp_path):
 
 def test_a_killed_loader_worker_is_one_line(flags, tmp_path):
     args = train.parse_args(flags("run", "--epochs 500 --num_workers 1"))
-    child = start(train_like_the_script, args, said=tmp_path / "said")
+    child = start(train_like_the_script, args, output=tmp_path / "output")
     while steps_logged(tmp_path / "run") < 2:
         time.sleep(0.001)
     os.kill(children_of(child.pid)[0], signal.SIGKILL)
     child.join()
-    last = (tmp_path / "said").read_text().splitlines()[-1]
-    assert child.exitcode == 2 and "a process that loads pictures died, often for want of memory" in last
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    last = (tmp_path / "output").read_text().splitlines()[-1]
+    assert child.exitcode == 2 and "a data loader worker died, often out of memory" in last
+    assert "Traceback" not in (tmp_path / "output").read_text()
 
 
-def test_claims_end_with_their_file(tmp_path):
-    with resume.acquire_lock(tmp_path / "lock"):
-        child = start(resume.acquire_lock, tmp_path / "lock", said=tmp_path / "said")
+@pytest.mark.parametrize("error", [
+    ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(), ConnectionRefusedError(), EOFError(),
+    FileNotFoundError(2, "no listener"), pickle.UnpicklingError("pickle data was truncated"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")], ids=lambda error: type(error).__name__)
+def test_every_way_a_worker_dies_is_recognized(error):
+    """The ways in which the main process can notice a death, depending on what the worker was sending."""
+    def batches():
+        yield 1
+        raise error
+    received = []
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        for batch in loaders.reraise_worker_death(batches()):
+            received.append(batch)
+    assert received == [1] and "a data loader worker died" in cli.explain_runtime_error(caught.value)
+
+
+def test_locks_end_with_their_file(tmp_path):
+    with checkpoint.acquire_lock(tmp_path / "lock"):
+        child = start(checkpoint.acquire_lock, tmp_path / "lock", output=tmp_path / "output")
         child.join()
-        assert child.exitcode == 1 and "another process is training in this folder" in (tmp_path / "said").read_text()
-    child = start(resume.acquire_lock, tmp_path / "lock")
+        assert child.exitcode == 1 and "another process is training in this folder" in (tmp_path / "output").read_text()
+    child = start(checkpoint.acquire_lock, tmp_path / "lock")
     child.join()
     assert child.exitcode == 0
