@@ -1,13 +1,13 @@
-"""Find pictures: the same landmark, copies of a picture, the ones that look most alike.
+"""Image retrieval: nearest images of a folder, copy detection (Copydays), landmarks (revisited Oxford and Paris).
 
-    python retrieve.py search --data_path /photos dog.jpg       # the nearest, and a sheet of them
+    python retrieve.py search --data_path /photos dog.jpg       # nearest images, and a contact sheet of them
     python retrieve.py copies --ckpt dino_vitbase8_pretrain.pth --data_path /data/copydays
     python retrieve.py landmarks --ckpt dino_deitsmall16_pretrain.pth --data_path /data/roxford5k
 
-`search` keeps the features of a folder in NAME.search beside the model file, and later only looks at pictures that
-are new or changed. `copies` and `landmarks` are the paper's evaluations (Caron et al. 2021, section 4.2.1) with the
-released scripts' settings, and write NAME.copies.json and NAME.landmarks.json. Extraction is shared by the processes
-that torchrun starts.
+`search` keeps an index of the folder's features in NAME.search beside the model file; later runs extract features of
+new and changed images only. `copies` and `landmarks` are the paper's evaluations (Caron et al. 2021, section 4.2.1)
+with the settings of the released scripts; they write NAME.copies.json and NAME.landmarks.json. Under torchrun, feature
+extraction is split over the processes.
 """
 
 import hashlib
@@ -27,282 +27,221 @@ from common.checkpoint import check_writable, write_json
 from common.cli import boolean, positive_int
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data.datasets import DataError, ImageFolder
-from data.images import ImageReadError, read_image
+from data.images import read_image
 from data.loaders import build_eval_loader, center_crop_view, normalize
-from data.retrieval import list_images, read_copydays, read_landmarks
+from data.retrieval import ImageFiles, list_images, read_copydays, read_landmarks
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import NoImagesError, extract_features
 from evaluation.image_index import update_index
-from evaluation.ranking import average_precision, mean_average_precision
+from evaluation.ranking import KS, average_precision, mean_average_precision
 from plotting.sheet import contact_sheet
-
-KS = (1, 5, 10)  # ranks at which precision is said
 
 
 def parse_args(argv=None):
     parser = cli.build_parser("retrieve.py", __doc__)
     tasks = cli.add_subcommands(parser, TASKS)
-    for name, task in tasks.items():
-        cli.add_model_flags(task)
-        task.add_argument("--data_path", required=True, metavar="DIR", help={
-            "search": "folder of the pictures to look among, at any depth",
-            "copies": "folder that holds original/ and strong/, jpegqual/N/ or crops/N/; a copy's name begins with the "
-                      "same four characters as its original's",
-            "landmarks": "folder that holds gnd_*.pkl and jpg/, or a folder of such folders"}[name])
-        task.add_argument("--output_dir", metavar="DIR", help="folder for what is written (default: " + (
-            "NAME.search beside the model file)" if name == "search" else "that of the model file)"))
+    for name, layout, image_size, view in (
+            ("search", "folder of images, at any depth", None, "side of the center crop (default: as in training)"),
+            ("copies", "folder with the layout of Copydays: original/, strong/, jpegqual/N/, crops/N/", 320,
+             "side of the square that images are resized to"),
+            ("landmarks", "folder with gnd_*.pkl and jpg/, or a folder of such folders", 512, "longer side")):
+        add = tasks[name].add_argument
+        cli.add_model_flags(tasks[name])
+        cli.add_device_flags(tasks[name])
+        add("--data_path", required=True, metavar="DIR", help=layout)
+        add("--image_size", type=positive_int, default=image_size, metavar="PIXELS", help=view)
+        add("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
     add = tasks["search"].add_argument
-    add("query", nargs="+", help="pictures to look for; a query that lies in the folder does not find itself")
-    add("--nearest", type=positive_int, default=11, metavar="N", help="how many to show (default: 11)")
-    add("--image_size", type=positive_int, metavar="PIXELS",
-        help="side of the square that is compared (default: the size the model was trained at)")
+    add("query", nargs="+", help="query images; one that lies in the folder is not its own result")
+    add("--nearest", type=positive_int, default=11, metavar="N", help="number of results")
+    add("--batch_size_per_gpu", type=positive_int, default=128, metavar="B", help="images per process")
     add = tasks["copies"].add_argument
-    add("--image_size", type=positive_int, default=320, metavar="PIXELS",
-        help="side of the square that a picture is squeezed into (default: 320)")
-    add("--distractors", metavar="DIR", help="pictures that none is a copy of, to look among as well (default: none)")
+    add("--distractors", metavar="DIR", help="images to add to the database")
+    add("--batch_size_per_gpu", type=positive_int, default=16, metavar="B", help="images per process")
     add = tasks["landmarks"].add_argument
-    add("--image_size", type=positive_int, default=512, metavar="PIXELS", help="longer side (default: 512)")
     add("--multiscale", type=boolean, nargs="?", const=True, default=True, metavar="X",
-        help="sum of the features at 1, 0.71 and 0.5 of that size (default: true)")
-    add("--crop_queries", action="store_true",
-        help="cut queries to the landmark, as the benchmark's authors ask; the released script does not")
+        help="sum features over the scales 1, 0.71 and 0.5")
+    add("--crop_queries", action="store_true", help="crop queries to the landmark; the released script does not")
+    tasks["landmarks"].set_defaults(batch_size_per_gpu=1)  # images differ in size
     for name in ("copies", "landmarks"):
-        tasks[name].add_argument("--whitening", metavar="DIR", help="other pictures, thousands of them, to learn a "
-                                                                    "whitening from (default: none)")
-    for name, count in (("search", 128), ("copies", 16)):
-        tasks[name].add_argument("--batch_size_per_gpu", type=positive_int, default=count, metavar="B",
-                                 help=f"pictures per process and pass (default: {count})")
-    for task in tasks.values():
-        cli.add_device_flags(task)
+        tasks[name].add_argument("--whitening", metavar="DIR", help="fit PCA whitening to these images, best thousands")
     return parser.parse_args(argv)
 
 
-# ---- features of pictures ----
+# ---- features ----
 
-class Files(torch.utils.data.Dataset):
-    """(picture, its number), of paths; with boxes (left, top, right, bottom) what lies in them."""
-
-    def __init__(self, paths, boxes=None, upright=True):
-        self.paths, self.boxes, self.upright = paths, boxes, upright
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        image = read_image(self.paths[i], upright=self.upright)
-        if self.boxes:
-            left, top, right, bottom = self.boxes[i]
-            box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
-            if box[0] >= box[2] or box[1] >= box[3]:
-                raise ImageReadError(f"{self.paths[i]}: the box {self.boxes[i]} lies outside its {image.width} x "
-                                 f"{image.height} pixels")
-            image = image.crop(box)
-        return image, i
-
-
-class Looker:
-    """Pictures -> features, over all processes that torchrun started.
+class ImageEncoder:
+    """Features of image files, extracted by all ranks together.
 
     Args:
-        describe: (backbone, images [B, 3, H, W]) -> features [B, D].
+        extract: (backbone, images [B, 3, H, W]) -> features [B, D].
         view: (RGB image, size) -> [3, H, W].
+        square: whether the size is the side of a square, and so must be a multiple of the patch size.
+        upright: see `ImageFiles`.
         needs: see `open_backbone`.
     """
 
-    def __init__(self, args, describe, view, batch_size, upright=True, needs=""):
+    def __init__(self, args, extract, view, square=True, upright=True, needs=""):
         self.rank, self.world_size, self.device = distributed.init_distributed(args.device)
         self.backbone, _, self.origin = open_backbone(args, self.device, needs)
-        self.size = args.image_size if view is within else resolve_image_size(args.image_size, self.backbone)
-        self.describe, self.view, self.batch_size, self.upright = describe, view, batch_size, upright
-        self.num_workers = args.num_workers
+        self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
+        self.args, self.extract, self.view, self.upright = args, extract, view, upright
 
-    def say(self, text):
+    def log(self, text):
         if self.rank == 0:
             tqdm.write(text)
 
-    def look(self, paths, boxes=None):
-        """Features [M, D] of the pictures that can be read, their numbers [M], and messages on the others."""
-        loader = build_eval_loader(Files(paths, boxes, self.upright), self.size, self.batch_size, self.num_workers, self.rank,
-                             self.world_size, self.view)
+    def encode(self, paths, boxes=None):
+        """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
+        loader = build_eval_loader(ImageFiles(paths, boxes, self.upright), self.size, self.args.batch_size_per_gpu,
+                                   self.args.num_workers, self.rank, self.world_size, self.view)
         try:
-            return extract_features(partial(self.describe, self.backbone), loader, self.device, total=len(paths))
+            return extract_features(partial(self.extract, self.backbone), loader, self.device, total=len(paths))
         except NoImagesError as error:
-            return torch.empty(0, 1), torch.empty(0, dtype=torch.int64), error.unreadable
+            return torch.empty(0), torch.empty(0, dtype=torch.int64), error.unreadable
 
-    def look_at_all(self, paths, boxes=None):
-        """Features of pictures of which none may be left out; raises DataError if one cannot be read."""
-        features, _, unreadable = self.look(paths, boxes)
-        if unreadable:
-            raise DataError(f"{len(unreadable)} of {len(paths)} pictures cannot be read; the first: {unreadable[0]}")
+    def encode_all(self, paths, boxes=None):
+        """Features of images of which none may be missing; raises DataError if one is corrupt."""
+        features, _, corrupt = self.encode(paths, boxes)
+        if corrupt:
+            raise DataError(f"{len(corrupt)} of {len(paths)} images cannot be read; the first: {corrupt[0]}")
         return features
 
-    def look_at_others(self, folder, what):
-        """Features of a folder's pictures, but for those that cannot be read, which are counted."""
-        features, _, unreadable = self.look(list_images(folder))
-        if not len(features):
-            raise DataError(f"{folder}: none of its pictures can be read; the last: {unreadable[-1]}")
-        self.say(f"{what}: {len(features)} pictures of {folder}" + f", {len(unreadable)} unreadable" * bool(unreadable))
+    def encode_folder(self, folder, purpose):
+        """Features of the readable images of a folder."""
+        features, _, corrupt = self.encode(list_images(folder))
+        self.log(f"{purpose}: {len(features)} images of {folder}, {len(corrupt)} corrupt")
         return features
 
 
-def squeezed(image, size):
-    """RGB image -> [3, size, size], bicubic, whatever its shape."""
+def resize_to_square(image, size):
+    """RGB image -> [3, size, size], bicubic, normalized; the aspect ratio is not kept."""
     return normalize(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def within(image, size):
-    """RGB image -> [3, H, W], its longer side no more than size, as Pillow's thumbnails with Lanczos are."""
+def resize_longer_side(image, size):
+    """RGB image -> [3, H, W], Lanczos, normalized; the longer side is at most `size`."""
     image = image.copy()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     return normalize(image)
 
 
-def normaliser(looker, folder):
-    """Features -> the same of length 1, whitened before if there is a folder of pictures to learn that from."""
+def build_normalizer(encoder, folder):
+    """Function that L2-normalizes features, after whitening fitted to the images of a folder, if there is one."""
     if not folder:
-        return lambda x: F.normalize(x, dim=1)
-    others = looker.look_at_others(folder, "whitening")
-    if len(others) < others.shape[1]:
-        looker.say(f"that is less than the {others.shape[1]} features have directions: it may do harm")
-    whiten = fit_whitening(others)
-    return lambda x: F.normalize(whiten(x), dim=1)
-
-
-def write_result(looker, path, args, *flags, **result):
-    write_json(path, looker.origin | {name: getattr(args, name) for name in flags} | result)
-    print(f"written to {path}")
+        return F.normalize
+    features = encoder.encode_folder(folder, "whitening")
+    if len(features) < features.shape[1]:
+        encoder.log(f"warning: fewer images than feature dimensions ({features.shape[1]}), whitening may do harm")
+    whiten = fit_whitening(features)
+    return lambda x: F.normalize(whiten(x))
 
 
 # ---- copies ----
 
-def copies(args):
-    """Copies of pictures found among the originals: Copydays, CLS and pooled patch tokens."""
+def evaluate_copies(args):
+    """Copy detection on Copydays: mAP with CLS and GeM-pooled patch tokens."""
     originals, blocks = read_copydays(args.data_path)
-    looker = Looker(args, cls_and_gem_features, squeezed, args.batch_size_per_gpu, needs="patch tokens")
-    path = output_file(looker.origin, args, "copies.json")
-    queries = {name: looker.look_at_all(paths) for name, (paths, _) in blocks.items()}
-    database = looker.look_at_all(originals)
+    encoder = ImageEncoder(args, cls_and_gem_features, resize_to_square, needs="patch tokens")
+    path = output_file(encoder.origin, args, "copies.json")
+    queries = {name: encoder.encode_all(paths) for name, (paths, _) in blocks.items()}
+    database = encoder.encode_all(originals)
     if args.distractors:
-        database = torch.cat((database, looker.look_at_others(args.distractors, "distractors")))
-    normalise = normaliser(looker, args.whitening)
-    if looker.rank > 0:
+        database = torch.cat((database, encoder.encode_folder(args.distractors, "distractors")))
+    normalizer, mAP = build_normalizer(encoder, args.whitening), {}
+    if encoder.rank > 0:
         return
-    database, table = normalise(database), {}
-    print(f"mAP of copies among {len(database)} pictures, {looker.size} pixels")
+    database = normalizer(database)
+    print(f"mAP of copies in a database of {len(database)} images, {encoder.size} pixels")
     for name, (_, positives) in blocks.items():
-        # As released, what comes after the first 20 is not looked at.
-        orders = (normalise(queries[name]) @ database.T).topk(min(20, len(database))).indices
-        table[name] = 100 * mean_average_precision(map(average_precision, orders, positives))[0]
-        print(f"{name:12} {len(orders):5} queries  {table[name]:5.1f}")
-    write_result(looker, path, args, "data_path", "image_size", "distractors", "whitening", database=len(database),
-                 mAP=table)
+        # as in the released script, only the first 20 count
+        orders = (normalizer(queries[name]) @ database.T).topk(min(20, len(database))).indices
+        mAP[name] = 100 * mean_average_precision(map(average_precision, orders, positives))[0]
+        print(f"{name:12} {len(orders):5} queries  {mAP[name]:5.1f}")
+    write_json(path, vars(args) | encoder.origin | dict(num_images=len(database), mAP=mAP))
+    print(f"wrote {path}")
 
 
 # ---- landmarks ----
 
-def landmarks(args):
-    """The same landmark found again: revisited Oxford and Paris, multi-scale CLS."""
+def evaluate_landmarks(args):
+    """Landmark retrieval on revisited Oxford and Paris: mAP and mP@k with multi-scale CLS features."""
     root = Path(args.data_path)
     files = sorted(root.glob("gnd_*.pkl")) or sorted(root.glob("[!.]*/gnd_*.pkl"))
     if not files:
         raise DataError(f"{root}: expected gnd_roxford5k.pkl or gnd_rparis6k.pkl, and jpg/ beside it")
     truths = {str(file.relative_to(root)): read_landmarks(file) for file in files}
-    scales = SCALES if args.multiscale else (1.0,)
-    # Sizes differ, so pictures come one by one; and as they lie in the file, for so the boxes were drawn.
-    looker = Looker(args, partial(multi_scale_features, scales=scales), within, batch_size=1, upright=False,
-                    needs="views of any size")
-    path = output_file(looker.origin, args, "landmarks.json")
-    normalise, result = normaliser(looker, args.whitening), {}
-    for file, truth in truths.items():
-        queries = looker.look_at_all(truth.queries, truth.boxes if args.crop_queries else None)
-        database = looker.look_at_all(truth.database)
-        if looker.rank == 0:
-            orders = (normalise(queries) @ normalise(database).T).argsort(dim=1, descending=True)
-            result[file] = judge_landmarks(file, orders, truth.answers)
-    if looker.rank == 0:
-        write_result(looker, path, args, "data_path", "image_size", "multiscale", "crop_queries", "whitening",
-                     result=result)
+    extract = partial(multi_scale_features, scales=SCALES if args.multiscale else (1.0,))
+    encoder = ImageEncoder(args, extract, resize_longer_side, square=False, upright=False,  # boxes ignore EXIF
+                           needs="images of any size")
+    path = output_file(encoder.origin, args, "landmarks.json")
+    normalizer, result = build_normalizer(encoder, args.whitening), {}
+    for name, truth in truths.items():
+        queries = encoder.encode_all(truth.queries, truth.boxes if args.crop_queries else None)
+        database = encoder.encode_all(truth.database)
+        orders = (normalizer(queries) @ normalizer(database).T).argsort(dim=1, descending=True)
+        encoder.log(f"{name}: {len(queries)} queries, database of {len(database)} images")
+        result[name] = evaluate_levels(orders, truth.relevance)
+        for level, values in result[name].items():
+            encoder.log(f"{level:8}" + "".join(f"  {metric} {value:5.1f}" for metric, value in values.items()))
+    if encoder.rank == 0:
+        write_json(path, vars(args) | encoder.origin | dict(result=result))
+        print(f"wrote {path}")
 
 
 LEVELS = {"easy": (["easy"], ["hard", "junk"]), "medium": (["easy", "hard"], ["junk"]),
-          "hard": (["hard"], ["easy", "junk"])}  # what should be found, and what is passed over
+          "hard": (["hard"], ["easy", "junk"])}  # positives and ignored images (Radenovic et al. 2018, section 4)
 
 
-def judge_landmarks(name, orders, answers):
-    """Table of one benchmark, printed: {level: {"mAP": ..., "mP@1": ...}} in percent."""
-    print(f"{name}: {len(orders)} queries among {orders.shape[1]} pictures\n{'':8}   mAP"
-          + "".join(f"{f'mP@{k}':>7}" for k in KS))
-    result = {}
-    for level, (wanted, passed_over) in LEVELS.items():
-        judgements = []
-        for order, answer in zip(orders, answers):
-            positives, junk = ([i for part in parts for i in answer[part]] for parts in (wanted, passed_over))
-            judgements.append(average_precision(order, positives, junk, KS))
-        if not any(judgements):
-            print(f"{level:8}  no query has a picture to find")
-            continue
-        ap, precisions = mean_average_precision(judgements)
-        result[level] = {"mAP": 100 * ap} | {f"mP@{k}": 100 * x for k, x in zip(KS, precisions)}
-        print(f"{level:8} {100 * ap:5.1f}" + "".join(f"{100 * x:7.1f}" for x in precisions))
-    return result
+def evaluate_levels(orders, relevance):
+    """mAP and mP@k of each difficulty level whose queries have positives: {level: {"mAP", "mP@1", ...}}, percent."""
+    table = {}
+    for level, parts in LEVELS.items():
+        results = [average_precision(order, *([i for name in part for i in query[name]] for part in parts))
+                   for order, query in zip(orders, relevance)]
+        if any(results):
+            mAP, precisions = mean_average_precision(results)
+            table[level] = {"mAP": 100 * mAP} | {f"mP@{k}": 100 * x for k, x in zip(KS, precisions)}
+    return table
 
 
 # ---- search ----
 
 def search(args):
-    """The pictures of a folder that look most like others, and a sheet of them."""
-    looker = Looker(args, unit_cls, center_crop_view, args.batch_size_per_gpu)
-    output = output_folder(looker.origin, args, "search")
-    queries, numbers, unreadable = looker.look(args.query)
-    features, paths = gallery(looker, args.data_path, output)
-    if looker.rank > 0:
+    """Nearest images of a folder by cosine similarity of CLS features, and a contact sheet of them."""
+    encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), center_crop_view)
+    output = output_folder(encoder.origin, args, "search")
+    queries, indices, corrupt = encoder.encode(args.query)
+    features, paths = index_folder(encoder, args.data_path, output)
+    if encoder.rank > 0:
         return
-    for query, i in zip(queries, numbers.tolist()):
+    for query, i in zip(queries, indices.tolist()):
         path, scores = args.query[i], features @ query
-        others = (j for j in scores.argsort(descending=True).tolist() if not same_file(paths[j], path))
-        found = [(scores[j].item(), paths[j]) for j in itertools.islice(others, args.nearest)]
-        print("\n".join([f"{path}:", *(f"  {score:6.3f}  {name}" for score, name in found)]))
-        name = os.path.basename(path)[:60] + f".{i}" * (len(args.query) > 1) + ".nearest.png"
-        contact_sheet([(shown(path), "query")] + [(shown(name), f"{score:.3f}  {os.path.basename(name)}")
-                                                  for score, name in found]).save(output / name)
-        print(f"  -> {output / name}")
-    if unreadable:
-        raise DataError(f"{len(unreadable)} of {len(args.query)} queries cannot be read; the first: {unreadable[0]}")
+        others = (j for j in scores.argsort(descending=True).tolist() if not os.path.samefile(paths[j], path))
+        nearest = [(paths[j], scores[j].item()) for j in itertools.islice(others, args.nearest)]
+        print("\n".join([f"{path}:", *(f"  {score:6.3f}  {name}" for name, score in nearest)]))
+        sheet = output / (os.path.basename(path)[:60] + f".{i}" * (len(args.query) > 1) + ".nearest.png")
+        contact_sheet([(read_image(path), "query")] + [(read_image(name), f"{score:.3f}  {os.path.basename(name)}")
+                                                       for name, score in nearest]).save(sheet)
+        print(f"  -> {sheet}")
+    if corrupt:
+        raise DataError(f"{len(corrupt)} of {len(args.query)} queries cannot be read; the first: {corrupt[0]}")
 
 
-def unit_cls(backbone, images):
-    """Images -> CLS features of length 1, so that their products are cosines."""
-    return F.normalize(backbone(images), dim=1)
-
-
-def gallery(looker, folder, output):
-    """Features of the pictures below a folder and their paths; kept in a file of the folder's name."""
+def index_folder(encoder, folder, output):
+    """Features and paths of the images of a folder; the index is one file per model, folder and image size."""
     root, written = os.path.realpath(folder), os.path.join(os.path.realpath(output), "")
     names = [name for name in ImageFolder(folder).files if not os.path.join(root, name).startswith(written)]
-    about = [looker.origin["sha256"], looker.origin["network"], looker.origin["untrained"], root, looker.size]
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    key = [encoder.origin[name] for name in ("sha256", "network", "untrained")] + [root, encoder.size]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     output.mkdir(parents=True, exist_ok=True)
     check_writable(output)
     features, names = update_index(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, names,
-                                       looker.look, looker.say)
-    if not names:
-        raise DataError(f"{folder}: none of its pictures can be read")
+                                   encoder.encode, encoder.log)
     return features, [os.path.join(folder, name) for name in names]
 
 
-def same_file(a, b):
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-
-def shown(path):
-    """The picture, or a grey one if it is gone since it was looked at."""
-    try:
-        return read_image(path)
-    except ImageReadError:
-        return Image.new("RGB", (180, 180), "lightgrey")
-
-
-TASKS = {"search": search, "copies": copies, "landmarks": landmarks}
+TASKS = {"search": search, "copies": evaluate_copies, "landmarks": evaluate_landmarks}
 
 
 def main(args):

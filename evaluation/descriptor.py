@@ -1,12 +1,14 @@
-"""One vector per picture to find it by: several scales, pooled patches, whitening.
+"""Global image descriptors for retrieval: multi-scale features, GeM pooling, whitening.
 
-    x = multi_scale(model, images)                       # for landmarks
-    x = cls_and_gem(model, images)                       # for copies
-    whiten = learn_whitening(features_of_other_pictures)
+    x = multi_scale_features(model, images)              # landmarks
+    x = cls_and_gem_features(model, images)              # copy detection
+    whiten = fit_whitening(features_of_other_images)
     similarity = F.normalize(whiten(queries)) @ F.normalize(whiten(database)).T
 
-The settings are those of the released scripts for Oxford, Paris and Copydays. This file needs torch and nothing else.
+Settings are those of the released scripts for Oxford, Paris and Copydays. This file needs torch only.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,11 @@ import torch.nn.functional as F
 SCALES = (1.0, 0.5 ** 0.5, 0.5)
 
 
-def multi_scale_features(model, images, scales=SCALES):
-    """The sum of a picture's features at several sizes, of length 1: [B, C, H, W] -> [B, D].
+def multi_scale_features(model, images: torch.Tensor, scales: Sequence[float] = SCALES) -> torch.Tensor:
+    """Sum of an image's features at several scales, L2-normalized: [B, C, H, W] -> [B, D].
 
-    Sizes are cut to multiples of the patch at the right and below, as the released backbone does by itself; what would
-    be less than a patch is enlarged to one.
+    Images are cropped at the right and bottom to multiples of the patch size, as in the released backbone; a side
+    shorter than a patch is enlarged to one.
 
     Args:
         model: images -> features; model.patch_size in pixels.
@@ -34,36 +36,24 @@ def multi_scale_features(model, images, scales=SCALES):
     return F.normalize(total, dim=-1)
 
 
-def cls_and_gem_features(model, images, power=4):
-    """CLS beside the patch tokens' generalised mean (Radenovic et al. 2019, equation 3): [B, C, H, W] -> [B, 2D].
+def cls_and_gem_features(model, images: torch.Tensor, power: float = 4) -> torch.Tensor:
+    """CLS token and GeM-pooled patch tokens, concatenated: [B, C, H, W] -> [B, 2D].
 
-    Negative tokens count as 1e-6.
+    GeM is the generalized mean (Radenovic et al. 2019, equation 3), with tokens clamped from below at 1e-6.
     """
     tokens = model.get_intermediate_layers(images)[0]
     pooled = tokens[:, 1:].clamp(min=1e-6).pow(power).mean(dim=1).pow(1 / power)
     return torch.cat((tokens[:, 0], pooled), dim=1)
 
 
-def fit_whitening(features):
-    """The whitening that features [M, D] of other pictures ask for: a function [..., D] -> [..., D].
+def fit_whitening(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """PCA whitening fitted to features [M, D] of other images: a function [..., D] -> [..., D].
 
-    It takes their mean off and makes their second moments (about zero, not about the mean, as released) those of
-    independent variables of variance 1. Directions with less than 1e-5 of the largest moment are taken to have that.
+    It subtracts the mean and decorrelates by the second moments about zero, not the covariance, as in the released
+    script. Moments are clamped from below at 1e-5 of the largest.
     """
     features = features.double()
     moments, axes = torch.linalg.eigh(features.T @ features / len(features))
     moments = moments.clamp(min=1e-5 * moments.max())
     mean, projection = features.mean(dim=0), axes / moments.sqrt()
-
-    def whiten(x):
-        return ((x.double() - mean) @ projection).to(x.dtype)
-    return whiten
-
-
-if __name__ == "__main__":
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(8, 8, generator=generator)
-    white = fit_whitening(torch.randn(5000, 8, generator=generator) @ mixing)(
-        torch.randn(5000, 8, generator=generator) @ mixing)
-    print(f"correlated features, whitened: variances {white.var(dim=0).min():.2f} to {white.var(dim=0).max():.2f}, "
-          f"largest correlation {(torch.corrcoef(white.T) - torch.eye(8)).abs().max():.2f}")
+    return lambda x: ((x.double() - mean) @ projection).to(x.dtype)

@@ -1,94 +1,95 @@
-"""Labels from frame to frame: what is drawn on a video's first frame follows the patches that look alike.
+"""Label propagation: segment a video by passing the first frame's mask on through similar patch features.
 
-    labels = one_hot(mask, classes, rows, cols)                  # of the first frame, [C, h, w]
-    for labels in follow(features, labels):                      # features of each frame [h, w, D], one by one
-        mask = decide(labels, height, width)
+    labels = mask_to_labels(mask, num_classes, rows, cols)               # first frame, [C, h, w]
+    for labels in propagate_labels(features, labels):                    # features of each frame, [h, w, D]
+        mask = labels_to_mask(labels, height, width)
 
-Nothing is learnt: a patch takes the labels of the patches that are most like it, near its place, in the first frame
-and the last few (Jabri et al. 2020, section 4.1; Caron et al. 2021, section 4.2.2). This file needs torch and nothing
-else.
+Nothing is trained: a patch takes the labels of the most similar patches near its position in the first frame and in
+the last few (Jabri et al. 2020, section 4.1; Caron et al. 2021, section 4.2.2). This file needs torch only.
 """
 
 import collections
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 
 @torch.no_grad()
-def propagate_labels(features, labels, n_last=7, topk=5, radius=12, temperature=0.1):
-    """Carry the labels of the first frame through all others.
+def propagate_labels(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last: int = 7, topk: int = 5,
+                     radius: int = 12, temperature: float = 0.1) -> Iterator[torch.Tensor]:
+    """Propagate the labels of the first frame through all others.
 
     Args:
-        features: iterable of frames, [h, w, D] each. Held at once are n_last + 2 of them, and a copy of the sources
-            while they are compared.
-        labels: of the first, [C, h, w], shares of each class.
-        n_last: frames that labels come from, besides the first.
-        topk, radius, temperature: see `transfer`.
+        features: of each frame, [h, w, D]. At most n_last + 2 frames are in memory, and one copy of them.
+        labels: of the first frame, [C, h, w], class probabilities.
+        n_last: context frames besides the first.
+        topk, radius, temperature: see `propagate_to_frame`.
 
     Yields:
-        labels [C, h, w] of each frame but the first.
+        labels [C, h, w] of each frame after the first.
     """
     frames = (F.normalize(frame.float(), dim=-1) for frame in features)
     first, last = (next(frames), labels), collections.deque(maxlen=n_last)
     for frame in frames:
-        sources, known = (torch.stack(x) for x in zip(first, *last))
-        labels = propagate_to_frame(frame, sources, known, topk, radius, temperature)
-        del sources, known
+        context, context_labels = (torch.stack(x) for x in zip(first, *last))
+        labels = propagate_to_frame(frame, context, context_labels, topk, radius, temperature)
+        del context, context_labels  # before the next frame is loaded
         last.append((frame, labels))
         yield labels
 
 
-def propagate_to_frame(frame, sources, known, topk=5, radius=12, temperature=0.1, tile=(8, 16)):
-    """Each patch takes the labels of the patches in other frames that are most like it and near its place.
+def propagate_to_frame(frame: torch.Tensor, context: torch.Tensor, context_labels: torch.Tensor, topk: int = 5,
+                       radius: int = 12, temperature: float = 0.1, tile: tuple[int, int] = (8, 16)) -> torch.Tensor:
+    """Labels of one frame from those of its context frames: top-k attention within a neighborhood.
 
     Args:
-        frame: features [h, w, D] of length 1.
-        sources, known: features [T, h, w, D] and labels [T, C, h, w] of other frames.
-        topk: how many patches, over all frames, weighted by the softmax of their cosine / temperature.
-        radius: rows and columns that they may be away; 0 for any.
-        tile: rows and columns of patches that are compared at once with what is near any of them: it bounds the memory
-            to tile * T * (tile + 2 * radius) numbers, whatever the size of the frame.
+        frame: features [h, w, D], L2-normalized.
+        context, context_labels: features [T, h, w, D] and labels [T, C, h, w] of other frames.
+        topk: similar patches per patch, over all frames, weighted by the softmax of cosine / temperature.
+        radius: neighborhood in rows and columns of patches; 0 for the whole frame.
+        tile: rows and columns of patches compared at a time. It bounds the memory to tile * T * (tile + 2 * radius)
+            similarities, whatever the size of the frame.
 
     Returns:
         labels [C, h, w].
     """
     h, w, D = frame.shape
-    T, C = known.shape[:2]
+    T, C = context_labels.shape[:2]
     radius = radius or max(h, w)
-    result = known.new_empty(C, h, w)
-    for y, near_y in tiles(h, tile[0], radius):
-        for x, near_x in tiles(w, tile[1], radius):
+    result = context_labels.new_empty(C, h, w)
+    for y, near_y in iter_tiles(h, tile[0], radius):
+        for x, near_x in iter_tiles(w, tile[1], radius):
             queries = frame[y, x].reshape(-1, D)
-            keys = sources[:, near_y, near_x].reshape(-1, D)
+            keys = context[:, near_y, near_x].reshape(-1, D)
             cosine = (queries @ keys.T).view(y.stop - y.start, x.stop - x.start, T, near_y.stop - near_y.start, -1)
-            cosine.masked_fill_(too_far(y, near_y, radius, frame.device)[:, None, None, :, None], -math.inf)
-            cosine.masked_fill_(too_far(x, near_x, radius, frame.device)[None, :, None, None, :], -math.inf)
-            values, places = largest(cosine.view(len(queries), -1), topk)
-            labels = known[:, :, near_y, near_x].permute(1, 0, 2, 3).reshape(C, -1)[:, places]  # [C, queries, topk]
-            weights = (values / temperature).softmax(dim=-1)
+            cosine.masked_fill_(mask_distant(y, near_y, radius, frame.device)[:, None, None, :, None], -math.inf)
+            cosine.masked_fill_(mask_distant(x, near_x, radius, frame.device)[None, :, None, None, :], -math.inf)
+            values, indices = topk_by_runs(cosine.view(len(queries), -1), topk)
+            labels = context_labels[:, :, near_y, near_x].permute(1, 0, 2, 3).reshape(C, -1)[:, indices]
+            weights = (values / temperature).softmax(dim=-1)  # [queries, topk]; labels [C, queries, topk]
             result[:, y, x] = (labels * weights).sum(dim=-1).view(C, y.stop - y.start, -1)
     return result
 
 
-def tiles(length, step, radius):
-    """Slices that cut a length into steps, and those of what is within a radius of each."""
+def iter_tiles(length, step, radius):
+    """Yield slices of `step` that cover a length, each with the slice of what lies within `radius` of it."""
     for start in range(0, length, step):
         stop = min(start + step, length)
         yield slice(start, stop), slice(max(0, start - radius), min(length, stop + radius))
 
 
-def too_far(here, near, radius, device):
-    """Which places of one slice are more than a radius from those of another: bool [here, near]."""
-    here, near = (torch.arange(x.start, x.stop, device=device) for x in (here, near))
-    return (here.view(-1, 1) - near).abs() > radius
+def mask_distant(queries, keys, radius, device):
+    """Which positions of two slices are more than `radius` apart: bool [queries, keys]."""
+    queries, keys = (torch.arange(x.start, x.stop, device=device) for x in (queries, keys))
+    return (queries.view(-1, 1) - keys).abs() > radius
 
 
-def largest(x, k, run=32):
-    """The k largest of each row and where they are: [Q, M] -> values and places, [Q, k] both.
+def topk_by_runs(x, k, run=32):
+    """Top k of each row, [Q, M] -> values and indices [Q, k], faster than torch.topk for long rows.
 
-    They lie in the k runs of neighbours with the largest maxima, so that only those are searched.
+    They lie in the k runs of adjacent elements with the largest maxima, so only those are searched.
     """
     Q, M = x.shape
     k = min(k, M)
@@ -96,40 +97,27 @@ def largest(x, k, run=32):
         return x.topk(k)
     whole = M - M % run
     runs = x[:, :whole].view(Q, -1, run).amax(dim=-1).topk(k).indices
-    places = (runs.unsqueeze(-1) * run + torch.arange(run, device=x.device)).flatten(1)  # [Q, k * run]
+    candidates = (runs.unsqueeze(-1) * run + torch.arange(run, device=x.device)).flatten(1)  # [Q, k * run]
     rest = torch.arange(whole, M, device=x.device).expand(Q, -1)
-    places = torch.cat((places, rest), dim=1)
-    values, found = x.gather(1, places).topk(k)
-    return values, places.gather(1, found)
+    candidates = torch.cat((candidates, rest), dim=1)
+    values, found = x.gather(1, candidates).topk(k)
+    return values, candidates.gather(1, found)
 
 
-def mask_to_labels(mask, classes, rows, cols):
-    """Labels [C, rows, cols] of a mask [H, W] of class numbers below C: the pixel in the middle of each patch."""
+def mask_to_labels(mask: torch.Tensor, num_classes: int, rows: int, cols: int) -> torch.Tensor:
+    """Mask [H, W] of class indices -> one-hot labels [C, rows, cols], by the pixel at the center of each patch."""
     small = F.interpolate(mask[None, None].float(), size=(rows, cols), mode="nearest-exact")[0, 0].long()
-    return F.one_hot(small, classes).permute(2, 0, 1).float()
+    return F.one_hot(small, num_classes).permute(2, 0, 1).float()
 
 
-def labels_to_mask(labels, height, width):
-    """Labels [C, h, w] -> the class of each pixel, int64 [height, width].
+def labels_to_mask(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Labels [C, h, w] -> class index of each pixel, int64 [height, width].
 
-    Shares are interpolated, and each class's stretched from 0 to 1, as in the published evaluation: else an object
-    whose labels have spread thin would be lost to the ground.
+    Labels are interpolated, and those of each class rescaled to [0, 1] as in the published evaluation: otherwise the
+    background would win over an object whose labels have become weak.
     """
     labels = F.interpolate(labels[None], size=(height, width), mode="bilinear")[0]
     low = labels.amin(dim=(1, 2), keepdim=True)
     high = labels.amax(dim=(1, 2), keepdim=True)
     labels = torch.where(high > 0, (labels - low) / (high - low).clamp(min=1e-12), labels)
     return labels.max(dim=0).indices
-
-
-if __name__ == "__main__":
-    generator = torch.Generator().manual_seed(0)
-    scene = torch.randn(24, 64, 48, generator=generator)
-    mask = torch.zeros(24, 32, dtype=torch.long)
-    mask[8:16, 8:16] = 1  # moves to the left by one patch a frame
-    frames = (scene[:, t:t + 32] + 0.3 * torch.randn(24, 32, 48, generator=generator) for t in range(7))
-    for t, labels in enumerate(propagate_labels(frames, mask_to_labels(mask, 2, 24, 32)), start=1):
-        found = labels_to_mask(labels, 24, 32)
-        columns = found.amax(dim=0).nonzero()
-        print(f"frame {t}: object at columns {columns.min()} to {columns.max()}, "
-              f"{(found == mask.roll(-t, dims=1)).float().mean():.1%} of the patches right")

@@ -1,11 +1,12 @@
-"""Masks: from attention, and how well they agree with others.
+"""Masks from attention, and the Jaccard index (J) and boundary measure (F) of masks.
 
-    masks = keep_mass(attention, 0.6)                        # [heads, N] -> bool, 60% of each head's attention
-    jaccard(masks, truth)                                    # region similarity, J
-    boundary_f(masks, truth)                                 # contour accuracy, F
+    masks = threshold_attention(attention, 0.6)              # [heads, N] -> bool, 60% of each head's attention
+    J = jaccard(masks, truth)                                # region similarity
+    F = boundary_f(masks, truth)                             # contour accuracy
+    summarize_over_time(J)                                   # of one object in T frames: mean, recall, decay
 
-J and F are those of DAVIS (Perazzi et al. 2016, section 4.2; Pont-Tuset et al. 2017, section 3), as its published
-evaluation computes them. This file needs torch and nothing else.
+J and F are those of DAVIS (Perazzi et al. 2016, section 4.2; Pont-Tuset et al. 2017, section 3), as computed by its
+published evaluation. This file needs torch only.
 """
 
 import math
@@ -14,12 +15,14 @@ import torch
 import torch.nn.functional as F
 
 
-def threshold_attention(attention, mass):
-    """The patches with most of the attention, which together have this share of it (Caron et al. 2021, section 4.2.2).
+def threshold_attention(attention: torch.Tensor, mass: float) -> torch.Tensor:
+    """Mask of the patches with the most attention that together hold the share `mass` of it.
+
+    Caron et al. 2021, section 4.2.2.
 
     Args:
-        attention: [..., N], 0 or more.
-        mass: 0 to 1. The weakest patches are left out as long as together they have no more than the rest of it.
+        attention: [..., N], nonnegative.
+        mass: 0 to 1. The weakest patches are dropped as long as their sum is at most 1 - mass of the total.
 
     Returns:
         bool [..., N].
@@ -29,81 +32,70 @@ def threshold_attention(attention, mass):
     return torch.empty_like(kept).scatter_(-1, order, kept)
 
 
-def jaccard(masks, truth, void=None):
-    """Region similarity J, intersection over union: bool [..., H, W] twice -> float64 [...]; 1 where both are empty.
+def jaccard(masks: torch.Tensor, truth: torch.Tensor, void: torch.Tensor | None = None) -> torch.Tensor:
+    """Jaccard index (IoU, region similarity J) of masks: bool [..., H, W] each -> float64 [...]; 1 if both are empty.
 
     Args:
-        void: bool [..., H, W], pixels that do not count.
+        void: bool [..., H, W], unlabeled pixels, which are ignored.
     """
-    masks, truth = without(void, masks, truth)
-    both, either = (x.sum(dim=(-2, -1), dtype=torch.float64) for x in (masks & truth, masks | truth))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    masks, truth = exclude_void(void, masks, truth)
+    union = count_pixels(masks | truth)
+    return torch.where(union > 0, count_pixels(masks & truth) / union.clamp(min=1), 1.0)
 
 
-def boundary_f(masks, truth, void=None, tolerance=0.008):
-    """Contour accuracy F: bool [..., H, W] twice -> float64 [...].
+def boundary_f(masks: torch.Tensor, truth: torch.Tensor, void: torch.Tensor | None = None,
+               tolerance: float = 0.008) -> torch.Tensor:
+    """Contour accuracy F of masks: bool [..., H, W] each -> float64 [...].
 
-    It is the harmonic mean of the boundaries' precision and recall. A boundary pixel is right if the other mask has
-    one within a disk around it. Where one mask has no boundary F is 0, where neither has F is 1.
+    F is the harmonic mean of boundary precision and recall. A boundary pixel is matched if the other mask has one
+    within a disk around it. F is 0 if one mask has no boundary, and 1 if neither has.
 
     Args:
-        void: bool [..., H, W], pixels that are taken as ground in both.
-        tolerance: the disk's radius as a share of the picture's diagonal, rounded up to pixels.
+        void: bool [..., H, W], unlabeled pixels, background in both masks.
+        tolerance: radius of the disk relative to the image diagonal, rounded up to pixels.
     """
-    edges, true_edges = (boundary(x) for x in without(void, masks, truth))
+    edges, true_edges = (find_boundary(x) for x in exclude_void(void, masks, truth))
     radius = math.ceil(tolerance * math.hypot(*edges.shape[-2:]))
-    precision = share(edges & dilate(true_edges, radius), edges)
-    recall = share(true_edges & dilate(edges, radius), true_edges)
+    precision = count_pixels(edges & dilate(true_edges, radius)) / count_pixels(edges).clamp(min=1)
+    recall = count_pixels(true_edges & dilate(edges, radius)) / count_pixels(true_edges).clamp(min=1)
     score = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-    empty, truly_empty = (~x.flatten(-2).any(dim=-1) for x in (edges, true_edges))
-    return torch.where(empty & truly_empty, 1.0, torch.where(empty | truly_empty, 0.0, score))
+    return torch.where(count_pixels(edges | true_edges) > 0, score, 1.0)
 
 
-def share(part, whole):
-    """How much of a mask another is: bool [..., H, W] twice -> float64 [...]; 0 of an empty one."""
-    part, whole = (x.sum(dim=(-2, -1), dtype=torch.float64) for x in (part, whole))
-    return part / whole.clamp(min=1)
-
-
-def without(void, *masks):
+def exclude_void(void, *masks):
     return masks if void is None else tuple(mask & ~void for mask in masks)
 
 
-def boundary(mask):
+def count_pixels(mask):
+    return mask.sum(dim=(-2, -1), dtype=torch.float64)
+
+
+def find_boundary(mask: torch.Tensor) -> torch.Tensor:
     """Pixels that differ from the one to the right, below, or both: bool [..., H, W] -> bool [..., H, W]."""
-    padded = torch.cat((mask, mask[..., -1:, :]), dim=-2)  # the border is no boundary
+    padded = torch.cat((mask, mask[..., -1:, :]), dim=-2)  # the image border is no boundary
     padded = torch.cat((padded, padded[..., -1:]), dim=-1)
     return (mask != padded[..., :-1, 1:]) | (mask != padded[..., 1:, :-1]) | (mask != padded[..., 1:, 1:])
 
 
-def dilate(mask, radius):
-    """Pixels within a disk of `radius` pixels around one of the mask: bool [..., H, W] -> bool [..., H, W]."""
+def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
+    """Dilation by a disk: bool [..., H, W] -> bool [..., H, W], pixels at most `radius` from one of the mask."""
     H, W = mask.shape[-2:]
-    counts = F.pad(mask, (radius + 1, radius, radius, radius)).cumsum(dim=-1, dtype=torch.int32)  # pixels so far
+    counts = F.pad(mask, (radius + 1, radius, radius, radius)).cumsum(dim=-1, dtype=torch.int32)
     result = torch.zeros_like(mask)
-    for dy in range(-radius, radius + 1):  # a disk is a pile of rows
+    for dy in range(-radius, radius + 1):  # a row of the disk at a time: are there mask pixels in its window?
         half = math.isqrt(radius * radius - dy * dy)
         row = counts[..., radius + dy:radius + dy + H, :]
         result |= row[..., radius + 1 + half:][..., :W] > row[..., radius - half:][..., :W]
     return result
 
 
-def summarize_over_time(scores):
-    """What DAVIS says of an object's scores in T frames [T]: their mean, recall and decay.
+def summarize_over_time(scores: torch.Tensor) -> dict[str, float]:
+    """Mean, recall and decay of an object's scores [T] in T frames (Perazzi et al. 2016, section 4.2).
 
-    Recall is the share above 0.5, decay the mean of the first quarter minus that of the last; a frame on the border
-    of two quarters counts in both, and a border between two frames is moved to the later one, as published.
+    Recall is the share of frames above 0.5, decay the mean of the first quarter minus that of the last. As in the
+    published evaluation, a frame between two quarters counts in both, and a limit between two frames is rounded up.
     """
     ends = (torch.linspace(1, len(scores), 5, dtype=torch.float64) + 1e-10).round().int() - 1
     first, last = scores[:ends[1] + 1], scores[ends[3]:]
     return dict(mean=scores.mean().item(), recall=(scores > 0.5).double().mean().item(),
                 decay=(first.mean() - last.mean()).item())
-
-
-if __name__ == "__main__":
-    y, x = torch.meshgrid(torch.arange(120), torch.arange(160), indexing="ij")
-    truth = (x - 80).square() + (y - 60).square() < 40 ** 2
-    print("a disc of 40 pixels, shifted to the right\n pixels     J      F")
-    for shift in (0, 1, 2, 5, 20):
-        shifted = truth.roll(shift, dims=1)
-        print(f"{shift:7d} {jaccard(shifted, truth):6.3f} {boundary_f(shifted, truth):6.3f}")

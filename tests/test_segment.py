@@ -10,7 +10,6 @@ from torchvision.transforms import functional as TF
 
 import segment
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from data.datasets import DataError
 from data.shapes import Shapes
 from tests.evaluation.test_label_propagation import by_definition
 from tests.evaluation.test_masks import f_by_definition
@@ -21,17 +20,17 @@ PALETTE = [0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200] + [9] * 756
 
 @pytest.fixture
 def davis(tmp_path):
-    """Two sequences: three objects on a noisy ground, one of which goes and one comes; and one in black and white.
+    """Two sequences: one of three objects on noise, two of which leave and enter, and one with binary masks.
 
-    Masks with a palette have a rim of 255, which nobody labelled.
+    Masks with a palette have a rim of 255, unlabeled.
     """
     root, rng = tmp_path / "DAVIS", np.random.default_rng(0)
     for name, colored in (("pair", True), ("single", False)):
-        ground = rng.integers(0, 256, (100, 150, 3)).astype(np.uint8)
+        background = rng.integers(0, 256, (100, 150, 3)).astype(np.uint8)
         for t in range(6):
-            frame, mask = ground.copy(), np.zeros((100, 150), np.uint8)
-            places = (20, 10 + 8 * t, 240), (60, 70 - 40 * t, 20), (60, 20 * t - 30, 120)
-            for number, (top, left, color) in enumerate(places, start=1):
+            frame, mask = background.copy(), np.zeros((100, 150), np.uint8)
+            corners = (20, 10 + 8 * t, 240), (60, 70 - 40 * t, 20), (60, 20 * t - 30, 120)
+            for number, (top, left, color) in enumerate(corners, start=1):
                 area = slice(top, top + 30), slice(max(left, 0), max(left + 30, 0))
                 if number == 1 or colored:
                     frame[area], mask[area] = (color, 255 - color, color), number if colored else 255
@@ -75,18 +74,18 @@ def jaccard_of_attention(network, image, truths, size, mass, void=False):
     return np.array(result)
 
 
-def test_masks_of_shapes(model, capsys):
+def test_masks_of_shapes_equal_the_definition(model, capsys):
     network, path = model
-    run("masks", "--ckpt", path, "--data_path", "shapes:32", "--images", 5, "--image_size", 64, "--mass", 0.5)
+    run("masks", "--ckpt", path, "--data_path", "shapes:32", "--num_images", 5, "--image_size", 64, "--mass", 0.5)
     result = json.loads(path.with_suffix(".masks.json").read_text())
-    assert result["pictures"] == 5 and result["left_out"] == []
+    assert result["num_images"] == 5 and result["skipped"] == []
     torch.manual_seed(0)
     untrained = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4).eval()
     for name, weights in (("trained", network), ("untrained", untrained)):
         tables = []
         for i in range(0, 2000, 400):
-            picture, mask = Shapes("test", 2000, 32).render(i)
-            tables.append(jaccard_of_attention(weights, picture, [mask.numpy()], 64, 0.5)[:, 0])
+            image, mask = Shapes("test", 2000, 32).render(i)
+            tables.append(jaccard_of_attention(weights, image, [mask.numpy()], 64, 0.5)[:, 0])
         found = result["jaccard"][name]
         assert found["best_head"] == pytest.approx(100 * np.mean([t[:4].max() for t in tables]))
         assert found["mean_of_heads"] == pytest.approx(100 * np.mean([t[4] for t in tables]))
@@ -96,11 +95,11 @@ def test_masks_of_shapes(model, capsys):
     assert f"trained     {result['jaccard']['trained']['best_head']:9.1f}" in out and "shorter side 64 pixels" in out
 
 
-def test_untrained_is_said_once(model, capsys):
+def test_untrained_is_evaluated_alone(model, capsys):
     _, path = model
-    run("masks", "--ckpt", path, "--images", 2, "--untrained")
+    run("masks", "--ckpt", path, "--num_images", 2, "--untrained")
     result = json.loads((path.parent / "teacher.untrained.masks.json").read_text())
-    assert list(result["jaccard"]) == ["untrained"] and result["image_size"] == 72  # 480 to 224 as 72 to 32, nearly
+    assert list(result["jaccard"]) == ["untrained"] and result["image_size"] == 72  # 480 / 224 * 32, rounded to patches
 
 
 def test_each_object_has_its_best_head(model, davis):
@@ -115,25 +114,25 @@ def test_each_object_has_its_best_head(model, davis):
             truths = [values == number for number in np.unique(values[~void]) if number]
             best.append(jaccard_of_attention(network, image, truths, 64, 0.6, void)[:4].max(axis=0).mean())
     result = json.loads(path.with_suffix(".masks.json").read_text())
-    assert result["pictures"] == 12
+    assert result["num_images"] == 12
     assert result["jaccard"]["trained"]["best_head"] == pytest.approx(100 * np.mean(best))
 
 
-def test_masks_that_cannot_be_used_are_named_and_the_others_judged(model, davis, exit_message):
+def test_corrupt_masks_are_skipped_and_named(model, davis, exit_message):
     _, path = model
     Image.new("L", (10, 10), 255).save(davis / "Annotations" / "480p" / "single" / "00002.png")
     Image.new("L", (150, 100)).save(davis / "Annotations" / "480p" / "single" / "00003.png")
     line = exit_message(run, "masks", "--ckpt", path, "--data_path", davis)
-    assert "2 of 12 pictures were left out; the first: " in line
-    assert "00002.png: the mask is 10 x 10 pixels, its picture 150 x 100" in line
+    assert "skipped 2 of 12 images; the first: " in line
+    assert "00002.png: the mask has 10 x 10 pixels, its image 150 x 100" in line
     result = json.loads(path.with_suffix(".masks.json").read_text())
-    assert result["pictures"] == 10 and result["left_out"][1].endswith("00003.png: holds no object")
+    assert result["num_images"] == 10 and result["skipped"][1].endswith("00003.png: has no object")
 
 
 # ---- video ----
 
-def propagated(network, davis, name, shorter, cols, rows):
-    """Masks of a sequence by the definition, object numbers [T-1, H, W]."""
+def propagate_by_definition(network, davis, name, shorter, cols, rows):
+    """Masks of a sequence by the definition, object indices [T-1, H, W]."""
     paths = sorted((davis / "JPEGImages" / "480p" / name).glob("*.jpg"))
     first = np.array(Image.open(davis / "Annotations" / "480p" / name / "00000.png"))
     first[first == 255] = 255 * (name == "single")
@@ -158,8 +157,8 @@ def propagated(network, davis, name, shorter, cols, rows):
             if large[c].max() > 0:
                 large[c] -= large[c].min()
                 large[c] /= large[c].max()
-        decided = Image.fromarray(large.argmax(axis=0).astype(np.uint8)).resize((150, 100), Image.Resampling.NEAREST)
-        result.append(numbers[np.asarray(decided)])
+        mask = Image.fromarray(large.argmax(axis=0).astype(np.uint8)).resize((150, 100), Image.Resampling.NEAREST)
+        result.append(numbers[np.asarray(mask)])
     return np.stack(result)
 
 
@@ -172,7 +171,7 @@ def test_video_equals_the_definition(model, davis, capsys):
     assert list(result["sequences"]) == ["pair", "single"]
     lines = capsys.readouterr().out
     for name, numbers in (("pair", [1, 2]), ("single", [255])):  # 3 was not in the first frame
-        expected = propagated(network, davis, name, 96, 16, 12)  # 100 x 150 pixels -> 96 x 144 -> 96 x 128
+        expected = propagate_by_definition(network, davis, name, 96, 16, 12)  # 100 x 150 pixels -> 96 x 144 -> 96 x 128
         masks = [Image.open(output / name / f"{t:05}.png") for t in range(6)]
         assert {mask.mode for mask in masks} == {"P"}
         found = np.stack([np.asarray(mask) for mask in masks])
@@ -180,7 +179,7 @@ def test_video_equals_the_definition(model, davis, capsys):
                           for t in range(6)])
         truth = np.where((truth == 255) & (name == "pair"), 0, truth)
         assert (found[0] == truth[0]).all() and (found[1:] == expected).mean() > 0.9999
-        assert list(result["sequences"][name]) == [str(number) for number in numbers]  # also the one that comes later
+        assert list(result["sequences"][name]) == [str(number) for number in numbers]  # also the one that leaves
         for number in numbers:
             pairs = [(found[t] == number, truth[t] == number) for t in range(1, 5)]  # neither first nor last
             J = [(a & b).sum() / (a | b).sum() if (a | b).any() else 1 for a, b in pairs]
@@ -195,7 +194,7 @@ def test_video_equals_the_definition(model, davis, capsys):
     assert f"2 sequences with 3 objects: J&F {sum(means) / 2:.1f}, J {means[0]:.1f}" in lines
 
 
-def test_video_goes_on_where_it_was(model, davis, capsys, monkeypatch):
+def test_video_resumes_under_the_same_flags(model, davis, capsys):
     _, path = model
     flags = "video", "--ckpt", path, "--data_path", davis, "--image_size", 64
     run(*flags, "--sequences", "pair")
@@ -205,8 +204,7 @@ def test_video_goes_on_where_it_was(model, davis, capsys, monkeypatch):
     run(*flags)
     assert "has 1 of 2 sequences already" in capsys.readouterr().out
     assert (output / "pair" / "00003.png").stat().st_mtime_ns == before and (output / "single" / "00005.png").exists()
-    for other in (["--topk", 2], ["--temperature", 1], ["--precision", "bf16"], ["--n_last_frames", 2],
-                  ["--untrained"]):
+    for other in (["--topk", 2], ["--precision", "bf16"], ["--untrained"]):
         run(*flags, *other, "--output_dir", output)
         assert "already" not in capsys.readouterr().out
         run(*flags, *other, "--output_dir", output)
@@ -216,36 +214,36 @@ def test_video_goes_on_where_it_was(model, davis, capsys, monkeypatch):
     assert "already" not in capsys.readouterr().out
 
 
-def test_video_keeps_what_was_done(model, davis, capsys, monkeypatch):
+def test_video_keeps_finished_sequences(model, davis, capsys, monkeypatch):
     _, path = model
     flags = "video", "--ckpt", path, "--data_path", davis, "--image_size", 64
-    follow, asked = segment.follow_sequence, []
+    segment_sequence, requested = segment.segment_sequence, []
 
-    def interrupted(model, frames, folder, args, bar):
-        asked.append(folder.name)
+    def interrupted(model, frames, folder, args):
+        requested.append(folder.name)
         if folder.name == "single":
             raise KeyboardInterrupt
-        return follow(model, frames, folder, args, bar)
-    monkeypatch.setattr(segment, "follow_sequence", interrupted)
+        return segment_sequence(model, frames, folder, args)
+    monkeypatch.setattr(segment, "segment_sequence", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
-    assert asked == ["pair", "single", "single"]
+    assert requested == ["pair", "single", "single"]
     moved = path.with_name("moved.safetensors")
     path.rename(moved)  # the same weights
     monkeypatch.undo()
     run("video", "--ckpt", moved, *flags[3:], "--sequences", "single", "--output_dir", path.with_suffix(".video"))
     run("video", "--ckpt", moved, *flags[3:], "--output_dir", path.with_suffix(".video"))
     assert "has 2 of 2 sequences already" in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt):  # other flags: what is in the folder no longer holds
-        monkeypatch.setattr(segment, "follow_sequence", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # other flags: the masks in the folder are outdated
+        monkeypatch.setattr(segment, "segment_sequence", interrupted)
         run("video", "--ckpt", moved, *flags[3:], "--topk", 2, "--sequences", "single", "--output_dir",
             path.with_suffix(".video"))
     assert json.loads((path.with_suffix(".video") / "result.json").read_text())["sequences"] == {}
 
 
-def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, exit_message):
+def test_corrupt_sequences_are_skipped(model, davis, exit_message):
     _, path = model
     frames, masks = davis / "JPEGImages" / "480p", davis / "Annotations" / "480p"
     for name in ("a_cut", "b_unmasked", "c_small_mask", "d_other_mask", "e_nothing"):
@@ -261,16 +259,16 @@ def test_sequences_that_cannot_be_followed_leave_the_others(model, davis, exit_m
     (masks / "d_other_mask" / "00003.png").write_bytes((masks / "pair" / "00003.png").read_bytes())
     Image.new("L", (150, 100)).save(masks / "e_nothing" / "00000.png")
     line = exit_message(run, "video", "--ckpt", path, "--data_path", davis, "--image_size", 64)
-    assert "5 of 7 sequences could not be followed to their end; the first: " in line
-    assert line.endswith("00003.jpg: 150 x 90 pixels, the first frame has 150 x 100")
+    assert "skipped 5 of 7 sequences; the first: " in line
+    assert line.endswith("00003.jpg: 150 x 90 pixels, the first frame 150 x 100")
     output = path.with_suffix(".video")
     assert list(json.loads((output / "result.json").read_text())["sequences"]) == ["pair", "single"]
     assert sorted(x.name for x in (output / "a_cut").iterdir()) == [f"{t:05}.png" for t in range(3)]
     assert not any((output / name).exists() for name in ("b_unmasked", "c_small_mask", "e_nothing"))
-    assert (output / "d_other_mask" / "00005.png").exists()  # only judging it failed
+    assert (output / "d_other_mask" / "00005.png").exists()  # only its evaluation failed
 
 
-def test_without_masks_to_judge_by(model, davis, capsys):
+def test_video_without_ground_truth(model, davis, capsys):
     _, path = model
     for mask in (davis / "Annotations" / "480p" / "pair").glob("0000[1-5].png"):
         mask.unlink()
@@ -280,14 +278,14 @@ def test_without_masks_to_judge_by(model, davis, capsys):
     run("video", "--ckpt", path, "--data_path", davis, "--image_size", 64, "--precision", "bf16", "--output_dir",
         davis / "out")
     out = capsys.readouterr().out
-    assert "pair: no masks between the first frame and the last to judge by" in out
+    assert "pair: no ground truth between the first and the last frame" in out
     assert "1 sequences with 0 objects" in out
     assert len(list((davis / "out" / "pair").iterdir())) == 6 and not (davis / "out" / "single").exists()
 
 
-def test_precision_is_that_of_the_backbone(model):
+def test_precision_of_patch_features(model):
     image = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    tokens = {precision: segment.patch_features(model[0], image, Namespace(device="cpu", precision=precision))
+    tokens = {precision: segment.extract_patch_features(model[0], image, Namespace(device="cpu", precision=precision))
               for precision in ("fp32", "bf16")}
     with torch.no_grad():
         exact = model[0].double().get_intermediate_layers(image.double())[0][0, 1:].view(4, 6, 32)
@@ -295,18 +293,14 @@ def test_precision_is_that_of_the_backbone(model):
     assert errors["fp32"] < 1e-5 and 1e-4 < errors["bf16"] < 5e-2
 
 
-def test_several_processes_are_refused(model, davis, exit_message, monkeypatch):
+def test_torchrun_is_an_error(model, davis, exit_message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process does it" in exit_message(run, "video", "--ckpt", model[1], "--data_path", davis)
+    assert "runs in one process" in exit_message(run, "video", "--ckpt", model[1], "--data_path", davis)
 
 
 @pytest.mark.parametrize("width, height, shorter, p, expected", [
     (854, 480, 480, 16, (30, 52)), (854, 480, 480, 8, (60, 104)), (480, 854, 480, 16, (52, 30)),
-    (1920, 1080, 480, 16, (30, 52)), (480, 480, 480, 16, (30, 28)), (854, 480, 490, 14, (35, 62))])
-def test_grid_is_the_published_one(width, height, shorter, p, expected):
-    assert segment.grid_of(width, height, shorter, p) == expected
-
-
-def test_frames_smaller_than_a_patch_are_refused():
-    with pytest.raises(DataError, match="--image_size 60: less than a patch of a frame of 50 x 50 pixels"):
-        segment.grid_of(50, 50, 60, 8)
+    (1920, 1080, 480, 16, (30, 52)), (480, 480, 480, 16, (30, 28)), (854, 480, 490, 14, (35, 62)),
+    (50, 50, 60, 8, (7, 8))])  # at least 64 pixels
+def test_grid_equals_the_released_one(width, height, shorter, p, expected):
+    assert segment.compute_grid(width, height, shorter, p) == expected

@@ -16,84 +16,85 @@ def folder(tmp_path):
     return root
 
 
-def look(asked):
-    """What looks at files: a file's feature is its length; those that hold a question mark cannot be read."""
+def build_extract(requested):
+    """Feature extraction in which a file's feature is its length, and files with a question mark are corrupt."""
     def extract(paths):
-        asked.extend(os.path.basename(path) for path in paths)
+        requested.extend(os.path.basename(path) for path in paths)
         texts = [Path(path).read_text() if os.path.exists(path) else "?" for path in paths]
         good = [i for i, text in enumerate(texts) if "?" not in text]
-        features = torch.tensor([[float(len(texts[i])), 1.0] for i in good]) if good else torch.empty(0, 1)
+        features = torch.tensor([[float(len(texts[i])), 1.0] for i in good]) if good else torch.empty(0)
         return features, torch.tensor(good, dtype=torch.int64), [p for p, text in zip(paths, texts) if "?" in text]
     return extract
 
 
-def update(folder, asked, said=None, **kwargs):
+def update(folder, requested, lines=None, **kwargs):
     names = sorted(os.listdir(folder))
-    features, found = update_index(str(folder.parent / "g.safetensors"), str(folder), names, look(asked),
-                                       (said if said is not None else []).append, **kwargs)
+    features, found = update_index(str(folder.parent / "g.safetensors"), str(folder), names, build_extract(requested),
+                                   (lines if lines is not None else []).append, **kwargs)
     sizes = {name: os.path.getsize(folder / name) for name in found}
     assert features[:, 0].tolist() == list(sizes.values())
     return sorted(found)
 
 
-def test_only_what_is_new_or_changed_is_looked_at(folder):
-    asked = []
-    assert update(folder, asked) == [f"{i}.jpg" for i in range(7)] and len(asked) == 7
-    asked.clear()
-    assert len(update(folder, asked)) == 7 and asked == []
+def test_only_new_and_changed_images_are_extracted(folder):
+    requested = []
+    assert update(folder, requested) == [f"{i}.jpg" for i in range(7)] and len(requested) == 7
+    requested.clear()
+    assert len(update(folder, requested)) == 7 and requested == []
     (folder / "2.jpg").write_text("longer than before")
     (folder / "3.jpg").unlink()
     (folder / "9.jpg").write_text("new")
-    assert update(folder, asked) == ["0.jpg", "1.jpg", "2.jpg", "4.jpg", "5.jpg", "6.jpg", "9.jpg"]
-    assert asked == ["2.jpg", "9.jpg"]
-    asked.clear()
-    os.utime(folder / "0.jpg", ns=(1, 1))  # the same size, written at another time
-    update(folder, asked)
-    assert asked == ["0.jpg"]
+    assert update(folder, requested) == ["0.jpg", "1.jpg", "2.jpg", "4.jpg", "5.jpg", "6.jpg", "9.jpg"]
+    assert requested == ["2.jpg", "9.jpg"]
+    requested.clear()
+    os.utime(folder / "0.jpg", ns=(1, 1))  # same size, another modification time
+    update(folder, requested)
+    assert requested == ["0.jpg"]
 
 
-def test_what_cannot_be_read_is_named_and_left_out(folder):
+def test_corrupt_images_are_logged_and_skipped(folder):
+    path = folder.parent / "g.safetensors"
     (folder / "1.jpg").write_text("?")
-    asked, said = [], []
-    assert len(update(folder, asked, said)) == 6
-    assert said[0].endswith("has 0 of 7 pictures; looking at 7") and said[1].endswith("1.jpg")
-    asked.clear(), said.clear()
-    before = (folder.parent / "g.safetensors").stat().st_mtime_ns
-    assert len(update(folder, asked, said)) == 6 and asked == []  # nor is it looked at again
-    assert said == [f"{folder.parent / 'g.safetensors'} has 6 of 7 pictures; 1 cannot be read"]
-    assert (folder.parent / "g.safetensors").stat().st_mtime_ns == before
+    requested, lines = [], []
+    assert len(update(folder, requested, lines)) == 6
+    assert lines[0] == f"{path}: 0 of 7 images indexed, 0 corrupt, 7 new" and lines[1].endswith("1.jpg")
+    requested.clear(), lines.clear()
+    before = path.stat().st_mtime_ns
+    assert len(update(folder, requested, lines)) == 6 and requested == []  # not tried again
+    assert lines == [f"{path}: 6 of 7 images indexed, 1 corrupt, 0 new"]
+    assert path.stat().st_mtime_ns == before
     (folder / "1.jpg").write_text("mended")
-    assert len(update(folder, asked, said)) == 7 and asked == ["1.jpg"]
+    assert len(update(folder, requested, lines)) == 7 and requested == ["1.jpg"]
     (folder / "lost.jpg").symlink_to(folder / "nowhere.jpg")
-    assert len(update(folder, asked, said)) == 7
+    assert len(update(folder, requested, lines)) == 7
     (folder / "lost.jpg").unlink()
     for i in range(7):
         (folder / f"{i}.jpg").write_text("?")
-    assert update(folder, asked) == []
+    assert update(folder, requested) == []
 
 
-def test_an_interrupted_index_is_kept(folder):
-    asked = []
-    extract = look(asked)
+def test_interrupted_update_resumes(folder):
+    requested = []
+    extract = build_extract(requested)
 
-    def dies(paths):
-        if len(asked) >= 4:
+    def interrupted(paths):
+        if len(requested) >= 4:
             raise KeyboardInterrupt
         return extract(paths)
     with pytest.raises(KeyboardInterrupt):
-        update_index(str(folder.parent / "g.safetensors"), str(folder), sorted(os.listdir(folder)), dies,
-                         lambda text: None, save_every=2)
+        update_index(str(folder.parent / "g.safetensors"), str(folder), sorted(os.listdir(folder)), interrupted,
+                     lambda text: None, save_every=2)
     assert len(load_index(folder.parent / "g.safetensors")[1]) == 4
-    assert len(update(folder, asked, save_every=2)) == 7
-    assert sorted(asked) == [f"{i}.jpg" for i in range(7)]
+    assert len(update(folder, requested, save_every=2)) == 7
+    assert sorted(requested) == [f"{i}.jpg" for i in range(7)]
 
 
-def test_a_damaged_file_is_made_anew(folder):
-    asked = []
-    update(folder, asked)
+def test_damaged_index_is_rebuilt(folder):
+    requested = []
+    update(folder, requested)
     path = folder.parent / "g.safetensors"
-    whole = path.read_bytes()
-    for damaged in (b"", b"x" * 100, whole[:-5], whole.replace(b'"0.jpg"', b'"0.jpg,')):
+    intact = path.read_bytes()
+    for damaged in (b"", b"x" * 100, intact[:-5], intact.replace(b'"0.jpg"', b'"0.jpg,')):
         path.write_bytes(damaged)
-        asked.clear()
-        assert len(update(folder, asked)) == 7 and len(asked) == 7
+        requested.clear()
+        assert len(update(folder, requested)) == 7 and len(requested) == 7

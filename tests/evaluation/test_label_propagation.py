@@ -5,11 +5,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
-from evaluation.label_propagation import labels_to_mask, largest, mask_to_labels, propagate_labels, propagate_to_frame
+from evaluation.label_propagation import (
+    labels_to_mask,
+    mask_to_labels,
+    propagate_labels,
+    propagate_to_frame,
+    topk_by_runs,
+)
 
 
 def by_definition(frame, sources, known, topk, radius, temperature):
-    """All pairs in float64, as Jabri et al. 2020 write it: exp(cosine / T), near ones only, top k, normalised."""
+    """All pairs in float64, as Jabri et al. 2020 write it: exp(cosine / T), within the radius, top k, normalized."""
     frame, sources, known = (x.double().numpy() for x in (frame, sources, known))
     h, w, _ = frame.shape
     T, C = known.shape[:2]
@@ -36,50 +42,50 @@ def random_frames(T, h, w, D=16, seed=0):
 def test_equals_the_definition_over_all_pairs(h, w, T, topk, radius):
     frame, sources, known = random_frames(T, h, w)
     expected = by_definition(frame, sources, known, topk, radius, 0.1)
-    for tile in ((8, 16), (3, 4), (1, 1), (64, 64)):  # the tiles change nothing
+    for tile in ((8, 16), (3, 4), (1, 1), (64, 64)):  # the tile size does not matter
         result = propagate_to_frame(frame, sources, known, topk, radius, 0.1, tile)
         assert_close(result.double(), expected, atol=1e-5, rtol=0)
     assert_close(result.sum(dim=0), torch.ones(h, w))
 
 
-def test_any_distance_and_few_patches():
+def test_no_radius_and_topk_above_the_number_of_patches():
     frame, sources, known = random_frames(2, 4, 6)
-    assert_close(propagate_to_frame(frame, sources, known, 5, 0).double(), by_definition(frame, sources, known, 5, 99, 0.1),
-                 atol=1e-5, rtol=0)
+    unbounded = propagate_to_frame(frame, sources, known, 5, 0)
+    assert_close(unbounded.double(), by_definition(frame, sources, known, 5, 99, 0.1), atol=1e-5, rtol=0)
     everything = propagate_to_frame(frame, sources, known, 1000, 0)
     assert_close(everything.double(), by_definition(frame, sources, known, 48, 99, 0.1), atol=1e-5, rtol=0)
 
 
-def test_largest_are_those_of_topk():
+def test_topk_by_runs_equals_torch_topk():
     x = torch.randn(50, 2011, generator=torch.Generator().manual_seed(0))
     x[:, -3:] += torch.tensor([0.0, 9.0, 0.0])  # behind the last whole run
     x[0, 64:69] = torch.arange(5.0) + 20  # all in one run
     for k in (1, 5, 9):
-        values, places = largest(x, k)
+        values, indices = topk_by_runs(x, k)
         expected = x.topk(k)
-        assert values.equal(expected.values) and places.equal(expected.indices)
-    assert largest(x[:, :3], 5)[0].shape == (50, 3)
+        assert values.equal(expected.values) and indices.equal(expected.indices)
+    assert topk_by_runs(x[:, :3], 5)[0].shape == (50, 3)
 
 
-def test_each_frame_is_looked_at_once():
-    """Every patch is of its own kind and stays in its place, so its label does too."""
+def test_each_frame_is_read_once():
+    """Every patch has a feature of its own and stays in place, and so does its label."""
     h, w, frames = 4, 4, 6
-    kinds = F.one_hot(torch.arange(h * w), 16).float().view(h, w, 16)
+    patches = F.one_hot(torch.arange(h * w), 16).float().view(h, w, 16)
     seen = []
 
     def features():
         for t in range(frames):
             seen.append(t)
-            yield kinds
+            yield patches
     first = mask_to_labels(torch.eye(4).long(), 2, h, w)
-    asked = []
+    counts = []
     for n_last in (0, 1, 3):
         result = list(propagate_labels(features(), first, n_last, topk=1, radius=0))
         assert len(result) == frames - 1
         for labels in result:
             assert_close(labels, first)
-        asked.append(len(seen))
-    assert asked == [6, 12, 18]  # each frame is looked at once
+        counts.append(len(seen))
+    assert counts == [6, 12, 18]
 
 
 def test_labels_come_from_the_first_frame_and_the_last_ones():
@@ -100,7 +106,7 @@ def test_labels_come_from_the_first_frame_and_the_last_ones():
             assert_close(mine, theirs, atol=1e-5, rtol=0)
 
 
-def test_first_labels_are_those_of_pillows_nearest():
+def test_mask_to_labels_equals_nearest_of_pillow():
     generator = np.random.default_rng(0)
     mask = generator.integers(0, 4, (61, 97)).astype(np.uint8)
     for rows, cols in ((7, 12), (30, 52), (61, 97)):
@@ -110,8 +116,8 @@ def test_first_labels_are_those_of_pillows_nearest():
         assert (labels.argmax(dim=0).numpy() == expected).all()
 
 
-def test_decision_stretches_each_class():
-    labels = torch.tensor([[[0.9, 0.6, 0.9]], [[0.1, 0.4, 0.1]], [[0.0, 0.0, 0.0]]])  # ground, a weak object, none
+def test_labels_to_mask_rescales_each_class():
+    labels = torch.tensor([[[0.9, 0.6, 0.9]], [[0.1, 0.4, 0.1]], [[0.0, 0.0, 0.0]]])  # background, weak, absent
     assert labels_to_mask(labels, 1, 3).tolist() == [[0, 1, 0]]
     wide = labels_to_mask(torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0)), 48, 40)
     assert wide.shape == (48, 40) and set(wide.unique().tolist()) == {0, 1}

@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import jaccard_score
 
-from evaluation.masks import boundary, boundary_f, dilate, jaccard, summarize_over_time, threshold_attention
+from evaluation.masks import boundary_f, dilate, find_boundary, jaccard, summarize_over_time, threshold_attention
 
 
 def square(top, left, side=20, height=60, width=80):
@@ -19,7 +19,7 @@ def blobs(seed, shape=(61, 83)):
     return torch.from_numpy(ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 4) > 0.02)
 
 
-def test_keep_mass_keeps_the_fewest_patches_with_that_share():
+def test_threshold_keeps_the_fewest_patches_with_the_mass():
     attention = torch.tensor([[0.5, 0.1, 0.25, 0.15], [0.1, 0.1, 0.1, 0.7]])
     assert threshold_attention(attention, 0.6).tolist() == [[True, False, True, False], [False, False, False, True]]
     assert threshold_attention(attention, 0.85).tolist() == [[True, False, True, True], [False, True, True, True]]
@@ -40,27 +40,27 @@ def test_jaccard_by_hand():
     assert jaccard(square(10, 40), truth) == 0
     empty = torch.zeros_like(truth)
     assert jaccard(empty, truth) == 0 and jaccard(truth, empty) == 0 and jaccard(empty, empty) == 1
-    void = square(10, 10, 5)  # a corner that nobody labelled
+    void = square(10, 10, 5)  # an unlabeled corner
     assert jaccard(square(10, 15), truth, void) == pytest.approx((15 * 20) / (25 * 20 - 25))
     assert jaccard(torch.stack((truth, empty)), truth).tolist() == [1, 0]
 
 
-def test_jaccard_is_that_of_scikit_learn():
+def test_jaccard_equals_scikit_learn():
     for seed in range(4):
         a, b = blobs(seed), blobs(seed + 10)
         assert jaccard(a, b) == pytest.approx(jaccard_score(b.flatten(), a.flatten()), abs=1e-12)
 
 
-def test_boundary_is_the_published_one():
+def test_boundary_equals_davis():
     mask = torch.zeros(6, 7, dtype=torch.bool)
     mask[2:4, 2:5] = True
     mask[5, 6] = True  # at the corner
     expected = ["0000000", "0111100", "0100100", "0111100", "0000011", "0000010"]
-    assert boundary(mask).int().tolist() == [[int(x) for x in row] for row in expected]
+    assert find_boundary(mask).int().tolist() == [[int(x) for x in row] for row in expected]
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 5, 8])
-def test_dilation_is_that_of_scipy_with_a_disk(radius):
+def test_dilation_equals_scipy_with_a_disk(radius):
     y, x = np.mgrid[-radius:radius + 1, -radius:radius + 1]
     sparse = torch.rand(2, 61, 83, generator=torch.Generator().manual_seed(radius)) > 0.98
     for mask, dilated in zip(sparse, dilate(sparse, radius)):
@@ -69,7 +69,7 @@ def test_dilation_is_that_of_scipy_with_a_disk(radius):
 
 def f_by_definition(mask, truth, tolerance):
     """A boundary pixel counts if its Euclidean distance to the other boundary is within the tolerance."""
-    a, b = boundary(mask).numpy(), boundary(truth).numpy()
+    a, b = find_boundary(mask).numpy(), find_boundary(truth).numpy()
     if not a.any() or not b.any():
         return float(not a.any() and not b.any())
     radius = math.ceil(tolerance * math.hypot(*a.shape))
@@ -79,7 +79,7 @@ def f_by_definition(mask, truth, tolerance):
 
 
 @pytest.mark.parametrize("tolerance", [0.008, 0.03])
-def test_f_by_distances(tolerance):
+def test_f_equals_the_definition_by_distances(tolerance):
     cases = [(blobs(seed), blobs(seed + 10)) for seed in range(4)] + [(square(10, 10), square(12, 10))]
     for mask, truth in cases:
         assert boundary_f(mask, truth, tolerance=tolerance) == pytest.approx(f_by_definition(mask, truth, tolerance),
@@ -95,18 +95,18 @@ def test_f_by_hand():
     assert boundary_f(empty, truth) == 0 and boundary_f(truth, empty) == 0
     assert boundary_f(square(30, 50), truth) == 0  # nothing near: precision and recall 0
     assert boundary_f(square(10, 11), truth) == 1  # 100 pixels of diagonal allow one
-    # Three columns to the right: the two upright sides are missed but for the ends of the lying ones, which meet.
+    # three columns to the right: the vertical sides do not match, the horizontal ones do where they overlap
     shifted = boundary_f(square(10, 13), truth)
     assert shifted == pytest.approx(f_by_definition(square(10, 13), truth, 0.008)) and 0.4 < shifted < 0.7
     void = torch.zeros_like(truth)
-    void[:, 25:] = True  # both end at its edge
+    void[:, 25:] = True  # both masks end at its edge
     assert boundary_f(square(10, 10, 30)[:60, :80], square(10, 10, 20), void) < 1
     assert boundary_f(square(10, 10, 30), square(10, 10, 30) & (torch.arange(80) < 30), void) == 1
 
 
-def test_over_time_by_hand():
+def test_summary_over_time_by_hand():
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.6, 0.5, 0.4, 0.1], dtype=torch.float64)
-    # Quarters of 8 frames begin and end at frames 1, 3, 4 or 5, 6, 8, which both neighbours count.
+    # quarters of 8 frames are bounded by frames 1, 3, 5, 6 and 8, which count on both sides
     result = summarize_over_time(scores)
     assert result["mean"] == pytest.approx(0.575) and result["recall"] == pytest.approx(5 / 8)
     assert result["decay"] == pytest.approx((0.9 + 0.8 + 0.7) / 3 - (0.5 + 0.4 + 0.1) / 3)

@@ -5,8 +5,8 @@ from sklearn.metrics import auc, precision_recall_curve
 from evaluation.ranking import average_precision, mean_average_precision
 
 
-def test_by_hand_with_junk():
-    # junk 7 and 8 pass; what is left: 3 (wrong), 1 (right), 5 (wrong), 2 (right); 0 is never found
+def test_average_precision_by_hand_with_junk():
+    # without junk 7 and 8: 3 (negative), 1 (positive), 5 (negative), 2 (positive); 0 is never retrieved
     ap, precisions = average_precision(torch.tensor([7, 3, 1, 8, 5, 2]), [0, 1, 2], [7, 8], ks=(1, 2, 4, 10))
     # trapezoids of width 1/3: from precision 0/1 to 1/2, from 1/3 to 2/4
     assert ap == pytest.approx(((0 + 1 / 2) / 2 + (1 / 3 + 2 / 4) / 2) / 3)
@@ -15,7 +15,7 @@ def test_by_hand_with_junk():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_average_precision_is_scikit_learns_area_below_the_curve(seed):
+def test_average_precision_equals_area_under_curve_of_scikit_learn(seed):
     generator = torch.Generator().manual_seed(seed)
     score = torch.randn(200, generator=generator)
     positives = torch.randperm(200, generator=generator)[:17]
@@ -29,13 +29,13 @@ def test_average_precision_is_scikit_learns_area_below_the_curve(seed):
     assert precisions == pytest.approx([first[:k].double().mean().item() for k in (1, 5, 10)])
 
 
-def test_precision_beyond_the_last_that_could_come():
+def test_precision_beyond_the_last_positive():
     assert average_precision(torch.tensor([4, 3, 2, 1, 0]), [4, 3])[1] == [1, 1, 1]  # 2 of 2, not 2 of 5
 
 
-def test_nothing_to_find_and_nothing_found():
+def test_no_positives_and_none_retrieved():
     assert average_precision(torch.tensor([1, 2]), [], [1]) is None
     assert average_precision(torch.tensor([1, 2]), [5], [1]) == (0, [0, 0, 0])
     assert mean_average_precision([None, (0.5, [1, 0]), (1.0, [1, 1])]) == (0.75, [1, 0.5])
-    with pytest.raises(ValueError, match="no query has a picture"):
+    with pytest.raises(ValueError, match="no query has positives"):
         mean_average_precision([None])
