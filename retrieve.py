@@ -4,6 +4,8 @@
     python retrieve.py copies --ckpt dino_vitbase8_pretrain.pth --data_path /data/copydays
     python retrieve.py landmarks --ckpt dino_deitsmall16_pretrain.pth --data_path /data/roxford5k
 
+The folder of Copydays holds original/, and strong/, jpegqual/N/ or crops/N/; copies share the first four characters of
+their original's name. The folder of landmarks holds gnd_*.pkl and jpg/, or folders of that kind.
 `search` keeps an index of the folder's features in NAME.search beside the model file; later runs extract features of
 new and changed images only. `copies` and `landmarks` are the paper's evaluations (Caron et al. 2021, section 4.2.1)
 with the settings of the released scripts; they write NAME.copies.json and NAME.landmarks.json. Under torchrun, feature
@@ -20,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from common import cli, distributed
 from common.checkpoint import check_writable, write_json
@@ -42,9 +43,8 @@ def parse_args(argv=None):
     tasks = cli.add_subcommands(parser, TASKS)
     for name, layout, image_size, view in (
             ("search", "folder of images, at any depth", None, "side of the center crop (default: as in training)"),
-            ("copies", "folder with the layout of Copydays: original/, strong/, jpegqual/N/, crops/N/", 320,
-             "side of the square that images are resized to"),
-            ("landmarks", "folder with gnd_*.pkl and jpg/, or a folder of such folders", 512, "longer side")):
+            ("copies", "folder with the layout of Copydays", 320, "side of the square that images are resized to"),
+            ("landmarks", "folder with the layout of revisited Oxford or Paris", 512, "longer side")):
         add = tasks[name].add_argument
         cli.add_model_flags(tasks[name])
         cli.add_device_flags(tasks[name])
@@ -54,17 +54,16 @@ def parse_args(argv=None):
     add = tasks["search"].add_argument
     add("query", nargs="+", help="query images; one that lies in the folder is not its own result")
     add("--nearest", type=positive_int, default=11, metavar="N", help="number of results")
-    add("--batch_size_per_gpu", type=positive_int, default=128, metavar="B", help="images per process")
+    add("--batch_size_per_gpu", type=positive_int, default=128, metavar="B", help="batch size per GPU")
     add = tasks["copies"].add_argument
     add("--distractors", metavar="DIR", help="images to add to the database")
-    add("--batch_size_per_gpu", type=positive_int, default=16, metavar="B", help="images per process")
+    add("--batch_size_per_gpu", type=positive_int, default=16, metavar="B", help="batch size per GPU")
     add = tasks["landmarks"].add_argument
-    add("--multiscale", type=boolean, nargs="?", const=True, default=True, metavar="X",
-        help="sum features over the scales 1, 0.71 and 0.5")
+    add("--multiscale", type=boolean, nargs="?", const=True, default=True, metavar="X", help="sum scales 1, 0.71, 0.5")
     add("--crop_queries", action="store_true", help="crop queries to the landmark; the released script does not")
     tasks["landmarks"].set_defaults(batch_size_per_gpu=1)  # images differ in size
     for name in ("copies", "landmarks"):
-        tasks[name].add_argument("--whitening", metavar="DIR", help="fit PCA whitening to these images, best thousands")
+        tasks[name].add_argument("--whitening", metavar="DIR", help="images to fit PCA whitening to, thousands of them")
     return parser.parse_args(argv)
 
 
@@ -86,10 +85,7 @@ class ImageEncoder:
         self.backbone, _, self.origin = open_backbone(args, self.device, needs)
         self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
         self.args, self.extract, self.view, self.upright = args, extract, view, upright
-
-    def log(self, text):
-        if self.rank == 0:
-            tqdm.write(text)
+        self.log = print if self.rank == 0 else lambda text: None
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
@@ -176,12 +172,12 @@ def evaluate_landmarks(args):
                            needs="images of any size")
     path = output_file(encoder.origin, args, "landmarks.json")
     normalizer, result = build_normalizer(encoder, args.whitening), {}
-    for name, truth in truths.items():
-        queries = encoder.encode_all(truth.queries, truth.boxes if args.crop_queries else None)
-        database = encoder.encode_all(truth.database)
+    for name, (paths, queries, boxes, relevance) in truths.items():
+        queries = encoder.encode_all(queries, boxes if args.crop_queries else None)
+        database = encoder.encode_all(paths)
         orders = (normalizer(queries) @ normalizer(database).T).argsort(dim=1, descending=True)
         encoder.log(f"{name}: {len(queries)} queries, database of {len(database)} images")
-        result[name] = evaluate_levels(orders, truth.relevance)
+        result[name] = evaluate_levels(orders, relevance)
         for level, values in result[name].items():
             encoder.log(f"{level:8}" + "".join(f"  {metric} {value:5.1f}" for metric, value in values.items()))
     if encoder.rank == 0:
@@ -238,6 +234,8 @@ def index_folder(encoder, folder, output):
     check_writable(output)
     features, names = update_index(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, names,
                                    encoder.encode, encoder.log)
+    if not names:
+        raise DataError(f"{folder}: no readable images, apart from those in the output folder {output}")
     return features, [os.path.join(folder, name) for name in names]
 
 

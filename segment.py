@@ -51,8 +51,7 @@ def parse_args(argv=None):
     add("--sequences", nargs="+", metavar="NAME", help="default: those of ImageSets/2017/val.txt if it exists, or all")
     add("--image_size", type=positive_int, default=480, metavar="PIXELS", help="shorter side of a frame")
     add("--n_last_frames", type=nonnegative_int, default=7, metavar="N", help="context frames besides the first")
-    add("--size_mask_neighborhood", type=nonnegative_int, default=12, metavar="N",
-        help="neighborhood radius in patches; 0 for the whole frame")
+    add("--size_mask_neighborhood", type=nonnegative_int, default=12, metavar="N", help="in patches; 0 for no limit")
     add("--topk", type=positive_int, default=5, metavar="K", help="similar patches that labels are averaged over")
     add("--temperature", type=positive_float, default=0.1, metavar="T", help="softmax temperature of similarities")
     add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast dtype of the backbone")
@@ -65,7 +64,8 @@ def evaluate_masks(args):
     """Jaccard index of thresholded CLS attention and objects: best head per object, mean of heads, random weights."""
     images, read = find_masks(args.data_path, args.num_images)
     model, info, origin = open_backbone(args, needs="attention")
-    image_size = args.image_size or default_attention_size(model.grid[0] * model.patch_size, model.patch_size)
+    p = model.patch_size
+    args.image_size = args.image_size or default_attention_size(model.grid[0] * p, p)
     path = output_file(origin, args, "masks.json")
     models = {} if args.untrained else {"trained": model}
     models["untrained"] = build_untrained(info).to(args.device)
@@ -74,27 +74,24 @@ def evaluate_masks(args):
         if isinstance(example, str):
             skipped.append(example)
             continue
-        image, *masks = example
-        x = normalize(resize_to_patches(image, image_size, model.patch_size))[None].to(args.device)
-        masks = [mask.to(args.device) for mask in masks]
-        scores.append(torch.stack([evaluate_attention(network, x, *masks, args.mass) for network in models.values()]))
+        image, objects, void = example
+        x = normalize(resize_to_patches(image, args.image_size, p))[None].to(args.device)
+        scores.append(torch.stack([evaluate_image(m, x, objects, void, args.mass) for m in models.values()]))
     if not scores:
         raise DataError(f"{args.data_path}: none of its images can be used; the last: {skipped[-1]}")
-    print(f"Jaccard index of {args.mass:.0%} of the attention and the objects of {len(scores)} images, shorter side "
-          f"{image_size} pixels\n{'':12}best head  mean of heads   each head")
+    print(f"Jaccard index (%), {args.mass:.0%} of the attention, {len(scores)} images, shorter side {args.image_size}")
     result = {}
     for name, (best, mean, *heads) in zip(models, torch.stack(scores).mean(dim=0).mul(100).tolist()):
-        print(f"{name:12}{best:9.1f}  {mean:13.1f}   {' '.join(f'{head:.1f}' for head in heads)}")
+        print(f"{name:9}  best head {best:.1f}  mean of heads {mean:.1f}  heads", *(f"{head:.1f}" for head in heads))
         result[name] = dict(best_head=best, mean_of_heads=mean, heads=heads)
-    write_json(path, vars(args) | origin | dict(image_size=image_size, num_images=len(scores), skipped=skipped,
-                                                jaccard=result))
+    write_json(path, vars(args) | origin | dict(num_images=len(scores), skipped=skipped, jaccard=result))
     print(f"wrote {path}")
     if skipped:
         raise DataError(f"skipped {len(skipped)} of {len(images)} images; the first: {skipped[0]}")
 
 
 @torch.no_grad()
-def evaluate_attention(model, x, objects, void, mass):
+def evaluate_image(model, x, objects, void, mass):
     """Jaccard index of an image's attention masks and its objects.
 
     Args:
@@ -104,12 +101,12 @@ def evaluate_attention(model, x, objects, void, mass):
     Returns:
         float64 [2 + heads], means over objects: the best head for each object, the mean of heads, and each head.
     """
-    attention = model.forward_with_attention(x)[1][0]  # [heads, N]
+    attention = model.forward_with_attention(x)[1][0].cpu()  # [heads, N]
     attention = torch.cat((attention.mean(dim=0, keepdim=True), attention))
     masks = threshold_attention(attention, mass).view(1, len(attention), x.shape[-2] // model.patch_size, -1)
     masks = F.interpolate(masks.float(), size=objects.shape[-2:], mode="nearest-exact")[0] > 0
     scores = torch.stack([jaccard(mask, objects, void) for mask in masks])  # [1 + heads, O]
-    return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1).cpu()
+    return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1)
 
 
 # ---- video object segmentation ----
@@ -127,21 +124,18 @@ def segment_videos(args):
     path, failed = output / "result.json", []
     scores = load_scores(path, origin)
     write_json(path, origin | {"sequences": scores})  # masks of other flags are about to be overwritten
-    remaining = {name: frames for name, frames in sequences.items() if name not in scores}
-    if len(remaining) < len(sequences):
-        print(f"{output} has {len(sequences) - len(remaining)} of {len(sequences)} sequences already")
-    for name, frames in remaining.items():
+    for name, frames in sequences.items():
         try:
-            scores[name] = segment_sequence(model, frames, output / name, args)
+            if name not in scores:
+                scores[name] = segment_sequence(model, frames, output / name, args)
+                write_json(path, origin | {"sequences": scores})
+            print(f"{name}: {format_scores(scores[name].values())}")
         except ImageReadError as error:
             failed.append(str(error))
             print(f"{name}: skipped, {error}")
-            continue
-        print(f"{name}: {format_scores(scores[name].values())}")
-        write_json(path, origin | {"sequences": scores})
-    done = [scores[name] for name in sequences if name in scores]
-    objects = [score for by_object in done for score in by_object.values()]
-    print(f"{len(done)} sequences with {len(objects)} objects: {format_scores(objects)}\nwrote {output}")
+    objects = [score for name in sequences for score in scores.get(name, {}).values()]
+    print(f"{len(sequences) - len(failed)} sequences with {len(objects)} objects: {format_scores(objects)}\n"
+          f"wrote {output}")
     if failed:
         raise DataError(f"skipped {len(failed)} of {len(sequences)} sequences; the first: {failed[0]}")
 
@@ -236,8 +230,7 @@ def format_scores(scores):
     """J&F, and the mean, recall and decay of J and F, percent, averaged over objects."""
     if not scores:
         return "no ground truth between the first and the last frame"
-    keys = ("mean", "recall", "decay")
-    means = {name: 100 * np.mean([[score[name][key] for key in keys] for score in scores], axis=0) for name in "JF"}
+    means = {name: 100 * np.mean([list(score[name].values()) for score in scores], axis=0) for name in "JF"}
     return f"J&F {(means['J'][0] + means['F'][0]) / 2:.1f}, " + ", ".join(
         "{} {:.1f} (recall {:.1f}, decay {:.1f})".format(name, *values) for name, values in means.items())
 

@@ -1,14 +1,13 @@
 """Retrieval benchmarks: the layouts of Copydays and of revisited Oxford and Paris.
 
     originals, blocks = read_copydays("/data/copydays")            # paths, {"strong": (queries, positives), ...}
-    truth = read_landmarks("/data/roxford5k/gnd_roxford5k.pkl")    # paths, boxes, and easy, hard and junk images
-    image, i = ImageFiles(truth.queries, truth.boxes)[0]           # cropped to the landmark
+    database, queries, boxes, relevance = read_landmarks("/data/roxford5k/gnd_roxford5k.pkl")
+    image, i = ImageFiles(queries, boxes)[0]                       # cropped to the landmark
 """
 
 import os
 import pickle
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,17 +76,12 @@ def read_copydays(root):
     return originals, blocks
 
 
-class Landmarks(NamedTuple):
-    """Ground truth of revisited Oxford or Paris."""
-
-    database: list  # paths
-    queries: list  # paths
-    boxes: list  # (left, top, right, bottom) of each query's landmark, pixels
-    relevance: list  # {"easy", "hard", "junk": indices of database images} of each query
-
-
 def read_landmarks(path):
-    """Read a ground-truth file as published (Radenovic et al. 2018), with its images in jpg/ beside it.
+    """Ground truth of revisited Oxford or Paris as published (Radenovic et al. 2018), with images in jpg/ beside it.
+
+    Returns:
+        database paths, query paths, the box of each query's landmark (left, top, right, bottom; pixels), and the
+        relevance of database images for each query: {"easy", "hard", "junk": indices}.
 
     Raises:
         DataError: not such a file, or images are missing.
@@ -109,7 +103,7 @@ def read_landmarks(path):
     missing = [image for image in (*database, *queries) if not os.path.isfile(image)]
     if missing:
         raise DataError(f"{path}: {len(missing)} of its images are missing; the first: {missing[0]}")
-    return Landmarks(database, queries, boxes, relevance)
+    return database, queries, boxes, relevance
 
 
 class RestrictedUnpickler(pickle.Unpickler):

@@ -33,9 +33,8 @@ def propagate_labels(features: Iterable[torch.Tensor], labels: torch.Tensor, n_l
     frames = (F.normalize(frame.float(), dim=-1) for frame in features)
     first, last = (next(frames), labels), collections.deque(maxlen=n_last)
     for frame in frames:
-        context, context_labels = (torch.stack(x) for x in zip(first, *last))
-        labels = propagate_to_frame(frame, context, context_labels, topk, radius, temperature)
-        del context, context_labels  # before the next frame is loaded
+        context = (torch.stack(x) for x in zip(first, *last))  # features and labels
+        labels = propagate_to_frame(frame, *context, topk, radius, temperature)
         last.append((frame, labels))
         yield labels
 
@@ -58,18 +57,19 @@ def propagate_to_frame(frame: torch.Tensor, context: torch.Tensor, context_label
     h, w, D = frame.shape
     T, C = context_labels.shape[:2]
     radius = radius or max(h, w)
+    rows, cols = (torch.arange(n, device=frame.device) for n in (h, w))
     result = context_labels.new_empty(C, h, w)
     for y, near_y in iter_tiles(h, tile[0], radius):
         for x, near_x in iter_tiles(w, tile[1], radius):
             queries = frame[y, x].reshape(-1, D)
             keys = context[:, near_y, near_x].reshape(-1, D)
-            cosine = (queries @ keys.T).view(y.stop - y.start, x.stop - x.start, T, near_y.stop - near_y.start, -1)
-            cosine.masked_fill_(mask_distant(y, near_y, radius, frame.device)[:, None, None, :, None], -math.inf)
-            cosine.masked_fill_(mask_distant(x, near_x, radius, frame.device)[None, :, None, None, :], -math.inf)
+            far = (rows[y, None] - rows[near_y]).abs()[:, None, None, :, None] > radius  # [y, 1, 1, near_y, 1]
+            far = far | ((cols[x, None] - cols[near_x]).abs()[:, None, None, :] > radius)  # [y, x, 1, near_y, near_x]
+            cosine = (queries @ keys.T).view(*far.shape[:2], T, *far.shape[3:]).masked_fill_(far, -math.inf)
             values, indices = topk_by_runs(cosine.view(len(queries), -1), topk)
             labels = context_labels[:, :, near_y, near_x].permute(1, 0, 2, 3).reshape(C, -1)[:, indices]
             weights = (values / temperature).softmax(dim=-1)  # [queries, topk]; labels [C, queries, topk]
-            result[:, y, x] = (labels * weights).sum(dim=-1).view(C, y.stop - y.start, -1)
+            result[:, y, x] = (labels * weights).sum(dim=-1).view(C, *far.shape[:2])
     return result
 
 
@@ -78,12 +78,6 @@ def iter_tiles(length, step, radius):
     for start in range(0, length, step):
         stop = min(start + step, length)
         yield slice(start, stop), slice(max(0, start - radius), min(length, stop + radius))
-
-
-def mask_distant(queries, keys, radius, device):
-    """Which positions of two slices are more than `radius` apart: bool [queries, keys]."""
-    queries, keys = (torch.arange(x.start, x.stop, device=device) for x in (queries, keys))
-    return (queries.view(-1, 1) - keys).abs() > radius
 
 
 def topk_by_runs(x, k, run=32):
@@ -117,7 +111,6 @@ def labels_to_mask(labels: torch.Tensor, height: int, width: int) -> torch.Tenso
     background would win over an object whose labels have become weak.
     """
     labels = F.interpolate(labels[None], size=(height, width), mode="bilinear")[0]
-    low = labels.amin(dim=(1, 2), keepdim=True)
-    high = labels.amax(dim=(1, 2), keepdim=True)
+    low, high = labels.amin(dim=(1, 2), keepdim=True), labels.amax(dim=(1, 2), keepdim=True)
     labels = torch.where(high > 0, (labels - low) / (high - low).clamp(min=1e-12), labels)
     return labels.max(dim=0).indices

@@ -38,32 +38,27 @@ def jaccard(masks: torch.Tensor, truth: torch.Tensor, void: torch.Tensor | None 
     Args:
         void: bool [..., H, W], unlabeled pixels, which are ignored.
     """
-    masks, truth = exclude_void(void, masks, truth)
+    if void is not None:
+        masks, truth = masks & ~void, truth & ~void
     union = count_pixels(masks | truth)
     return torch.where(union > 0, count_pixels(masks & truth) / union.clamp(min=1), 1.0)
 
 
-def boundary_f(masks: torch.Tensor, truth: torch.Tensor, void: torch.Tensor | None = None,
-               tolerance: float = 0.008) -> torch.Tensor:
+def boundary_f(masks: torch.Tensor, truth: torch.Tensor, tolerance: float = 0.008) -> torch.Tensor:
     """Contour accuracy F of masks: bool [..., H, W] each -> float64 [...].
 
     F is the harmonic mean of boundary precision and recall. A boundary pixel is matched if the other mask has one
     within a disk around it. F is 0 if one mask has no boundary, and 1 if neither has.
 
     Args:
-        void: bool [..., H, W], unlabeled pixels, background in both masks.
         tolerance: radius of the disk relative to the image diagonal, rounded up to pixels.
     """
-    edges, true_edges = (find_boundary(x) for x in exclude_void(void, masks, truth))
+    edges, true_edges = find_boundary(masks), find_boundary(truth)
     radius = math.ceil(tolerance * math.hypot(*edges.shape[-2:]))
     precision = count_pixels(edges & dilate(true_edges, radius)) / count_pixels(edges).clamp(min=1)
     recall = count_pixels(true_edges & dilate(edges, radius)) / count_pixels(true_edges).clamp(min=1)
     score = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
     return torch.where(count_pixels(edges | true_edges) > 0, score, 1.0)
-
-
-def exclude_void(void, *masks):
-    return masks if void is None else tuple(mask & ~void for mask in masks)
 
 
 def count_pixels(mask):

@@ -261,12 +261,15 @@ def test_unusual_names_and_duplicates(model, photos, tmp_path, capsys):
     assert len(list(model[1].with_suffix(".search").glob("*.nearest.png"))) == 2
 
 
-def test_contact_sheets_are_not_indexed(model, photos, tmp_path, capsys):
+def test_contact_sheets_are_not_indexed(model, photos, capsys, exit_message):
     for _ in range(2):
         run("search", "--ckpt", model[1], "--data_path", photos, photos / "a" / "0.png", "--output_dir", photos / "out")
         assert "of 9 images" in capsys.readouterr().out
     run("search", "--ckpt", model[1], "--data_path", photos, "--nearest", 100, photos / "a" / "0.png")
     assert capsys.readouterr().out.count(str(photos)) == 1 + 8 + 1  # query, others, and the sheet of another output_dir
+    line = exit_message(run, "search", "--ckpt", model[1], "--data_path", photos, photos / "a" / "0.png",
+                        "--output_dir", photos)
+    assert "no readable images, apart from those in the output folder" in line
 
 
 def test_corrupt_queries_are_skipped(model, photos, tmp_path, exit_message):

@@ -91,8 +91,8 @@ def test_masks_of_shapes_equal_the_definition(model, capsys):
         assert found["mean_of_heads"] == pytest.approx(100 * np.mean([t[4] for t in tables]))
         assert found["heads"] == pytest.approx(100 * np.mean([t[:4] for t in tables], axis=0))
     assert result["jaccard"]["trained"] != result["jaccard"]["untrained"]
-    out = capsys.readouterr().out
-    assert f"trained     {result['jaccard']['trained']['best_head']:9.1f}" in out and "shorter side 64 pixels" in out
+    best, out = result["jaccard"]["trained"]["best_head"], capsys.readouterr().out
+    assert f"\ntrained    best head {best:.1f}  " in out and "shorter side 64\n" in out
 
 
 def test_untrained_is_evaluated_alone(model, capsys):
@@ -194,52 +194,58 @@ def test_video_equals_the_definition(model, davis, capsys):
     assert f"2 sequences with 3 objects: J&F {sum(means) / 2:.1f}, J {means[0]:.1f}" in lines
 
 
-def test_video_resumes_under_the_same_flags(model, davis, capsys):
-    _, path = model
-    flags = "video", "--ckpt", path, "--data_path", davis, "--image_size", 64
+@pytest.fixture
+def segmented(monkeypatch):
+    """A function: names of the sequences segmented since its last call; and a list of names to interrupt at."""
+    segment_sequence, names, interrupt = segment.segment_sequence, [], []
+
+    def record(model, frames, folder, args):
+        names.append(folder.name)
+        if folder.name in interrupt:
+            raise KeyboardInterrupt
+        return segment_sequence(model, frames, folder, args)
+    monkeypatch.setattr(segment, "segment_sequence", record)
+    return lambda: [names.pop(0) for _ in range(len(names))], interrupt
+
+
+def test_video_resumes_under_the_same_flags(model, davis, capsys, segmented):
+    names, _ = segmented
+    flags = "video", "--ckpt", model[1], "--data_path", davis, "--image_size", 64
     run(*flags, "--sequences", "pair")
-    output = path.with_suffix(".video")
+    output = model[1].with_suffix(".video")
     before = (output / "pair" / "00003.png").stat().st_mtime_ns
     (output / "single").mkdir()
     run(*flags)
-    assert "has 1 of 2 sequences already" in capsys.readouterr().out
+    assert names() == ["pair", "single"] and "2 sequences with 3 objects" in capsys.readouterr().out
     assert (output / "pair" / "00003.png").stat().st_mtime_ns == before and (output / "single" / "00005.png").exists()
     for other in (["--topk", 2], ["--precision", "bf16"], ["--untrained"]):
         run(*flags, *other, "--output_dir", output)
-        assert "already" not in capsys.readouterr().out
+        assert names() == ["pair", "single"]
         run(*flags, *other, "--output_dir", output)
-        assert "has 2 of 2 sequences already" in capsys.readouterr().out
+        assert names() == []
     (output / "result.json").write_text('{"sequences": {"pair": 5}}')
     run(*flags)
-    assert "already" not in capsys.readouterr().out
+    assert names() == ["pair", "single"]
 
 
-def test_video_keeps_finished_sequences(model, davis, capsys, monkeypatch):
-    _, path = model
-    flags = "video", "--ckpt", path, "--data_path", davis, "--image_size", 64
-    segment_sequence, requested = segment.segment_sequence, []
-
-    def interrupted(model, frames, folder, args):
-        requested.append(folder.name)
-        if folder.name == "single":
-            raise KeyboardInterrupt
-        return segment_sequence(model, frames, folder, args)
-    monkeypatch.setattr(segment, "segment_sequence", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(*flags)
-    with pytest.raises(KeyboardInterrupt):
-        run(*flags)
-    assert requested == ["pair", "single", "single"]
+def test_video_keeps_finished_sequences(model, davis, segmented):
+    names, interrupt = segmented
+    interrupt.append("single")
+    flags, path = ("--data_path", davis, "--image_size", 64), model[1]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run("video", "--ckpt", path, *flags)
+    assert names() == ["pair", "single", "single"]
     moved = path.with_name("moved.safetensors")
     path.rename(moved)  # the same weights
-    monkeypatch.undo()
-    run("video", "--ckpt", moved, *flags[3:], "--sequences", "single", "--output_dir", path.with_suffix(".video"))
-    run("video", "--ckpt", moved, *flags[3:], "--output_dir", path.with_suffix(".video"))
-    assert "has 2 of 2 sequences already" in capsys.readouterr().out
+    flags += "--ckpt", moved, "--output_dir", path.with_suffix(".video")
+    interrupt.clear()
+    run("video", *flags, "--sequences", "single")
+    run("video", *flags)
+    assert names() == ["single"]
+    interrupt.append("single")
     with pytest.raises(KeyboardInterrupt):  # other flags: the masks in the folder are outdated
-        monkeypatch.setattr(segment, "segment_sequence", interrupted)
-        run("video", "--ckpt", moved, *flags[3:], "--topk", 2, "--sequences", "single", "--output_dir",
-            path.with_suffix(".video"))
+        run("video", *flags, "--topk", 2, "--sequences", "single")
     assert json.loads((path.with_suffix(".video") / "result.json").read_text())["sequences"] == {}
 
 

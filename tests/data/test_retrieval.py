@@ -56,9 +56,9 @@ def oxford(tmp_path):
 def test_ground_truth_of_any_pickle_protocol(oxford, protocol):
     root, truth = oxford
     (root / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth, protocol=protocol))
-    read = read_landmarks(root / "gnd_roxford5k.pkl")
-    assert read.relevance[0] == dict(easy=[1, 2], hard=[5], junk=[0, 7]) and read.boxes[0] == [10, 5, 70, 51]
-    assert len(read.database) == 10 and read.queries[2].endswith("p12.jpg")
+    database, queries, boxes, relevance = read_landmarks(root / "gnd_roxford5k.pkl")
+    assert relevance[0] == dict(easy=[1, 2], hard=[5], junk=[0, 7]) and boxes[0] == [10, 5, 70, 51]
+    assert len(database) == 10 and queries[2].endswith("p12.jpg")
 
 
 class Call:
