@@ -1,30 +1,34 @@
-"""How a step changes the weights: parameter groups, optimizers, gradient clipping.
+"""Optimization: parameter groups, AdamW / SGD / LARS, gradient clipping.
 
-    optimizer = build_optimizer("adamw", param_groups(network))
+    optimizer = build_optimizer("adamw", build_param_groups(network))
     norms = clip_gradients(network.parameters(), 3.0, per_parameter=True)
 
-This file needs torch and nothing else.
+Needs torch only.
 """
 
 import torch
 
 
-def build_param_groups(network):
-    """Two groups of named parameters: matrices, which are regularised, then biases and norms, which are not."""
+def build_param_groups(network: torch.nn.Module) -> list[dict]:
+    """Two groups of named trainable parameters: matrices, and biases and norms, which get no weight decay."""
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    regularized = [(name, p) for name, p in trained if p.ndim > 1]
-    others = [(name, p) for name, p in trained if p.ndim <= 1]
-    return [{"params": regularized}, {"params": others, "weight_decay": 0.0}]
+    return [{"params": [(name, p) for name, p in trained if p.ndim > 1]},
+            {"params": [(name, p) for name, p in trained if p.ndim <= 1], "weight_decay": 0.0}]
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each matrix is scaled to the matrix's norm (You et al. 2017, section 4)."""
+    """SGD with momentum and layer-wise adaptive rates for matrices (You et al. 2017, section 4).
 
-    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+    Args:
+        trust: trust coefficient; the update of a matrix is scaled to trust times the norm of the matrix.
+    """
+
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
 
     @torch.no_grad()
     def step(self):
+        """Update the parameters that have gradients; `build_optimizer` creates their momentum buffers."""
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 update = p.grad
@@ -37,24 +41,31 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(momentum, alpha=group["lr"])
 
 
-def build_optimizer(name, groups):
-    """The optimizer by name, its state there from the start; lr and weight decay are set before every step."""
+def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """AdamW, SGD or LARS by name. Set lr, and weight decay of the first group, before every step.
+
+    The optimizer's state exists from the start, so that a checkpoint can be checked against it before the first step.
+    """
     fused = groups[0]["params"][0][1].device.type != "mps"
     optimizer = {"adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
                  "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused),
                  "lars": lambda: LARS(groups)}[name]()
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        names = ("exp_avg", "exp_avg_sq") if name == "adamw" else ("momentum_buffer",)
-        optimizer.state[p] = {name: torch.zeros_like(p) for name in names}
+        buffers = ("exp_avg", "exp_avg_sq") if name == "adamw" else ("momentum_buffer",)
+        optimizer.state[p] = {buffer: torch.zeros_like(p) for buffer in buffers}
         if name == "adamw":
             optimizer.state[p]["step"] = torch.zeros((), device=p.device if fused else "cpu")
     return optimizer
 
 
-def clip_gradients(parameters, max_norm, per_parameter):
-    """Scale gradients down to the given l2 norm, each on its own or all by one factor; 0 leaves them as they are.
+def clip_gradients(parameters, max_norm: float, per_parameter: bool) -> torch.Tensor:
+    """Clip gradients in place to an l2 norm, each on its own (as the reference does) or all by their global norm.
 
-    Returns the norms that they had, [number of gradients].
+    Args:
+        max_norm: 0 for no clipping.
+
+    Returns:
+        the norms before clipping, [number of gradients].
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
@@ -62,18 +73,3 @@ def clip_gradients(parameters, max_norm, per_parameter):
         scales = (max_norm / ((norms if per_parameter else norms.norm()) + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, list(scales.expand(len(grads))))
     return norms
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    network = torch.nn.Linear(100, 10)
-    for name, lr in (("adamw", 0.01), ("sgd", 0.1), ("lars", 10.0)):
-        optimizer = build_optimizer(name, build_param_groups(network))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        network(torch.randn(8, 100)).square().sum().backward()
-        norms = clip_gradients(network.parameters(), 3.0, per_parameter=True)
-        before = network.weight.detach().clone()
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"{name:5s}  gradient norms {norms.tolist()}, weights moved by {(network.weight - before).norm():.4f}")

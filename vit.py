@@ -1,25 +1,25 @@
-"""The backbone: a vision transformer, image in, feature out.
+"""Vision transformer (ViT), the backbone: images in, CLS features, patch tokens and attention maps out.
 
     model = vit_small(patch_size=16)
     feature = model(images)                                      # [B, 3, H, W] -> [B, 384]
     feature, attention = model.forward_with_attention(images)    # attention [B, 6, N]
 
-Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", in the form DINO uses: a CLS token, no
-classifier, LayerNorm eps 1e-6, bias on q, k and v. Parameter names and outputs equal those of the
-released DINO models, so their weights load unchanged. This file needs torch and nothing else.
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", in the form that DINO uses: a CLS token, no classifier,
+LayerNorm eps 1e-6, bias on q, k and v. State-dict names and outputs equal those of the released DINO models, so their
+weights load unchanged. Needs torch only.
 
-Shapes in this file: B images, H x W pixels, N = H/p * W/p patches, D width.
+Shapes: B images of C channels and H x W pixels, patches of p x p pixels, N = H/p * W/p patches, width D.
 """
 
 import contextlib
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-SIZES = {  # name -> what differs between the models
+SIZES = {
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
@@ -28,7 +28,7 @@ SIZES = {  # name -> what differs between the models
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, always through the fused kernel; maps are made only on request."""
+    """Multi-head self-attention with the fused kernel; attention maps are computed on request only."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -36,29 +36,30 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x):
+    def split_heads(self, x):
         """[B, 1+N, D] -> q, k, v, each [B, heads, 1+N, D/heads]."""
         B, N, D = x.shape
         return self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, queries=None):
-        """[B, 1+N, D] -> [B, queries, D]: what the first `queries` tokens gather from all of them."""
-        q, k, v = self.heads(x)
-        # On a CPU, in half precision and for few tokens, the fused kernel's backward is four times slower than the
-        # plain products are.
-        plain = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] < 128 and torch.is_grad_enabled()
-        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        """[B, 1+N, D] -> [B, queries, D]: the outputs of the first `queries` tokens, None for all."""
+        q, k, v = self.split_heads(x)
+        # On CPU, in half precision and for few tokens, the fused kernel's backward is four times slower than matmuls.
+        unfused = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] < 128 and torch.is_grad_enabled()
+        with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
             x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # [B, heads, queries, D/heads]
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def attention_map(self, x, queries=None):
-        """[B, 1+N, D] -> the softmax itself, [B, heads, queries, 1+N]; each row sums to 1."""
-        q, k, _ = self.heads(x)
+        """[B, 1+N, D] -> attention of the first `queries` tokens, [B, heads, queries, 1+N]; each row sums to 1."""
+        q, k, _ = self.split_heads(x)
         scale = q.shape[-1] ** -0.5
         return ((q[:, :, :queries] * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Mlp(nn.Module):
+    """Two linear layers with GELU in between."""
+
     def __init__(self, dim, hidden_dim):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -79,7 +80,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x, queries=None, keep=None):
-        """[B, 1+N, D] -> [B, queries, D]; `queries` None means every token.
+        """[B, 1+N, D] -> [B, queries, D]: the first `queries` tokens, None for all.
 
         Args:
             keep: [2, B, 1, 1], factors of the two branches for each sample (stochastic depth).
@@ -91,6 +92,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Linear projection of the patches."""
+
     def __init__(self, patch_size, in_chans, embed_dim):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
@@ -100,38 +103,39 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer with a CLS token and learned positions.
+    """Vision transformer with a CLS token and a learned position embedding.
 
     Args:
-        img_size: pixels, the square size the position embedding is made for. Other sizes, also
-            non-square ones, are resampled from it.
-        patch_size: pixels; H and W of every input must be divisible by it.
-        drop_path_rate: stochastic depth in training: how often the last block's branches are dropped, for
-            each sample by itself; the earlier blocks rise to it linearly (Huang et al. 2016, section 3).
+        img_size: side of the training images, pixels. The position embedding is interpolated for other sizes, also
+            for non-square ones.
+        patch_size: pixels; height and width of every input must be multiples of it.
+        drop_path_rate: stochastic depth in training: probability, per sample, of dropping a branch of the last block;
+            it rises linearly from 0 in the first (Huang et al. 2016, section 3).
 
     Raises:
-        ValueError: a size that the patch does not divide, or a width that the heads do not divide.
+        ValueError: img_size is not a multiple of patch_size, or embed_dim not of num_heads.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12, num_heads=6,
-                 mlp_ratio=4.0, drop_path_rate=0.0):
+    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384,
+                 depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, drop_path_rate: float = 0.0):
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         self.patch_size, self.in_chans, self.embed_dim, self.num_heads = patch_size, in_chans, embed_dim, num_heads
+        self.drop_path_rate = drop_path_rate
+        self.activation_checkpointing = False  # recompute all blocks but the last in backward, to save memory
         self.grid = (img_size // patch_size, img_size // patch_size)  # rows and columns of pos_embed
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-        self.drop_path_rate = drop_path_rate
-        self.activation_checkpointing = False  # compute blocks again in backward, instead of keeping what is in them
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.init_weights()
 
     def init_weights(self):
+        """Truncated normal of standard deviation 0.02 for linear layers and embeddings, zero biases."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
@@ -139,13 +143,10 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x):
-        """Images [B, C, H, W] -> the CLS feature [B, D].
-
-        Only the CLS token leaves the last block, so only its row is computed there.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> CLS feature [B, D]; the last block computes the CLS token only."""
         x = self.prepare_tokens(x)
-        keeps = self.stochastic_depth(x)
+        keeps = self.sample_stochastic_depth(x)
         for block, keep in zip(self.blocks[:-1], keeps):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, None, keep, use_reentrant=False, preserve_rng_state=False)
@@ -153,10 +154,42 @@ class VisionTransformer(nn.Module):
                 x = block(x, None, keep)
         return self.norm(self.blocks[-1](x, 1, keeps[-1])[:, 0])
 
-    def stochastic_depth(self, x):
-        """What each block keeps of each sample: [depth, 2, B, 1, 1], 0 or 1 / (1 - rate), so the mean stays 1.
+    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] -> CLS feature [B, D], and the last block's attention from CLS to patches [B, heads, N].
 
-        A list of None where nothing is dropped. All is drawn at once: blocks draw nothing.
+        Each row sums to 1 minus the attention from CLS to itself. Patches are in row-major order: reshape to
+        [B, heads, H/p, W/p] for a map.
+        """
+        x, last = self.run_blocks(x, self.blocks[:-1]), self.blocks[-1]
+        attention = last.attn.attention_map(last.norm1(x), queries=1)  # [B, heads, 1, 1+N]
+        return self.norm(last(x, queries=1)[:, 0]), attention[:, :, 0, 1:]
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> all of the last block's attention, [B, heads, 1+N, 1+N]; token 0 is CLS."""
+        x, last = self.run_blocks(x, self.blocks[:-1]), self.blocks[-1]
+        return last.attn.attention_map(last.norm1(x))
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Images [B, C, H, W] -> normalized tokens of each of the last n blocks, a list of [B, 1+N, D]."""
+        first = len(self.blocks) - n
+        if not 0 <= first < len(self.blocks):
+            raise ValueError(f"n is {n}, expected 1 to the number of blocks, {len(self.blocks)}")
+        layers = [self.run_blocks(x, self.blocks[:first + 1])]
+        for block in self.blocks[first + 1:]:
+            layers.append(block(layers[-1]))
+        return [self.norm(x) for x in layers]
+
+    def run_blocks(self, x, blocks):
+        """Images [B, C, H, W] -> tokens [B, 1+N, D] after the given leading blocks, without stochastic depth."""
+        x = self.prepare_tokens(x)
+        for block in blocks:
+            x = block(x)
+        return x
+
+    def sample_stochastic_depth(self, x):
+        """Factors of the branches, [depth, 2, B, 1, 1]: 0, or 1 / (1 - rate) to keep the mean; None for each in eval.
+
+        They are drawn before the blocks run, so that recomputing a block draws nothing.
         """
         depth = len(self.blocks)
         if not self.training or self.drop_path_rate == 0:
@@ -164,94 +197,40 @@ class VisionTransformer(nn.Module):
         keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(depth, 1, 1, 1, 1)
         return torch.bernoulli(keep.expand(depth, 2, len(x), 1, 1)) / keep
 
-    def forward_with_attention(self, x):
-        """Images -> feature [B, D] and the last block's attention of CLS over patches [B, heads, N].
-
-        Each row sums to 1 minus what CLS gives to itself. N runs over rows first: reshape to
-        [B, heads, H/p, W/p] to draw it.
-        """
-        x = self.run_blocks(x, self.blocks[:-1])
-        last = self.blocks[-1]
-        attention = last.attn.attention_map(last.norm1(x), queries=1)  # [B, heads, 1, 1+N]
-        return self.norm(last(x, queries=1)[:, 0]), attention[:, :, 0, 1:]
-
-    def get_last_selfattention(self, x):
-        """Images -> all of the last block's attention, [B, heads, 1+N, 1+N]; token 0 is CLS."""
-        x = self.run_blocks(x, self.blocks[:-1])
-        last = self.blocks[-1]
-        return last.attn.attention_map(last.norm1(x))
-
-    def get_intermediate_layers(self, x, n=1):
-        """Images -> the tokens after each of the last n blocks, a list of [B, 1+N, D], final norm applied."""
-        if not 1 <= n <= len(self.blocks):
-            raise ValueError(f"n is {n}, expected 1 to the number of blocks, {len(self.blocks)}")
-        first = len(self.blocks) - n
-        x = self.run_blocks(x, self.blocks[:first])
-        layers = []
-        for block in self.blocks[first:]:
-            x = block(x)
-            layers.append(self.norm(x))
-        return layers
-
-    def run_blocks(self, x, blocks):
-        """Images [B, C, H, W] -> tokens [B, 1+N, D] after the given leading blocks, nothing dropped."""
-        x = self.prepare_tokens(x)
-        for block in blocks:
-            x = block(x)
-        return x
-
     def prepare_tokens(self, x):
-        """Images [B, C, H, W] -> CLS and patch tokens with their positions, [B, 1+N, D]."""
+        """Images [B, C, H, W] -> CLS and patch tokens with position embedding, [B, 1+N, D]."""
         B, C, H, W = x.shape
         if H % self.patch_size or W % self.patch_size:
-            raise ValueError(f"image of {H}x{W} pixels: height and width must be multiples of patch_size "
-                             f"{self.patch_size}")
+            raise ValueError(f"image size {H}x{W} is not a multiple of patch_size {self.patch_size}")
         tokens = torch.cat((self.cls_token.expand(B, -1, -1), self.patch_embed(x)), dim=1)
         return tokens + self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size)
 
-    def interpolate_pos_encoding(self, rows, cols):
-        """Position embedding for a grid of rows x cols patches, [1, 1 + rows*cols, D].
-
-        Bicubic without antialiasing. The released weights were evaluated with 0.1 added to the target
-        size when the scale is computed; leaving it out shifts every feature.
-        """
+    def interpolate_pos_encoding(self, rows: int, cols: int) -> Tensor:
+        """Position embedding for a grid of rows x cols patches, [1, 1 + rows*cols, D]; bicubic, not antialiased."""
         if (rows, cols) == self.grid:
             return self.pos_embed
-        interpolate_offset = 0.1
-        grid_rows, grid_cols = self.grid
+        interpolate_offset = 0.1  # the released weights were evaluated with it; without it every feature shifts
+        scale = [(side + interpolate_offset) / trained for side, trained in zip((rows, cols), self.grid)]
         patches = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)  # [1, D, rows, cols]
-        patches = F.interpolate(
-            patches.float(), mode="bicubic",
-            scale_factor=((rows + interpolate_offset) / grid_rows, (cols + interpolate_offset) / grid_cols))
-        patches = patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return torch.cat((self.pos_embed[:, :1], patches), dim=1)
+        patches = F.interpolate(patches.float(), scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+        return torch.cat((self.pos_embed[:, :1], patches.to(self.pos_embed.dtype)), dim=1)
 
 
-def vit_tiny(patch_size=16, **kwargs):
-    """5.5 M parameters, width 192."""
+def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """ViT-Ti: 5.5 M parameters, width 192."""
     return VisionTransformer(patch_size=patch_size, **(SIZES["vit_tiny"] | kwargs))
 
 
-def vit_small(patch_size=16, **kwargs):
-    """21.7 M parameters, width 384: the paper's main model."""
+def vit_small(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """ViT-S: 21.7 M parameters, width 384, the paper's main model."""
     return VisionTransformer(patch_size=patch_size, **(SIZES["vit_small"] | kwargs))
 
 
-def vit_base(patch_size=16, **kwargs):
-    """85.8 M parameters, width 768."""
+def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """ViT-B: 85.8 M parameters, width 768."""
     return VisionTransformer(patch_size=patch_size, **(SIZES["vit_base"] | kwargs))
 
 
-def vit_large(patch_size=16, **kwargs):
-    """303.3 M parameters, width 1024; not in the paper."""
+def vit_large(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """ViT-L: 303.3 M parameters, width 1024, not in the paper."""
     return VisionTransformer(patch_size=patch_size, **(SIZES["vit_large"] | kwargs))
-
-
-if __name__ == "__main__":
-    for name, size in SIZES.items():
-        with torch.device("meta"):
-            model = VisionTransformer(**size)
-            feature, attention = model.forward_with_attention(torch.empty(2, 3, 480, 320))
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{name}/16  {parameters / 1e6:6.1f} M parameters  [2, 3, 480, 320] -> feature {list(feature.shape)}, "
-              f"attention {list(attention.shape)}")

@@ -1,50 +1,51 @@
-"""Images in: what `--data_path` can name, and how a file becomes a correct RGB picture.
+"""Datasets by name: everything that --data_path accepts, as RGB images with labels.
 
     data = open_data("/data/imagenet")      # train/ and val/ with one folder per class
-    data = open_data("/photos")             # any tree of pictures; no labels needed
-    data = open_data("cifar10:/root")       # a torchvision set by name, downloaded there if missing
-    data = open_data("shapes")              # generated pictures with labels and masks; no file needed
-    image, label = data.train[0]            # PIL image in RGB, class index or -1
+    data = open_data("/photos")             # any folder of images, labels not needed
+    data = open_data("cifar10:/root")       # torchvision dataset, downloaded to /root if missing
+    data = open_data("shapes")              # built-in generated images with labels and masks
+    image, label = data.train[0]            # PIL image in RGB; class index, or -1 without labels
 
-Indexing raises `Unreadable` for a file that cannot be decoded; whoever iterates decides. This file needs
-torch, torchvision and Pillow.
+Indexing a corrupt image raises `ImageReadError`; data/loaders.py skips such images.
 """
 
 import inspect
 import os
 from typing import NamedTuple
 
-import torch
 import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from data.images import EXTENSIONS, ImageReadError, check_aspect, read_image, to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 
 
 class DataError(ValueError):
-    """No usable data where it was looked for; the message names the place and what would be right."""
+    """Missing or unusable data; the message names the path and what was expected there."""
 
 
 class Data(NamedTuple):
-    """Pictures to train on, and two labelled parts to judge features with (None where there are no labels)."""
+    """Images for training, and labeled splits for evaluation, which are None for data without labels.
 
-    train: object
-    train_labeled: object  # labeled images that features are compared with
-    val: object  # labeled images to evaluate on
-    path: str  # what was opened, so that any folder can open it again
-    note: str  # one line on where the parts come from
+    Where the data has no held-out split, every tenth training image is in `val`, and `train_labeled` is the rest.
+    """
+
+    train: Dataset  # all training images, with or without labels
+    train_labeled: Dataset | None  # labeled training images: the reference of k-NN, the training set of classifiers
+    val: Dataset | None  # labeled held-out images: accuracies are computed on these
+    path: str  # absolute --data_path, valid from any working directory
+    note: str  # "50,000 images of 10 classes in /data/train, 10,000 held out in /data/val"
 
 
-# ---- what --data_path can name ----
-
-def open_data(data_path, download=True):
-    """Open the pictures that `data_path` names.
+def open_data(data_path: str, download: bool = True) -> Data:
+    """Open the dataset that --data_path names.
 
     Args:
-        download: whether a torchvision set may be fetched to its ROOT; not for a name that a file gave.
+        download: allow torchvision to download; False for a data_path that comes from a file.
 
     Raises:
-        DataError: nothing usable is there.
+        DataError: there is no such dataset, or no image in it can be read.
     """
     name, _, argument = data_path.partition(":")
     if os.path.exists(data_path):
@@ -56,54 +57,58 @@ def open_data(data_path, download=True):
     raise DataError(f"{data_path}: no such folder, torchvision set (NAME:ROOT) or 'shapes'")
 
 
+def hold_out_every_tenth(train, path, note):
+    """Data of a labeled dataset without a held-out split."""
+    val, rest = range(0, len(train), 10), [i for i in range(len(train)) if i % 10]
+    return Data(train, Subset(train, rest), Subset(train, val), path, f"{note}, every tenth held out for evaluation")
+
+
+# ---- folders ----
+
 def open_folder(root):
-    """A tree of pictures; `train` with `val` or `test` beside it is recognised, from within and from above."""
+    """A folder of images; `train` beside `val` or `test` is found whether root is that folder or the one above."""
     root = os.path.abspath(root)
     parent = os.path.dirname(root) if os.path.basename(root) == "train" else root
     train_root = os.path.join(parent, "train")
-    held_out = [path for part in ("val", "test") if os.path.isdir(path := os.path.join(parent, part))]
-    if not (held_out and os.path.isdir(train_root)):
-        train_root, held_out = root, []
+    val_roots = [path for split in ("val", "test") if os.path.isdir(path := os.path.join(parent, split))]
+    if not (val_roots and os.path.isdir(train_root)):
+        train_root, val_roots = root, []
     train = ImageFolder(train_root)
     if train.classes is None:
-        return Data(train, None, None, root, f"{len(train):,} pictures in {train_root}, no labels")
-    note = f"{len(train):,} pictures of {len(train.classes)} classes in {train_root}"
-    for test_root in held_out:
-        test = ImageFolder(test_root)
-        if test.classes == train.classes:
-            return Data(train, train, test, root, f"{note}, {len(test):,} held out in {test_root}")
-        note += f"; {test_root} has other classes"
-    return Data(train, *hold_out_every_tenth(train), root, f"{note}; k-NN asks every tenth about the others")
+        return Data(train, None, None, root, f"{len(train):,} images in {train_root}, no labels")
+    note = f"{len(train):,} images of {len(train.classes)} classes in {train_root}"
+    for val_root in val_roots:
+        val = ImageFolder(val_root)
+        if val.classes == train.classes:
+            return Data(train, train, val, root, f"{note}, {len(val):,} held out in {val_root}")
+        note += f", {val_root} not used (other classes)"
+    return hold_out_every_tenth(train, root, note)
 
 
-def hold_out_every_tenth(images):
-    """Two parts of one labelled set: nine tenths to look labels up in, every tenth to ask about."""
-    every_tenth = range(0, len(images), 10)
-    others = [i for i in range(len(images)) if i % 10]
-    return torch.utils.data.Subset(images, others), torch.utils.data.Subset(images, every_tenth)
+class ImageFolder(Dataset):
+    """All images below a folder, sorted by path; its direct subfolders are the classes.
 
+    There are no labels (-1 for every image) if images lie outside of subfolders, or in fewer than two of them. Hidden
+    files and folders are skipped.
 
-class ImageFolder(torch.utils.data.Dataset):
-    """All pictures below a folder, in sorted order; the folders directly below it are the classes.
-
-    Without at least two such folders, or with pictures beside them, there are no labels: each is -1. Names
-    that begin with a dot are passed over.
+    Raises:
+        DataError: no such folder, no images in it, or none that can be read.
     """
 
-    def __init__(self, root):
+    def __init__(self, root: str):
         if not os.path.isdir(root):
             raise DataError(f"{root}: no such folder")
         self.root = root
         self.files = sorted(os.path.relpath(os.path.join(folder, name), root)
-                            for folder, names in walk(root) for name in names
+                            for folder, names in iter_folders(root) for name in names
                             if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
         if not self.files:
-            raise DataError(f"{root}: no picture found in it or below (looked for {' '.join(EXTENSIONS)})")
-        tops = [file.partition(os.sep)[0] for file in self.files]
-        labelled = len(set(tops)) > 1 and all(os.sep in file for file in self.files)
-        self.classes = sorted(set(tops)) if labelled else None
-        index = {name: i for i, name in enumerate(self.classes or [])}
-        self.labels = [index.get(top, -1) for top in tops]
+            raise DataError(f"{root}: no image found in it or below (looked for {' '.join(EXTENSIONS)})")
+        folders = [file.partition(os.sep)[0] for file in self.files]
+        names = sorted(set(folders))
+        self.classes = names if len(names) > 1 and all(os.sep in file for file in self.files) else None
+        class_index = {name: i for i, name in enumerate(self.classes or [])}
+        self.labels = [class_index.get(name, -1) for name in folders]
         self.require_one_readable()
 
     def require_one_readable(self):
@@ -112,7 +117,7 @@ class ImageFolder(torch.utils.data.Dataset):
                 return self[i]
             except ImageReadError as error:
                 last = error
-        raise DataError(f"{self.root}: none of its {len(self)} pictures can be read; the last is {last}")
+        raise DataError(f"{self.root}: none of its {len(self)} images can be read; the last: {last}")
 
     def __len__(self):
         return len(self.files)
@@ -121,12 +126,12 @@ class ImageFolder(torch.utils.data.Dataset):
         return self.read_reduced(i)
 
     def read_reduced(self, i, reduction=None):
-        """Picture i, reduced on the way (see open_rgb), and its label."""
+        """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
         return read_image(os.path.join(self.root, self.files[i]), reduction), self.labels[i]
 
 
-def walk(root):
-    """(folder, names of files) of every folder below root, once each though links may lead to it again."""
+def iter_folders(root):
+    """Yield (folder, file names) for root and all folders below it, each once even if symbolic links form a cycle."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -136,42 +141,42 @@ def walk(root):
         seen.add(real)
 
 
+# ---- torchvision and built-in shapes ----
+
 SPLITS = {"imagenet": ("train", "val"), "imagenette": ("train", "val"), "places365": ("train-standard", "val"),
-          "oxfordiiitpet": ("trainval", "test")}  # where torchvision's parts are not named train and test
+          "oxfordiiitpet": ("trainval", "test")}  # where torchvision's splits are not train and test
 
 
 def open_torchvision(name, root, download=True):
-    """A set of torchvision.datasets by its name in any case; its test part is held out."""
-    known = {known.lower(): known for known in torchvision.datasets.__all__}
+    """A dataset of torchvision.datasets by its case-insensitive name; its test split is held out."""
+    path, known = f"{name}:{os.path.abspath(root)}", {known.lower(): known for known in torchvision.datasets.__all__}
     if name.lower() not in known:
-        raise DataError(f"{name}:{root}: torchvision has no set named {name!r}, and there is no such folder")
+        raise DataError(f"{name}:{root}: torchvision has no dataset {name!r}, and there is no such folder")
     kind = getattr(torchvision.datasets, known[name.lower()])
     accepted = inspect.signature(kind).parameters
-    download = {"download": True} if download and "download" in accepted else {}
+    flags = {"download": True} if download and "download" in accepted else {}
+    splits = [{}]
     if "train" in accepted:
-        parts = [{"train": True}, {"train": False}]
+        splits = [{"train": True}, {"train": False}]
     elif "split" in accepted:
-        parts = [{"split": split} for split in SPLITS.get(name.lower(), ("train", "test"))]
-    else:
-        parts = [{}]
+        splits = [{"split": split} for split in SPLITS.get(name.lower(), ("train", "test"))]
     try:
-        train, *test = (TorchvisionDataset(kind(root, **part, **download)) for part in parts)
+        train, *val = (TorchvisionDataset(kind(root, **split, **flags)) for split in splits)
     except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
         raise DataError(f"{name}:{root}: torchvision cannot open it: {' '.join(str(error).split())}") from None
-    path, note = f"{name}:{os.path.abspath(root)}", f"torchvision's {kind.__name__}: {len(train):,} pictures"
+    note = f"{len(train):,} images of torchvision's {kind.__name__}"
     if train[0][1] == -1:
-        return Data(train, None, None, path, f"{note}, no labels that are classes")
-    if test:
-        return Data(train, train, test[0], path, f"{note}, {len(test[0]):,} held out")
-    return Data(train, *hold_out_every_tenth(train), path, f"{note}; k-NN asks every tenth about the others")
+        return Data(train, None, None, path, f"{note}, no class labels")
+    if val:
+        return Data(train, train, val[0], path, f"{note}, {len(val[0]):,} held out")
+    return hold_out_every_tenth(train, path, note)
 
 
-class TorchvisionDataset(torch.utils.data.Dataset):
-    """A torchvision set as (RGB image, class index)."""
+class TorchvisionDataset(Dataset):
+    """A torchvision dataset as (RGB image, class index, or -1 if its targets are not single classes)."""
 
-    def __init__(self, images):
-        self.images = images
-        self.classes = getattr(images, "classes", None)
+    def __init__(self, images: Dataset):
+        self.images, self.classes = images, getattr(images, "classes", None)
 
     def __len__(self):
         return len(self.images)
@@ -180,15 +185,15 @@ class TorchvisionDataset(torch.utils.data.Dataset):
         with wrap_decode_errors(f"{type(self.images).__name__} {i}"):
             image, label = self.images[i][:2]
             image = to_rgb(check_aspect(image))
-        single = isinstance(label, int) or (isinstance(label, torch.Tensor) and label.numel() == 1)
-        return image, int(label) if single else -1
+        is_class = isinstance(label, int) or (isinstance(label, Tensor) and label.numel() == 1)
+        return image, int(label) if is_class else -1
 
 
 def open_shapes(argument):
-    """`shapes` or `shapes:SIZE`: 10,000 generated pictures of SIZE pixels (32), and 2,000 more held out."""
+    """`shapes` or `shapes:SIZE`: 10,000 generated images of SIZE (32) pixels, and 2,000 held out."""
     if argument and not (argument.isdecimal() and 16 <= int(argument) <= 1024):
-        raise DataError(f"shapes:{argument}: the side of the pictures must be a number of pixels from 16 to 1024")
+        raise DataError(f"shapes:{argument}: SIZE must be an integer from 16 to 1024 pixels")
     size = int(argument or 32)
-    train, test = Shapes("train", 10_000, size), Shapes("test", 2_000, size)
-    return Data(train, train, test, f"shapes:{size}", f"built-in shapes: {len(train):,} pictures of "
-                f"{len(train.classes)} classes, {size} pixels, {len(test):,} held out")
+    train, val = Shapes("train", 10_000, size), Shapes("test", 2_000, size)
+    return Data(train, train, val, f"shapes:{size}", f"built-in shapes: {len(train):,} images of {len(train.classes)} "
+                f"classes, {size} pixels, {len(val):,} held out")
