@@ -186,7 +186,7 @@ def adjust_hue(x, turn):
     r, g, b = x.split(1, dim=-3)
     value = x.amax(dim=-3, keepdim=True)
     chroma = value - x.amin(dim=-3, keepdim=True)
-    # Hue in sixths of a turn, from -1 to 5. On whole numbers clamp(., 0, 1) selects the largest channel faster than > 0.
+    # Hue in sixths of a turn, from -1 to 5. On whole numbers clamp(., 0, 1) selects the largest channel, and is fast.
     sixths = torch.lerp((b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4), (value - g).clamp_(0, 1))
     sixths = torch.lerp(g - b, sixths, (value - r).clamp_(0, 1)).div_(chroma.clamp(min=1))
     hue = sixths.mul_(255 / 6).floor_()

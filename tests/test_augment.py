@@ -1,3 +1,4 @@
+import functools
 import math
 import random
 from pathlib import Path
@@ -14,123 +15,123 @@ from data.images import read_image
 from data.shapes import Shapes
 
 PLAIN = View(size=32, box=(10, 5, 70, 50), flip=False, jitter=(), grayscale=False, blur=0.0, solarize=False)
-THEIRS = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation,
+TORCHVISION = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation,
           "hue": TF.adjust_hue}
 
 
-def ours(image, view):
+def render_ours(image, view):
     """PIL image -> [3, s, s] float32 in 0 to 255."""
     return render(to_pixels(image).permute(2, 0, 1).unsqueeze(0), view)[0]
 
 
-def pillows(image, view):
-    """The same through torchvision and Pillow, as the reference implementation does."""
+def render_pillow(image, view):
+    """The same with torchvision and Pillow, as in the reference implementation."""
     left, top, right, bottom = view.box
     x = TF.resized_crop(image, top, left, bottom - top, right - left, [view.size] * 2, TF.InterpolationMode.BICUBIC)
     x = TF.hflip(x) if view.flip else x
     for name, amount in view.jitter:
-        x = THEIRS[name](x, amount)
+        x = TORCHVISION[name](x, amount)
     x = TF.rgb_to_grayscale(x, num_output_channels=3) if view.grayscale else x
     x = x.filter(ImageFilter.GaussianBlur(view.blur)) if view.blur else x
     x = ImageOps.solarize(x) if view.solarize else x
     return TF.pil_to_tensor(x).float()
 
 
-def differences(image, **altered):
-    """Between ours and Pillow's, sorted; what comes before `altered` is Pillow's in both."""
+def sorted_differences(image, **params):
+    """Absolute differences between ours and Pillow, sorted; both start from the same crop."""
     cropped = TF.resized_crop(image, 5, 10, 45, 60, [64, 64], TF.InterpolationMode.BICUBIC)
-    view = PLAIN._replace(size=64, box=(0, 0, 64, 64), **altered)
-    return (ours(cropped, view) - pillows(cropped, view)).abs().flatten().sort().values
+    view = PLAIN._replace(size=64, box=(0, 0, 64, 64), **params)
+    return (render_ours(cropped, view) - render_pillow(cropped, view)).abs().flatten().sort().values
 
 
-def test_crop_is_torchvisions_bicubic(scene):
+def test_crop_equals_torchvision_bicubic(scene):
     for size in (16, 32, 64, 100):  # smaller and larger than the box
         view = PLAIN._replace(size=size)
-        difference = (ours(scene, view) - pillows(scene, view)).abs()
+        difference = (render_ours(scene, view) - render_pillow(scene, view)).abs()
         assert difference.max() <= 1 and difference.mean() < 0.02
 
 
 @pytest.mark.parametrize("name, amounts", [("brightness", (0.6, 1.0, 1.4)), ("contrast", (0.6, 1.0, 1.4)),
                                            ("saturation", (0.8, 1.0, 1.2))])
-def test_jitter_is_pillows_to_the_bit(scene, name, amounts):
+def test_jitter_equals_pillow(scene, name, amounts):
     for amount in amounts:
-        assert differences(scene, jitter=((name, amount),)).max() == 0
+        assert sorted_differences(scene, jitter=((name, amount),)).max() == 0
 
 
 @pytest.mark.parametrize("turn", (-0.5, -0.1, -0.003, 0.0, 0.07, 0.1, 0.5))
-def test_hue_is_pillows_but_for_rounding(scene, turn):
-    difference = differences(scene, jitter=(("hue", turn),))
+def test_hue_equals_pillow_up_to_rounding(scene, turn):
+    difference = sorted_differences(scene, jitter=(("hue", turn),))
     assert difference.mean() < 0.01 and difference[-25] == 0  # of 12,288
 
 
-def test_hue_of_every_kind_of_colour():
-    """All of 0, 1, 127, 254, 255 in each channel: greys, black, white, ties of the largest channel."""
+def test_hue_of_extreme_colors():
+    """All of 0, 1, 127, 254, 255 in each channel: grays, black, white, ties of the largest channel."""
     levels = torch.tensor([0, 1, 127, 254, 255], dtype=torch.uint8)
     pixels = torch.cartesian_prod(levels, levels, levels).view(1, 125, 3)
     image = Image.frombytes("RGB", (125, 1), pixels.numpy().tobytes())
     for turn in (-0.3, 0.0, 0.1):
-        difference = augment.hue(pixels.permute(2, 0, 1)[None].float(), turn)[0] - TF.pil_to_tensor(
+        difference = augment.adjust_hue(pixels.permute(2, 0, 1)[None].float(), turn)[0] - TF.pil_to_tensor(
             TF.adjust_hue(image, turn))
         assert difference.abs().max() <= 1
 
 
-def test_grey_of_every_colour_and_means_that_end_in_a_half():
-    colours = torch.cartesian_prod(*[torch.arange(256, dtype=torch.uint8)] * 3).view(4096, 4096, 3)
-    image = Image.frombytes("RGB", (4096, 4096), colours.numpy().tobytes())
-    grey = augment.grayscale(colours.permute(2, 0, 1).float()).byte()
-    assert torch.equal(grey, TF.pil_to_tensor(image.convert("L")))
+def test_grayscale_of_every_color_and_means_that_end_in_one_half():
+    colors = torch.cartesian_prod(*[torch.arange(256, dtype=torch.uint8)] * 3).view(4096, 4096, 3)
+    image = Image.frombytes("RGB", (4096, 4096), colors.numpy().tobytes())
+    gray = augment.to_grayscale(colors.permute(2, 0, 1).float()).byte()
+    assert torch.equal(gray, TF.pil_to_tensor(image.convert("L")))
     halves = Image.new("RGB", (2, 1), (10, 10, 10))
     halves.putpixel((1, 0), (11, 11, 11))
     x = TF.pil_to_tensor(halves)[None].float()
-    assert torch.equal(augment.contrast(x, 1.4)[0].byte(), TF.pil_to_tensor(TF.adjust_contrast(halves, 1.4)))
+    assert torch.equal(augment.adjust_contrast(x, 1.4)[0].byte(), TF.pil_to_tensor(TF.adjust_contrast(halves, 1.4)))
 
 
-def test_jitter_is_applied_in_its_order(scene):
+def test_jitter_is_applied_in_order(scene):
     jitter = (("contrast", 1.4), ("hue", 0.1), ("brightness", 0.6))
-    assert differences(scene, jitter=jitter).mean() < 0.01
+    assert sorted_differences(scene, jitter=jitter).mean() < 0.01
     view = PLAIN._replace(jitter=jitter)
-    assert (ours(scene, view) - pillows(scene, view._replace(jitter=jitter[::-1]))).abs().mean() > 1
+    assert (render_ours(scene, view) - render_pillow(scene, view._replace(jitter=jitter[::-1]))).abs().mean() > 1
 
 
-def test_flip_grey_solarize_are_pillows_to_the_bit(scene):
-    for altered in (dict(flip=True), dict(solarize=True), dict(grayscale=True)):
-        assert differences(scene, **altered).max() == 0
+def test_flip_grayscale_solarize_equal_pillow(scene):
+    for params in (dict(flip=True), dict(solarize=True), dict(grayscale=True)):
+        assert sorted_differences(scene, **params).max() == 0
 
 
 @pytest.mark.parametrize("sigma", (0.1, 0.4, 0.8, 1.3, 1.42, 2.0, 5.0))
-def test_blur_is_pillows_but_for_rounding(scene, sigma):
-    difference = differences(scene, blur=sigma)
+def test_blur_equals_pillow_up_to_rounding(scene, sigma):
+    difference = sorted_differences(scene, blur=sigma)
     assert difference.mean() < 0.1 and difference.max() <= 2
 
 
 @pytest.fixture(scope="module")
-def pictures(request):
-    """Real ones from the folder that `--pictures` names, generated ones without it."""
+def images(request):
+    """The images in the folder --images, generated ones without it."""
     folder = request.config.getoption("--images")
     if folder:
         return [read_image(path) for path in sorted(Path(folder).rglob("*.[jJ]*"))[:200]]
     return [Shapes("test", 24, 300)[i][0].crop((0, 0, 300, 160 + 4 * i)) for i in range(24)]
 
 
-def test_the_chain_is_pillows_on_the_worker_and_in_batches(pictures):
-    """Mean difference at most 1 of 255, 999 of 1000 at most 4; the same numbers, ten views of each picture."""
+def test_crops_equal_pillow_on_workers_and_in_batches(images):
+    """Ten crops of each image by the same parameters: mean difference below 0.1 of 255, 999 of 1000 at most 4."""
     multicrop, batch = MultiCrop(), BatchMultiCrop()
     on_worker, in_batch = [], []
-    for first in range(0, len(pictures), 8):
-        images = pictures[first:first + 8]
-        pixels, plans = zip(*(batch.prepare(image, key=first + i) for i, image in enumerate(images)))
-        views = batch(pixels, torch.stack(plans))
-        for i, image in enumerate(images):
+    for first in range(0, len(images), 8):
+        some = images[first:first + 8]
+        pixels, params = zip(*(batch.prepare(image, key=first + i) for i, image in enumerate(some)))
+        crops = batch(pixels, torch.stack(params))
+        for i, image in enumerate(some):
             for v, view in enumerate(multicrop.sample(*image.size, key=first + i)):
-                expected = pillows(image, view)
-                on_worker.append((ours(image, view) - expected).abs().flatten())
-                in_batch.append((views[v][i] * multicrop.std + multicrop.mean - expected).abs().flatten())
+                expected = render_pillow(image, view)
+                on_worker.append((render_ours(image, view) - expected).abs().flatten())
+                in_batch.append((crops[v][i] * multicrop.std + multicrop.mean - expected).abs().flatten())
     for differences in (torch.cat(on_worker), torch.cat(in_batch)):
         assert differences.mean() < 0.1
         assert differences.kthvalue(int(0.999 * len(differences))).values <= 4
 
 
-def test_normalisation_is_torchvisions(scene):
+def test_normalization_equals_torchvision(scene):
     expected = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     result = MultiCrop().normalize(to_pixels(scene).permute(2, 0, 1).float())
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
@@ -138,53 +139,59 @@ def test_normalisation_is_torchvisions(scene):
 
 # ---- batches ----
 
-def batch_and_each(multicrop, batch, images):
-    pixels, plans = zip(*(batch.prepare(image, key=i) for i, image in enumerate(images)))
-    together = batch(pixels, torch.stack(plans))
+def crop_in_batch_and_one_by_one(multicrop, batch, images):
+    pixels, params = zip(*(batch.prepare(image, key=i) for i, image in enumerate(images)))
+    together = batch(pixels, torch.stack(params))
     each = [torch.stack(view) for view in zip(*(multicrop(image, key=i) for i, image in enumerate(images)))]
     return together, each
 
 
-@pytest.mark.parametrize("chunk_bytes, compile", [(2**30, False), (2**23, False), (2**30, True)])
-def test_a_batch_gives_what_each_picture_would(scene, monkeypatch, chunk_bytes, compile):
-    """Pictures of different sizes and shapes, in one chunk or several, plain or compiled."""
+@pytest.mark.parametrize("chunk_bytes, compile", [
+    (2**30, False), (2**23, False), (2**30, "aot_eager"), pytest.param(2**30, True, marks=pytest.mark.slow)])
+def test_batch_equals_images_one_by_one(scene, monkeypatch, chunk_bytes, compile):
+    """Images of different sizes and shapes, in one chunk or several, eager or compiled."""
     monkeypatch.setattr(augment, "CHUNK_BYTES", chunk_bytes)
+    if compile == "aot_eager":
+        monkeypatch.setattr(augment, "compile_operation",
+                            functools.cache(functools.partial(torch.compile, dynamic=True, backend="aot_eager")))
     arguments = dict(global_size=48, local_size=32, local_number=3, solarize=0.5, blur=(1.0, 0.5, 0.5))
-    batch = BatchMultiCrop(**arguments, compile=compile)
+    batch = BatchMultiCrop(**arguments, compile=bool(compile))
     images = [scene.resize((60 + 37 * (i % 5), 300 - 20 * i)) for i in range(12)] + [Image.new("RGB", (1, 1), "red")]
-    assert (len(list(batch.chunks([image.size[::-1] for image in images]))) > 1) == (chunk_bytes < 2**30)
-    together, each = batch_and_each(MultiCrop(**arguments), batch, images)
+    assert (len(list(batch.iter_chunks([image.size[::-1] for image in images]))) > 1) == (chunk_bytes < 2**30)
+    together, each = crop_in_batch_and_one_by_one(MultiCrop(**arguments), batch, images)
     assert [x.shape for x in together] == [x.shape for x in each]
     for a, b in zip(together, each):
-        difference = (a - b).abs() * 58  # of 255, about
+        difference = (a - b).abs() * 58  # about, of 255
         assert difference.mean() < 0.05 and (difference > 4).float().mean() < 1e-3
 
 
-def test_batches_do_not_mind_autocast(scene):
+def test_autocast_does_not_change_batches(scene):
     batch = BatchMultiCrop(32, local_size=16, local_number=2)
-    pixels, plan = batch.prepare(scene, key=0)
-    expected = batch([pixels], plan[None])
+    pixels, params = batch.prepare(scene, key=0)
+    expected = batch([pixels], params[None])
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, batch([pixels], plan[None]), expected))
+        assert all(map(torch.equal, batch([pixels], params[None]), expected))
 
 
-def test_crops_far_to_the_right_are_as_exact_as_those_on_the_left(scene):
-    """17,000 pixels to the right of it the same picture gives the same view."""
+def test_crop_at_large_coordinates_loses_no_precision(scene):
+    """The same content 17,000 pixels further to the right gives the same crop."""
     x = to_pixels(scene).permute(2, 0, 1)[None].float()
     near, far = (torch.tensor([[[left + 10.0, 5.0, left + 70.0, 50.0, 0.0]]]) for left in (0, 17_000))
-    assert torch.equal(augment.crop(x, near, 32), augment.crop(torch.nn.functional.pad(x, (17_000, 0)), far, 32))
+    padded = torch.nn.functional.pad(x, (17_000, 0))
+    assert torch.equal(augment.crop_and_resize(x, near, 32), augment.crop_and_resize(padded, far, 32))
 
 
-def test_global_and_local_views_of_one_size(scene):
+def test_global_and_local_crops_of_one_size(scene):
     arguments = dict(global_size=32, local_size=32, local_number=2)
-    together, each = batch_and_each(MultiCrop(**arguments), BatchMultiCrop(**arguments), [scene, scene.rotate(90)])
+    images = [scene, scene.rotate(90)]
+    together, each = crop_in_batch_and_one_by_one(MultiCrop(**arguments), BatchMultiCrop(**arguments), images)
     assert len(together) == 4 and all((a - b).abs().mean() < 0.002 for a, b in zip(together, each))
 
 
-def test_chunks_hold_every_picture_once_and_no_more_than_fits():
+def test_chunks_hold_every_image_once_within_the_memory_limit():
     batch = BatchMultiCrop()
     sizes = [(300 + 17 * (i % 13), 500 - 11 * (i % 7)) for i in range(64)] + [(2250, 3000), (80, 4000)]
-    chunks = list(batch.chunks(sizes))
+    chunks = list(batch.iter_chunks(sizes))
     assert sorted(i for chunk in chunks for i in chunk) == list(range(66))
     for chunk in chunks:
         height, width = (max(sizes[i][side] for i in chunk) for side in (0, 1))
@@ -194,7 +201,7 @@ def test_chunks_hold_every_picture_once_and_no_more_than_fits():
 
 @pytest.mark.parametrize("width, height, factor", [
     (500, 400, 1), (3000, 2000, 1), (4032, 3024, 2), (12_000, 9_000, 4), (12_000, 120, 1), (1, 1, 1)])
-def test_large_pictures_are_reduced(width, height, factor):
+def test_large_images_are_reduced(width, height, factor):
     multicrop = MultiCrop()
     assert multicrop.reduction(width, height) == factor
     for view in (view for i in range(50) for view in multicrop.sample(width // factor, height // factor, key=i)):
@@ -202,33 +209,33 @@ def test_large_pictures_are_reduced(width, height, factor):
         assert factor == 1 or min(right - left, bottom - top) >= 3 * view.size * 0.98
 
 
-def test_a_reduced_picture_gives_the_same_views(pictures):
-    """Views so small that the pictures are large for them; the same boxes on the whole picture."""
+def test_reduced_image_gives_the_same_crops(images):
+    """Crops so small that the images are reduced; compared with the same boxes on the full images."""
     multicrop = MultiCrop(global_size=16, local_size=5, local_number=4)
     differences = []
-    for i, image in enumerate(pictures):
+    for i, image in enumerate(images):
         factor = multicrop.reduction(*image.size)
         image = image.crop((0, 0, image.width // factor * factor, image.height // factor * factor))
         reduced = image.reduce(factor)
         assert factor > 1
         for view in multicrop.sample(*reduced.size, key=i):
             view = view._replace(jitter=(), solarize=False)
-            whole = view._replace(box=tuple(factor * x for x in view.box))
-            differences.append((ours(reduced, view) - ours(image, whole)).abs().flatten())
+            full = view._replace(box=tuple(factor * x for x in view.box))
+            differences.append((render_ours(reduced, view) - render_ours(image, full)).abs().flatten())
     differences = torch.cat(differences)
     assert differences.mean() < 1 and differences.kthvalue(int(0.999 * len(differences))).values <= 4
 
 
-# ---- numbers ----
+# ---- crop parameters ----
 
-def test_boxes_are_distributed_as_torchvisions():
+def test_boxes_have_the_distribution_of_torchvision():
     torch.manual_seed(0)
-    rng, picture = random.Random(0), Image.new("RGB", (640, 427))
+    rng, image = random.Random(0), Image.new("RGB", (640, 427))
     for scale in ((0.05, 0.4), (0.4, 1.0)):
         ours = torch.tensor([sample_box(rng, 640, 427, scale, (3 / 4, 4 / 3)) for _ in range(4000)]).double()
         left, top, right, bottom = ours.unbind(1)
         assert left.min() >= 0 and top.min() >= 0 and right.max() <= 640 and bottom.max() <= 427
-        theirs = [RandomResizedCrop.get_params(picture, scale, (3 / 4, 4 / 3)) for _ in range(4000)]
+        theirs = [RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(4000)]
         top_, left_, height_, width_ = torch.tensor(theirs).double().unbind(1)
         width, height = right - left, bottom - top
         pairs = [(width * height, width_ * height_), (width / height, width_ / height_), (left, left_), (top, top_)]
@@ -238,9 +245,9 @@ def test_boxes_are_distributed_as_torchvisions():
             assert (below_a - below_b).abs().max() / 4000 < 1.95 * math.sqrt(2 / 4000)
 
 
-def test_colour_jitter_is_distributed_as_torchvisions():
+def test_color_jitter_has_the_distribution_of_torchvision():
     torch.manual_seed(0)
-    rng, multicrop, names = random.Random(0), MultiCrop(), list(THEIRS)
+    rng, multicrop, names = random.Random(0), MultiCrop(), list(TORCHVISION)
     jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
     a = [multicrop.sample_jitter(rng) for _ in range(4000)]
     b = [ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(4000)]
@@ -257,12 +264,12 @@ def test_colour_jitter_is_distributed_as_torchvisions():
 
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1, 1)])
-def test_extreme_pictures_get_torchvisions_central_box(size):
+def test_extreme_aspect_ratios_get_the_center_box_of_torchvision(size):
     top, left, height, width = RandomResizedCrop.get_params(Image.new("RGB", size), (0.9, 1.0), (3 / 4, 4 / 3))
     assert sample_box(random.Random(0), *size, (0.9, 1.0), (3 / 4, 4 / 3)) == (left, top, left + width, top + height)
 
 
-def test_each_number_has_its_frequency():
+def test_crop_parameters_have_their_probabilities_and_ranges():
     multicrop = MultiCrop(local_number=2)
     views = [multicrop.sample(100, 80, key=(0, 0, i)) for i in range(3000)]
     first, second, local = ([sample[v] for sample in views] for v in (0, 1, 2))
@@ -284,7 +291,7 @@ def test_each_number_has_its_frequency():
     assert 0.1 <= min(v.blur for v in first) < 0.12 and 1.98 < max(v.blur for v in first) <= 2.0
 
 
-def test_equal_keys_equal_views(scene):
+def test_equal_keys_give_equal_crops(scene):
     multicrop = MultiCrop(64, local_size=32, local_number=3)
     a, b, c = (multicrop(scene, key=key) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 2)))
     assert [list(x.shape) for x in a] == [[3, 64, 64]] * 2 + [[3, 32, 32]] * 3

@@ -4,26 +4,26 @@ import torch
 import optim
 
 
-def test_clipping():
+def test_clipping_per_parameter_and_global():
     grads = [torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4]), torch.zeros(2)]
 
-    def clipped(per_parameter):
+    def clip(per_parameter):
         parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
         for p, grad in zip(parameters, grads):
             p.grad = grad.clone()
         optim.clip_gradients(parameters, 1.0, per_parameter)
         return parameters
 
-    assert [p.grad.norm().item() for p in clipped(True)[:3]] == pytest.approx([1.0, 0.5, 0.0], abs=1e-5)
+    assert [p.grad.norm().item() for p in clip(True)[:3]] == pytest.approx([1.0, 0.5, 0.0], abs=1e-5)
     theirs = [torch.nn.Parameter(torch.zeros(2)) for _ in grads]
     for p, grad in zip(theirs, grads):
         p.grad = grad.clone()
     torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-    for ours, p in zip(clipped(False), theirs):
+    for ours, p in zip(clip(False), theirs):
         torch.testing.assert_close(ours.grad, p.grad)
 
 
-def test_lars_against_the_formula():
+def test_lars_equals_the_formula():
     torch.manual_seed(0)
     w, b = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))
     optimizer = optim.build_optimizer("lars", [{"params": [w]}, {"params": [b], "weight_decay": 0.0}])

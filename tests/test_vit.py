@@ -9,7 +9,7 @@ GOLDEN_SIZES = [("vit_p16", 224, 16, size) for size in ("224x224", "96x96", "160
 
 
 @pytest.mark.parametrize("name, img_size, patch_size, size", GOLDEN_SIZES)
-def test_equals_the_reference_at_every_size(golden, image, name, img_size, patch_size, size):
+def test_outputs_equal_the_reference_at_every_size(golden, image, name, img_size, patch_size, size):
     model = VisionTransformer(img_size, patch_size, embed_dim=48, depth=3, num_heads=3)
     model.load_state_dict(golden(f"{name}_weights"))  # strict: the names are the reference's
     outputs = golden(f"{name}_outputs")
@@ -36,13 +36,13 @@ def test_equals_the_reference_at_every_size(golden, image, name, img_size, patch
 
 @pytest.mark.parametrize("build, theirs", [(vit_tiny, "vit_tiny_patch16_224"), (vit_small, "vit_small_patch16_224"),
                                            (vit_base, "vit_base_patch16_224"), (vit_large, "vit_large_patch16_224")])
-def test_sizes_are_timms(build, theirs):
+def test_state_dict_shapes_equal_timm(build, theirs):
     with torch.device("meta"):
         ours, theirs = build(), timm.create_model(theirs, num_classes=0)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
-def test_equals_timm_with_gradients():
+def test_outputs_and_gradients_equal_timm():
     torch.manual_seed(0)
     ours, theirs = vit_tiny(depth=2), timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
     ours.load_state_dict(theirs.state_dict())
@@ -55,12 +55,12 @@ def test_equals_timm_with_gradients():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_half_precision_at_any_size():
+def test_bfloat16_at_an_interpolated_size():
     model = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).bfloat16()
     assert model(torch.zeros(1, 3, 40, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_initialisation_is_the_papers():
+def test_initialization_has_std_0_02_and_zero_biases():
     torch.manual_seed(0)
     model = vit_tiny()
     assert abs(model.blocks[5].mlp.fc1.weight.std().item() - 0.02) < 1e-3
@@ -68,10 +68,10 @@ def test_initialisation_is_the_papers():
     assert model.blocks[5].attn.qkv.bias.abs().max() == 0
 
 
-def test_stochastic_depth_keeps_the_mean_and_rises_linearly():
+def test_stochastic_depth_rate_rises_linearly_and_keeps_the_mean():
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.3).train()
-    keep = model.stochastic_depth(torch.empty(20_000, 1, 1))
+    keep = model.sample_stochastic_depth(torch.empty(20_000, 1, 1))
     assert keep.shape == (4, 2, 20_000, 1, 1)
     for block, rate in zip(keep, (0.0, 0.1, 0.2, 0.3)):
         assert block.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)][rate == 0:])
@@ -79,20 +79,20 @@ def test_stochastic_depth_keeps_the_mean_and_rises_linearly():
         assert ((block[0] == 0) & (block[1] == 0)).float().mean().item() == pytest.approx(rate**2, abs=0.01)
 
 
-def test_a_dropped_branch_is_left_out():
+def test_dropped_branches_do_not_contribute():
     torch.manual_seed(0)
     block = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).blocks[0]
     x = torch.randn(3, 5, 16)
-    whole, keep = block(x), torch.ones(2, 3, 1, 1)
-    torch.testing.assert_close(block(x, keep=keep), whole)
+    expected, keep = block(x), torch.ones(2, 3, 1, 1)
+    torch.testing.assert_close(block(x, keep=keep), expected)
     keep[:, 1] = 0
     torch.testing.assert_close(block(x, keep=keep)[1], x[1], rtol=0, atol=0)
-    torch.testing.assert_close(block(x, keep=keep)[::2], whole[::2])
+    torch.testing.assert_close(block(x, keep=keep)[::2], expected[::2])
     keep[0, 2], keep[1, 2] = 0, 2
     torch.testing.assert_close(block(x, keep=keep)[2], (x + 2 * block.mlp(block.norm2(x)))[2])
 
 
-def test_nothing_is_dropped_in_evaluation_or_from_attention():
+def test_no_stochastic_depth_in_eval_mode_or_attention():
     model = VisionTransformer(32, 8, embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.9)
     x = torch.randn(8, 3, 32, 32)
     expected = model.eval()(x)
@@ -102,42 +102,42 @@ def test_nothing_is_dropped_in_evaluation_or_from_attention():
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["compiled", "checkpointed"])
-def test_compiled_and_checkpointed_are_the_plain_form(way, precision):
+@pytest.mark.parametrize("mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow), "checkpointed"])
+def test_compiled_and_checkpointed_equal_eager(mode, precision):
     results = []
     for changed in (False, True):
         torch.manual_seed(0)
         model = VisionTransformer(32, 8, embed_dim=32, depth=3, num_heads=2, drop_path_rate=0.5).train()
-        model.activation_checkpointing = changed and way == "checkpointed"
-        for block in model.blocks if changed and way == "compiled" else ():
-            block.compile(dynamic=False)
+        model.activation_checkpointing = changed and mode == "checkpointed"
+        for block in model.blocks if changed and mode != "checkpointed" else ():
+            block.compile(dynamic=False, backend=mode)
         x = torch.randn(8, 3, 32, 32)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             feature = model(x)
         (feature.float() @ torch.linspace(-1, 1, 32)).sum().backward()
         results.append([feature, *(p.grad for p in model.parameters())])
-    exact = way == "checkpointed"
+    exact = mode == "checkpointed"
     for a, b in zip(*results):
         bound = 0 if exact else (1e-5 if precision == torch.float32 else 0.02) * a.abs().max().item()
         torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("queries", [None, 1])
-def test_few_tokens_attend_as_many_do(queries):
-    """Half precision on a CPU takes another kernel below 128 tokens."""
+def test_unfused_attention_on_cpu_equals_fused(queries):
+    """In bfloat16 on CPU, attention over fewer than 128 tokens uses the math backend if there are gradients."""
     torch.manual_seed(0)
     attention = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=2).blocks[0].attn
     x = torch.randn(3, 20, 64)
     expected = attention(x, queries)
     with torch.autocast("cpu", torch.bfloat16):
-        few = attention(x, queries)
+        unfused = attention(x, queries)
         with torch.no_grad():
             fused = attention(x, queries)
-    for y in (few, fused):
+    for y in (unfused, fused):
         torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
-def test_channels_and_sizes():
+def test_output_shapes_for_other_channels_and_sizes():
     model = VisionTransformer(img_size=32, patch_size=8, in_chans=5, embed_dim=16, depth=1, num_heads=2)
     feature, attention = model.forward_with_attention(torch.randn(2, 5, 40, 24))
     assert feature.shape == (2, 16) and attention.shape == (2, 2, 15)
@@ -150,6 +150,6 @@ def test_channels_and_sizes():
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(1, 3, 30, 32)), "30x32.*8"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).get_intermediate_layers(None, 2), "n is 2"),
 ])
-def test_bad_sizes_are_named(call, message):
+def test_errors_name_the_invalid_sizes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
