@@ -82,7 +82,7 @@ def check_arch(arch):
         library, known, prefix, name = f"timm {timm.__version__}", timm.list_models(), "timm:", arch[5:]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
-        raise BackboneError(f"unknown architecture {arch}: not {', '.join(SIZES)} or a classifier of {library}"
+        raise BackboneError(f"{arch} is none of {', '.join(SIZES)} and no classifier of {library}"
                             + (f"; did you mean {prefix}{close[0]}?" if close else ""))
 
 
