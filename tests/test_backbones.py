@@ -356,7 +356,7 @@ def test_released_resnet_is_identified_by_its_weights(tmp_path):
 def test_batch_size_1_is_too_small_for_batch_norm(data_path, tmp_path, exit_message):
     line = exit_message(lambda *argv: train.main(train.parse_args(argv)), *TRAIN, "--arch", "resnet18", "--epochs", "1",
                         "--batch_size_per_gpu", "1", "--local_crops_number", "1", "--data_path", data_path,
-                   "--output_dir", str(tmp_path / "run"))
+                        "--output_dir", str(tmp_path / "run"))
     assert "batch norm" in line and "raise --batch_size_per_gpu" in line
 
 
