@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from step import Settings, build_networks, compile_blocks, train_step
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
@@ -29,7 +30,6 @@ from data.shapes import Shapes
 from dino_loss import DINOLoss
 from evaluation.supervised import Classifiers, FeatureExtractor, build_layer_decay_groups
 from optim import build_optimizer, build_param_groups
-from step import Settings, build_networks, compile_blocks, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "
          "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 2 --num_workers 0 --device cpu --precision fp32 "

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 import dino_loss
-from dino_loss import DINOHead, DINOLoss, cosine_schedule, sinkhorn, teacher_temp_schedule
+from dino_loss import (
+    DINOHead,
+    DINOLoss,
+    MultiCropWrapper,
+    cosine_schedule,
+    sinkhorn,
+    teacher_temp_schedule,
+    update_teacher,
+)
 
 
 def close(a, b, atol=1e-5):
@@ -25,7 +33,7 @@ def test_head_is_float32_from_the_bottleneck_on():
         assert head(torch.randn(4, 16)).dtype == torch.float32
 
 
-def test_prototypes_start_as_a_linear_layer_does():
+def test_prototypes_are_initialized_as_a_linear_layer():
     torch.manual_seed(0)
     ours, theirs = DINOHead(8, 4096).last_layer.weight_v, torch.nn.Linear(256, 4096).weight
     assert ours.norm(dim=1).mean().item() == pytest.approx(theirs.norm(dim=1).mean().item(), rel=0.01)
@@ -40,7 +48,7 @@ def test_head_layers():
     assert DINOHead(8, 16, norm_last_layer=False).last_layer.weight_g.requires_grad
 
 
-def test_loss_gradient_and_centre_equal_the_reference(golden):
+def test_loss_gradient_and_center_equal_the_reference(golden):
     g = golden("loss")
     loss = DINOLoss(64)
     for epoch in range(5):
@@ -89,7 +97,7 @@ def test_loss_is_the_sum_over_pairs(monkeypatch, V, B, K, chunk, overwrite, scal
     assert torch.equal(student.detach(), x) == (not overwrite)
 
 
-def test_nothing_is_overwritten_unless_asked_or_for_nothing():
+def test_logits_are_overwritten_only_on_request():
     student, teacher = torch.randn(6, 8), torch.randn(4, 8)
     before = student.clone()
     DINOLoss(8)(student, teacher, 0.04)
@@ -98,7 +106,7 @@ def test_nothing_is_overwritten_unless_asked_or_for_nothing():
     assert torch.equal(student, before)
 
 
-def test_a_head_computes_in_the_precision_of_its_weights():
+def test_a_head_computes_in_the_dtype_of_its_weights():
     x, head = torch.randn(4, 8), DINOHead(8, 40, bottleneck_dim=16)
     exact = copy.deepcopy(head).double()(x.double())
     assert exact.dtype == torch.float64
@@ -112,11 +120,11 @@ def test_a_head_computes_in_the_precision_of_its_weights():
 def test_a_second_backward_is_refused():
     loss = DINOLoss(8)(torch.randn(6, 8, requires_grad=True), torch.randn(4, 8), 0.04)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward"):
+    with pytest.raises(RuntimeError, match="second backward"):
         loss.backward()
 
 
-def test_prototypes_equal_torchs_weight_norm():
+def test_the_last_layer_equals_weight_norm_of_torch():
     torch.manual_seed(0)
     ours = DINOHead(8, 40, bottleneck_dim=16, norm_last_layer=False).last_layer.double()
     torch.nn.init.uniform_(ours.weight_g, 0.5, 2.0)
@@ -134,7 +142,7 @@ def test_prototypes_equal_torchs_weight_norm():
         close(a, b, atol=1e-12)
 
 
-def test_the_centre_may_be_reduced_ahead_of_time():
+def test_the_center_may_be_reduced_before_its_update():
     student, teacher = torch.randn(6, 8), torch.randn(4, 8)
     one, two = DINOLoss(8), DINOLoss(8)
     one(student, teacher, 0.04)
@@ -145,9 +153,9 @@ def test_the_centre_may_be_reduced_ahead_of_time():
     assert torch.equal(one.center, two.center) and (one.center != 0).any()
 
 
-def test_accumulated_parts_are_one_step():
+def test_accumulated_micro_batches_are_one_step():
     torch.manual_seed(0)
-    student, teacher = torch.randn(3, 8, 16), torch.randn(2, 8, 16)  # 3 and 2 views of 8 images
+    student, teacher = torch.randn(3, 8, 16), torch.randn(2, 8, 16)  # 3 and 2 crops of 8 images
     whole, parts = DINOLoss(16), DINOLoss(16)
     for _ in range(2):
         expected = whole(student.flatten(0, 1), teacher.flatten(0, 1), 0.05)
@@ -163,7 +171,7 @@ def test_no_gradient_reaches_the_teacher():
     assert teacher.grad is None
 
 
-def test_entropies_tell_the_two_collapses():
+def test_entropies_show_both_collapses():
     loss, K = DINOLoss(32), 32
     uniform = loss.teacher_entropy(torch.zeros(10, K), 0.04)
     close(torch.stack(uniform), torch.full((2,), math.log(K)))
@@ -189,10 +197,43 @@ def test_schedules_at_their_edges():
     assert teacher_temp_schedule(0, 0.02, 0.04, 1) == 0.02
 
 
-# ---- instead of the centre ----
+# ---- multi-crop and teacher ----
 
-def by_turns(logits, temp, iterations):
-    """Sinkhorn-Knopp as SwAV has it, in float64: columns and rows of exp(logits / temp) are divided by their sums."""
+def test_crops_of_several_sizes_are_view_major():
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 8))
+    network = MultiCropWrapper(backbone, DINOHead(8, 16, hidden_dim=8, bottleneck_dim=4))
+    passes = []
+    backbone.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    crops = [torch.randn(3, 3, s, s) for s in (32, 32, 16, 16, 16)]
+    logits = network(crops)
+    assert passes == [6, 9]  # one forward pass per size
+    close(logits, torch.cat([network.head(backbone(crop)) for crop in crops]))
+
+
+def test_the_teacher_is_an_ema_of_the_student():
+    torch.manual_seed(0)
+    student, teacher = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    for momentum in (0.9, 0.0, 1.0):
+        expected = [momentum * t.detach().double() + (1 - momentum) * s.detach().double()
+                    for t, s in zip(teacher.parameters(), student.parameters())]
+        update_teacher(teacher, student, momentum)
+        for p, value in zip(teacher.parameters(), expected):
+            close(p.detach().double(), value, atol=1e-7)
+        torch.nn.init.normal_(student.weight)
+
+
+def test_parameters_of_the_student_alone_are_ignored():
+    student = torch.nn.ModuleDict(dict(a=torch.nn.Linear(2, 2), predictor=torch.nn.Linear(2, 2)))
+    teacher = torch.nn.ModuleDict(dict(a=torch.nn.Linear(2, 2)))
+    update_teacher(teacher, student, 0.0)
+    assert torch.equal(teacher["a"].weight, student["a"].weight)
+
+
+# ---- Sinkhorn-Knopp and batch softmax ----
+
+def sinkhorn_by_definition(logits, temp, iterations):
+    """Sinkhorn-Knopp as in SwAV, in float64: columns and rows of exp(logits / temp) are divided by their sums."""
     x = torch.exp(logits.double() / temp)
     for _ in range(iterations):
         x = x / x.sum(dim=0, keepdim=True)
@@ -204,8 +245,8 @@ def by_turns(logits, temp, iterations):
 def test_sinkhorn_equals_its_definition(iterations):
     torch.manual_seed(0)
     logits = torch.randn(24, 40) / 4
-    close(sinkhorn(logits, 0.05, iterations).double(), by_turns(logits, 0.05, iterations), atol=2e-6)
-    close(sinkhorn(logits.double(), 0.05, iterations), by_turns(logits, 0.05, iterations), atol=1e-12)
+    close(sinkhorn(logits, 0.05, iterations).double(), sinkhorn_by_definition(logits, 0.05, iterations), atol=2e-6)
+    close(sinkhorn(logits.double(), 0.05, iterations), sinkhorn_by_definition(logits, 0.05, iterations), atol=1e-12)
 
 
 def test_sinkhorn_ends_doubly_stochastic():
@@ -219,26 +260,26 @@ def test_sinkhorn_ends_doubly_stochastic():
 
 
 @pytest.mark.parametrize("centering, iterations", [("batch", 1), ("sinkhorn", 3)])
-def test_loss_without_a_centre(monkeypatch, centering, iterations):
+def test_loss_with_balanced_prototypes(monkeypatch, centering, iterations):
     torch.manual_seed(0)
     monkeypatch.setattr(dino_loss, "CHUNK_BYTES", (1, 1))  # image by image
     student, teacher = torch.randn(4 * 6, 20), torch.randn(2 * 6, 20) / 4
     leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     loss = DINOLoss(20, centering=centering)
-    loss.center.normal_()  # has no part in it
-    q = by_turns(teacher, 0.05, iterations)
+    loss.center.normal_()  # is not used
+    q = sinkhorn_by_definition(teacher, 0.05, iterations)
     value, expected = loss(leaf, teacher, 0.05, update_center=False), all_pairs(exact, q, 0.1, 4)
     value.backward()
     expected.backward()
     torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
     close(leaf.grad.double(), exact.grad, atol=1e-6)
     close(loss.teacher_probabilities(teacher, 0.05).double(), q, atol=2e-6)
-    entropy, of_mean = loss.teacher_entropy(teacher, 0.05)
+    entropy, marginal_entropy = loss.teacher_entropy(teacher, 0.05)
     assert entropy.item() == pytest.approx(torch.special.entr(q).sum(dim=1).mean().item(), rel=1e-5)
-    assert of_mean.item() == pytest.approx(torch.special.entr(q.mean(dim=0)).sum().item(), rel=1e-5)
+    assert marginal_entropy.item() == pytest.approx(torch.special.entr(q.mean(dim=0)).sum().item(), rel=1e-5)
 
 
-def test_softmax_over_the_batch_is_one_iteration():
+def test_batch_softmax_is_one_iteration():
     logits = torch.randn(9, 7, dtype=torch.float64)
     x = (logits / 0.1).softmax(dim=0)
     close(sinkhorn(logits, 0.1, 1), x / x.sum(dim=1, keepdim=True), atol=1e-12)
@@ -259,11 +300,11 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_prototypes_out_together(run_torchrun):
+def test_two_processes_balance_prototypes_over_both(run_torchrun):
     run_torchrun(2, SPLIT)
 
 
-def test_without_centring_the_centre_stays_where_it_is():
+def test_center_momentum_1_disables_centering():
     loss = DINOLoss(8, center_momentum=1)
     loss(torch.randn(6, 8), torch.randn(4, 8), 0.04)
     assert (loss.center == 0).all()
@@ -276,7 +317,7 @@ def test_wrong_shapes_are_named(student, teacher):
         DINOLoss(16)(torch.zeros(student), torch.zeros(teacher), 0.04)
 
 
-# ---- the paper's other switches ----
+# ---- ablations ----
 
 def test_squared_error_is_the_sum_over_pairs():
     torch.manual_seed(0)
@@ -289,14 +330,14 @@ def test_squared_error_is_the_sum_over_pairs():
     t = [x / x.norm(dim=1, keepdim=True) for x in (teacher - loss.center).double().chunk(2)]
     pairs = [((s[v] - t[w]) ** 2).sum(dim=1).mean() for w in range(2) for v in range(V) if v != w]
     expected = sum(pairs) / len(pairs)
-    centre = 0.9 * loss.center + 0.1 * teacher.mean(dim=0)
+    center = 0.9 * loss.center + 0.1 * teacher.mean(dim=0)
     value = loss(leaf, teacher, 0.04, overwrite=True)
     value.backward()
     expected.backward()
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     close(leaf.grad.double(), exact.grad, atol=1e-7)
-    close(loss.center, centre)
-    with pytest.raises(ValueError, match="which the objective mse does not compare"):
+    close(loss.center, center)
+    with pytest.raises(ValueError, match="the objective mse compares logits"):
         DINOLoss(K, centering="sinkhorn", objective="mse")
 
 
@@ -310,7 +351,7 @@ def test_a_head_without_l2_bottleneck():
     close(head(x), expected / head.mlp(x).norm(dim=1, keepdim=True), atol=1e-6)
 
 
-def test_a_predictor_stands_before_the_bottleneck():
+def test_the_predictor_is_before_the_bottleneck():
     torch.manual_seed(0)
     head, x = DINOHead(8, 20, hidden_dim=16, bottleneck_dim=4, predictor=True), torch.randn(3, 8)
     one, two = head.predictor[0], head.predictor[2]

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
+from step import build_networks
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -24,7 +25,6 @@ from data.datasets import Data, DataError, TorchvisionDataset
 from data.loaders import center_crop_view
 from data.shapes import Shapes
 from evaluation import supervised as classify
-from step import build_networks
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]

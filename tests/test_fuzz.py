@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from step import build_networks, train_step
 
 import train
 from common.checkpoint import load_checkpoint, resume_run, save_checkpoint
 from common.weights import CheckpointError, load_backbone, save_model
 from data.images import ImageReadError, read_image
 from data.loaders import center_crop_view
-from step import build_networks, train_step
 
 GIB = 2**30
 server = multiprocessing.get_context("forkserver")

@@ -628,7 +628,8 @@ def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
     assert "resuming at step 6 of 12" in capsys.readouterr().out
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     run(flags("run", "--epochs 1 --resume none --overwrite --seed 7"))
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["flags"]["seed"] == 7 and steps_logged(tmp_path / "run") == 6
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["flags"]["seed"] == 7
+    assert steps_logged(tmp_path / "run") == 6
     words = (tmp_path / "run" / "flags.txt").read_text()
     assert "overwrite" not in words and "resume" not in words
     for path in list_checkpoints(tmp_path / "run" / "checkpoint.pth"):

@@ -4,7 +4,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from augment import BatchMultiCrop, MultiCrop
-from data import loaders as batches
+from data import loaders
 from data.datasets import ImageFolder
 from data.loaders import (
     MultiCropDataset,
@@ -17,20 +17,20 @@ from data.loaders import (
 from data.shapes import Shapes
 
 
-def test_a_step_sees_the_same_pictures_however_it_is_divided():
-    def pictures(batch, accum, world_size):
+def test_the_images_of_a_step_do_not_depend_on_how_it_is_divided():
+    def images_of(batch, accum, world_size):
         ranks = [list(iter_batch_keys(0, 9, 50, 0, batch, accum, rank, world_size)) for rank in range(world_size)]
         return [sorted(key for rank in ranks for part in rank[step * accum:(step + 1) * accum] for key in part)
                 for step in range(9)]
 
-    whole = pictures(12, 1, 1)
-    assert whole == pictures(3, 1, 4) == pictures(3, 2, 2)
-    assert len({index for _, index in sum(whole[:4], [])}) == 48  # an epoch shows no picture twice
+    whole = images_of(12, 1, 1)
+    assert whole == images_of(3, 1, 4) == images_of(3, 2, 2)
+    assert len({index for _, index in sum(whole[:4], [])}) == 48  # an epoch shows no image twice
     assert whole[0] != whole[4] and {epoch for epoch, _ in whole[4]} == {1}
     assert list(iter_batch_keys(5, 9, 50, 0, 12)) == list(iter_batch_keys(0, 9, 50, 0, 12))[5:]
 
 
-def test_views_depend_on_seed_epoch_and_index_alone():
+def test_crops_depend_on_seed_epoch_and_index_only():
     images, multicrop = Shapes("train", 20, 32), MultiCrop(32, (0.4, 1), 16, (0.1, 0.4), 2)
     one, again = MultiCropDataset(images, multicrop, seed=0), MultiCropDataset(images, multicrop, seed=0)
     one[0, 3], one[0, 5]  # what was drawn before does not matter
@@ -39,8 +39,8 @@ def test_views_depend_on_seed_epoch_and_index_alone():
         assert not torch.equal(one[1, 7][0][0], other[0][0])
 
 
-def test_workers_that_only_decode_lead_to_the_same_views(tmp_path, scene):
-    """Files of several sizes and a bad one through two workers, then views in batches, beside views on workers."""
+def test_crops_from_workers_and_in_batches_are_the_same(tmp_path, scene):
+    """Files of several sizes and a corrupt one through two workers."""
     for i in range(8):
         scene.resize((40 + 11 * i, 90 - 6 * i)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"bad")
@@ -59,8 +59,8 @@ def test_workers_that_only_decode_lead_to_the_same_views(tmp_path, scene):
 
 
 @pytest.mark.parametrize("kind", [MultiCrop, BatchMultiCrop])
-def test_labels_are_those_of_the_pictures_seen(tmp_path, kind):
-    """The colour of each picture tells its class, also of the one that takes the place of an unreadable one."""
+def test_labels_are_those_of_the_images(tmp_path, kind):
+    """The color of each image is its class, also of the one that takes the place of a corrupt one."""
     for i in range(12):
         (tmp_path / f"{i % 3}").mkdir(exist_ok=True)
         Image.new("RGB", (40, 40), tuple(255 * (i % 3 == channel) for channel in range(3))).save(
@@ -78,26 +78,26 @@ def test_labels_are_those_of_the_pictures_seen(tmp_path, kind):
         assert len(seen) == 24 and set(seen) == {0, 1, 2} and seen.count(0) == zeros
 
 
-def test_parts_of_a_tree_are_opened_reduced_too(tmp_path, scene):
+def test_subsets_of_a_folder_are_reduced_while_decoding_too(tmp_path, scene):
     scene.resize((970, 610)).save(tmp_path / "a.jpg")
     tree = ImageFolder(str(tmp_path))
     part = torch.utils.data.Subset(torch.utils.data.Subset(tree, [0]), [0])
     multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
-    one, two = (MultiCropDataset(images, multicrop, 0).open(0)[0] for images in (tree, part))
+    one, two = (MultiCropDataset(images, multicrop, 0).read(0)[0] for images in (tree, part))
     assert one.size == two.size and one.width < 970 and one.tobytes() == two.tobytes()
-    assert two.tobytes() != tree[0][0].reduce(970 // one.width).tobytes()  # a JPEG is not decoded whole
+    assert two.tobytes() != tree[0][0].reduce(970 // one.width).tobytes()  # a JPEG is not decoded at full size
 
 
-def test_large_pictures_are_reduced_whether_or_not_a_set_can_open_them_so(tmp_path, scene):
+def test_large_images_are_reduced_from_any_dataset(tmp_path, scene):
     multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
     multicrop.reduction = lambda width, height: 4 if (width, height) == (970, 610) else 1
     scene.resize((970, 610)).save(tmp_path / "a.png")
     tree = ImageFolder(str(tmp_path))
-    (one, _), (two, _) = (MultiCropDataset(images, multicrop, 0).open(0) for images in (tree, [tree[0]]))
+    (one, _), (two, _) = (MultiCropDataset(images, multicrop, 0).read(0) for images in (tree, [tree[0]]))
     assert one.size == two.size == (243, 153) and one.tobytes() == two.tobytes() == tree[0][0].reduce(4).tobytes()
 
 
-def test_a_whole_disk_that_vanishes_ends_the_run(monkeypatch):
+def test_a_disk_that_vanishes_ends_the_run(monkeypatch):
     class Gone:
         def __len__(self):
             return 10**6
@@ -107,13 +107,13 @@ def test_a_whole_disk_that_vanishes_ends_the_run(monkeypatch):
             raise OSError(f"{i}.jpg: gone")
 
     tried = []
-    monkeypatch.setattr(batches, "UNREADABLE_IN_A_ROW", 5)
-    with pytest.raises(OSError, match="5 pictures in a row cannot be read any more; the last is 11.jpg: gone"):
+    monkeypatch.setattr(loaders, "MAX_CORRUPT_IN_A_ROW", 5)
+    with pytest.raises(OSError, match="5 images in a row cannot be read; the last: 11.jpg: gone"):
         MultiCropDataset(Gone(), None, seed=0)[0, 7]
     assert tried == [7, 8, 9, 10, 11]
 
 
-def test_eval_view_is_imagenets(scene):
+def test_the_evaluation_view_is_that_of_imagenet(scene):
     resized = TF.center_crop(TF.resize(scene, 64, TF.InterpolationMode.BICUBIC), [56, 56])
     expected = TF.normalize(TF.to_tensor(resized), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     torch.testing.assert_close(center_crop_view(scene, 56), expected, rtol=0, atol=1e-6)
@@ -122,16 +122,16 @@ def test_eval_view_is_imagenets(scene):
     assert center_crop_view(Image.new("RGB", (500, 3)), 32).shape == (3, 32, 32)
 
 
-def test_loader_shares_each_picture_once_and_leaves_out_bad_ones(tmp_path):
+def test_ranks_share_the_images_and_skip_corrupt_ones(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         for i in range(5):
             Image.new("RGB", (20, 10)).save(tmp_path / name / f"{i}.png")
     (tmp_path / "b" / "3.png").write_bytes(b"bad")
-    seen, bad = [], []
+    images, seen, bad = ImageFolder(str(tmp_path)), [], []
     for rank in range(3):
-        for images, labels, indices, unreadable in build_eval_loader(ImageFolder(str(tmp_path)), 8, 2, rank=rank, world_size=3):
-            assert len(images) == len(labels) == len(indices)
+        for views, labels, indices, corrupt in build_eval_loader(images, 8, 2, rank=rank, world_size=3):
+            assert len(views) == len(labels) == len(indices)
             seen += indices.tolist()
-            bad += unreadable
+            bad += corrupt
     assert sorted(seen) == [i for i in range(10) if i != 8] and len(bad) == 1 and "3.png" in bad[0]
