@@ -1,7 +1,7 @@
-"""How a run is doing: k-NN and linear accuracy of its features so far, and whether its teacher has collapsed.
+"""Evaluation during training: k-NN and linear accuracy of the teacher, and detection of collapse.
 
-    accuracies, unreadable = judge(teacher.backbone, data, args, rank, world_size)    # {"top1": ..., "top5": ...}
-    trouble = collapse(stats, out_dim, before)                                        # a sentence, or None
+    scores, corrupt = evaluate_online(teacher.backbone, data, args, rank, world_size)   # {"knn_top1": ..., ...}
+    warning = detect_collapse(stats, out_dim, previous)                                 # a sentence, or None
 """
 
 import math
@@ -17,59 +17,61 @@ from evaluation.linear import linear_probe_accuracy
 
 
 def evaluate_online(model, data, args, rank=0, world_size=1):
-    """Accuracy of a model's features on the held-out labelled pictures, in percent, and messages on unreadable ones.
+    """Accuracy of a model's features on the held-out labeled images, and messages on corrupt images.
 
     Args:
         model: images [B, 3, H, W] -> features [B, D], in eval mode.
         data: see `open_data`.
-        args: global_crops_size, the side of the centre views; knn_images, how many of the training pictures are
-            neighbours at most, with a fifth of it for the others; linear_probe, whether linear classifiers are
-            trained on the same features; batch_size_per_gpu, num_workers, device, precision.
+        args: global_crops_size, the side of the center crop; knn_images, the largest number of train images, five
+            times that of test images; linear_probe, whether to train linear classifiers on the same features;
+            batch_size_per_gpu, num_workers, device, precision.
 
     Returns:
-        {"top1", "top5"} of k-NN with 20 neighbours, and if asked for "linear", top-1 of the best of a grid of
-        classifiers.
+        {"knn_top1", "knn_top5"} in percent, for k = 20, and with linear_probe "linear_top1" (see
+        `linear_probe_accuracy`); list of messages.
     """
-    features, messages = [], []
-    for images in (random_subset(data.train_labeled, args.knn_images), random_subset(data.val, max(1, args.knn_images // 5))):
-        loader = build_eval_loader(images, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, rank,
-                             world_size)
-        with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):  # batches of any length
-            x, labels, unreadable = extract_features(model, loader, args.device)
+    features, corrupt = [], []
+    for images, max_images in ((data.train_labeled, args.knn_images), (data.val, max(1, args.knn_images // 5))):
+        loader = build_eval_loader(random_subset(images, max_images), args.global_crops_size, args.batch_size_per_gpu,
+                                   args.num_workers, rank, world_size)
+        # the last batch is smaller, which would compile again
+        with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
+            x, labels, messages = extract_features(model, loader, args.device)
         features += [x, labels]
-        messages += unreadable
-    top1, top5 = knn_classifier(*features, ks=(20,), device=args.device).popitem()[1]
+        corrupt += messages
+    (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
     scores = dict(knn_top1=top1, knn_top5=top5)
-    if args.linear_probe and model is not pixel_features and len(features[0]) > 1:  # thousands of pixels take minutes
-        epochs = max(20, 100_000 // len(features[0]))  # a hundred steps or more
+    if args.linear_probe and model is not pixel_features:  # which has thousands of features and takes minutes
+        epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
         scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
-    return scores, messages
+    return scores, corrupt
 
 
 def pixel_features(images):
-    """The baseline that looks at nothing but pixels, brought to 32 x 32: [B, 3, H, W] -> [B, 3*32*32]."""
+    """Raw pixels as a baseline, averaged to 32 x 32: [B, 3, H, W] -> [B, 3*32*32]."""
     return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
 
 
-def detect_collapse(stats, out_dim, before=()):
-    """A sentence if an epoch's figures show that training has collapsed, else None (sections 5.1 and 5.3, figure 7).
+def detect_collapse(stats, out_dim, previous=()):
+    """A sentence that names the collapse and what to change, None if there is none (sections 5.1 and 5.3, figure 7).
 
     Args:
-        stats: several of the teacher's entropy, the entropy of its mean output, and the KL divergence (NaN where the
-            loss is none, then a collapse to uniform is not told), nats, in the order of time.
-        before: the same of the epoch before.
+        stats: of one epoch, in the order of time: (teacher entropy, entropy of the mean teacher output, KL divergence)
+            in nats. KL is NaN if the loss is not cross-entropy; collapse to uniform is not detected then.
+        out_dim: K, number of prototypes.
+        previous: the stats of the epoch before.
     """
-    top, stats = math.log(out_dim), torch.tensor(stats)
+    ln_k, stats = math.log(out_dim), torch.tensor(stats)
     entropy, entropy_of_mean, kl = stats.nanmean(dim=0).tolist()
-    e = torch.cat((torch.tensor([entropy for entropy, _, _ in before]), stats[:, 0]))
+    e = torch.cat((torch.tensor([entropy for entropy, _, _ in previous]), stats[:, 0]))
     rise, fall = (e - e.cummin(0).values).max().item(), (e.cummax(0).values - e).max().item()
-    if entropy_of_mean < 0.05 * top:
-        return (f"collapse to one prototype: the teacher gives every image the same answer (entropy of its mean "
-                f"output {entropy_of_mean:.3f} of ln K = {top:.2f}); try a higher --teacher_temp or a lower --lr")
-    if entropy > 0.99 * top and kl < 0.01 * top:
-        return (f"collapse to uniform: the teacher answers nothing (entropy {entropy:.3f} of ln K = {top:.2f}) and "
-                f"the loss stays at ln K; try a --teacher_temp of 0.02 to 0.04, a lower --lr, more --freeze_last_layer")
-    if min(rise, fall) > 0.2 * top:
-        return (f"unstable teacher: the entropy of its answers rose by {rise:.2f} and fell by {fall:.2f} "
-                f"(ln K = {top:.2f}) within two epochs; it needs a higher --momentum_teacher, or a lower --lr")
+    if entropy_of_mean < 0.05 * ln_k:
+        return (f"collapse to one prototype: the entropy of the mean teacher output is {entropy_of_mean:.3f} of ln K "
+                f"{ln_k:.2f}; raise --teacher_temp or lower --lr")
+    if entropy > 0.99 * ln_k and kl < 0.01 * ln_k:
+        return (f"collapse to uniform: teacher entropy {entropy:.2f} of ln K {ln_k:.2f} and KL near zero; lower "
+                f"--teacher_temp to 0.02-0.04, lower --lr or raise --freeze_last_layer")
+    if min(rise, fall) > 0.2 * ln_k:
+        return (f"unstable teacher: its entropy rose by {rise:.2f} and fell by {fall:.2f} (ln K {ln_k:.2f}) within two "
+                f"epochs; raise --momentum_teacher or lower --lr")
     return None

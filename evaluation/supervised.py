@@ -1,15 +1,15 @@
-"""Training with labels: linear classifiers on a backbone that stays as it is, or is fine-tuned with one of them.
+"""Supervised training: linear classifiers on a frozen backbone, or fine-tuning with one classifier.
 
-    network = Classifiers(Tokens(backbone, n_last_blocks=4), num_classes=1000, count=3)           # frozen
-    optimizer = build_optimizer("sgd", head_groups(network, [(0.001, 0.0), (0.01, 0.0), (0.1, 0.0)]))
+    network = Classifiers(FeatureExtractor(backbone, n_last_blocks=4), num_classes=1000, count=3)          # frozen
+    optimizer = build_optimizer("sgd", build_head_groups(network, [(0.001, 0.0), (0.01, 0.0), (0.1, 0.0)]))
 
-    network = Classifiers(Tokens(backbone, n_last_blocks=1), num_classes=10, frozen=False)        # fine-tuned
-    optimizer = build_optimizer("adamw", layer_groups(network, lr=0.0005, weight_decay=0.05, layer_decay=0.75))
+    network = Classifiers(FeatureExtractor(backbone), num_classes=10, frozen=False)                         # fine-tuned
+    optimizer = build_optimizer("adamw", build_layer_decay_groups(network, 0.0005, weight_decay=0.05, layer_decay=0.75))
 
-    losses = train_step(network, optimizer, scaler, images, labels, rate=0.5)                     # one step
-    finished = train(network, optimizer, pictures, fixed, measure, folder, size=224, ...)         # all of them
+    losses = supervised_step(network, optimizer, scaler, images, labels, lr_factor=0.5)                     # one step
+    completed = train_classifiers(network, optimizer, images, fixed, measure, output, args, size=224, ...)  # all steps
 
-Caron et al. 2021, section 4: linear classification and fine-tuning. `train` can be killed and goes on like train.py.
+Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted training resumes, as in train.py.
 """
 
 import contextlib
@@ -35,33 +35,35 @@ from dino_loss import cosine_schedule
 
 
 class FeatureExtractor(nn.Module):
-    """The paper's input of a linear classifier: CLS tokens of the last blocks, by request the mean patch token.
+    """Input of a linear classifier: CLS tokens of the last blocks, optionally with the mean patch token.
 
     Args:
-        n_last_blocks: 4 for ViT-S, 1 for ViT-B; those beyond the backbone's are clamped.
-        avgpool: put the mean of the last block's patch tokens behind them, as for ViT-B.
+        n_last_blocks: 4 for ViT-S, 1 for ViT-B; clamped to the number of blocks. Other backbones have one feature.
+        avgpool: append the mean of the last block's patch tokens, as for ViT-B.
     """
 
     def __init__(self, backbone, n_last_blocks=1, avgpool=False):
         super().__init__()
         self.backbone, self.avgpool = backbone, avgpool
-        self.n_last_blocks = min(n_last_blocks, max(1, len(backbone.blocks)))  # of other backbones there is a feature
+        self.n_last_blocks = min(n_last_blocks, max(1, len(backbone.blocks)))
         self.dim = backbone.embed_dim * (self.n_last_blocks + avgpool)
 
     def forward(self, x):  # [B, C, H, W] -> [B, dim]
         if self.n_last_blocks == 1 and not self.avgpool:
-            return self.backbone(x)  # the same, with stochastic depth
+            return self.backbone(x)  # equal, and with stochastic depth
         tokens = self.backbone.get_intermediate_layers(x, self.n_last_blocks)
         patches = [tokens[-1][:, 1:].mean(dim=1)] if self.avgpool else []
         return torch.cat([t[:, 0] for t in tokens] + patches, dim=1)
 
 
 class Classifiers(nn.Module):
-    """Images [B, C, H, W] -> logits [G, B, K]: G linear classifiers of K classes on the same features.
+    """G linear classifiers on the same features: images [B, C, H, W] -> logits [G, B, K].
 
     Args:
-        tokens: Tokens of a backbone.
-        frozen: whether the backbone learns nothing, and stays in eval mode.
+        tokens: FeatureExtractor.
+        num_classes: K.
+        count: G.
+        frozen: whether the backbone gets no gradient and stays in eval mode.
     """
 
     def __init__(self, tokens, num_classes, count=1, frozen=True):
@@ -78,26 +80,26 @@ class Classifiers(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return torch.stack([head(features.float()) for head in self.heads])
 
-    def train_classifiers(self, mode=True):
+    def train(self, mode=True):
         super().train(mode)
         self.tokens.train(mode and not self.frozen)
         return self
 
 
-# ---- one step ----
+# ---- optimization ----
 
 def build_head_groups(network, grid):
-    """Parameter groups for classifiers on frozen features, one pair (lr, weight_decay) of the grid for each."""
+    """Parameter groups of frozen-backbone classifiers: one (lr, weight_decay) of the grid per classifier."""
     return [{"params": list(head.named_parameters()), "peak": lr, "weight_decay": weight_decay}
             for head, (lr, weight_decay) in zip(network.heads, grid)]
 
 
 def build_layer_decay_groups(network, lr, weight_decay, layer_decay):
-    """Parameter groups for fine-tuning: the learning rate falls by `layer_decay` from each block to the one before.
+    """Parameter groups for fine-tuning with layer-wise learning rate decay (ELECTRA, Clark et al. 2020; BEiT).
 
-    The classifier has `lr`, the last block and the norm behind it one factor less, the embeddings one less than the
-    first block (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT). All of a backbone without blocks has one factor
-    less. Biases and norms have no weight decay.
+    With L blocks, the classifier has `lr`, the last block and the norm behind it lr * layer_decay, block l of 1 to L
+    lr * layer_decay^(L + 1 - l), the embeddings lr * layer_decay^(L + 1). A backbone without blocks has
+    lr * layer_decay. Biases and norms have no weight decay.
     """
     backbone, groups = network.tokens.backbone, {}
     depth = len(backbone.blocks)
@@ -112,39 +114,41 @@ def build_layer_decay_groups(network, lr, weight_decay, layer_decay):
 
 
 def build_mixup(num_classes, mixup, cutmix):
-    """(images, labels) -> both mixed with those of other pictures, labels as shares [B, K]; None for no mixing.
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019): (images, labels) -> images, soft labels [B, K].
 
     Args:
-        mixup, cutmix: the parameter alpha of Zhang et al. 2018 and Yun et al. 2019, 0 for none; of both each batch
-            takes one.
+        mixup, cutmix: alpha of each, 0 disables it. If both are on, each batch takes one at random.
+
+    Returns:
+        a transform, None if both are off.
     """
     kinds = [kind(alpha=alpha, num_classes=num_classes)
              for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def supervised_step(network, optimizer, scaler, images, labels, rate=1.0, precision="fp32", label_smoothing=0.0):
-    """One step of each classifier, and of the backbone if it learns.
+def supervised_step(network, optimizer, scaler, images, labels, lr_factor=1.0, precision="fp32", label_smoothing=0.0):
+    """One gradient step of each classifier, and of the backbone unless it is frozen.
 
     Args:
         network: Classifiers, or DistributedDataParallel around them.
-        scaler: torch.amp.GradScaler, enabled for fp16 alone.
-        labels: classes [B] or shares of them [B, K].
-        rate: factor of the groups' "peak" that gives this step's learning rate.
+        scaler: torch.amp.GradScaler, enabled for fp16 only.
+        labels: class indices [B] or soft labels [B, K].
+        lr_factor: the learning rate of each group is its "peak" times this.
 
     Returns:
-        cross-entropies [G] of the classifiers before the step, nats, on the device.
+        cross-entropies [G] of the classifiers before the step, in nats, on the device.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate
+        group["lr"] = group["peak"] * lr_factor
     with autocast(images.device, precision):
         logits = network(images)
     losses = torch.stack([F.cross_entropy(x, labels, label_smoothing=label_smoothing) for x in logits])
-    scaler.scale(losses.sum()).backward()  # each reaches its own classifier alone
+    scaler.scale(losses.sum()).backward()  # each term has gradients for its own classifier only
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if len(losses) > 1:  # one that diverges begins again, and is not in the way of the others
+    if len(losses) > 1:  # a classifier that diverges must not stop the others: it restarts from zero
         for p, state in optimizer.state.items():
             for tensor in (p.data, *state.values()):
                 tensor.nan_to_num_(0.0, 0.0, 0.0)

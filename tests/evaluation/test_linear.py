@@ -2,47 +2,53 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.linear import fit_classifiers, holdout_mask, linear_probe_accuracy, predict_topk, select_hyperparameters
+from evaluation.linear import (
+    fit_best_classifier,
+    fit_classifiers,
+    holdout_mask,
+    linear_probe_accuracy,
+    predict_classes,
+    select_hyperparameters,
+)
 
 GRID = [(lr, weight_decay) for lr in (0.003, 0.03, 0.3, 3.0) for weight_decay in (0.0, 1e-4, 1e-2)]
 
 
 def clusters(seed, count, classes=8, width=40):
-    """Overlapping classes in features of very different spread and offset."""
+    """Overlapping classes in features of very different scale and offset."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, classes, (count,), generator=generator)
-    x = centres[labels] + 2.2 * torch.randn(count, width, generator=generator)
+    x = centers[labels] + 2.2 * torch.randn(count, width, generator=generator)
     return x * torch.logspace(-2, 2, width) + 5, labels
 
 
-def test_the_same_as_scikit_learns_logistic_regression():
+def test_fit_equals_scikit_learns_logistic_regression():
     """Its C weighs the sum of the losses against half the squared weights: a weight decay of 1 / (C M)."""
     x, y = clusters(1, 4000)
     test_x, test_y = clusters(2, 4000)
     strengths = (0.003, 0.03, 0.3)
     ours = fit_classifiers(x, y, 8, [(0.1, 1 / (c * len(x))) for c in strengths], epochs=100)
-    answers = predict_topk(ours, test_x, 1)[..., 0]
-    for c, answer in zip(strengths, answers):
+    for c, predictions in zip(strengths, predict_classes(ours, test_x)):
         theirs = LogisticRegression(C=c, max_iter=1000).fit((x - ours.mean) / ours.std, y)
         accuracy = 100 * theirs.score((test_x - ours.mean) / ours.std, test_y)
         assert 80 < accuracy < 90
-        assert 100 * (answer == test_y).double().mean().item() == pytest.approx(accuracy, abs=0.3)
+        assert 100 * (predictions == test_y).double().mean().item() == pytest.approx(accuracy, abs=0.3)
 
 
-def test_the_best_on_held_out_pictures_is_chosen():
+def test_the_best_hyperparameters_on_held_out_images_are_selected():
     x, y = clusters(1, 2000)
     best, accuracies = select_hyperparameters(x, y, 8, GRID, epochs=20)
     assert accuracies[best] == max(accuracies) and len(accuracies) == len(GRID)
     held_out = holdout_mask(2000)
-    assert held_out.sum() == 200 and len((torch.arange(2000)[held_out] % 8).unique()) == 8  # labels in turns
+    assert held_out.sum() == 200 and len((torch.arange(2000)[held_out] % 8).unique()) == 8  # labels in order
     classifiers = fit_classifiers(x[~held_out], y[~held_out], 8, GRID, epochs=20)
     for g, accuracy in enumerate(accuracies):
-        right = classifiers(x[held_out])[g].argmax(dim=1) == y[held_out]
-        assert accuracy == pytest.approx(100 * right.double().mean().item(), abs=1e-6)
+        correct = classifiers(x[held_out])[g].argmax(dim=1) == y[held_out]
+        assert accuracy == pytest.approx(100 * correct.double().mean().item(), abs=1e-6)
 
 
-def test_the_usual_grid_is_as_good_as_scikit_learns_classifier():
+def test_linear_probe_is_as_accurate_as_scikit_learn():
     (x, y), (test_x, test_y) = clusters(1, 2000), clusters(2, 2000)
     mean, std = x.mean(dim=0), x.std(dim=0)
     theirs = max(LogisticRegression(C=c, max_iter=1000).fit((x - mean) / std, y).score((test_x - mean) / std, test_y)
@@ -50,7 +56,7 @@ def test_the_usual_grid_is_as_good_as_scikit_learns_classifier():
     assert linear_probe_accuracy(x, y, test_x, test_y, epochs=20) == pytest.approx(100 * theirs, abs=0.5)
 
 
-def test_each_of_the_grid_is_trained_as_if_alone():
+def test_classifiers_of_a_grid_are_independent():
     x, y = clusters(1, 300)
     together = fit_classifiers(x, y, 8, GRID[:4], epochs=3, batch_size=64)
     for g in range(4):
@@ -59,8 +65,8 @@ def test_each_of_the_grid_is_trained_as_if_alone():
         torch.testing.assert_close(together(x)[g], alone(x)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_one_step_is_torchs_sgd():
-    """Gradient, weight decay and learning rate of the first step, by autograd and torch.optim."""
+def test_steps_equal_torch_sgd():
+    """Gradient, weight decay and learning rate of two steps, by autograd and torch.optim."""
     x, y = clusters(1, 50)
     ours = fit_classifiers(x, y, 8, [(0.5, 0.1)], epochs=2, batch_size=50)
     layer = torch.nn.Linear(40, 8)
@@ -78,12 +84,22 @@ def test_one_step_is_torchs_sgd():
     torch.testing.assert_close(ours.bias[0, 0], layer.bias.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_diverges_is_not_chosen():
+def test_diverged_classifiers_are_not_selected():
     x, y = clusters(1, 400)
     best, accuracies = select_hyperparameters(x, y, 8, [(1e30, 1.0), (0.1, 0.0)], epochs=5)
     assert best == 1 and accuracies[0] == 0 and accuracies[1] > 40
 
 
+def test_fit_best_classifier_scales_lr_and_trains_on_all_features():
+    x, y = clusters(1, 600)
+    scaled = [(2 * lr, weight_decay) for lr, weight_decay in GRID]  # batch size 512
+    classifier, best, accuracies = fit_best_classifier(x, y, 8, GRID, batch_size=512, epochs=3)
+    assert (best, accuracies) == select_hyperparameters(x, y, 8, scaled, batch_size=512, epochs=3)
+    expected = fit_classifiers(x, y, 8, [scaled[best]], batch_size=512, epochs=3)
+    assert torch.equal(classifier.weight, expected.weight) and torch.equal(classifier.bias, expected.bias)
+    torch.testing.assert_close(classifier.to_linear()(x), expected(x)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_constant_features_and_few_classes():
     classifiers = fit_classifiers(torch.ones(10, 3), torch.arange(10) % 2, 2, [(0.1, 0.0)], epochs=2)
-    assert predict_topk(classifiers, torch.ones(4, 3)).shape == (1, 4, 2) and classifiers.weight.isfinite().all()
+    assert predict_classes(classifiers, torch.ones(4, 3)).shape == (1, 4) and classifiers.weight.isfinite().all()

@@ -13,55 +13,56 @@ from evaluation.online import detect_collapse, evaluate_online, pixel_features
 
 
 class Colors(torch.nn.Module):
-    """Mean and deviation of each channel in each quarter: [B, 3, 32, 32] -> [B, 24]."""
+    """Mean and standard deviation of each channel in each quadrant: [B, 3, 32, 32] -> [B, 24]."""
 
     def forward(self, x):
         parts = x.unfold(2, 16, 16).unfold(3, 16, 16)
         return torch.cat((parts.mean(dim=(4, 5)).flatten(1), parts.std(dim=(4, 5)).flatten(1)), dim=1)
 
 
-def judged(model, **more):
+def evaluate(model, **more):
     args = dict(global_crops_size=32, knn_images=300, linear_probe=False, batch_size_per_gpu=64, num_workers=0,
                 device=torch.device("cpu"), precision="fp32")
     return evaluate_online(model, open_data("shapes:32"), SimpleNamespace(**args | more))
 
 
-def test_against_scikit_learn():
+def test_equals_scikit_learn():
     model, seen = Colors(), []
     model.register_forward_hook(lambda module, images, features: seen.append(features))
-    scores, unreadable = judged(model, linear_probe=True)
-    assert unreadable == [] and scores.keys() == {"top1", "top5", "linear"}
-    data, (x, q) = open_data("shapes:32"), torch.cat(seen).split([300, 60])  # and a fifth of it
+    scores, corrupt = evaluate(model, linear_probe=True)
+    assert corrupt == [] and scores.keys() == {"knn_top1", "knn_top5", "linear_top1"}
+    data, (x, q) = open_data("shapes:32"), torch.cat(seen).split([300, 60])  # 60 = 300 / 5
     y, z = (np.array([images[i][1] for i in range(len(images))])
             for images in (random_subset(data.train_labeled, 300), random_subset(data.val, 60)))
-    neighbours = KNeighborsClassifier(20, metric="cosine", algorithm="brute",
+    neighbors = KNeighborsClassifier(20, metric="cosine", algorithm="brute",
                                       weights=lambda distance: np.exp((1 - distance) / 0.07)).fit(x, y)
-    assert scores["top1"] == pytest.approx(100 * neighbours.score(q, z), abs=1e-3)
-    best = np.sort(neighbours.predict_proba(q), axis=1)[:, -5]
-    of_truth = neighbours.predict_proba(q)[np.arange(60), z]
-    assert scores["top5"] == pytest.approx(100 * np.mean(of_truth >= best), abs=1e-3)
-    assert scores["linear"] == linear_probe_accuracy(x, torch.tensor(y), q, torch.tensor(z), epochs=333)
+    assert scores["knn_top1"] == pytest.approx(100 * neighbors.score(q, z), abs=1e-3)
+    best = np.sort(neighbors.predict_proba(q), axis=1)[:, -5]
+    of_truth = neighbors.predict_proba(q)[np.arange(60), z]
+    assert scores["knn_top5"] == pytest.approx(100 * np.mean(of_truth >= best), abs=1e-3)
+    assert scores["linear_top1"] == linear_probe_accuracy(x, torch.tensor(y), q, torch.tensor(z), epochs=333)
 
 
-def test_pixels_are_judged_without_classifiers():
-    scores, _ = judged(pixel_features, linear_probe=True)
-    assert scores.keys() == {"top1", "top5"} and scores["top1"] > 25
+def test_raw_pixels_have_no_linear_probe():
+    scores, _ = evaluate(pixel_features, linear_probe=True)
+    assert scores.keys() == {"knn_top1", "knn_top5"} and scores["knn_top1"] > 25
     assert pixel_features(torch.ones(2, 3, 40, 48)).shape == (2, 3 * 32 * 32)
 
 
 @pytest.mark.parametrize("entropy, of_mean, kl, expected", [
-    (6.9, 6.93, 0.01, "uniform"), (0.0, 0.01, 0.0, "one prototype"), (3.0, 6.5, 1.0, None), (6.8, 6.9, 0.3, None),
-    (6.9, 6.93, math.nan, None)])
-def test_diagnosis(entropy, of_mean, kl, expected):
+    (6.9, 6.93, 0.01, "collapse to uniform: teacher entropy 6.90 of ln K 6.93 and KL near zero"),
+    (0.0, 0.01, 0.0, "collapse to one prototype: the entropy of the mean teacher output is 0.010 of ln K 6.93"),
+    (3.0, 6.5, 1.0, None), (6.8, 6.9, 0.3, None), (6.9, 6.93, math.nan, None)])
+def test_collapse(entropy, of_mean, kl, expected):
     sentence = detect_collapse([(entropy, of_mean, kl)] * 3, 1024)
     assert (expected is None) == (sentence is None) and (expected or "") in (sentence or "")
 
 
-def test_a_teacher_that_does_not_settle():
-    def of(*entropies, before=()):
-        figures = [[(entropy, 6.0, 0.5) for entropy in several] for several in (entropies, before)]
-        return detect_collapse(figures[0], 1024, figures[1])
-    assert "rose by 4.90 and fell by 1.50 (ln K = 6.93)" in of(0.1, 3.0, 5.0, 3.5)
-    assert "does not settle" in of(5.0, 3.0, 4.5) and of(5.0, 3.0, 4.0) is None
-    assert "rose by 3.00 and fell by 3.00" in of(5.0, before=(5.0, 2.0)) and of(5.0, before=(2.0, 3.0)) is None
+def test_unstable_teacher():
+    def of(*entropies, previous=()):
+        stats = [[(entropy, 6.0, 0.5) for entropy in epoch] for epoch in (entropies, previous)]
+        return detect_collapse(stats[0], 1024, stats[1])
+    assert "unstable teacher: its entropy rose by 4.90 and fell by 1.50 (ln K 6.93)" in of(0.1, 3.0, 5.0, 3.5)
+    assert "unstable teacher" in of(5.0, 3.0, 4.5) and of(5.0, 3.0, 4.0) is None
+    assert "rose by 3.00 and fell by 3.00" in of(5.0, previous=(5.0, 2.0)) and of(5.0, previous=(2.0, 3.0)) is None
     assert of(6.2, 5.0, 3.0, 2.0) is None and of(1.0, 5.0) is None and of(*[5.0, 5.3] * 50) is None
