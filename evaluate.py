@@ -32,7 +32,7 @@ from tqdm import tqdm
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from common import cli, distributed
 from common.checkpoint import CheckpointError, check_writable, write_json
-from common.precision import autocast, resolve_precision
+from common.precision import DTYPES, autocast, resolve_precision
 from common.weights import open_backbone, output_file, output_folder, read_weights, resolve_image_size, save_model
 from data.datasets import DataError, open_data
 from data.loaders import build_eval_loader
@@ -52,7 +52,7 @@ def parse_args(argv=None):
         add("--data_path", help="labeled images, named as for train.py (default: the data of the newest run)")
         add("--image_size", type=cli.positive_int, metavar="PIXELS",
             help="side of the center crop (default: the size the model was trained at)")
-        add("--batch_size_per_gpu", type=cli.positive_int, default=128, metavar="B", help="batch size per GPU")
+        add("--batch_size_per_gpu", type=cli.positive_int, default=128, metavar="B", help="images per GPU")
         add("--output_dir", metavar="DIR", help="folder of the results (default: beside the model file)")
         FLAGS[name](add)
         cli.add_device_flags(subparser)
@@ -62,7 +62,7 @@ def parse_args(argv=None):
         args.precision = "fp32" if quick else resolve_precision(args.precision, args.device)
         cli.check_range(parser, args, "crop_scale")
         if args.overwrite and args.resume != "none":
-            parser.error("--overwrite deletes a run and needs --resume none")
+            parser.error("--overwrite deletes a run and starts anew: add --resume none")
         if args.task == "linear" and args.features and not quick:
             parser.error("--features keeps what --quick extracts; without --quick features depend on random crops")
         if args.task == "finetune" and args.warmup_epochs > args.epochs and not args.test_only:
@@ -84,7 +84,7 @@ def add_linear_flags(add):
     add("--avgpool_patchtokens", type=cli.boolean, default=False, nargs="?", const=True, metavar="X",
         help="append the mean patch token of the last block; true for ViT-B")
     add("--lr", type=cli.positive_float, default=LRS, nargs="+", metavar="LR",
-        help="peak at batch size 256, scaled linearly; the best of several on a held-out tenth")
+        help="peak for a global batch size of 256, scaled linearly; a held-out tenth selects the best")
     add("--weight_decay", type=cli.nonnegative_float, nargs="+", metavar="WD",
         help="one or several (default: 0; 0 0.0001 0.001 0.01 0.1 with --quick)")
     add("--quick", action="store_true", help="train on features extracted once, from center crops in fp32")
@@ -93,11 +93,14 @@ def add_linear_flags(add):
 
 
 def add_finetune_flags(add):
-    add("--lr", type=cli.positive_float, default=0.0005, metavar="LR", help="peak at batch size 256, scaled linearly")
-    add("--warmup_epochs", type=cli.nonnegative_int, default=5, metavar="N", help="epochs of linear lr warmup")
+    add("--lr", type=cli.positive_float, default=0.0005, metavar="LR",
+        help="peak learning rate for a global batch size of 256, scaled linearly")
+    add("--warmup_epochs", type=cli.nonnegative_int, default=5, metavar="N",
+        help="epochs of linear learning-rate warm-up")
     add("--layer_decay", type=cli.fraction, default=0.75, metavar="X", help="lr factor per block, from the top down")
-    add("--weight_decay", type=cli.nonnegative_float, default=0.05, metavar="WD", help="for weight matrices only")
-    add("--drop_path_rate", type=cli.fraction_below_one, metavar="X", help="stochastic depth of a ViT (default: 0.1)")
+    add("--weight_decay", type=cli.nonnegative_float, default=0.05, metavar="WD", help="weight decay, of matrices only")
+    add("--drop_path_rate", type=cli.fraction_below_one, metavar="X",
+        help="stochastic depth (default: 0.1 for vit_*, else 0)")
     add("--label_smoothing", type=cli.fraction, default=0.1, metavar="X", help="label smoothing")
     add("--mixup", type=cli.nonnegative_float, default=0.0, metavar="A", help="alpha, 0 disables; 0.8 for long runs")
     add("--cutmix", type=cli.nonnegative_float, default=0.0, metavar="A", help="alpha, 0 disables; 1 for long runs")
@@ -112,15 +115,16 @@ def add_training_flags(add):
     add("--epochs", type=cli.positive_int, default=100, metavar="N", help="training epochs")
     add("--crop_scale", type=cli.fraction, default=(0.08, 1.0), nargs=2, metavar="X",
         help="area of a random crop relative to the image")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-        help="autocast dtype; auto: bf16 where the hardware supports it, else fp32")
-    add("--val_freq", type=cli.nonnegative_int, default=10, metavar="N", help="epochs between validations, 0 disables")
-    add("--resume", default="auto", choices=["auto", "none"], help="auto: resume the run in --output_dir, if any")
-    add("--overwrite", action="store_true", help="with --resume none: delete the run in --output_dir")
+    add("--precision", default="auto", choices=["auto", *DTYPES],
+        help="autocast dtype; auto: bf16 where the device is fast at it")
+    add("--val_freq", type=cli.nonnegative_int, default=10, metavar="N", help="epochs between evaluations, 0 for none")
+    add("--resume", default="auto", choices=["auto", "none"],
+        help="auto: continue the run in output_dir; none: start anew")
+    add("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir")
     add("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run, train nothing")
     add("--save_every_minutes", type=cli.positive_float, default=10.0, metavar="X", help="minutes between checkpoints")
     add("--log_every", type=cli.positive_int, default=50, metavar="N", help="steps between log lines")
-    add("--seed", type=cli.seed, default=0, metavar="X", help="random seed of crops, order and stochastic depth")
+    add("--seed", type=cli.seed, default=0, metavar="X", help="of weights, order, crops and stochastic depth")
 
 
 # ---- setup ----

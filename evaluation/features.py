@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, atomic_write
-from common.distributed import all_gather_objects, is_distributed, is_rank_zero
+from common.distributed import all_gather_objects, is_rank_zero
 
 FEATURES = ("train_features", "train_labels", "test_features", "test_labels")  # as knn_classifier names them
 
@@ -46,7 +46,7 @@ def extract_features(model, loader, device="cpu", total=None):
     """
     features, corrupt = [], []
     labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    world_size = dist.get_world_size() if is_distributed() else 1
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     with tqdm(total=total, unit="img", leave=False,
               disable=total is None or not is_rank_zero() or not sys.stderr.isatty()) as bar:
         for images, y, i, messages in loader:

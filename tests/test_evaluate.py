@@ -21,7 +21,7 @@ from data.datasets import Data, DataError, TorchvisionDataset
 from data.loaders import center_crop_view
 from data.shapes import Shapes
 from evaluation import supervised
-from step import build_networks
+from train import build_networks
 from vit import VisionTransformer
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
@@ -174,8 +174,7 @@ def test_untrained_evaluates_the_initial_weights_of_train_py(trained, capsys):
 
 def test_unwritable_paths_are_refused_before_extraction(trained, monkeypatch):
     monkeypatch.setattr(evaluate, "extract", None)
-    for flags, message in ((["--features", "/proc/f"], "/proc: nothing can be written there"),
-                           (["--output_dir", "/proc"], "/proc: nothing can be written there"),
+    for flags, message in ((["--features", "/proc/f"], "^/proc: no"), (["--output_dir", "/proc"], "^/proc: no"),
                            (["--output_dir", "/proc/missing"], "/proc/missing")):
         with pytest.raises(OSError, match=message):
             run("knn", *CPU, *flags)
@@ -225,7 +224,7 @@ def test_a_saved_classifier_is_evaluated_again(trained, capsys, task, flags):
     before = saved.read_bytes()
     assert train(task, "--test_only") == result and saved.read_bytes() == before
     assert (task == "linear") == all(torch.equal(a, b) for a, b in zip(backbone.parameters(), model.parameters()))
-    for flags, message in (([], "holds classifier.safetensors of an earlier run"),
+    for flags, message in (([], "holds classifier.safetensors of an? .* run: --resume none"),
                            (["--test_only", "--image_size", "40"], "trained with image_size 32, not 40"),
                            (["--test_only", "--untrained", "--output_dir", str(output)], "False, not True")):
         with pytest.raises(CheckpointError, match=message):
@@ -317,7 +316,7 @@ def test_two_processes_equal_one(trained, run_torchrun):
 
 
 def test_diverged_fine_tuning_is_an_error(trained):
-    with pytest.raises(FloatingPointError, match="in bf16 the loss is not finite; lower --lr"):
+    with pytest.raises(FloatingPointError, match="the loss is not finite.*lower --lr"):
         train("finetune", "--lr", "1e38", "--epochs", "2", "--warmup_epochs", "0", "--precision", "bf16")
 
 
@@ -370,14 +369,14 @@ def test_files_of_other_features_runs_and_classes_are_refused(trained):
     assert {p.name for p in folder.glob("*.knn.json")} == {"both.knn.json", "both.student.knn.json"}
     before = path.read_bytes()
     for flags in ([], ["--resume", "none", "--overwrite"]):
-        with pytest.raises(CheckpointError, match="holds teacher.safetensors, of another kind of run"):
+        with pytest.raises(CheckpointError, match="holds teacher.safetensors,? of another kind of run"):
             train("linear", "--output_dir", str(path.parent), *flags)
     assert path.read_bytes() == before
     train("linear", "--lr", "0.1", "--epochs", "1")
     output = str(path.with_name("teacher.linear"))
     with pytest.raises(CheckpointError, match="holds checkpoint.pth of a run without --quick"):
         train("linear", "--quick", "--output_dir", output)
-    with pytest.raises(CheckpointError, match="is of another kind of run|was trained with"):
+    with pytest.raises(CheckpointError, match="another kind of run|was trained with"):
         train("finetune", "--output_dir", output)
     for part in ("train", "val"):
         (folder / "images" / part / "class0").rename(folder / "images" / part / "zebra")
