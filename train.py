@@ -53,10 +53,6 @@ FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
     "seed")
-NEUTRAL_FLAGS = (  # do not change what is learned
-    "output_dir", "resume", "overwrite", "device", "num_workers", "timeout_minutes", "log_every", "keep",
-    "save_every_minutes", "save_every_steps", "saveckp_freq", "knn_every", "knn_images", "linear_probe", "compile",
-    "profile", "activation_checkpointing")
 
 
 def parse_args(argv=None):
@@ -566,7 +562,7 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
     fixed = {name: getattr(args, name) for name in FIXED_FLAGS}
     fixed |= {"global_batch_size": global_batch_size, "num_images": len(data.train)}
     run = Run(Path(args.output_dir), "pretraining", objects, fixed, vars(args), dict(knn={}, epoch_stats=[]), logger,
-              args.keep, neutral_flags=NEUTRAL_FLAGS, extra=dict(info=model_info(args, data)))
+              args.keep, extra=dict(info=model_info(args, data)))
     first_step, found = run.start(args)
     if is_rank_zero():
         write_flags(run.path.with_name("flags.txt"), args)

@@ -185,18 +185,17 @@ class Run:
         kind: key of MODEL_FILES.
         objects: {name: object with a state_dict}; "optimizer" and "scaler" among them.
         fixed: {name: value} that a resumed run must share.
-        flags: {name: value} that may change; changes are printed, but for those of neutral_flags.
+        flags: {name: value} that may change; changes are printed.
         progress: plain values to save and restore besides the step.
         logger: Logger of the run.
         keep: checkpoints to keep, the newest included.
         extra: more to save, as {name: plain values}.
     """
 
-    def __init__(self, output, kind, objects, fixed, flags, progress, logger, keep=1, neutral_flags=(), extra=None):
+    def __init__(self, output, kind, objects, fixed, flags, progress, logger, keep=1, extra=None):
         self.path, self.kind, self.objects, self.logger = output / "checkpoint.pth", kind, objects, logger
-        self.fixed, self.flags, self.neutral_flags = fixed, flags, neutral_flags
-        self.progress = progress | dict(step=0, corrupt_images=[], log_bytes=0)
-        self.keep, self.extra, self.saved_at = keep, extra or {}, time.monotonic()
+        self.fixed, self.flags, self.keep, self.extra = fixed, flags, keep, extra or {}
+        self.progress, self.saved_at = progress | dict(step=0, corrupt_images=[], log_bytes=0), time.monotonic()
 
     def start(self, args):
         """Resume, or make the folder ready for a new run; returns the step to start at, and the checkpoint or None.
@@ -280,7 +279,7 @@ class Run:
             raise ValueError("its optimizer does not fit the network")
         optimizer.load_state_dict(ours | {"state": theirs})  # hyperparameters follow the flags and schedules
         for name, value in self.flags.items():
-            if name not in self.neutral_flags and state["flags"].get(name, value) != value:
+            if state["flags"].get(name, value) != value:
                 self.logger.print(f"changed since {path} was saved: --{name} {state['flags'][name]} -> {value}")
         self.progress.update(state["progress"])
 
