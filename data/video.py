@@ -1,9 +1,9 @@
-"""Videos in and out, frame by frame: a file, or a folder of pictures; memory does not grow with their length.
+"""Video input and output, frame by frame: files (PyAV) or folders of frames. One frame is in memory at a time.
 
-    clip = open_clip("in.mp4")                                  # or a folder
-    with Writer("out.mp4", clip.rate) as writer:                # or a folder
-        for name, frame in clip.frames:
-            writer.write(name, change(frame))
+    video = open_video("in.mp4")                                # or a folder of images
+    with VideoWriter("out.mp4", video.rate) as writer:          # or a folder
+        for name, frame in video.frames:
+            writer.write(name, process(frame))
 
 Files need PyAV (pip install av).
 """
@@ -19,53 +19,49 @@ from PIL import Image, ImageOps
 from data.datasets import DataError
 from data.images import EXTENSIONS, ImageReadError, read_image
 
-KINDS = (".mp4", ".mov", ".mkv", ".webm")  # of files that are written
+WRITABLE = (".mp4", ".mov", ".mkv", ".webm")
 
 
-class Clip(NamedTuple):
-    frames: object  # yields (name, RGB image), or (name, message) for one that cannot be read
-    rate: Fraction  # frames a second; None for a folder
-    count: int  # of frames; None where the file does not say
+class Video(NamedTuple):
+    frames: object  # yields (name, RGB image), or (name, message) for a corrupt frame
+    rate: Fraction  # frames per second, the average if it varies; None for a folder
+    count: int  # number of frames; None if the file does not state it
 
 
 def open_video(path):
-    """The frames of a video file, upright, or the pictures of a folder in the order of the numbers in their names.
-
-    A video whose rate varies is given out at its average.
+    """Open a video file, its frames rotated upright, or a folder of images, in the order of the numbers in their names.
 
     Raises:
-        DataError: neither is there.
+        DataError: there is neither.
     """
     if os.path.isdir(path):
         files = [file for file in Path(path).iterdir() if file.name.lower().endswith(EXTENSIONS)
                  and not file.name.startswith(".")]
         if not files:
-            raise DataError(f"{path}: no picture in this folder")
+            raise DataError(f"{path}: no image in this folder")
         files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
-        return Clip(map(read, files), None, len(files))
+        return Video(map(read_frame, files), None, len(files))
     import av
 
     try:
         container = av.open(path)
         stream = container.streams.video[0]
     except (OSError, ValueError, IndexError) as error:
-        what = error.strerror if isinstance(error, OSError) else "no video in it"
-        raise DataError(f"{path}: not a video file or a folder of frames ({what})") from None
+        reason = error.strerror if isinstance(error, OSError) else "no video stream"
+        raise DataError(f"{path}: not a video file or a folder of frames ({reason})") from None
     stream.thread_type = "AUTO"
-    count = stream.frames or (round(container.duration / av.time_base * stream.average_rate)
-                              if container.duration and stream.average_rate else None)
-    return Clip(decoded(container, stream), stream.average_rate, count)
+    return Video(decode_frames(container, stream), stream.average_rate, stream.frames or None)
 
 
-def read(file):
+def read_frame(file):
     try:
         return file.name, read_image(file)
     except ImageReadError as error:
         return file.name, str(error)
 
 
-def decoded(container, stream):
-    """(number, frame) one by one; a part of the stream that is damaged is passed over with a message."""
+def decode_frames(container, stream):
+    """Yield (number, frame); a corrupt part of the stream yields a message and is skipped."""
     import av
 
     number, packets = 0, container.demux(stream)
@@ -83,39 +79,34 @@ def decoded(container, stream):
 
 
 class VideoWriter:
-    """Frames into a video file of the kind that its name ends with, or into a folder as PNG under their own names.
+    """Write frames to a video file, or to a folder as PNG under their own names.
 
-    All frames of a file have the size of the first, rounded down to even numbers; others are fitted into it. What was
-    written when it is closed can be played.
+    A file has the size of its first frame, rounded down to even numbers; other frames are padded to it. A file that is
+    closed early, on an error or Ctrl-C, can be played up to there.
 
     Args:
-        rate: frames a second of a file.
+        rate: frames per second of a file.
 
     Raises:
-        DataError: nothing can be written there, or no video of that kind or size.
+        DataError: no video of this type or size can be written there.
     """
 
     def __init__(self, path, rate):
         self.path, self.rate, self.container = Path(path), Fraction(rate).limit_denominator(1001), None
-        self.is_folder, self.written = self.path.is_dir() or not self.path.suffix, set()
-        if not self.is_folder and self.path.suffix.lower() not in KINDS:
-            raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(KINDS)}")
-        if self.is_folder and self.path.exists() and not self.path.is_dir():
-            raise DataError(f"{path}: is a file")
-        if not self.path.parent.is_dir():
-            raise DataError(f"{path}: its folder does not exist")
-
-    def __enter__(self):
+        self.is_folder = self.path.is_dir() or not self.path.suffix
         if self.is_folder:
             self.path.mkdir(exist_ok=True)
+        elif self.path.suffix.lower() not in WRITABLE:
+            raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(WRITABLE)}")
+
+    def __enter__(self):
         return self
 
     def write(self, name, image):
-        if not self.is_folder:
-            return self.encode(image)
-        stem = Path(name).stem if Path(name).stem not in self.written else name  # of a.jpg and a.png
-        self.written.add(stem)
-        image.save(self.path / f"{stem}.png", compress_level=1)  # four times as fast
+        if self.is_folder:
+            image.save(self.path / f"{Path(name).stem}.png", compress_level=1)  # four times as fast as the default
+        else:
+            self.encode(image)
 
     def encode(self, image):
         import av
@@ -125,14 +116,14 @@ class VideoWriter:
                 self.container = av.open(str(self.path), "w")
                 self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
                 self.stream.width, self.stream.height = (max(2, side // 2 * 2) for side in image.size)
-                self.stream.pix_fmt = "yuv420p"  # what every player shows
+                self.stream.pix_fmt = "yuv420p"  # the format that every player supports
             size = self.stream.width, self.stream.height
             if image.size != size:
                 image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
             packets = self.stream.encode(av.VideoFrame.from_image(image))
         except av.FFmpegError as error:
             self.container = None
-            raise DataError(f"{self.path}: no video of {image.width} x {image.height} pixels can be written there "
+            raise DataError(f"{self.path}: cannot write a video of {image.width} x {image.height} pixels "
                             f"({error.strerror})") from None
         self.container.mux(packets)
 

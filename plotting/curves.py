@@ -1,124 +1,114 @@
-"""The curves of runs, from their log.jsonl: on one page, and as a table.
+"""Training curves and tables from log.jsonl.
 
     runs = {"demo": read_log("runs/demo/log.jsonl")}
-    print(table(runs))
-    print(first_reached(runs, 50.0))                     # with how many images, in how many seconds
-    page(runs, against="images").savefig("curves.png")
+    print(format_table(runs))
+    print(format_time_to_accuracy(runs, 50.0))           # images and seconds until the k-NN accuracy is 50%
+    plot_curves(runs, against="images").savefig("curves.png")
 
-Runs that are named alike but for -0 to -9 or _0 to _9 at the end, the seed, belong together: they have one colour,
-a mean and a spread. The page needs matplotlib, the rest nothing.
+Runs whose names differ only in the seed, -0 to -9 or _0 to _9 at the end, form a group: they share a color, a mean and
+a standard deviation. The figure needs matplotlib, the rest only Python.
 """
 
 import json
 import math
+import os
 import re
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
-PANELS = {  # title -> {name in the log: what it is}, the first drawn as a line, the second dashed, the third dotted
-    "loss, nats": {"loss": "loss", "ln_k": "ln K"},
-    "teacher entropy, nats": {"teacher_entropy": "of an output", "teacher_entropy_of_mean": "of the mean output",
-                              "ln_k": "ln K"},
-    "KL of teacher and student, nats": {"kl": None},
-    "k-NN and linear top-1, %": {"top1": "k-NN", "linear": "linear"},
-    "learning rate": {"lr": None},
-    "weight decay, teacher momentum": {"weight_decay": "weight decay", "momentum": "teacher momentum"},
-    "images a second": {"images_per_second": None},
-    "waiting for data, % of the time": {"waiting": None},
+from plotting.draw import escape_text
+
+PANELS = {  # (title, unit) -> {log key: label}; lines are solid, dashed and dotted in this order
+    ("loss", "nats"): {"loss": "cross-entropy", "ln_k": "ln K"},
+    ("teacher entropy", "nats"): {"teacher_entropy": "of an output", "teacher_marginal_entropy": "of the batch mean",
+                                  "ln_k": "ln K"},
+    ("KL(teacher || student)", "nats"): {"kl": None},
+    ("top-1 accuracy of frozen features", "%"): {"knn_top1": "k-NN", "linear_top1": "linear"},
+    ("learning rate", ""): {"lr": None},
+    ("weight decay", ""): {"wd": None},
+    ("teacher momentum", ""): {"momentum": None},
+    ("throughput", "images per second"): {"images_per_sec": None},
+    ("waiting for data", "% of the step time"): {"data_percent": None},
 }
-BASELINES = {"untrained backbone": "-.", "raw pixels": ":"}
-AXES = {"step": "step", "images": "images seen", "seconds": "seconds of training, tests and saves not counted"}
+BASELINES = {"untrained backbone": ("-.", "k-NN, untrained"), "raw pixels": (":", "k-NN, raw pixels")}
+AXES = {"step": "step", "images": "images seen", "seconds": "training time without evaluation (s)"}
+
+
+class Run(NamedTuple):
+    curves: dict  # log key, or "images", "seconds" and "data_percent" -> ([steps], [values])
+    baselines: dict  # "raw pixels" and "untrained backbone" -> {"knn_top1": percent, ...}, if they were evaluated
 
 
 def read_log(path):
-    """A run's log: {name: ([steps], [values])} of what was logged, and the accuracies of what was not trained.
-
-    A line that is cut off, as of a run that is writing it, is passed over; so is a value that was not finite.
-
-    Returns:
-        curves, among them "images" and "seconds" up to a step, and {"raw pixels": {"top1": percent}, "untrained
-        backbone": {"top1": percent, "linear": percent}} as far as they were measured.
+    """Read the log of a run. Lines cut off while the run writes, and values that are not finite, are skipped.
 
     Raises:
-        OSError: there is no log, or no step in it.
+        OSError: there is no log, or no training step in it.
     """
-    curves, baselines, step, total = {}, {}, 0, 0.0
-    try:
-        lines = Path(path).read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise OSError(f"{path}: cannot be read ({error.strerror}); expected the folder of a run") from None
-    for line in lines:
+    curves, baselines, step, seconds = {}, {}, 0, 0.0
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-            if "knn" in record:
-                scores = {name: float(record[name]) for name in ("top1", "linear") if name in record}
-                if record["knn"] in BASELINES:
-                    baselines[record["knn"]] = scores
-                    continue
-            else:
-                seconds = record["data_seconds"] + record["compute_seconds"]
-                before, step = step, int(record["step"]) + 1
-                total += (step - before) * seconds
-                waiting = 100 * record["data_seconds"] / seconds if seconds else 0.0
-                record |= dict(waiting=waiting, step=step, seconds=total,
-                               images=step * seconds * record.get("images_per_second", math.nan))
-            values = {name: float(value) for name, value in record.items() if isinstance(value, (int, float))}
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            if "eval" not in record:
+                before, step_time, data_time = step, record["step_time"], record["data_time"]
+                step = record["step"] + 1
+                seconds += (step - before) * step_time
+                record |= dict(seconds=seconds, data_percent=100 * data_time / step_time,
+                               images=step * step_time * record["images_per_sec"])
+        except (ValueError, KeyError, TypeError):
             continue
-        for name, value in values.items():
-            if math.isfinite(value):
-                for kept, new in zip(curves.setdefault(name, ([], [])), (step, value)):
-                    kept.append(new)
+        if record.get("eval") in BASELINES:
+            baselines[record["eval"]] = record
+            continue
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                steps, values = curves.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(value)
     if "loss" not in curves:
-        raise OSError(f"{path}: holds no step of a training")
-    return curves, baselines
+        raise OSError(f"{path}: holds no training step")
+    return Run(curves, baselines)
 
+
+def group_seeds(runs):
+    """{name: Run} -> {name without seed: [Run]}."""
+    groups = {}
+    for name, run in runs.items():
+        groups.setdefault(re.sub(r"[-_]\d$", "", name), []).append(run)
+    return groups
+
+
+# ---- tables ----
 
 def format_table(runs):
-    """{name: what read_log gives} -> lines on how each run ended."""
+    """{name: Run} -> the last values of each run, then mean and spread of each group of seeds, best first."""
     width = max(map(len, runs))
     lines = [f"{'':{width}} {'steps':>7} {'loss':>7} {'ln K':>7} {'entropy':>7} {'KL':>7}  {'k-NN last':>9} "
              f"{'best':>9} {'untrained':>9}"]
     for name, (curves, baselines) in runs.items():
         last = {key: values[-1] for key, (_, values) in curves.items()}
-        numbers = [f"{curves['loss'][0][-1]:7d}"] + [f"{last[key]:7.3f}" if key in last else f"{'-':>7}" for key in
-                                                     ("loss", "ln_k", "teacher_entropy", "kl")]
-        knn = [last.get("top1"), max(curves["top1"][1], default=None) if "top1" in curves else None,
-               baselines.get("untrained backbone", {}).get("top1")]
-        lines.append(f"{name:{width}} " + " ".join(numbers) + "  " + " ".join(
-            f"{x:9.1f}" if x is not None else f"{'-':>9}" for x in knn))
-    return "\n".join(lines + spread(runs))
+        best = max(curves["knn_top1"][1]) if "knn_top1" in curves else None
+        untrained = baselines.get("untrained backbone", {}).get("knn_top1")
+        numbers = [format_cell(last.get(key), 7, 3) for key in ("loss", "ln_k", "teacher_entropy", "kl")]
+        accuracies = [format_cell(top1, 9, 1) for top1 in (last.get("knn_top1"), best, untrained)]
+        lines.append(" ".join([f"{name:{width}} {curves['loss'][0][-1]:7d}", *numbers, "", *accuracies]))
+    for key, kind in (("knn_top1", "k-NN"), ("linear_top1", "linear")):
+        last = {name: [run.curves[key][1][-1] for run in group if key in run.curves]
+                for name, group in group_seeds(runs).items()}
+        seeds = {name: values for name, values in last.items() if len(values) > 1}
+        width = max(map(len, seeds), default=0)
+        lines += [f"{name:{width}} {len(values):3d} runs, {kind} last {format_spread(values, '.1f')}"
+                  for name, values in sorted(seeds.items(), key=lambda item: -statistics.mean(item[1]))]
+    return "\n".join(lines)
 
 
-def spread(runs):
-    """Lines on the last accuracies of runs that belong together, best first."""
-    lines = []
-    for key, what in (("top1", "k-NN"), ("linear", "linear")):
-        several = {}
-        for name, group in groups(runs).items():
-            values = [curves[key][1][-1] for curves, _ in group if key in curves]
-            if len(values) > 1:
-                several[name] = values
-        width = max(map(len, several), default=0)
-        lines += [f"{name:{width}} {len(values):3d} runs, {what} last {in_short(values, '.1f')}"
-                  for name, values in sorted(several.items(), key=lambda item: -statistics.mean(item[1]))]
-    return lines
+def format_cell(value, width, digits):
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
-def groups(runs):
-    """{name: what read_log gives} -> {name without seed: [what read_log gives]}."""
-    together = {}
-    for name, run in runs.items():
-        together.setdefault(seedless(name), []).append(run)
-    return together
-
-
-def seedless(name):
-    return re.sub(r"[-_]\d$", "", name)
-
-
-def in_short(values, form):
-    """Mean, standard deviation and range of numbers."""
+def format_spread(values, form):
+    """Mean ± standard deviation (range) of numbers."""
     if len(values) == 1:
         return f"{values[0]:{form}}"
     return (f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}} "
@@ -126,93 +116,92 @@ def in_short(values, form):
 
 
 def format_time_to_accuracy(runs, top1):
-    """Lines on when runs first had a k-NN accuracy: images seen and seconds of training, linear between two tests.
+    """{name: Run} -> images and seconds until each group first has a k-NN accuracy, in percent.
 
-    Means of several runs are compared where each of them had it.
+    Mean times are compared between groups whose runs all have it.
     """
-    lines, means, width = [], {}, max(map(len, groups(runs)))
-    for name, group in groups(runs).items():
-        when = [crossing(*run, top1) for run in group]
-        there = [pair for pair in when if pair]
-        line = f"{name:{width}} k-NN {top1:g}%: {len(there)} of {len(group)} runs"
-        if there:
-            images, seconds = zip(*there)
-            line += f", {in_short(images, ',.0f')} images, {in_short(seconds, ',.0f')} seconds"
-            if all(when) and any(seconds):  # not where random weights had it
+    lines, means, groups = [], {}, group_seeds(runs)
+    width = max(map(len, groups))
+    for name, group in groups.items():
+        crossings = list(filter(None, (find_crossing(*run, top1) for run in group)))
+        line = f"{name:{width}} k-NN {top1:g}%: {len(crossings)} of {len(group)} runs"
+        if crossings:
+            images, seconds = zip(*crossings)
+            line += f", {format_spread(images, ',.0f')} images, {format_spread(seconds, ',.0f')} seconds"
+            if len(crossings) == len(group) and any(seconds):  # 0 where random weights have it
                 means[name] = statistics.mean(seconds)
         lines.append(line)
-    if len(means) > 1:
-        slowest = max(means, key=means.get)
-        lines += [f"{name:{width}} {means[slowest] / mean:.2f} times as fast as {slowest}"
-                  for name, mean in means.items() if name != slowest]
-    return "\n".join(lines)
+    slowest = max(means, key=means.get, default=None)
+    return "\n".join(lines + [f"{name:{width}} {means[slowest] / mean:.2f} times as fast as {slowest}"
+                              for name, mean in means.items() if name != slowest])
 
 
-def crossing(curves, baselines, top1):
-    """(images, seconds) when one run first had a k-NN accuracy; None if it never had."""
-    seconds = dict(zip(*curves.get("seconds", ([], []))))
-    at = {step: (images, seconds[step]) for step, images in zip(*curves.get("images", ([], [])))} | {0: (0.0, 0.0)}
-    tests = [(0, baselines.get("untrained backbone", {}).get("top1", math.nan)), *zip(*curves.get("top1", ([], [])))]
-    for (before, low), (after, high) in zip(tests, tests[1:]):
+def find_crossing(curves, baselines, top1):
+    """(images, seconds) when a run first has a k-NN accuracy, interpolated between evaluations; None if never."""
+    seconds = dict(zip(*curves["seconds"]))
+    at = {0: (0.0, 0.0)} | {step: (images, seconds[step]) for step, images in zip(*curves.get("images", ([], [])))}
+    untrained = baselines.get("untrained backbone", {}).get("knn_top1", math.nan)
+    evaluations = [(0, untrained), *zip(*curves.get("knn_top1", ([], [])))]
+    for (before, low), (after, high) in zip(evaluations, evaluations[1:]):
         if high >= top1 and {before, after} <= at.keys():
-            share = (top1 - low) / (high - low) if low < top1 else 0.0 if low >= top1 else 1.0  # NaN: not tested
+            share = (top1 - low) / (high - low) if low < top1 else 0.0 if low >= top1 else 1.0  # 1: low is NaN
             return tuple(x + share * (y - x) for x, y in zip(at[before], at[after]))
     return None
 
 
+# ---- figure ----
+
 def plot_curves(runs, against="step"):
-    """{name: what read_log gives} -> a matplotlib figure: a panel for each of PANELS, a colour for runs of one kind.
+    """{name: Run} -> a matplotlib figure: a panel for each of PANELS, a color for each group of seeds.
 
     Args:
         against: the horizontal axis, one of AXES.
-
-    Raises:
-        OSError: a log does not say how many images were seen.
     """
     from matplotlib.figure import Figure
 
-    for name, (curves, _) in runs.items():
-        if against not in curves:
-            raise OSError(f"{name}: its log does not say how many {AXES[against]}")
-    figure = Figure(figsize=(12.5, 6), dpi=150, layout="constrained")
-    kinds = list(groups(runs))
-    for axes, (title, names) in zip(figure.subplots(2, 4).flat, PANELS.items()):
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.set_xlabel(AXES[against], fontsize=8)
+    figure, groups = Figure(figsize=(13, 10), dpi=150, layout="constrained"), group_seeds(runs)
+    folder = os.path.commonprefix(list(groups)).rfind(os.sep) + 1
+    names = escape_text(name[folder:] for name in groups)
+    # widths differ, so that both of two equal curves are visible
+    styles = [dict(color=f"C{i % 10}", linewidth=(2.2, 1.2)[i % 2]) for i in range(len(groups))]
+    panels = figure.subplots(3, 3, sharex=True)
+    for axes, ((title, unit), keys) in zip(panels.flat, PANELS.items()):
+        legend, missing = {}, []
+        for name, group, style in zip(names, groups.values(), styles):
+            draw_group(axes, group, keys, against, legend, **style)
+            if not any(key in run.curves for run in group for key in keys):
+                missing.append(name)
+        axes.set_title(title + f"\nnot logged: {', '.join(missing)}" * bool(missing), fontsize=13)
+        axes.set_ylabel(unit, fontsize=12)
+        axes.tick_params(labelsize=11)
         axes.grid(alpha=0.3)
-        shown = {}  # what is in the legend: one line for each kind
-        for run, (curves, baselines) in runs.items():
-            color = f"C{kinds.index(seedless(run)) % 10}"
-            place = dict(zip(*curves[against]))
-            for style, (name, label) in zip(("-", "--", ":"), names.items()):
-                points = [(place[step], value) for step, value in zip(*curves.get(name, ([], []))) if step in place]
-                if points:
-                    dots = "." * (name in ("top1", "linear") or len(points) == 1)
-                    line, = axes.plot(*zip(*points), style, color=color, marker=dots)
-                    shown.setdefault(label, line)
-            for name, style in BASELINES.items():
-                if "top1" in names and "top1" in baselines.get(name, {}):
-                    line = axes.axhline(baselines[name]["top1"], linestyle=style, color=color, linewidth=1)
-                    shown.setdefault(f"k-NN of {name}", line)
+        legend.pop(None, None)
+        if legend:
+            (low, high), rows = axes.get_ylim(), (len(legend) + 1) // 2
+            axes.set_ylim(low, low + (high - low) / (0.95 - 0.09 * rows))  # the legend is above the curves
+            axes.legend(legend.values(), legend, loc="upper center", ncols=2, fontsize=10, handlelength=3)
+            for handle in axes.get_legend().legend_handles:
+                handle.set(color="0.3", linewidth=1.5)  # it explains dashes; colors are explained below the panels
+    for axes in panels[-1]:
         axes.set_xlim(left=0)
-        if shown.keys() - {None}:
-            axes.legend(shown.values(), shown, fontsize=8, framealpha=0.6)
-    names = [name.replace("$", r"\$").encode(errors="replace").decode() for name in kinds]  # "$" begins a formula
-    if len(kinds) > 1:
-        lines = [figure.axes[0].plot([], color=f"C{i % 10}")[0] for i in range(len(kinds))]
-        figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=9)
-    else:
-        figure.suptitle(names[0], fontsize=11)
+        axes.set_xlabel(AXES[against], fontsize=12)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+    lines = [axes.plot([], **style)[0] for style in styles]
+    names = [name + f" ({len(group)} seeds)" * (len(group) > 1) for name, group in zip(names, groups.values())]
+    figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=12)
     return figure
 
 
-if __name__ == "__main__":
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "log.jsonl")
-        records = [dict(step=step, loss=6.2 + 2 / (step + 1) ** 2, data_seconds=0.0, compute_seconds=0.1)
-                   for step in range(200)]
-        log.write_text("\n".join(map(json.dumps, records)))
-        print(format_table({"training": read_log(log)}))
+def draw_group(axes, group, keys, against, legend, **style):
+    """Draw the curves and baselines of a group of runs into a panel, and add a line of each kind to its legend."""
+    for curves, _ in group:
+        x = dict(zip(*curves[against]))
+        for dashes, (key, label) in zip(("-", "--", ":"), keys.items()):
+            points = [(x[step], value) for step, value in zip(*curves.get(key, ([], []))) if step in x]
+            if points:
+                marker = "." if key.endswith("top1") or len(points) == 1 else ""
+                legend.setdefault(label, axes.plot(*zip(*points), dashes, marker=marker, **style)[0])
+    for baseline, (dashes, label) in BASELINES.items() if "knn_top1" in keys else ():
+        values = [run.baselines[baseline]["knn_top1"] for run in group if baseline in run.baselines]
+        if values:
+            legend.setdefault(label, axes.axhline(statistics.mean(values), linestyle=dashes, **style))

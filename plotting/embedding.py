@@ -1,8 +1,8 @@
-"""Many numbers in a plane: features of pictures brought to two dimensions, and drawn there.
+"""Two-dimensional embedding of features: t-SNE or PCA, drawn as a scatter plot and as thumbnails.
 
-    points, method = in_a_plane(features)                         # [M, D] -> [M, 2]: t-SNE, or PCA without scikit-learn
-    scatter(points, labels, names, colors(len(names)), title).savefig("classes.png")
-    thumbnails(points, labels, colors(len(names)), open_picture).save("pictures.png")
+    points, method = embed_2d(features)                         # [M, D] -> [M, 2]: t-SNE, or PCA without scikit-learn
+    plot_scatter(points, labels, names, class_colors(len(names)), title).savefig("scatter.png")
+    plot_thumbnails(points, labels, names, class_colors(len(names)), load_image).save("thumbnails.png")
 
 t-SNE needs scikit-learn, the scatter plot matplotlib.
 """
@@ -11,17 +11,18 @@ import colorsys
 import importlib.util
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from plotting.draw import COLORS
+from plotting.draw import COLORS, escape_text
 
-GREY = (120, 120, 120)  # without a label
+UNLABELED = (120, 120, 120)
+MAX_LEGEND = 40  # classes
 
 
 def principal_components(x, n):
-    """Projections on the n directions in which x varies most: [M, D] -> float64 [M, n].
+    """Projections on the n directions of largest variance: [M, D] -> float64 [M, n].
 
-    The largest entry of each direction is positive, so that the signs do not depend on the machine.
+    The largest entry of each direction is positive, so that signs do not depend on the machine.
     """
     x = x.double() - x.double().mean(dim=0)
     directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -n:].flip(1)  # [D, n]
@@ -30,9 +31,9 @@ def principal_components(x, n):
 
 
 def embed_2d(features, seed=0):
-    """Features [M, D] -> points float64 [M, 2], and by what method: t-SNE of cosines (van der Maaten & Hinton 2008).
+    """Features [M, D] -> points float64 [M, 2] and the method: t-SNE of cosines (van der Maaten & Hinton 2008).
 
-    It is PCA without scikit-learn, and for fewer than eight pictures.
+    The method is PCA without scikit-learn, and for fewer than eight images.
     """
     if len(features) < 8 or not importlib.util.find_spec("sklearn"):
         return principal_components(features, 2), "PCA"
@@ -43,60 +44,61 @@ def embed_2d(features, seed=0):
 
 
 def class_colors(count):
-    """Colours of so many classes, as RGB from 0 to 255."""
+    """Distinct colors, RGB from 0 to 255."""
     if count <= len(COLORS):
         return COLORS[:count]
     hues = ((i / count, (0.9, 0.6)[i % 2], (0.85, 0.65)[i // 2 % 2]) for i in range(count))
     return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(*hue)) for hue in hues]
 
 
-def plot_scatter(points, labels, names, class_colors, title):
-    """Points [M, 2] in the colour of their label [M], -1 for none: a matplotlib figure."""
+def legend_entries(labels, names, colors):
+    """(label, name, color) of what a legend lists: each class, and "no label" (-1) if it occurs; none if too many."""
+    entries = list(zip(range(len(names)), names, colors)) if len(names) <= MAX_LEGEND else []
+    return entries + [(-1, "no label", UNLABELED)] * bool((labels < 0).any())
+
+
+def plot_scatter(points, labels, names, colors, title):
+    """Points [M, 2] in the color of their label, [M], -1 for none: a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    axes.set(title=title, xticks=[], yticks=[])
+    axes.set_title(title, fontsize=14)
+    axes.set(xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
-    for label, color in enumerate([GREY, *class_colors], start=-1):
-        x, y = points[labels == label].T
-        axes.scatter(x, y, s=14, color=[channel / 255 for channel in color], linewidths=0)
-    if 0 < len(names) <= 40:
-        names = [name.replace("$", r"\$").encode(errors="replace").decode() for name in names]  # "$" begins a formula
-        figure.legend(axes.collections[1:], names, loc="outside right upper", fontsize=9, markerscale=2, frameon=False)
+    dots = {}
+    for label, color in enumerate([UNLABELED, *colors], start=-1):
+        rgb = [channel / 255 for channel in color]
+        dots[label] = axes.scatter(*points[labels == label].T, s=14, color=rgb, linewidths=0)
+    if entries := legend_entries(labels, names, colors):
+        figure.legend([dots[label] for label, _, _ in entries], escape_text([name for _, name, _ in entries]),
+                      loc="outside right upper", fontsize=12, markerscale=2, frameon=False)
     return figure
 
 
-def plot_thumbnails(points, labels, class_colors, open_picture, side=1200, cell=48):
-    """Pictures at their points, framed in the colour of their label; where several meet the one in the middle.
+def plot_thumbnails(points, labels, names, colors, load_image, side=1200, cell=48):
+    """Images at their points, framed in the color of their label; in each grid cell the image nearest to its center.
 
     Args:
         points: [M, 2].
         labels: [M], -1 for none.
-        colors: RGB of each label.
-        open_picture: number of a point -> PIL image.
-        side, cell: pixels of the result and of a picture in it.
+        names, colors: name and RGB color of each class.
+        load_image: index of a point -> PIL image.
+        side, cell: pixels of the grid and of an image in it.
     """
     low, high = points.amin(dim=0), points.amax(dim=0)
     places = ((points - (low + high) / 2) / (high - low).max().clamp(min=1e-12) + 0.5) * (side // cell - 1)  # in cells
     nearest = {}
-    for i, (place, off) in enumerate(zip(places.round().int().tolist(), (places - places.round()).norm(dim=1))):
-        if tuple(place) not in nearest or off < nearest[tuple(place)][0]:
-            nearest[tuple(place)] = off, i
-    sheet = Image.new("RGB", (side, side), "white")
-    for (x, y), (_, i) in nearest.items():
-        picture = ImageOps.fit(open_picture(i), (cell - 8, cell - 8))
-        framed = ImageOps.expand(picture, 3, class_colors[labels[i]] if labels[i] >= 0 else GREY)
-        sheet.paste(framed, (x * cell + 1, side - (y + 1) * cell + 1))  # upwards, as in the plot
+    for i in (places - places.round()).norm(dim=1).argsort(stable=True).tolist():
+        nearest.setdefault(tuple(places[i].round().int().tolist()), i)
+    entries = legend_entries(labels, names, colors)
+    sheet = Image.new("RGB", (side + 200 * bool(entries), side), "white")
+    for (x, y), i in nearest.items():
+        image = ImageOps.fit(load_image(i), (cell - 8, cell - 8))
+        framed = ImageOps.expand(image, 3, tuple(colors[labels[i]]) if labels[i] >= 0 else UNLABELED)
+        sheet.paste(framed, (x * cell + 1, side - (y + 1) * cell + 1))  # y points up, as in the scatter plot
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    for top, (_, name, color) in zip(range(8, side, 28), entries):
+        draw.rectangle([side + 12, top + 4, side + 28, top + 20], tuple(color))
+        draw.text((side + 36, top), name, "black", font)
     return sheet
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    features = torch.cat([torch.randn(50, 16) + 4 * torch.randn(16) for _ in range(3)])
-    labels = torch.arange(150) // 50
-    points, method = embed_2d(features)
-    nearest = torch.cdist(points, points).fill_diagonal_(torch.inf).argmin(dim=1)
-    print(f"{method} of 150 points in three classes: the nearest is of the same class for "
-          f"{(labels[nearest] == labels).double().mean():.0%}")
-    print("picture:", plot_thumbnails(points, labels, COLORS, lambda i: Image.new("RGB", (32, 32))).size)

@@ -1,61 +1,69 @@
-"""A contact sheet: pictures with captions, row by row.
+"""Contact sheet: images with captions in a grid.
 
-    contact_sheet([(image, "query"), (other, "0.873  dog.jpg")]).save("sheet.png")
+    contact_sheet([(image, "query"), (other, "0.873  dog.jpg")], legend="cosine similarity").save("sheet.png")
 
-This file needs Pillow and nothing else.
+This file needs Pillow only.
 """
 
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 8  # pixels
+EMPTY = Image.new("RGB", (0, 0))
 
 
-def contact_sheet(pictures, columns=6, side=180):
-    """RGB images with captions -> one RGB image.
+def contact_sheet(cells, columns=6, side=180, legend=""):
+    """Images with captions -> one RGB image.
 
     Args:
-        pictures: (PIL image, text) each, or None for an empty place; an image is made smaller to fit into side x side
-            pixels, never larger, and a text is cut to that width. Rows are as high as their highest picture.
+        cells: (PIL image, caption) each, or None for an empty cell, row by row. An image is shrunk to fit into side x
+            side pixels, never enlarged; a caption is wrapped to that width.
+        legend: text below all rows.
     """
-    font = ImageFont.load_default(max(12, side // 20))
-    columns = min(columns, len(pictures))
-    rows = [[picture and (fitted(picture[0], side), picture[1]) for picture in pictures[first:first + columns]]
-            for first in range(0, len(pictures), columns)]
-    heights = [max((picture[0].height for picture in row if picture), default=0) for row in rows]
-    below = 2 * int(font.size)
-    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, sum(heights) + len(rows) * (below + GAP) + GAP), "white")
-    draw, top = ImageDraw.Draw(sheet), GAP
+    font = ImageFont.load_default(max(14, side // 16))
+    columns = min(columns, len(cells))
+    width = columns * (side + GAP) + GAP
+    tiles = [add_caption(shrink_to_fit(cell[0], side), cell[1], side, font) if cell else EMPTY for cell in cells]
+    rows = [tiles[first:first + columns] for first in range(0, len(tiles), columns)]
+    rows += [[add_caption(EMPTY, legend, width - 2 * GAP, font)]] if legend else []
+    heights = [max(tile.height for tile in row) + GAP for row in rows]
+    sheet, top = Image.new("RGB", (width, GAP + sum(heights)), "white"), GAP
     for row, height in zip(rows, heights):
-        for left, picture in zip(range(GAP, sheet.width, side + GAP), row):
-            if picture:
-                image, caption = picture
-                sheet.paste(image, (left, top))
-                draw.text((left, top + height + 4), cut(caption, font, side), "black", font)
-        top += height + below + GAP
+        for i, tile in enumerate(row):
+            sheet.paste(tile, (GAP + i * (side + GAP), top))
+        top += height
     return sheet
 
 
 def cell_side(width, columns):
-    """Side of the pictures in a sheet of so many pixels and columns."""
+    """Largest side of the images in a sheet of so many pixels and columns."""
     return (width - GAP) // columns - GAP
 
 
-def fitted(image, side):
+def shrink_to_fit(image, side):
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
-def cut(caption, font, width):
-    """A caption in one line of at most `width` pixels."""
-    caption = " ".join(caption.split())
-    if font.getlength(caption) > width:
-        while caption and font.getlength(caption + "…") > width:
-            caption = caption[:-1]
-        caption += "…"
-    return caption
+def add_caption(image, caption, width, font):
+    """The image with its caption below, `width` pixels wide."""
+    lines, line_height = wrap_text(caption, font, width), round(1.3 * font.size)
+    tile = Image.new("RGB", (width, image.height + 2 + len(lines) * line_height), "white")
+    tile.paste(image)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(tile).text((0, image.height + 2 + i * line_height), line, "black", font)
+    return tile
 
 
-if __name__ == "__main__":
-    pictures = [(Image.new("RGB", (60 * i + 60, 90), color), color) for i, color in enumerate(("red", "green", "blue"))]
-    print("three pictures in two columns:", contact_sheet(pictures, columns=2).size)
+def wrap_text(text, font, width):
+    """Lines of at most `width` pixels; a longer word is cut."""
+    lines = [""]
+    for word in text.split():
+        while font.getlength(word) > width:
+            word = word[:-2] + "…"
+        line = f"{lines[-1]} {word}".strip()
+        if font.getlength(line) <= width:
+            lines[-1] = line
+        else:
+            lines.append(word)
+    return lines
