@@ -54,7 +54,7 @@ def read_log(path):
                 before, step_time, data_time = step, record["step_time"], record["data_time"]
                 step = record["step"] + 1
                 seconds += (step - before) * step_time
-                record |= dict(seconds=seconds, data_percent=100 * data_time / step_time,
+                record |= dict(step=step, seconds=seconds, data_percent=100 * data_time / step_time,
                                images=step * step_time * record["images_per_sec"])
         except (ValueError, KeyError, TypeError):
             continue

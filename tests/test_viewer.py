@@ -1,4 +1,4 @@
-"""viewer.html in Chromium: what it shows is what ONNX Runtime and Pillow give."""
+"""docs/viewer.html in Chromium: pixels equal those of Pillow, outputs those of ONNX Runtime."""
 
 import base64
 import functools
@@ -21,16 +21,17 @@ from evaluation.masks import threshold_attention
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 
 
-def missing(what):
+def skip_without(what):
     (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is missing")
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
@@ -40,9 +41,9 @@ def browser():
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        missing("playwright")
+        skip_without("playwright")
     if not CHROMIUM:
-        missing("Chromium")
+        skip_without("Chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -51,12 +52,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def serve():
-    """serve(folder): its address, with viewer.html in it."""
+    """serve(folder): the address of a copy of docs/viewer.html in it."""
     servers = []
 
     def serve(folder):
         shutil.copy(ROOT / "docs" / "viewer.html", folder)
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)))
+        handler = functools.partial(QuietHandler, directory=folder)
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/viewer.html"
 
@@ -69,7 +71,7 @@ def serve():
 @pytest.fixture(scope="module")
 def address(serve, tmp_path_factory):
     if not (ROOT / "node_modules" / "onnxruntime-web").is_dir():
-        missing("node_modules/onnxruntime-web (npm install --no-save onnxruntime-web)")
+        skip_without("node_modules/onnxruntime-web (npm install --no-save onnxruntime-web)")
     folder = tmp_path_factory.mktemp("page")
     (folder / "node_modules").symlink_to(ROOT / "node_modules")
     return serve(folder)
@@ -79,38 +81,38 @@ def address(serve, tmp_path_factory):
 def page(browser, address):
     page = browser.new_page(viewport=dict(width=1000, height=800))
     page.set_default_timeout(20_000)
-    faults = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
     yield page
     page.close()
-    assert not faults
+    assert not errors
 
 
-def make(model, *flags):
+def export_onnx(model, *flags):
     export.main(export.parse_args(["--ckpt", str(model[1]), *flags]))
     return model[1].with_suffix(".onnx")
 
 
-def photograph(scene, path, size, **options):
-    """A picture without repeats, smooth and sharp by turns."""
-    picture = scene.resize(size, Image.Resampling.BICUBIC)
-    picture.paste(scene, (size[0] // 3, size[1] // 4))
-    picture.save(path, **options)
+def save_image(scene, path, size, **options):
+    """An image without repeats, with smooth and sharp parts."""
+    image = scene.resize(size, Image.Resampling.BICUBIC)
+    image.paste(scene, (size[0] // 3, size[1] // 4))
+    image.save(path, **options)
     return path
 
 
-def shown(page, **files):
-    """What the page has computed of model and picture, as numpy arrays."""
+def load(page, **files):
+    """Give the page a model or an image; its result, as numpy arrays."""
     page.evaluate("window.result = undefined")
     for kind, path in files.items():
         page.set_input_files(f"#{kind}", path)
     page.wait_for_function("window.result || document.querySelector('#error').textContent")
     assert page.inner_text("#error") == ""
-    return current(page)
+    return read_result(page)
 
 
-def current(page):
+def read_result(page):
     """The page's result; arrays travel as base64, which is much faster than as numbers."""
     result = page.evaluate("""() => {
         const text = view => Array.from(new Uint8Array(view.buffer, view.byteOffset, view.byteLength),
@@ -125,15 +127,16 @@ def current(page):
 
 
 def expected(file, path):
+    """View, features and attention by infer.py."""
     session, about = infer.open_model(str(file))
     with Image.open(path) as image:
-        picture = infer.prepare(image, about)
-    features, attention = infer.infer(session, about, picture)
-    return np.asarray(picture), features, attention
+        view = infer.prepare(image, about)
+    features, attention = infer.infer(session, about, view)
+    return np.asarray(view), features, attention
 
 
-def drawn(page, index):
-    """Colours and transparency of the index-th canvas, [rows, cols, 4]."""
+def read_canvas(page, index):
+    """RGBA of the index-th canvas, [rows, cols, 4]."""
     width, height, values = page.evaluate("""index => {
         const canvas = document.querySelectorAll('canvas')[index], {width, height} = canvas;
         return [width, height, [...canvas.getContext('2d').getImageData(0, 0, width, height).data]]}""", index)
@@ -146,11 +149,11 @@ def drawn(page, index):
     (["--normalize", "nhwc", "--dynamic", "size", "--heads", "mean"], (97, 61)),
     (["--normalize", "nchw", "--dynamic", "none", "--batch_size", "2"], (97, 61)),
     (["--dynamic", "size", "--precision", "fp16"], (64, 40))])
-def test_the_page_computes_what_onnxruntime_does(page, model, scene, tmp_path, flags, size):
-    file = make(model, "--patch_tokens", *flags)
-    path = photograph(scene, tmp_path / "scene.png", size)
+def test_results_equal_those_of_onnxruntime(page, model, scene, tmp_path, flags, size):
+    file = export_onnx(model, "--patch_tokens", *flags)
+    path = save_image(scene, tmp_path / "scene.png", size)
     pixels, features, attention = expected(file, path)
-    result = shown(page, model=file, picture=path)
+    result = load(page, model=file, image=path)
     assert np.array_equal(result["pixels"], pixels)
     assert result["dims"] == list(attention.shape)
     half = "fp16" in flags
@@ -159,79 +162,79 @@ def test_the_page_computes_what_onnxruntime_does(page, model, scene, tmp_path, f
     assert "teacher.onnx" in page.inner_text("#status") and "scene.png" in page.inner_text("#status")
 
 
-def test_a_large_picture_is_made_smaller(page, scene, tmp_path):
+def test_large_images_are_downsampled(page, scene, tmp_path):
     network = VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1)
     path = tmp_path / "one.safetensors"
     save_model(path, network.state_dict(), dict(
         backbone=dict(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1)))
-    file = make((network, path), "--dynamic", "size")
-    picture = photograph(scene, tmp_path / "large.png", (1400, 1001))
-    pixels, _, attention = expected(file, picture)
-    result = shown(page, model=file, picture=picture)
+    file = export_onnx((network, path), "--dynamic", "size")
+    image = save_image(scene, tmp_path / "large.png", (1400, 1001))
+    pixels, _, attention = expected(file, image)
+    result = load(page, model=file, image=image)
     assert pixels.shape == (432, 600, 3) and np.array_equal(result["pixels"], pixels)
     np.testing.assert_allclose(result["attention"], attention, atol=1e-5)
     assert page.locator("#small .name").all_inner_texts() == ["head 1"]
 
 
-def test_pictures_are_read_as_pillow_reads_them(page, model, scene, tmp_path):
-    file, turned, clear = make(model, "--dynamic", "size"), Image.Exif(), scene.convert("RGBA")
+def test_images_are_decoded_as_by_pillow(page, model, scene, tmp_path):
+    file, turned, clear = export_onnx(model, "--dynamic", "size"), Image.Exif(), scene.convert("RGBA")
     turned[0x0112] = 6  # a quarter turn
     clear.putalpha(scene.convert("L"))
-    shown(page, model=file, picture=photograph(scene, tmp_path / "scene.png", (64, 48)))
-    for name, picture, most, options in (
+    load(page, model=file, image=save_image(scene, tmp_path / "scene.png", (64, 48)))
+    for name, image, most, options in (
             ("photo.jpg", scene, 2, dict(quality=90)), ("turned.jpg", scene, 2, dict(quality=90, exif=turned)),
-            ("photo.webp", scene, 2, dict(quality=90)), ("grey.png", scene.convert("L"), 0, {}),
+            ("photo.webp", scene, 2, dict(quality=90)), ("gray.png", scene.convert("L"), 0, {}),
             ("palette.png", scene.convert("P"), 0, {}), ("clear.png", clear, 1, {})):
-        picture.save(tmp_path / name, **options)
+        image.save(tmp_path / name, **options)
         pixels = expected(file, tmp_path / name)[0]
-        result = shown(page, picture=tmp_path / name)
+        result = load(page, image=tmp_path / name)
         assert result["pixels"].shape == pixels.shape == ((96, 56, 3) if name == "turned.jpg" else (56, 96, 3))
         assert np.abs(result["pixels"].astype(int) - pixels).max() <= most, name
 
 
 def test_maps_and_similarities(page, model, scene, tmp_path):
-    file = make(model, "--dynamic", "size", "--patch_tokens")
-    path = photograph(scene, tmp_path / "scene.png", (96, 56))
-    result = shown(page, model=file, picture=path)
+    file = export_onnx(model, "--dynamic", "size", "--patch_tokens")
+    path = save_image(scene, tmp_path / "scene.png", (96, 56))
+    result = load(page, model=file, image=path)
     session, about = infer.open_model(str(file))
     image = (result["pixels"] / 255 - about["mean"]) / about["std"]
     tokens = session.run(["patch_tokens"], {"image": image.transpose(2, 0, 1)[None].astype("float32")})[0][0]
     tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
     maps = [result["attention"].mean(axis=0), *result["attention"]]
     assert page.locator("canvas").count() == 2 + len(maps)
-    assert np.array_equal(drawn(page, 0)[:, :, :3], result["pixels"])
+    assert np.array_equal(read_canvas(page, 0)[:, :, :3], result["pixels"])
     for i, values in enumerate(maps):
-        colours = drawn(page, 2 + i)
-        assert colours.shape == (7, 12, 4) and colours[:, :, 3].min() == 255
+        colors = read_canvas(page, 2 + i)
+        assert colors.shape == (7, 12, 4) and colors[:, :, 3].min() == 255
         brightest = np.unravel_index(values.argmax(), values.shape)
-        assert tuple(colours[brightest]) == (252, 255, 164, 255)
-        assert np.corrcoef(colours[:, :, :3].sum(axis=2).ravel(), values.ravel())[0, 1] > 0.9
+        assert tuple(colors[brightest]) == (252, 255, 164, 255)
+        assert np.corrcoef(colors[:, :, :3].sum(axis=2).ravel(), values.ravel())[0, 1] > 0.9
     names = page.locator(".name").all_inner_texts()
     assert names[2:] == ["mean of heads", "head 1", "head 2", "head 3", "head 4"]
     scales = page.locator("#small .scale").all_inner_texts()
     assert [float(text.split()[-1]) for text in scales] == pytest.approx([m.max() for m in maps], rel=6e-3)
 
-    def hold(row, col, moved):
+    def check_marked(row, col, moved):
         index = int(row * 12 + col)
         page.wait_for_function("index => result.marked === index", arg=index)
         cosines = tokens @ tokens[index]
-        np.testing.assert_allclose(current(page)["similarity"], cosines, atol=1e-5, err_msg=moved)
+        np.testing.assert_allclose(read_result(page)["similarity"], cosines, atol=1e-5, err_msg=moved)
         heres = page.locator("#small .here").all_inner_texts()
         assert [float(text.split()[-1]) for text in heres] == pytest.approx([m[row, col] for m in maps], rel=6e-3)
-        red, _, blue = drawn(page, 1)[:, :, :3].reshape(-1, 3).astype(int).T
+        red, _, blue = read_canvas(page, 1)[:, :, :3].reshape(-1, 3).astype(int).T
         assert ((red > blue) == (cosines > 0))[np.abs(cosines) > 0.05].all() and (cosines < -0.05).any()
 
     strongest = np.unravel_index(maps[0].argmax(), maps[0].shape)
-    hold(*strongest, "at first")
-    for canvas, row, col in ((0, 4, 9), (1, 6, 11), (4, 0, 2)):  # of the picture, the similarities and a head
+    check_marked(*strongest, "at first")
+    for canvas, row, col in ((0, 4, 9), (1, 6, 11), (4, 0, 2)):  # image, similarities and a head
         place = page.locator("canvas").nth(canvas)
         box = place.bounding_box()
         place.hover(position=dict(x=(col + 0.5) / 12 * box["width"], y=(row + 0.5) / 7 * box["height"]))
-        hold(row, col, "by the pointer")
+        check_marked(row, col, "by the pointer")
     place = page.locator("canvas").first
-    for key in ("ArrowUp", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowLeft"):  # the first leads out of the picture
+    for key in ("ArrowUp", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowLeft"):  # the first would leave the image
         place.press(key)
-    hold(1, 3, "by keys")
+    check_marked(1, 3, "by keys")
     mark, box = page.locator(".mark").first.bounding_box(), place.bounding_box()
     assert mark["x"] - box["x"] == pytest.approx(3 / 12 * box["width"], abs=1)
     assert mark["y"] - box["y"] == pytest.approx(1 / 7 * box["height"], abs=1)
@@ -239,26 +242,26 @@ def test_maps_and_similarities(page, model, scene, tmp_path):
     page.locator("#mass").fill("0.6")
     for i, values in enumerate(maps):
         kept = threshold_attention(torch.from_numpy(values.ravel()), 0.6).reshape(values.shape).numpy()
-        assert np.array_equal(drawn(page, 2 + i)[:, :, 3] == 255, kept) and 0 < kept.sum() < kept.size
+        assert np.array_equal(read_canvas(page, 2 + i)[:, :, 3] == 255, kept) and 0 < kept.sum() < kept.size
 
 
-def test_a_new_model_and_a_new_picture_replace_the_old(page, model, scene, tmp_path):
-    first = photograph(scene, tmp_path / "a.png", (64, 48))
-    second = photograph(scene, tmp_path / "b.png", (40, 72))
-    file = make(model, "--dynamic", "size")
-    page.set_input_files("#picture", first)
-    page.get_by_text("a.png is here; now a model.").wait_for()
-    assert shown(page, model=file)["dims"] == [4, 6, 8]
+def test_a_new_model_and_a_new_image_replace_the_old(page, model, scene, tmp_path):
+    first = save_image(scene, tmp_path / "a.png", (64, 48))
+    second = save_image(scene, tmp_path / "b.png", (40, 72))
+    file = export_onnx(model, "--dynamic", "size")
+    page.set_input_files("#image", first)
+    page.get_by_text("a.png is loaded; choose a model.").wait_for()
+    assert load(page, model=file)["dims"] == [4, 6, 8]
     assert "export with --patch_tokens" in page.inner_text("#hint") and page.locator("#large canvas").count() == 1
-    assert shown(page, picture=second)["dims"] == [4, 9, 5]
-    make(model, "--heads", "mean", "--patch_tokens")
-    assert shown(page, model=file)["dims"] == [4, 4]
+    assert load(page, image=second)["dims"] == [4, 9, 5]
+    export_onnx(model, "--heads", "mean", "--patch_tokens")
+    assert load(page, model=file)["dims"] == [4, 4]
     assert page.locator("#small .name").all_inner_texts() == ["mean of heads"]
     assert "--patch_tokens" not in page.inner_text("#hint") and page.locator("#large canvas").count() == 2
 
 
-def test_files_are_dropped(page, model, scene, tmp_path):
-    file, path = make(model), photograph(scene, tmp_path / "scene.png", (64, 48))
+def test_files_can_be_dropped(page, model, scene, tmp_path):
+    file, path = export_onnx(model), save_image(scene, tmp_path / "scene.png", (64, 48))
     files = [[p.name, p.read_bytes().decode("latin1")] for p in (path, file)]
     assert page.evaluate("""files => {
         const data = new DataTransfer();
@@ -266,11 +269,11 @@ def test_files_are_dropped(page, model, scene, tmp_path):
         const drop = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});
         return !document.body.dispatchEvent(drop)}""", files), "the browser would open them"
     page.wait_for_function("window.result")
-    np.testing.assert_allclose(current(page)["attention"], expected(file, path)[2], atol=1e-5)
+    np.testing.assert_allclose(read_result(page)["attention"], expected(file, path)[2], atol=1e-5)
 
 
-def test_what_cannot_be_used_is_named_and_the_page_goes_on(page, model, scene, tmp_path):
-    good, picture = make(model, "--dynamic", "size"), photograph(scene, tmp_path / "scene.png", (64, 48))
+def test_errors_name_the_file_and_the_page_keeps_working(page, model, scene, tmp_path):
+    good, image = export_onnx(model, "--dynamic", "size"), save_image(scene, tmp_path / "scene.png", (64, 48))
     bare = onnx.load(good)
     del bare.metadata_props[:]
     onnx.save(bare, tmp_path / "bare.onnx")
@@ -282,41 +285,41 @@ def test_what_cannot_be_used_is_named_and_the_page_goes_on(page, model, scene, t
     onnx.save(other, tmp_path / "other.onnx")
     (tmp_path / "text.onnx").write_text("a text of some length\n" * 50)
     (tmp_path / "cut.onnx").write_bytes(good.read_bytes()[:5000])
-    (tmp_path / "text.png").write_text("no picture")
-    photograph(scene, tmp_path / "small.png", (7, 30))
-    shown(page, model=good, picture=picture)
-    bad = [("model", name, "not an ONNX file of export.py: its metadata does not say what it takes")
+    (tmp_path / "text.png").write_text("not an image")
+    save_image(scene, tmp_path / "small.png", (7, 30))
+    load(page, model=good, image=image)
+    bad = [("model", name, "not an ONNX file of export.py: its metadata is missing")
            for name in ("bare.onnx", "text.onnx", "cut.onnx")]
     bad += [("model", "unknown.onnx", "Nothing"), ("model", "other.onnx", "other channels than red, green and blue"),
-            ("picture", "text.png", "not a picture that this browser can read"),
-            ("picture", "small.png", "7 x 30 pixels are less than a patch, 8 x 8")]
+            ("image", "text.png", "not an image that this browser can decode"),
+            ("image", "small.png", "7 x 30 pixels are less than a patch, 8 x 8")]
     for kind, name, words in bad:
         page.set_input_files(f"#{kind}", tmp_path / name)
         page.locator("#error", has_text=name).wait_for()
         error = page.inner_text("#error")
         assert error.startswith(f"{name}: ") and words in error and "\n" not in error
-        said = "teacher.onnx is here; now a picture." if name == "small.png" else "on scene.png: 64 x 48 pixels"
-        assert said in page.inner_text("#status")
-    result = shown(page, model=good, picture=picture)
-    np.testing.assert_allclose(result["attention"], expected(good, picture)[2], atol=1e-5)
+        status = "teacher.onnx is loaded; choose an image." if name == "small.png" else "on scene.png: 64 x 48 pixels"
+        assert status in page.inner_text("#status")
+    result = load(page, model=good, image=image)
+    np.testing.assert_allclose(result["attention"], expected(good, image)[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("served, words", [
     (True, "onnxruntime-web is not beside it"), (False, "do not run it from a file")])
-def test_without_its_runtime_the_page_says_what_to_run(browser, serve, tmp_path, scene, served, words):
+def test_a_missing_runtime_is_explained(browser, serve, tmp_path, scene, served, words):
     address = serve(tmp_path)
     page = browser.new_page()
     page.goto(address if served else (tmp_path / "viewer.html").as_uri())
     for _ in range(2):
         page.locator("#error", has_text="npm install --no-save onnxruntime-web and python -m http.server").wait_for()
         assert words in page.inner_text("#error")
-        page.set_input_files("#picture", photograph(scene, tmp_path / "scene.png", (64, 48)))
+        page.set_input_files("#image", save_image(scene, tmp_path / "scene.png", (64, 48)))
     page.close()
 
 
-def test_nothing_is_wider_than_the_window(page, model, scene, tmp_path):
-    path = photograph(scene, tmp_path / ("a_rather_long_name_without_any_space_in_it" * 2 + ".png"), (64, 48))
-    shown(page, model=make(model, "--patch_tokens"), picture=path)
+def test_the_layout_fits_the_window(page, model, scene, tmp_path):
+    path = save_image(scene, tmp_path / ("a_rather_long_name_without_any_space_in_it" * 2 + ".png"), (64, 48))
+    load(page, model=export_onnx(model, "--patch_tokens"), image=path)
     for width in (1000, 400):
         page.set_viewport_size(dict(width=width, height=800))
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -324,9 +327,9 @@ def test_nothing_is_wider_than_the_window(page, model, scene, tmp_path):
         assert page.evaluate(wide + ".map(e => e.textContent)") == []
 
 
-def test_half_precision_needs_a_browser_that_has_it(page, model, scene, tmp_path):
-    page.set_input_files("#picture", photograph(scene, tmp_path / "scene.png", (64, 48)))
+def test_half_precision_in_a_browser_without_float16(page, model, scene, tmp_path):
+    page.set_input_files("#image", save_image(scene, tmp_path / "scene.png", (64, 48)))
     page.evaluate("delete globalThis.Float16Array")
-    page.set_input_files("#model", make(model, "--precision", "fp16"))
-    page.locator("#error", has_text="teacher.onnx: takes float16, which this browser does not have").wait_for()
-    assert shown(page, model=make(model, "--precision", "mixed"))["dims"] == [4, 4, 4]
+    page.set_input_files("#model", export_onnx(model, "--precision", "fp16"))
+    page.locator("#error", has_text="teacher.onnx: takes float16, which this browser lacks").wait_for()
+    assert load(page, model=export_onnx(model, "--precision", "mixed"))["dims"] == [4, 4, 4]

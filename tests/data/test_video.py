@@ -10,13 +10,13 @@ from data.video import VideoWriter, open_video
 
 
 def frame(i, size=(64, 48)):
-    """A bar that moves to the right."""
+    """Frame i of a bar that moves to the right."""
     image = Image.new("RGB", size, (30, 60, 90))
     ImageDraw.Draw(image).rectangle([4 * i, 0, 4 * i + 8, size[1]], fill=(220, 200, 40))
     return image
 
 
-def written(path, count=12, size=(64, 48), rate=Fraction(30000, 1001)):
+def write_video(path, count=12, size=(64, 48), rate=Fraction(30000, 1001)):
     with VideoWriter(path, rate) as writer:
         for i in range(count):
             writer.write(f"{i:03}.jpg", frame(i, size))
@@ -24,10 +24,10 @@ def written(path, count=12, size=(64, 48), rate=Fraction(30000, 1001)):
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".mov", ".mkv", ".webm"])
-def test_a_video_is_read_as_it_was_written(tmp_path, ending):
-    clip = open_video(written(tmp_path / f"clip{ending}"))
-    assert abs(clip.rate - Fraction(30000, 1001)) < 0.01 and clip.count in (12, None, 11, 13)
-    found = list(clip.frames)
+def test_round_trip_through_a_file(tmp_path, ending):
+    video = open_video(write_video(tmp_path / f"clip{ending}"))
+    assert abs(video.rate - Fraction(30000, 1001)) < 0.01 and video.count in (12, None, 11, 13)
+    found = list(video.frames)
     assert [name for name, _ in found] == [f"{i:06}" for i in range(12)]
     for i, (_, image) in enumerate(found):
         assert image.size == (64, 48)
@@ -40,10 +40,10 @@ def test_odd_sizes_and_frames_of_another_size(tmp_path):
         writer.write("b", frame(0, (130, 49)))
     (_, first), (_, second) = open_video(tmp_path / "clip.mp4").frames
     assert first.size == second.size == (64, 48)
-    assert np.asarray(second)[0].mean() < 40 < np.asarray(second)[24].mean()  # the wide one lies between two bars
+    assert np.asarray(second)[0].mean() < 40 < np.asarray(second)[24].mean()  # the wide one is padded above and below
 
 
-def test_what_was_written_before_an_error_can_be_played(tmp_path):
+def test_a_file_can_be_played_after_an_error(tmp_path):
     with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "clip.mp4", 25) as writer:
         for i in range(5):
             writer.write(str(i), frame(i))
@@ -51,15 +51,15 @@ def test_what_was_written_before_an_error_can_be_played(tmp_path):
     assert len(list(open_video(tmp_path / "clip.mp4").frames)) == 5
 
 
-def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
+def test_frames_of_a_folder_are_in_numeric_order(tmp_path):
     for i in (1, 2, 10, 9):
         frame(i).save(tmp_path / f"shot_{i}.png")
-    (tmp_path / "shot_3.png").write_bytes(b"no picture")
-    (tmp_path / "notes.txt").write_text("no frame")
-    (tmp_path / ".hidden.png").write_bytes(b"no frame")
-    clip = open_video(tmp_path)
-    assert clip.rate is None and clip.count == 5
-    found = dict(clip.frames)
+    (tmp_path / "shot_3.png").write_bytes(b"not an image")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    (tmp_path / ".hidden.png").write_bytes(b"not a frame")
+    video = open_video(tmp_path)
+    assert video.rate is None and video.count == 5
+    found = dict(video.frames)
     assert list(found) == [f"shot_{i}.png" for i in (1, 2, 3, 9, 10)]
     assert "shot_3.png: cannot identify" in found.pop("shot_3.png")
     with VideoWriter(tmp_path / "out", 25) as writer:
@@ -67,52 +67,51 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
             writer.write(name, image)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"shot_{i}.png" for i in (1, 10, 2, 9)]
     assert np.array_equal(Image.open(tmp_path / "out" / "shot_9.png"), frame(9))
-    (tmp_path / "v1.5").mkdir()  # a folder that is there, whatever its name ends with
+    (tmp_path / "v1.5").mkdir()  # an existing folder, whatever its suffix
     with VideoWriter(tmp_path / "v1.5", 25) as writer:
-        for name in ("a.jpg", "a.png"):
-            writer.write(name, frame(1))
-    assert sorted(path.name for path in (tmp_path / "v1.5").iterdir()) == ["a.png", "a.png.png"]
+        writer.write("a.jpg", frame(1))
+    assert [path.name for path in (tmp_path / "v1.5").iterdir()] == ["a.png"]
 
 
-def test_a_turned_video_is_turned_back(tmp_path):
-    written(tmp_path / "clip.mp4", 2)
+def test_rotated_videos_are_upright(tmp_path):
+    write_video(tmp_path / "clip.mp4", 2)
     data = bytearray((tmp_path / "clip.mp4").read_bytes())
     identity = b"".join(x.to_bytes(4, "big") for x in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
-    turned = b"".join(x.to_bytes(4, "big", signed=True) for x in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30))
+    rotated = b"".join(x.to_bytes(4, "big", signed=True) for x in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30))
     place = data.index(identity, data.index(b"tkhd"))  # of the track, as phones write it
-    data[place:place + 36] = turned
-    (tmp_path / "turned.mp4").write_bytes(data)
-    for _, image in open_video(tmp_path / "turned.mp4").frames:
+    data[place:place + 36] = rotated
+    (tmp_path / "rotated.mp4").write_bytes(data)
+    for _, image in open_video(tmp_path / "rotated.mp4").frames:
         assert image.size == (48, 64)
     clockwise = np.asarray(frame(1).rotate(-90, expand=True), int)  # what such a matrix asks for
     assert np.abs(np.asarray(image, int) - clockwise).mean() < 6
 
 
-def test_damaged_parts_are_named_and_the_others_shown(tmp_path):
-    data = bytearray(written(tmp_path / "clip.mp4", 200, (320, 240)).read_bytes())
+def test_corrupt_parts_are_reported_and_skipped(tmp_path):
+    data = bytearray(write_video(tmp_path / "clip.mp4", 200, (320, 240)).read_bytes())
     start = data.index(b"mdat")
     for place in range(start + 3000, start + 3400):
         data[place] ^= 0xA5
-    (tmp_path / "damaged.mp4").write_bytes(data)
-    found = [item for _, item in open_video(tmp_path / "damaged.mp4").frames]
+    (tmp_path / "corrupt.mp4").write_bytes(data)
+    found = [item for _, item in open_video(tmp_path / "corrupt.mp4").frames]
     messages = [item for item in found if isinstance(item, str)]
-    assert messages and "damaged.mp4, after " in messages[0] and "Invalid data" in messages[0]
+    assert messages and "corrupt.mp4, after " in messages[0] and "Invalid data" in messages[0]
     assert len(found) - len(messages) >= 100
 
 
-def test_what_is_no_video(tmp_path):
+def test_errors_of_paths_and_sizes(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "text.mp4").write_text("not a video")
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
-    for name, words in (("empty", "no picture in this folder"), ("text.mp4", "not a video file or a folder of frames"),
-                        ("absent.mp4", "not a video file or a folder"), ("sound.wav", "no video in it")):
+    for name, words in (("empty", "no image in this folder"), ("text.mp4", "not a video file or a folder of frames"),
+                        ("absent.mp4", "not a video file or a folder"), ("sound.wav", "no video stream")):
         with pytest.raises(DataError, match=words):
             open_video(tmp_path / name)
     with pytest.raises(DataError, match=r"expected a folder, or a file that ends with .mp4 .mov .mkv .webm"):
         VideoWriter(tmp_path / "out.doc", 25)
-    with pytest.raises(DataError, match="no video of 70000 x 4 pixels can be written there"), \
+    with pytest.raises(DataError, match="cannot write a video of 70000 x 4 pixels"), \
             VideoWriter(tmp_path / "wide.mp4", 25) as writer:
         writer.write("0", Image.new("RGB", (70000, 4)))
     with VideoWriter(tmp_path / "dot.mp4", 25) as writer:

@@ -14,7 +14,7 @@ def lightness(color):
     return 116 * luminance ** (1 / 3) - 16 if luminance > 0.009 else 903.3 * luminance
 
 
-def test_a_map_is_drawn_patch_by_patch():
+def test_each_patch_is_one_square():
     values = np.array([[0, 1, 2], [3, 4, 2]], np.float32)
     image = colorize(values, (30, 20))
     assert image.size == (30, 20)
@@ -24,20 +24,20 @@ def test_a_map_is_drawn_patch_by_patch():
         assert np.abs(square[0] - np.array(HEAT[int(values[row, column])], int)).max() <= 3  # five anchors, five values
 
 
-def test_more_is_lighter():
+def test_lightness_increases_with_the_value():
     image = colorize(np.linspace(0, 1, 200)[None], (200, 1))
     found = [lightness(image.getpixel((x, 0))) for x in range(200)]
     assert (np.diff(found) > -0.3).all() and found[0] < 1 and found[-1] > 97
     steps = np.diff(found[::20])
-    assert steps.min() > 6 and steps.max() < 15  # of equal values equal steps, nearly
+    assert steps.min() > 6 and steps.max() < 15  # nearly uniform
 
 
-def test_scale_and_ends_are_what_is_asked_for():
+def test_scale_and_range():
     values = np.array([[-1.0, 0.0, 1.0, 5.0]])
     image = colorize(values, (4, 1), -1.0, 1.0, SIGNED)
     assert [image.getpixel((x, 0)) for x in (0, 2, 3)] == [SIGNED[0], SIGNED[-1], SIGNED[-1]]
     assert min(image.getpixel((1, 0))) > 240
-    assert colorize(np.zeros((2, 2)), (4, 4)).getpixel((0, 0)) == HEAT[0]  # nothing is no division by nothing
+    assert colorize(np.zeros((2, 2)), (4, 4)).getpixel((0, 0)) == HEAT[0]  # no division by zero
 
 
 def test_smooth_is_bilinear():
@@ -48,11 +48,11 @@ def test_smooth_is_bilinear():
     assert np.abs(found - expected).max() <= 1.5
 
 
-def test_spotlight():
-    picture = Image.new("RGB", (4, 2), (200, 100, 50))
-    image = highlight_mask(picture, np.array([[True, False], [False, True]]))
-    assert [image.getpixel(place) for place in ((0, 0), (1, 0), (2, 1), (3, 1))] == [(200, 100, 50)] * 4
-    shade = image.getpixel((3, 0))
+def test_highlight_mask():
+    image = Image.new("RGB", (4, 2), (200, 100, 50))
+    drawn = highlight_mask(image, np.array([[True, False], [False, True]]))
+    assert [drawn.getpixel(place) for place in ((0, 0), (1, 0), (2, 1), (3, 1))] == [(200, 100, 50)] * 4
+    shade = drawn.getpixel((3, 0))
     assert len(set(shade)) == 1 and shade[0] < 60
 
 
@@ -60,22 +60,22 @@ def test_spotlight():
 def test_each_head_has_its_color(heads):
     rng = np.random.default_rng(0)
     attention, masks = rng.random((heads, 3, 5)), rng.random((heads, 3, 5)) < 2 / heads
-    attention[1] *= 100  # a large head does not cover the others
-    picture = Image.new("RGB", (50, 30), (10, 250, 120))
-    grey = picture.convert("L").getpixel((0, 0))
-    image = colorize_heads(picture, attention, masks)
+    attention[1] *= 100  # a head with large values does not cover the others
+    image = Image.new("RGB", (50, 30), (10, 250, 120))
+    gray = image.convert("L").getpixel((0, 0))
+    drawn = colorize_heads(image, attention, masks)
     for row, column in np.ndindex(3, 5):
         color, best = None, -1.0
         for head in range(heads):
             share = attention[head, row, column] / attention[head].max()
             if masks[head, row, column] and share > best:
                 color, best = COLORS[head % len(COLORS)], share
-        expected = [grey] * 3 if color is None else [0.35 * grey + 0.65 * c for c in color]
-        found = image.getpixel((10 * column + 5, 10 * row + 5))
+        expected = [gray] * 3 if color is None else [0.35 * gray + 0.65 * c for c in color]
+        found = drawn.getpixel((10 * column + 5, 10 * row + 5))
         assert np.abs(np.array(found) - expected).max() <= 1.5
 
 
-def test_colors_of_heads_are_not_alike():
+def test_head_colors_differ():
     hues = [colorsys.rgb_to_hsv(*(c / 255 for c in color)) for color in COLORS]
     assert len(set(COLORS)) == 16 and min(saturation for _, saturation, _ in hues) > 0.3
     distances = [np.linalg.norm(np.subtract(a, b)) for i, a in enumerate(COLORS) for b in COLORS[:i]]

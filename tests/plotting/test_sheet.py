@@ -1,45 +1,47 @@
 import numpy as np
 from PIL import Image, ImageFont
 
-from plotting.sheet import cell_side, contact_sheet, cut
+from plotting.sheet import cell_side, contact_sheet, wrap_text
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
+LINE = 18  # pixels of a line of text in a small sheet
 
 
-def test_each_picture_is_in_its_place():
+def test_each_image_is_in_its_cell():
     sizes = (400, 200), (50, 90), (180, 60), (10, 700)
-    pictures = [(Image.new("RGB", size, color), "a picture with a name that is much too long")
-                for size, color in zip(sizes, COLORS)]
-    sheet = contact_sheet([*pictures[:3], None, pictures[3]], columns=3)
-    heights = 90, 180  # 400 x 200 -> 180 x 90; 10 x 700 -> 3 x 180
-    assert sheet.size == (3 * 188 + 8, sum(heights) + 2 * (24 + 8) + 8)
+    cells = [(Image.new("RGB", size, color), "caption") for size, color in zip(sizes, COLORS)]
+    sheet = contact_sheet([*cells[:3], None, cells[3]], columns=3, legend="legend")
+    heights = 90 + 2 + LINE, 180 + 2 + LINE  # 400 x 200 -> 180 x 90; 10 x 700 -> 3 x 180
+    assert sheet.size == (3 * 188 + 8, sum(heights) + 2 + LINE + 4 * 8)
     for color, column, row, (width, height) in zip(COLORS, (0, 1, 2, 1), (0, 0, 0, 1),
                                                    ((180, 90), (50, 90), (180, 60), (3, 180))):
-        left, top = 8 + column * 188, 8 + row * (90 + 24 + 8)
-        picture = np.asarray(sheet)[top:top + height, left:left + width]
-        assert np.abs(picture.astype(int) - color).max() <= 1
-        if row == 0:
-            assert (np.asarray(sheet)[top + height:top + 90, left:left + 180] == 255).all()
-        below = top + heights[row]
-        caption = np.asarray(sheet.crop((left, below, left + 180, below + 24)))
-        beside = np.asarray(sheet.crop((left + 180, top, left + 188, below + 24)))
-        assert (caption < 100).any() and (beside == 255).all()  # there is a caption, and it ends in time
-    empty = np.asarray(sheet.crop((0, 8 + 90 + 24, 8 + 180, sheet.height)))
-    assert (empty == 255).all()
+        left, top = 8 + column * 188, 8 + row * (heights[0] + 8)
+        pixels = np.asarray(sheet)[top:top + height, left:left + width]
+        assert np.abs(pixels.astype(int) - color).max() <= 1
+        caption = np.asarray(sheet.crop((left, top + height, left + 180, top + height + 2 + LINE)))
+        right_gap = np.asarray(sheet.crop((left + 180, top, left + 188, top + heights[row])))
+        assert (caption < 100).any() and (right_gap == 255).all()
+    empty = np.asarray(sheet.crop((0, 8 + heights[0], 8 + 180, sheet.height - 8 - LINE - 2)))
+    legend = np.asarray(sheet.crop((0, sheet.height - 8 - LINE, 8 + 180, sheet.height)))
+    assert (empty == 255).all() and (legend < 100).any()
 
 
-def test_letters_grow_with_the_pictures():
-    heights = [contact_sheet([(Image.new("RGB", (10, 10)), "name")], side=side).height - 10 - 2 * 8
-               for side in (100, 240, 480)]
-    assert heights == [24, 24, 48]
+def test_the_font_grows_with_the_images():
+    heights = [contact_sheet([(Image.new("RGB", (10, 10)), "name")], side=side).height - 10 - 2 - 2 * 8
+               for side in (100, 224, 480)]
+    assert heights == [LINE, LINE, 39]
 
 
-def test_captions_end_in_time():
-    font = ImageFont.load_default(12)
-    assert cut("short\nname", font, 100) == "short name"
-    assert cut("long" * 50, font, 100).endswith("…") and 80 < font.getlength(cut("long" * 50, font, 100)) <= 100
+def test_captions_are_wrapped_to_the_cell():
+    font = ImageFont.load_default(14)
+    assert wrap_text("short\nname", font, 100) == ["short name"] and wrap_text("", font, 100) == [""]
+    lines = wrap_text("head 1, maximum 3.1% of the attention", font, 100)
+    assert len(lines) > 1 and " ".join(lines) == "head 1, maximum 3.1% of the attention"
+    assert all(font.getlength(line) <= 100 for line in lines)
+    (name,) = wrap_text("long" * 50, font, 100)
+    assert name.endswith("…") and 80 < font.getlength(name) <= 100
     assert contact_sheet([(Image.new("RGB", (10, 10)), "")] * 4, 4, cell_side(1000, 4)).width == 1000
 
 
-def test_nothing_but_empty_places():
-    assert contact_sheet([None, None], side=50).size == (2 * 58 + 8, 24 + 2 * 8)
+def test_empty_cells_only():
+    assert contact_sheet([None, None], side=50).size == (2 * 58 + 8, 2 * 8)
