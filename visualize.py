@@ -153,15 +153,15 @@ def draw_attention(name, image, maps, mass, width):
     mean = maps.mean(axis=0)
     x = torch.from_numpy(np.stack([mean, *maps])).flatten(1)
     mean_mask, *masks = threshold_attention(x, mass).view(-1, *mean.shape).numpy()
-    cells = [(image, name), (colorize(mean, image.size), f"mean of heads, max {mean.max():.1%}"),
+    cells = [(image, name), (colorize(mean, image.size), f"mean, max {mean.max():.1%}"),
              (highlight_mask(image, mean_mask), "mask of the mean"),
              (colorize_heads(image, maps, np.stack(masks)), "masks of all heads"), None, None]
     for i, (values, mask, color) in enumerate(zip(maps, masks, itertools.cycle(COLORS)), start=1):
         framed = ImageOps.expand(colorize(values, inside), 3, color)
         cells += [(framed, f"head {i}, max {values.max():.1%}"), (highlight_mask(image, mask), f"mask of head {i}")]
     return contact_sheet(cells, 6, cell_side(width, 6), legend=(
-        f"Attention of the CLS token in the last block, from 0 (black) to the maximum of the map (light yellow). A "
-        f"mask keeps {mass:.0%} of the attention. Frame colors are those of the heads in the overlay of all masks."))
+        "Attention of the CLS token in the last block, of each head and the mean of heads: 0 is black, the maximum of a "
+        f"map light yellow. A mask keeps {mass:.0%} of the attention. Frame colors match the overlay of all masks."))
 
 
 def visualize_video(args):
@@ -256,12 +256,18 @@ def add_similarity(rows, tokens, size, point):
 
 # ---- embedding ----
 
-class IndexedSubset(torch.utils.data.Subset):
-    """(image, (label, index)): extract_features returns labels, and leaves out corrupt images."""
+class IndexedDataset(torch.utils.data.Dataset):
+    """index -> (image, (label, index)): the indices show which images extract_features left out as corrupt."""
 
-    def __getitem__(self, i):
-        image, label = super().__getitem__(i)
-        return image, (label, i)
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return image, (label, index)
 
 
 def visualize_embedding(args):
@@ -270,8 +276,7 @@ def visualize_embedding(args):
     size, data = resolve_image_size(args.image_size, model), open_data(args.data_path)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
-    loader = loaders.build_eval_loader(IndexedSubset(images, range(len(images))), size, args.batch_size_per_gpu,
-                               args.num_workers)
+    loader = loaders.build_eval_loader(IndexedDataset(images), size, args.batch_size_per_gpu, args.num_workers)
     features, labels_and_indices, corrupt = extract_features(model, loader, args.device, total=len(images))
     labels, indices = labels_and_indices.T
     points, method = embed_2d(features, args.seed)
@@ -329,7 +334,7 @@ def draw_crops(multicrop, image, key, side):
         box = [edge * boxes.width / image.width for edge in view.box]
         ImageDraw.Draw(boxes).rectangle(box, outline=COLORS[i < 2], width=2)
     return contact_sheet([(boxes, "boxes: global blue, local orange"), *cells[:2], None, *cells[2:]], 4, side, legend=(
-        "Percent: area of the box relative to the image. Blur: sigma in pixels of the crop."))
+        "Percent: area of the box relative to the image. Jitter: color jitter. Blur: sigma in pixels of the crop."))
 
 
 def describe_view(view, image):

@@ -98,6 +98,8 @@ class VideoWriter:
             self.path.mkdir(exist_ok=True)
         elif self.path.suffix.lower() not in WRITABLE:
             raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(WRITABLE)}")
+        elif not self.path.parent.is_dir():
+            raise DataError(f"{path}: its folder does not exist")
 
     def __enter__(self):
         return self

@@ -159,7 +159,7 @@ def plot_curves(runs, against="step"):
     """
     from matplotlib.figure import Figure
 
-    figure, groups = Figure(figsize=(13, 10), dpi=150, layout="constrained"), group_seeds(runs)
+    figure, groups = Figure(figsize=(13, 10), dpi=120, layout="constrained"), group_seeds(runs)
     folder = os.path.commonprefix(list(groups)).rfind(os.sep) + 1
     names = escape_text(name[folder:] for name in groups)
     # widths differ, so that both of two equal curves are visible
