@@ -9,8 +9,8 @@
     python visualize.py run runs/a-* runs/b-* --against seconds --knn 40   # and the time to 40% k-NN accuracy
     python visualize.py crops dog.jpg --flags runs/demo/flags.txt   # multi-crop augmentation with the flags of a run
 
-Figures of a model are written beside its file, in NAME.attention and so on, or to --output_dir. `attention` and `video`
-also take an exported model, `--ckpt teacher.onnx`.
+Figures of a model are written beside its file (NAME.attention/, NAME.features.png, NAME.embedding.png) or to
+--output_dir. `attention` and `video` also take an exported model, `--ckpt teacher.onnx`.
 """
 
 import itertools
@@ -123,17 +123,12 @@ def skip(error, errors):
     tqdm.write(f"skipped {error}")
 
 
-def raise_skipped(errors):
-    if errors:
-        raise DataError(f"{len(errors)} skipped, the first: {errors[0]}")
-
-
 # ---- attention ----
 
-def visualize_attention(args):
+def visualize_attention(args, errors):
     """Attention of the CLS token in the last block: map and mask of each head, mean, and overlay of all heads."""
     extract_attention, origin = open_attention(args)
-    folder, errors = output_folder(origin, args, "attention"), []
+    folder = output_folder(origin, args, "attention")
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in iter_images(args.images, errors):
         view, maps = extract_attention(image)
@@ -143,7 +138,6 @@ def visualize_attention(args):
         for head, values in enumerate(maps if args.separate else [], start=1):
             colorize(values, view.size).save(folder / f"{name}.head{head}.png")
         tqdm.write(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {folder / name}.png")
-    raise_skipped(errors)
 
 
 def draw_attention(name, image, maps, mass, width):
@@ -160,18 +154,18 @@ def draw_attention(name, image, maps, mass, width):
         framed = ImageOps.expand(colorize(values, inside), 3, color)
         cells += [(framed, f"head {i}, max {values.max():.1%}"), (highlight_mask(image, mask), f"mask of head {i}")]
     return contact_sheet(cells, 6, cell_side(width, 6), legend=(
-        "Attention of the CLS token in the last block, of each head and the mean of heads: 0 is black, the maximum of a "
-        f"map light yellow. A mask keeps {mass:.0%} of the attention. Frame colors match the overlay of all masks."))
+        "Attention of the CLS token in the last block, per head and mean of all heads: black is 0, light yellow the "
+        f"maximum of the map. A mask keeps {mass:.0%} of the attention. Frame colors match the overlay of all masks."))
 
 
-def visualize_video(args):
+def visualize_video(args, errors):
     """Attention of every frame of a video."""
     video = open_video(args.input)
     if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         raise DataError(f"{args.output}: is the input, choose another output")
     extract_attention, _ = open_attention(args)
     draw = draw_side_by_side if args.layout == "side" else draw_overlay
-    errors, written, top = [], 0, 0.0
+    written, top = 0, 0.0
     with VideoWriter(args.output, video.rate or args.fps) as writer, \
             tqdm(video.frames, total=video.count, unit="frame", disable=not sys.stderr.isatty()) as frames:
         for name, frame in frames:
@@ -186,7 +180,6 @@ def visualize_video(args):
             writer.write(name, draw(view, values, top))
             written += 1
     print(f"{written} frames -> {args.output}")
-    raise_skipped(errors)
 
 
 def draw_side_by_side(frame, values, top):
@@ -204,13 +197,13 @@ def draw_overlay(frame, values, top):
 
 # ---- features ----
 
-def visualize_features(args):
+def visualize_features(args, errors):
     """Patch features: three principal components as RGB, and cosine similarity to one patch."""
     model, _, origin = open_backbone(args, needs="patch tokens")
     path = output_file(origin, args, "features.png")
     p = model.patch_size
     shorter_side = args.image_size or loaders.default_attention_size(model.grid[0] * p, p)
-    rows, tokens, errors, first_size = [], [], [], None
+    rows, tokens, first_size = [], [], None
     for name, image in iter_images(args.images, errors):
         if args.point and errors and not rows:
             raise DataError(f"--point needs the first image, which cannot be read: {errors[0]}")
@@ -221,7 +214,7 @@ def visualize_features(args):
         tokens.append(patches.unflatten(0, (x.shape[2] // p, -1)))  # [h, w, D]
         rows.append([(resize_to_fit(image, args.width // 2), name)])
     if not rows:
-        raise_skipped(errors)
+        return
     columns = 6 if len(rows) > 1 else 2 + bool(args.point)
     side = cell_side(args.width, columns)
     rows = [[(resize_to_fit(image, side), name)] for [(image, name)] in rows]
@@ -236,7 +229,6 @@ def visualize_features(args):
         legend += " Cosine similarity to the patch in the yellow box: blue -1, white 0, red 1."
     contact_sheet(sum(rows, []), columns, side, legend).save(path)
     print(f"{len(rows)} images -> {path}")
-    raise_skipped(errors)
 
 
 def add_similarity(rows, tokens, size, point):
@@ -270,7 +262,7 @@ class IndexedDataset(torch.utils.data.Dataset):
         return image, (label, index)
 
 
-def visualize_embedding(args):
+def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
     model, _, origin = open_backbone(args)
     size, data = resolve_image_size(args.image_size, model), open_data(args.data_path)
@@ -287,13 +279,12 @@ def visualize_embedding(args):
     plot_thumbnails(points, labels, names, colors, lambda i: images[indices[i]][0]).save(thumbnails)
     print(f"{method} of {len(points)} images -> {path} and {thumbnails}")
     for message in corrupt:
-        tqdm.write(f"skipped {message}")
-    raise_skipped(corrupt)
+        skip(message, errors)
 
 
 # ---- training ----
 
-def visualize_run(args):
+def visualize_run(args, errors):
     """Training curves and final metrics of one or several runs."""
     logs = [Path(name) if name.endswith(".jsonl") else Path(name, "log.jsonl") for name in args.runs]
     runs = {str(log.parent if log.name == "log.jsonl" else log.with_suffix("")): read_log(log) for log in logs}
@@ -307,18 +298,17 @@ def visualize_run(args):
     print(f"-> {output}")
 
 
-def visualize_crops(args):
+def visualize_crops(args, errors):
     """Crops that multi-crop augmentation makes of an image, and their boxes in it."""
     parser = cli.build_parser("visualize.py", "")
     cli.add_crop_flags(parser)
     flags, _ = parser.parse_known_args([*([f"@{args.flags}"] if args.flags else []), "--views", "cpu"])
     cli.check_crop_flags(parser, flags)
-    multicrop, side, errors = loaders.build_multicrop(flags), cell_side(args.width, 4), []
+    multicrop, side = loaders.build_multicrop(flags), cell_side(args.width, 4)
     os.makedirs(args.output_dir, exist_ok=True)
     for name, image in iter_images(args.images, errors):
         draw_crops(multicrop, image, (args.seed, name), side).save(Path(args.output_dir, f"{name}.crops.png"))
         tqdm.write(f"{2 + flags.local_crops_number} crops -> {Path(args.output_dir, name)}.crops.png")
-    raise_skipped(errors)
 
 
 def draw_crops(multicrop, image, key, side):
@@ -353,7 +343,10 @@ TASKS = {"attention": visualize_attention, "video": visualize_video, "features":
 
 
 def main(args):
-    TASKS[args.task](args)
+    errors = []  # messages on images and frames that were skipped
+    TASKS[args.task](args, errors)
+    if errors:
+        raise DataError(f"{len(errors)} skipped, the first: {errors[0]}")
 
 
 if __name__ == "__main__":

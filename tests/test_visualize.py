@@ -272,7 +272,7 @@ def test_the_overlay_shows_the_gray_frame_without_attention():
     values[0, 0] = 1
     image = visualize.draw_overlay(frame, values, 1.0)
     assert image.getpixel((39, 39)) == frame.convert("L").convert("RGB").getpixel((0, 0))
-    assert image.getpixel((1, 1))[2] < 0.8 * image.getpixel((1, 1))[0]  # light yellow over grey
+    assert image.getpixel((1, 1))[2] < 0.8 * image.getpixel((1, 1))[0]  # light yellow over gray
 
 
 def test_frames_are_not_kept_in_memory(model, tmp_path, monkeypatch):

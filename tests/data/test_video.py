@@ -31,7 +31,7 @@ def test_round_trip_through_a_file(tmp_path, ending):
     assert [name for name, _ in found] == [f"{i:06}" for i in range(12)]
     for i, (_, image) in enumerate(found):
         assert image.size == (64, 48)
-        assert np.abs(np.asarray(image, int) - np.asarray(frame(i), int)).mean() < 6  # neighbours differ by 15 or more
+        assert np.abs(np.asarray(image, int) - np.asarray(frame(i), int)).mean() < 6  # neighbors differ by 15 or more
 
 
 def test_odd_sizes_and_frames_of_another_size(tmp_path):
