@@ -1,16 +1,17 @@
-"""Weights in and out: models that other programs can read, and theirs.
+"""Model files: save and load weights together with the description that rebuilds the model.
 
-    save_model("teacher.safetensors", network.state_dict(), info)         # backbone, head, and what they are
+    save_model("teacher.safetensors", network.state_dict(), info)         # backbone and head; `info` in the metadata
     backbone, info = load_backbone("teacher.safetensors")                 # also .pth, timm and transformers names
 
-A model file says in its metadata what it is (backbone, image size, normalisation, training data), so whoever loads
-it needs no flags. Nothing here unpickles anything but tensors and plain values.
+The metadata holds the arguments of the backbone, image size, normalization and training data, so no other command
+needs flags for them. Loading unpickles nothing but tensors and plain values.
 """
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,65 +20,66 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from backbones import BackboneError, HeadlessClassifier, build_backbone
-from common.checkpoint import CheckpointError, atomic_write, check_writable, find_fault, first_line, load_checkpoint
+from common.checkpoint import CheckpointError, atomic_write, check_writable, find_fault, load_checkpoint
 from common.convert import read_num_heads, to_vit_names
 from common.distributed import is_rank_zero
 from common.precision import set_matmul_precision
 
+# ---- saving and loading ----
 
-def save_model(path, state_dict, info):
-    """Write weights with their description: {"arch": ..., "patch_size": ...} and whatever else is plain.
+def save_model(path: str | os.PathLike, state_dict: dict, info: dict):
+    """Write weights and their description, atomically.
 
     Args:
         state_dict: `backbone.*` and `head.*` tensors.
-        info: a dict that JSON can hold; load_backbone needs "backbone", the arguments of build_backbone.
+        info: JSON values; load_backbone needs "backbone", the arguments of build_backbone.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
     atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_backbone(path, key=None, log=print):
-    """Build the backbone that a file holds.
+def load_backbone(path: str | os.PathLike, key: str | None = None,
+                  log: Callable[[str], object] = print) -> tuple[torch.nn.Module, dict]:
+    """Load a backbone from a model file, on the CPU.
 
-    Takes this project's files, the released DINO .pth files (backbone alone or full checkpoint), vision transformers
-    with the names of timm or transformers, under any common prefix (`module.`, `backbone.`, ...), folders that
-    transformers wrote, and ResNets with the names of torchvision. The arch is read from the metadata or, where there
-    is none, from the shapes of the weights (heads are then taken to be 64 wide). Says what it matched.
+    Takes files of this repository, the released DINO .pth files (backbone or full checkpoint), vision transformers
+    with the names of timm or transformers under any common prefix (`module.`, `backbone.`, ...), folders of
+    transformers, and ResNets with the names of torchvision. The arguments of a vision transformer are inferred from
+    the shapes of its weights; the number of heads, where the file does not give it, from 64 channels per head.
 
     Args:
-        key: "teacher" or "student", the network that must be taken; None takes the teacher of a full
-            checkpoint, or the only network there is.
+        key: "teacher" or "student", the network of a full checkpoint; None takes the teacher, or the only network.
+        log: called with one line about the tensors that matched and those that were left out.
 
     Returns:
-        the model in eval mode, and its description: "backbone", the arguments that build it, "network", which one it
-        is if the file says so, and what else a file of this project says.
+        the model in eval mode, and its description: "backbone", the arguments of build_backbone; "network", the key
+        of the loaded network or None; and whatever `save_model` was given.
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, or not the weights of a backbone as in vit.py or backbones.py.
+        CheckpointError: not a model file, corrupt, or not the weights of a backbone of vit.py or backbones.py.
     """
     path = weights_file(path)
-    weights, info, found = read_weights(path, key)
     try:
-        ours, outside, sizes = match_weights(weights, info.get("backbone"), path)
-        model, matched = build_with_weights(sizes, ours)
-    except (CheckpointError, ModuleNotFoundError):  # timm is not there
+        weights, info, network = read_weights(path, key)
+        inside, outside, arguments = match_weights(weights, info.get("backbone"), path)
+        model, matched = build_with_weights(arguments, inside)
+    except (CheckpointError, OSError, ModuleNotFoundError):  # the last: timm is not installed
         raise
-    except Exception as error:  # the description is as foreign as the weights
-        raise CheckpointError(f"{path}: not the weights of a backbone as built here: "
-                              f"{' '.join(str(error).split())[:300]}") from None
-    unused = [name for name in ours if name not in matched]
-    for name in unused:  # a layer scale, a register or a norm more is another architecture, not decoration
-        if re.match(r"blocks\.|norm_pre|reg|storage", name):
-            raise CheckpointError(f"{path}: {name} has no place in vit.py, so the features would be wrong")
+    except Exception as error:  # a foreign file may hold anything under the expected names
+        raise CheckpointError(f"{path}: not the weights of a backbone as built here: {error}") from None
+    unused = [name for name in inside if name not in matched]
+    for name in unused:
+        if re.match(r"blocks\.|norm_pre|reg|storage", name):  # layer scale, registers: they would change the features
+            raise CheckpointError(f"{path}: {name} has no place in vit.py, the features would be wrong without it")
     left = unused + outside
     log(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
-    return model.eval(), info | {"backbone": sizes, "network": found}
+    return model.eval(), info | {"backbone": arguments, "network": network}
 
 
 def open_backbone(args, device=None, needs="", precision="fp32"):
-    """Load the backbone that --ckpt, --checkpoint_key and --untrained name (see cli.add_model_flags), ready to run.
+    """Load the backbone of --ckpt, --checkpoint_key and --untrained (see cli.add_model_flags), ready to run.
 
     Sets the matmul precision of the device for it, see `set_matmul_precision`.
 
@@ -91,7 +93,7 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
         {"ckpt": ..., "sha256": ..., "network": ..., "untrained": ...}.
 
     Raises:
-        CheckpointError: the file cannot be used, takes other than 3 channels, or lacks what is needed.
+        CheckpointError: the file cannot be loaded, takes other than 3 channels, or lacks what is needed.
     """
     ckpt = (args.ckpt or find_newest_model()).rstrip("/")
     backbone, info = load_backbone(ckpt, args.checkpoint_key, print if is_rank_zero() else lambda text: None)
@@ -109,16 +111,125 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
 
 
 def build_untrained(info):
-    """Random weights of the same shapes, the same ones each time."""
+    """The same backbone with random weights, the same ones on every call."""
     torch.manual_seed(0)
     return build_backbone(info["backbone"]).eval()
 
 
+# ---- reading and matching state dicts ----
+
+def read_weights(path, key):
+    """Read one network of a file: {name: tensor}, its description ({} without one), its key (None if not known)."""
+    if path.endswith(".safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                info = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            is_ours = any(info.get(name, "").startswith("{") for name in ("backbone", "vit"))
+            info = {name: json.loads(value) for name, value in info.items()} if is_ours else {}
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file") from None
+        except Exception as error:  # safetensors has exception types of its own, and metadata may be anything
+            raise CheckpointError(f"{path}: not a safetensors file, or corrupt ({error})") from None
+        network = info.get("network")
+    else:
+        weights = state = load_checkpoint(path)
+        info, network = json.loads(json.dumps(state.get("info"))), None  # lists for tuples, as in safetensors metadata
+        for level in (key or "teacher", "state_dict", "model"):
+            if isinstance(weights.get(level), dict):
+                weights, network = weights[level], network or level
+    if key and network != key:
+        raise CheckpointError(f"{path}: holds no network named {key}, leave --checkpoint_key out")
+    weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+    if isinstance(info, dict) and "vit" in info:  # key of files from before other backbones were supported
+        info["backbone"] = info.pop("vit")
+    return weights, info if isinstance(info, dict) and isinstance(info.get("backbone"), dict) else {}, network
+
+
+def match_weights(weights, arguments, path):
+    """Match the names of a file's weights, and the arguments in its description or None, to a backbone.
+
+    Returns:
+        {name in our backbone: tensor}, the names of the other tensors, and the arguments of build_backbone.
+    """
+    anchor = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
+    anchors = (re.fullmatch(anchor, name) for name in weights)
+    is_headless = arguments and "arch" in arguments  # a file of this repository with the names of another library
+    prefix = "backbone." if is_headless else next((match[1] for match in anchors if match), "")
+    inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    outside = [name for name in weights if not name.startswith(prefix)]
+    if is_headless:
+        return inside, outside, arguments
+    if "layer1.0.conv1.weight" in inside:
+        arch, ours = identify_resnet(inside)
+        return ours, [name for name in weights if f"model.{name.removeprefix(prefix)}" not in ours], dict(arch=arch)
+    ours = to_vit_names(inside)
+    if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
+        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
+                              f"of DINO, timm or transformers, or a ResNet's under those of torchvision (first: "
+                              f"{', '.join(list(weights)[:3]) or 'none'})")
+    heads = {"num_heads": arguments.get("num_heads", 6)} if arguments else read_num_heads(path)
+    return ours, outside, infer_vit_arguments(ours) | heads
+
+
+def identify_resnet(weights):
+    """The torchvision ResNet with tensors of these shapes: its name, and the weights as of a HeadlessClassifier."""
+    inside = {name: tensor for name, tensor in weights.items() if re.match(r"(conv1|bn1|layer\d)\.", name)}
+    for arch in models.list_models(module=models, include=["resne*", "wide_resnet*"]):
+        with torch.device("meta"):
+            theirs = {name: tensor for name, tensor in models.get_model(arch).state_dict().items() if name[:3] != "fc."}
+        counters = {name: torch.tensor(0) for name in theirs if name.endswith(".num_batches_tracked")}  # old files lack
+        ours = counters | inside
+        if ours.keys() == theirs.keys() and all(ours[name].shape == theirs[name].shape for name in ours):
+            return arch, {f"model.{name}": tensor for name, tensor in ours.items()}
+    raise ValueError("not the tensors of a ResNet of torchvision")
+
+
+def infer_vit_arguments(weights):
+    """Arguments of VisionTransformer from the shapes of its weights, assuming 64 channels per head."""
+    embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    depth = len({match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))})
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    return dict(img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
+                num_heads=embed_dim // 64, mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim)
+
+
+def build_with_weights(arguments, weights):
+    """Build a backbone and load its weights: the model, and the part of the weights that it took.
+
+    Memory is allocated only after the tensors have been checked.
+    """
+    if arguments.get("num_heads", 1) < 1:
+        raise ValueError(f"num_heads is {arguments['num_heads']}")
+    with torch.device("meta"):
+        model = build_backbone(arguments)
+    expected = model.state_dict()
+    matched = {name: weights[name] for name in expected if name in weights}
+    for name, tensor in matched.items():
+        if find_fault(tensor) or tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{name} {find_fault(tensor) or f'has dtype {tensor.dtype}'}")
+    # the buffers of other libraries that are in no file are computed by their constructors
+    model = build_backbone(arguments) if "arch" in arguments else model.to_empty(device="cpu")
+    model.load_state_dict(matched)
+    return model, matched
+
+
+# ---- paths and image sizes ----
+
+def find_newest_model(root="runs"):
+    """The teacher of the run that was written last: runs/*/teacher.safetensors."""
+    found = sorted(Path(root).glob("*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise CheckpointError(f"no trained model below {root}/: train one (python train.py @recipes/demo.txt) or name "
+                              f"a file with --ckpt")
+    return str(found[-1])
+
+
 def output_file(origin, args, ending):
-    """Path of a file about a model file: its name, what was judged of it, an ending; in --output_dir or beside it.
+    """Path of an output file about a model, named after it; in --output_dir or beside the model file.
 
     Raises:
-        OSError: nothing can be written there; said before hours are spent.
+        OSError: the folder is not writable; checked before the computation.
     """
     path = sibling_path(origin["ckpt"], args.checkpoint_key, ending, args.untrained)
     folder = Path(args.output_dir or path.parent)
@@ -128,161 +239,41 @@ def output_file(origin, args, ending):
 
 
 def output_folder(origin, args, ending):
-    """Path of a folder about a model file: --output_dir, or beside it under its name, what was judged, an ending."""
+    """Path of an output folder about a model: --output_dir, or beside the model file, named after it."""
     return Path(args.output_dir or sibling_path(origin["ckpt"], args.checkpoint_key, ending, args.untrained))
 
 
 def sibling_path(ckpt, key, ending, untrained=False):
-    """Path beside a model file: its name, the network that --checkpoint_key took if not the teacher, an ending."""
-    file = Path(ckpt) if Path(ckpt).name not in ("", "..") else Path(ckpt).resolve()  # it may be a folder
+    """Path beside a model file: its stem, the network unless it is the teacher, ".untrained", and an ending."""
+    file = Path(ckpt) if Path(ckpt).name not in ("", "..") else Path(ckpt).resolve()  # a folder of transformers
     network = f".{key}" * (key not in (None, "teacher", file.stem))
     return file.with_name(f"{file.stem}{network}{'.untrained' * untrained}.{ending}")
 
 
-def build_with_weights(sizes, weights):
-    """The backbone of these sizes with these weights, and those of the weights that it took.
-
-    Nothing is allocated before the sizes have proved to be those of weights that are there.
-    """
-    for name, value in sizes.items():
-        if name not in ("mlp_ratio", "drop_path_rate", "arch") and not (type(value) is int and value > 0):
-            raise ValueError(f"{name} is {value!r}")
-    depth = sizes.get("depth", 0 if "arch" in sizes else 12)
-    if depth > len(weights):
-        raise ValueError(f"{depth} blocks of {len(weights)} tensors")
-    with torch.device("meta"):
-        model = build_backbone(sizes)
-    expected = model.state_dict()
-    matched = {name: weights[name] for name in expected if name in weights}
-    for name, tensor in matched.items():
-        if find_fault(tensor) or tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(f"{name} {find_fault(tensor) or 'is made of another kind of number'}")
-    shapes = tensor_shapes(expected)
-    wrong = [name for name in shapes if name not in matched or matched[name].shape != shapes[name]]
-    if wrong:
-        found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
-        raise ValueError(f"{len(wrong)} of {len(shapes)} tensors do not fit; {wrong[0]} is {found}, expected "
-                         f"{list(shapes[wrong[0]])}")
-    # other libraries have buffers that are in no file
-    model = build_backbone(sizes) if "arch" in sizes else model.to_empty(device="cpu")
-    model.load_state_dict(matched)
-    return model, matched
+def resolve_image_size(image_size, backbone):
+    """Side of the square crop in pixels: --image_size, or the size the backbone was trained at."""
+    if image_size:
+        check_image_size(backbone, image_size)
+    return image_size or backbone.grid[0] * backbone.patch_size
 
 
-def read_weights(path, key):
-    """File -> {name: tensor} of one network, its description, and which network it is."""
-    if path.endswith(".safetensors"):
+def check_image_size(backbone, *sides):
+    """Raise CheckpointError unless a backbone takes images of --image_size, a height and width or one side."""
+    p = backbone.patch_size
+    if any(side % p for side in sides):
+        raise CheckpointError(f"--image_size {' '.join(map(str, sides))}: not multiples of the model's patch size {p}")
+    if isinstance(backbone, HeadlessClassifier):
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                ours = any(metadata.get(name, "").startswith("{") for name in ("backbone", "vit"))
-                info = {name: json.loads(value) for name, value in metadata.items()} if ours else {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file") from None
-        except Exception as error:  # the metadata may be anything
-            raise CheckpointError(f"{path}: not a safetensors file, or damaged ({first_line(error)})") from None
-        found = info.get("network")
-    else:
-        weights = state = load_checkpoint(path)
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: holds {type(state).__name__}, expected named weights")
-        try:
-            info, found = json.loads(json.dumps(state.get("info"))), None  # plain values only
-        except (TypeError, ValueError, RecursionError):
-            raise CheckpointError(f"{path}: its description, \"info\", is not plain text and numbers") from None
-        for level in (key or "teacher", "state_dict", "model"):
-            if isinstance(weights.get(level), dict):
-                weights, found = weights[level], found or level
-    if key and found != key:
-        raise CheckpointError(f"{path}: does not say that it holds a {key}")
-    weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    if isinstance(info, dict) and "vit" in info:  # as it was called before there were other backbones
-        info["backbone"] = info.pop("vit")
-    return weights, info if isinstance(info, dict) and isinstance(info.get("backbone"), dict) else {}, found
-
-
-def match_weights(weights, sizes, path):
-    """A file's weights and what it says of their backbone, None for nothing -> what `build` takes.
-
-    Returns:
-        {our name: tensor} of the backbone, the names of the other tensors, and the arguments of build_backbone.
-    """
-    anchor = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
-    anchors = (re.fullmatch(anchor, name) for name in weights)
-    headless = sizes and "arch" in sizes  # a file of this project; the names are those of another library
-    prefix = "backbone." if headless else next((anchor[1] for anchor in anchors if anchor), "")
-    inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    outside = [name for name in weights if not name.startswith(prefix)]
-    if headless:
-        return inside, outside, sizes
-    if "layer1.0.conv1.weight" in inside:
-        arch, ours = identify_resnet(inside)
-        return ours, [name for name in weights if f"model.{name.removeprefix(prefix)}" not in ours], dict(arch=arch)
-    ours = to_vit_names(inside)
-    if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
-        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
-                              f"of DINO, timm or transformers, or a ResNet's under those of torchvision (first: "
-                              f"{', '.join(list(weights)[:3]) or 'none'})")
-    return ours, outside, sizes or infer_vit_arguments(ours) | read_num_heads(path)
-
-
-def identify_resnet(weights):
-    """The name of the ResNet of torchvision that has these weights, and they under the names of a Headless."""
-    inside = {name: tensor for name, tensor in weights.items() if re.match(r"(conv1|bn1|layer\d)\.", name)}
-    for arch in models.list_models(module=models, include=["resne*", "wide_resnet*"]):
-        with torch.device("meta"):
-            theirs = {name: tensor for name, tensor in models.get_model(arch).state_dict().items() if name[:3] != "fc."}
-        counters = {name: torch.tensor(0) for name in theirs if name.endswith(".num_batches_tracked")}  # old files lack
-        if tensor_shapes(counters | inside) == tensor_shapes(theirs):
-            return arch, {f"model.{name}": tensor for name, tensor in (counters | inside).items()}
-    raise ValueError("not the tensors of a ResNet of torchvision")
-
-
-def tensor_shapes(weights):
-    return {name: tensor.shape for name, tensor in weights.items()}
-
-
-def infer_vit_arguments(weights):
-    """The arguments of VisionTransformer, read from the shapes of its weights."""
-    embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name)))
-    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    return dict(img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
-                num_heads=embed_dim // 64, mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim)
+            backbone.try_size(sides[0], sides[-1])
+        except BackboneError as error:
+            raise CheckpointError(f"--image_size: {error}") from None
 
 
 def sha256(path):
-    """Checksum of a model file, or of the weights in a folder that transformers wrote."""
+    """Checksum of a model file, or of the weights in a folder of transformers."""
     with open(weights_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_file(path):
     return os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
-
-
-def resolve_image_size(image_size, backbone):
-    """Side of the square that is looked at, pixels: --image_size, or what the backbone was trained at.
-
-    Raises:
-        CheckpointError: patches do not fill it.
-    """
-    p = backbone.patch_size
-    if image_size and image_size % p:
-        raise CheckpointError(f"--image_size {image_size} is not a multiple of the model's patch size {p}")
-    if image_size and isinstance(backbone, HeadlessClassifier):
-        try:
-            backbone.try_size(image_size, image_size)
-        except BackboneError as error:
-            raise CheckpointError(f"--image_size: {error}") from None
-    return image_size or backbone.grid[0] * p
-
-
-def find_newest_model(root="runs"):
-    """The teacher of the run that was written last: runs/*/teacher.safetensors."""
-    found = sorted(Path(root).glob("*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise CheckpointError(f"no trained model below {root}/: train one (python train.py @recipes/demo.txt) or name "
-                              f"a file with --ckpt")
-    return str(found[-1])
