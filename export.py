@@ -27,7 +27,6 @@ import json
 import os
 import statistics
 import time
-import warnings
 from collections import Counter
 
 import onnx
@@ -117,21 +116,22 @@ def build_metadata(backbone, info, ckpt, args):
         CheckpointError: the model cannot be exported with these flags.
     """
     p, depth, is_rgb = backbone.patch_size, len(backbone.blocks), backbone.in_chans == 3
-    is_vit = not isinstance(backbone, HeadlessClassifier)
     size = args.image_size or [side * p for side in backbone.grid]
-    for name, supported in CLASSIFIER_FLAGS.items():
-        if not is_vit and getattr(args, name) not in supported:
-            raise CheckpointError(f"--{name} {getattr(args, name)} is for vision transformers of vit.py, "
-                                  f"not for {backbone.arch}")
     check_image_size(backbone, *size)
     if args.normalize and not is_rgb:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
-    if args.last_layers > depth:
-        raise CheckpointError(f"--last_layers {args.last_layers}: the model has {depth} blocks")
-    outputs = {"features": "CLS after the final norm, [B, D]" if is_vit else "before the classifier, [B, D]"}
-    if is_vit:
-        outputs["attention"] = "CLS over patches in the last block, " + (
-            "one map per head, [B, heads, H/p, W/p]" if args.heads == "each" else "mean over the heads, [B, H/p, W/p]")
+    if isinstance(backbone, HeadlessClassifier):
+        for name, supported in CLASSIFIER_FLAGS.items():
+            if getattr(args, name) not in supported:
+                raise CheckpointError(f"--{name} {getattr(args, name)} is for vision transformers of vit.py, "
+                                      f"not for {backbone.arch}")
+        outputs = {"features": "before the classifier, [B, D]"}
+    else:
+        if args.last_layers > depth:
+            raise CheckpointError(f"--last_layers {args.last_layers}: the model has {depth} blocks")
+        maps = {"each": "one map per head, [B, heads, H/p, W/p]", "mean": "mean over the heads, [B, H/p, W/p]"}
+        outputs = {"features": "CLS after the final norm, [B, D]",
+                   "attention": f"CLS over patches in the last block, {maps[args.heads]}"}
     if args.patch_tokens:
         outputs["patch_tokens"] = "patches after the final norm, rows first, [B, N, D]"
     for i in range(1, args.last_layers + 1):
@@ -188,8 +188,7 @@ def trace_classifier(backbone, metadata, pixels):
     if pixels:
         backbone, x = PixelInput(backbone, pixels, metadata["mean"], metadata["std"]).eval(), x.byte()
     dynamic = None if metadata["batch_size"] else ({0: torch.export.Dim("batch")},)
-    with wrap_errors("torch.onnx.export failed"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with wrap_errors("torch.onnx.export failed"):
         return torch.onnx.export(backbone, (x,), dynamo=True, input_names=["image"], output_names=["features"],
                                  dynamic_shapes=dynamic, opset_version=metadata["opset"], verbose=False).model_proto
 
@@ -209,7 +208,8 @@ def verify(backbone, path, metadata, images=(), provider="CPUExecutionProvider")
         ExportError: the file is invalid, runs on another provider, or an output differs by more than LIMITS.
     """
     opset, precision = metadata["opset"], metadata["precision"]
-    with wrap_errors("not an ONNX file that can be run"):
+    failure = f"ONNX Runtime {onnxruntime.__version__} cannot run this file of opset {opset}"
+    with wrap_errors(failure):
         onnx.checker.check_model(path, full_check=True)
         proto = onnx.load(path)
         session, _ = infer.open_model(path, provider)
@@ -227,7 +227,7 @@ def verify(backbone, path, metadata, images=(), provider="CPUExecutionProvider")
     for batch, (height, width) in itertools.product(batch_sizes, sizes):
         for x, feed in build_inputs(session, backbone, batch, height, width, metadata, images):
             expected = compute_expected(backbone, x, metadata)
-            with wrap_errors("not an ONNX file that can be run"):
+            with wrap_errors(failure):
                 outputs = session.run(names, {"image": feed})
             if half:
                 check_half_range(half, feed)
@@ -258,7 +258,7 @@ def wrap_errors(message):
     try:
         yield
     except Exception as error:
-        raise ExportError(f"{message} (ONNX Runtime {onnxruntime.__version__}): {error}") from None
+        raise ExportError(f"{message}: {error}") from None
 
 
 def open_half_session(proto):

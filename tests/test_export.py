@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import export
 import infer
 from common.weights import CheckpointError, save_model
+from data.images import to_rgb
 from data.loaders import center_crop_view
 from vit import VisionTransformer
 
@@ -48,8 +49,8 @@ def metadata(path):
 def test_onnx_equals_torch(saved, flags, height, width, capsys):
     path, model = saved
     file = make(path, *flags)
-    said = capsys.readouterr().out
-    assert "CPUExecutionProvider; " in said and "5 LayerNormalization" in said and "from torch, cosine at least" in said
+    output = capsys.readouterr().out
+    assert all(text in output for text in ("CPUExecutionProvider; ", "5 LayerNormalization", "from torch, cosine at"))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["image"]
     assert session.get_inputs()[0].shape == ["batch", 3, height, width]
@@ -61,13 +62,13 @@ def test_onnx_equals_torch(saved, flags, height, width, capsys):
             torch.testing.assert_close(features, model(x), rtol=0, atol=1e-4)
             expected = model.get_last_selfattention(x)[:, :, 0, 1:].reshape(batch, 2, height // 8, width // 8)
         torch.testing.assert_close(attention, expected, rtol=0, atol=1e-5)
-    about = metadata(file)
-    assert about["arch"] == "vit_tiny" and about["image_size"] == [height, width] and about["precision"] == "fp32"
-    assert about["mean"] == [0.1, 0.2, 0.3] and len(about["std"]) == 3 and about["opset"] == 20 - 2 * (len(flags) < 5)
-    assert about["sha256"] == export.sha256(path) and set(about["outputs"]) == {"features", "attention"}
+    values = metadata(file)
+    assert values["arch"] == "vit_tiny" and values["image_size"] == [height, width] and values["precision"] == "fp32"
+    assert values["mean"] == [0.1, 0.2, 0.3] and len(values["std"]) == 3
+    assert values["opset"] == (20 if "--opset" in flags else 18) and values["sha256"] == export.sha256(path) and set(values["outputs"]) == {"features", "attention"}
 
 
-def test_everything_at_once(saved, capsys):
+def test_all_flags_together(saved):
     path, _ = saved
     file = make(path, "--precision", "mixed", "--opset", "23", "--dynamic", "size", "--heads", "mean", "--patch_tokens",
                 "--last_layers", "2", "--normalize", "nhwc")
@@ -81,37 +82,37 @@ def test_everything_at_once(saved, capsys):
     assert (value.shape, value.type) == ([3, 3, 32, 32], "tensor(float16)")
 
 
-def test_other_numbers_of_channels(tmp_path):
+def test_four_channels(tmp_path):
     torch.manual_seed(0)
     vit = dict(img_size=32, patch_size=8, in_chans=4, embed_dim=64, depth=1, num_heads=2)
     save_model(tmp_path / "four.safetensors", VisionTransformer(**vit).state_dict(), dict(backbone=vit))
-    about = metadata(make(tmp_path / "four.safetensors"))
-    assert about["mean"] is None and about["input"] == "as trained"
+    values = metadata(make(tmp_path / "four.safetensors"))
+    assert values["mean"] is None and values["input"] == "as trained"
 
 
-def write_another(monkeypatch, change):
-    """From here on export.write writes a model whose final norm has been changed."""
-    whole = export.write
+def change_before_writing(monkeypatch, change):
+    """Make export.write_onnx write a model whose final norm has been changed."""
+    write_onnx = export.write_onnx
 
     def write(backbone, *args):
         other = VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=2).eval()
         other.load_state_dict(backbone.state_dict())
         with torch.no_grad():
             change(other.norm)
-        whole(other, *args)
+        write_onnx(other, *args)
 
-    monkeypatch.setattr(export, "write", write)
+    monkeypatch.setattr(export, "write_onnx", write)
 
 
-def test_a_file_that_differs_is_refused(saved, monkeypatch):
+def test_file_that_differs_from_torch_is_not_written(saved, monkeypatch):
     path, _ = saved
-    write_another(monkeypatch, lambda norm: norm.bias[0].add_(1e-3))
+    change_before_writing(monkeypatch, lambda norm: norm.bias[0].add_(1e-3))
     with pytest.raises(export.ExportError, match="features differs from torch by 0.001, cosine 1.0"):
         make(path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_check_repeats_the_gate(saved, capsys):
+def test_check_verifies_an_existing_file(saved, capsys):
     path, _ = saved
     file = make(path, "--patch_tokens")
     before = file.read_bytes()
@@ -128,11 +129,11 @@ def test_check_repeats_the_gate(saved, capsys):
 
     for change, words in (
             (double("norm.bias"), "features differs from torch"), (double("positions"), "differs from torch"),
-            (double("cls_token.sides"), "no ONNX file that can be run"),
+            (double("cls_token.sides"), "cannot run this file of opset 18"),
             (lambda p: p.opset_import[0].CopyFrom(onnx.helper.make_opsetid("", 19)),
-             "written in {'': 19}, not in opset 18"),
+             "written in opset {'': 19}, not 18"),
             (lambda p: p.graph.output.pop(), "outputs .* instead of"),
-            (lambda p: p.graph.node.pop(3), "no ONNX file that can be run")):
+            (lambda p: p.graph.node.pop(3), "cannot run this file of opset 18")):
         damaged = onnx.ModelProto()
         damaged.CopyFrom(proto)
         change(damaged)
@@ -142,15 +143,15 @@ def test_check_repeats_the_gate(saved, capsys):
     file.write_bytes(before)
     weights = load_file(path)
     save_file(weights | {"backbone.norm.bias": weights["backbone.norm.bias"] + 1}, path.with_name("other.safetensors"))
-    with pytest.raises(CheckpointError, match="was not made from .*other.safetensors, whose checksum is another"):
+    with pytest.raises(CheckpointError, match="was exported from other weights than .*other.safetensors"):
         export.main(export.parse_args(["--check", str(file), "--ckpt", str(path.with_name("other.safetensors"))]))
     file.write_bytes(before[:1000])
     with pytest.raises(CheckpointError, match="not a file of export.py"):
         export.main(export.parse_args(["--check", str(file)]))
 
 
-def test_half_precision_that_is_not_enough_is_found(saved):
-    """On a CPU ONNX Runtime computes a mixed file in float32; on a GPU this one would give NaN."""
+def test_overflow_of_half_precision_is_found(saved):
+    """ONNX Runtime computes a mixed file in float32 on a CPU; on a GPU this one would give NaN."""
     path, model = saved
     with torch.no_grad():
         model.blocks[0].mlp.fc2.bias[3] = 5e4
@@ -164,30 +165,30 @@ def test_half_precision_that_is_not_enough_is_found(saved):
     assert not path.with_name("mixed.onnx").exists()
 
 
-def test_half_precision_has_limits_too(saved, monkeypatch):
-    write_another(monkeypatch, lambda norm: [p.mul_(1.05) for p in norm.parameters()])
+def test_half_precision_has_its_own_limits(saved, monkeypatch):
+    change_before_writing(monkeypatch, lambda norm: [p.mul_(1.05) for p in norm.parameters()])
     with pytest.raises(export.ExportError, match="features differs from torch by"):
         make(saved[0], "--precision", "mixed")
 
 
-def test_the_users_pictures_are_compared_on_too(saved, scene, tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
-    scene.save(tmp_path / "pictures" / "a.png")
-    seen, compute = [], export.compute
-    monkeypatch.setattr(export, "compute", lambda backbone, images, about: seen.append(images) or compute(
-        backbone, images, about))
-    make(saved[0], "--images", str(tmp_path / "pictures"))
-    about = dict(patch_size=8, image_size=[32, 32])
-    expected = torch.from_numpy(np.asarray(infer.prepare(scene, about)).copy()).permute(2, 0, 1) / 255
+def test_images_of_a_folder_are_compared_too(saved, scene, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    scene.save(tmp_path / "images" / "a.png")
+    seen, compute_expected = [], export.compute_expected
+    monkeypatch.setattr(export, "compute_expected", lambda backbone, x, values: seen.append(x) or compute_expected(
+        backbone, x, values))
+    make(saved[0], "--images", str(tmp_path / "images"))
+    crop = infer.prepare(scene, dict(patch_size=8, image_size=[32, 32]))
+    expected = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1) / 255
     mean, std = torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
-    alike = [len(x) for x in seen for picture in x if torch.allclose(picture, (expected - mean) / std, atol=1e-5)]
-    assert sorted(alike) == [1, 2, 2, *[7] * 7]
+    equal = [len(x) for x in seen for image in x if torch.allclose(image, (expected - mean) / std, atol=1e-5)]
+    assert sorted(equal) == [1, 2, 2, *[7] * 7]
     assert sorted({len(x) for x in seen}) == [1, 2, 7]
 
 
-def test_nothing_that_is_there_is_lost(saved):
+def test_no_file_is_overwritten_by_accident(saved):
     path, _ = saved
-    whole = path.read_bytes()
+    before = path.read_bytes()
     for flags in (["--format", "timm"], []):
         with pytest.raises(CheckpointError, match="is the model itself"):
             make(path, *flags, "--output", str(path))
@@ -195,78 +196,115 @@ def test_nothing_that_is_there_is_lost(saved):
         make(path, "--output", str(path.parent))
     path.with_suffix(".onnx.tmp").write_text("mine")
     make(path)
-    assert path.read_bytes() == whole and path.with_suffix(".onnx.tmp").read_text() == "mine"
+    assert path.read_bytes() == before and path.with_suffix(".onnx.tmp").read_text() == "mine"
 
 
-def test_damaged_descriptions_and_models_elsewhere(saved, monkeypatch):
+def test_check_finds_the_model_from_any_directory(saved, monkeypatch):
     path, _ = saved
     file = make(path)
-    proto = onnx.load(file)
-    for key, value, error in (("precision", "int4", CheckpointError), ("image_size", [32], CheckpointError),
-                              ("mean", [0, 0, 0], export.ExportError), ("outputs", None, CheckpointError)):
-        damaged = onnx.ModelProto()
-        damaged.CopyFrom(proto)
-        next(item for item in damaged.metadata_props if item.key == key).value = json.dumps(value)
-        onnx.save(damaged, file)
-        with pytest.raises(error, match="its description is not one|says mean"):
-            export.main(export.parse_args(["--check", str(file)]))
-    onnx.save(proto, file)
     monkeypatch.chdir("/")
-    export.main(export.parse_args(["--check", str(file)]))  # it knows where its model is
+    export.main(export.parse_args(["--check", str(file)]))
     path.rename(path.with_name("gone"))
-    with pytest.raises(CheckpointError, match="which is not there; name its model with --ckpt"):
+    with pytest.raises(CheckpointError, match="does not exist, name it with --ckpt"):
         export.main(export.parse_args(["--check", str(file)]))
 
 
-def test_benchmark_says_ratios(saved, capsys):
+@pytest.mark.parametrize("compile", [
+    lambda function: function, pytest.param(torch.compile, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_benchmark_prints_ratios(saved, monkeypatch, capsys, compile):
+    monkeypatch.setattr(torch, "compile", compile)
     make(saved[0], "--benchmark", "--batch_size", "2")
-    said = capsys.readouterr().out
-    assert said.count("img/s, ONNX Runtime is") == 3 and "ONNX Runtime is 1.00x as fast" in said and "compiled" in said
+    output = capsys.readouterr().out
+    assert output.count("img/s, ONNX Runtime is") == 3
+    assert "ONNX Runtime is 1.00x as fast" in output and "compiled" in output
 
 
-def test_a_size_that_the_patch_does_not_divide_is_refused(saved):
-    with pytest.raises(CheckpointError, match="30 30.*8"):
-        make(saved[0], "--image_size", "30")
+def test_benchmark_goes_on_without_a_compiler(saved, monkeypatch, capsys):
+    def fail(x):
+        raise RuntimeError("no compiler\nand its traceback")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    make(saved[0], "--benchmark")
+    output = capsys.readouterr().out
+    assert "torch.compile failed here: no compiler\n" in output and output.count("img/s, ONNX Runtime is") == 2
+
+
+def test_image_size_must_be_a_multiple_of_the_patch_size(saved):
+    with pytest.raises(CheckpointError, match="30 32: not multiples of .* 8"):
+        make(saved[0], "--image_size", "30", "32")
 
 
 # ---- infer.py ----
 
 @pytest.mark.parametrize("size", [(97, 61), (61, 97), (32, 48), (20, 20), (301, 64)])
-def test_pictures_are_prepared_as_for_evaluation(scene, size):
-    picture = scene.resize(size)
-    about = dict(patch_size=8, image_size=[48, 32])
-    ours = np.asarray(infer.prepare(picture, about)) / 255
-    expected = center_crop_view(picture, 48, 32).permute(1, 2, 0).numpy() * (0.229, 0.224, 0.225) + (0.485, 0.456, 0.406)
+def test_images_are_prepared_as_for_evaluation(scene, size):
+    image = scene.resize(size)
+    values = dict(patch_size=8, image_size=[48, 32])
+    ours = np.asarray(infer.prepare(image, values)) / 255
+    expected = center_crop_view(image, 48, 32).permute(1, 2, 0).numpy() * (0.229, 0.224, 0.225) + (0.485, 0.456, 0.406)
     np.testing.assert_allclose(ours, expected, atol=1e-6)
-    whole = infer.prepare(picture, about | {"image_size": None})
+    whole = infer.prepare(image, values | {"image_size": None})
     assert whole.size == (size[0] // 8 * 8, size[1] // 8 * 8)
 
 
-def test_pictures_are_turned_as_their_camera_was(scene, tmp_path):
+def test_exif_orientation_is_applied(scene, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken a quarter turn off
-    scene.save(tmp_path / "turned.png", exif=exif)
-    whole = infer.prepare(Image.open(tmp_path / "turned.png"), dict(patch_size=2, image_size=None))
+    exif[0x0112] = 6  # rotated by 90 degrees
+    scene.save(tmp_path / "rotated.png", exif=exif)
+    whole = infer.prepare(Image.open(tmp_path / "rotated.png"), dict(patch_size=2, image_size=None))
     assert np.array_equal(np.asarray(whole), np.rot90(np.asarray(scene), -1)[:96, :60])
 
 
-def test_odd_pictures(scene):
-    about = dict(patch_size=8, image_size=None)
+def with_transparency(scene, mode):
+    image = scene.convert(mode)
+    image.info["transparency"] = {"P": 7, "L": 100, "RGB": scene.getpixel((5, 5)), "1": 0}[mode]
+    return image
+
+
+def images_of_many_modes(scene):
+    """{description: PIL image}: every mode that a decoder or a program may hand over."""
+    gray = np.asarray(scene.convert("L"))
+    alpha = Image.fromarray(np.linspace(0, 255, gray.size).reshape(gray.shape).astype("uint8"))
+    deep = (gray.astype("uint16") << 8) + np.arange(gray.shape[1], dtype="uint16")
+    rgba, palette_alpha = scene.convert("RGBA"), scene.convert("P").convert("PA")
+    rgba.putalpha(alpha)
+    palette_alpha.putalpha(alpha)
+    images = {mode: scene.convert(mode) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "RGBX")}
+    images |= {"RGBA": rgba, "LA": rgba.convert("LA"), "PA": palette_alpha, "RGBa": rgba.convert("RGBa")}
+    images |= {f"{mode} with transparency": with_transparency(scene, mode) for mode in ("1", "L", "P", "RGB")}
+    images |= {f"I;16{order}": Image.frombytes(f"I;16{order}", scene.size, deep.astype(dtype).tobytes())
+               for order, dtype in (("", "<u2"), ("B", ">u2"), ("L", "<u2"))}
+    for name, values in (("8 bits", gray), ("16 bits", deep), ("negative and above 16 bits", deep * 4.0 - 10_000)):
+        images |= {f"{mode}, {name}": Image.fromarray(values.astype(dtype))
+                   for mode, dtype in (("I", "int32"), ("F", "float32"))}
+    return images | {"F, 0 to 1": Image.fromarray(gray.astype("float32") / 255)}
+
+
+def test_every_mode_becomes_the_same_rgb_as_in_training(scene):
+    for name, image in images_of_many_modes(scene).items():
+        assert image.mode == name.split()[0].rstrip(",")
+        assert np.array_equal(np.asarray(infer.to_rgb(image)), np.asarray(to_rgb(image))), name
+
+
+def test_to_rgb_scales_16_bits_and_composites_on_white():
     deep = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype("uint16"))
-    grey = np.asarray(infer.prepare(deep, about))[:, :, 0]
-    assert grey.min() == 0 and 254 <= grey.max() <= 255 and abs(grey.mean() - 127.5) < 1
-    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-    assert np.asarray(infer.prepare(clear, about)).min() == 255
-    assert infer.prepare(Image.new("RGB", (4000, 3000)), about).size == (584, 440)  # 4015 patches
+    gray = np.asarray(infer.to_rgb(deep))[:, :, 0]
+    assert gray.min() == 0 and gray.max() == 255 and abs(gray.mean() - 127.5) < 1
+    assert np.asarray(infer.to_rgb(Image.new("RGBA", (16, 16), (0, 0, 0, 0)))).min() == 255
+
+
+def test_sizes_of_images_for_a_model_of_any_size():
+    values = dict(patch_size=8, image_size=None)
+    assert infer.prepare(Image.new("RGB", (4000, 3000)), values).size == (584, 440)  # 4015 patches
     with pytest.raises(ValueError, match="less than a patch"):
-        infer.prepare(Image.new("RGB", (7, 30)), about)
+        infer.prepare(Image.new("RGB", (7, 30)), values)
 
 
-WITHOUT = """
+WITHOUT_TORCH = """
 import runpy, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "torchvision", "onnx", "safetensors", "tqdm", "vit", "checkpoint"}:
+        if name.partition(".")[0] in {"torch", "torchvision", "onnx", "safetensors", "tqdm", "vit", "common"}:
             raise ImportError(name + " is not needed here")
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
@@ -278,8 +316,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("flags", [
     [], ["--precision", "fp16", "--heads", "mean", "--dynamic", "none", "--batch_size", "2"],
     ["--normalize", "nhwc", "--dynamic", "size"]])
-def test_a_folder_with_file_and_picture_is_enough(saved, tmp_path, scene, script, flags):
-    """ONNX Runtime, numpy and Pillow: everything else refuses to be imported."""
+def test_inference_needs_infer_py_alone(saved, tmp_path, scene, script, flags):
+    """With onnxruntime, numpy and Pillow; every other import fails."""
     path, model = saved
     file = make(path, *flags)
     place = tmp_path / "place"
@@ -288,45 +326,45 @@ def test_a_folder_with_file_and_picture_is_enough(saved, tmp_path, scene, script
         shutil.copy(ROOT / name, place)
     shutil.copy(file, place)
     scene.save(place / "dog.png")
-    result = subprocess.run([sys.executable, "-c", WITHOUT, *script, file.name, "dog.png"], cwd=place, text=True,
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *script, file.name, "dog.png"], cwd=place, text=True,
                             capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "dog.png: features [64], attention [" in result.stdout
     sheet = Image.open(place / "dog.png.attention.png")
     side = (96, 56) if "size" in flags else (32, 32)
     assert sheet.size == (side[0] * (2 if "mean" in flags else 3), side[1])
-    session, about = infer.open_model(str(file))
-    picture = infer.prepare(Image.open(place / "dog.png"), about)
-    features, attention = infer.infer(session, about, picture)
-    x = center_crop_view(picture, *picture.size[::-1])
+    session, values = infer.open_model(str(file))
+    image = infer.prepare(Image.open(place / "dog.png"), values)
+    features, attention = infer.infer(session, values, image)
+    x = center_crop_view(image, *image.size[::-1])
     x = x * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1) + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
-    x = (x - torch.tensor(about["mean"]).view(3, 1, 1)) / torch.tensor(about["std"]).view(3, 1, 1)
+    x = (x - torch.tensor(values["mean"]).view(3, 1, 1)) / torch.tensor(values["std"]).view(3, 1, 1)
     with torch.no_grad():
         expected, maps = model.forward_with_attention(x[None])
     assert torch.cosine_similarity(torch.from_numpy(features.astype("float32")), expected[0], dim=0) > 0.9999
-    maps = maps[0].unflatten(1, [side // 8 for side in picture.size[::-1]])
+    maps = maps[0].unflatten(1, [side // 8 for side in image.size[::-1]])
     np.testing.assert_allclose(attention, maps.mean(0) if "mean" in flags else maps, atol=2e-3)
-    lit = np.asarray(sheet.convert("L"))[:, side[0]:2 * side[0]].astype(float)  # white where it is largest
+    drawn = np.asarray(sheet.convert("L"))[:, side[0]:2 * side[0]].astype(float)  # the first map, white at its maximum
     first = (maps.mean(0) if "mean" in flags else maps[0]).numpy()
-    assert lit.max() == 255 and np.corrcoef(lit[4::8, 4::8].ravel(), first.ravel())[0, 1] > 0.999
+    assert drawn.max() == 255 and np.corrcoef(drawn[4::8, 4::8].ravel(), first.ravel())[0, 1] > 0.999
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "takes FILE.onnx PICTURE"), (["missing.onnx", "dog.png"], "missing.onnx: not a file of export.py"),
+    ([], "takes FILE.onnx IMAGE"), (["missing.onnx", "dog.png"], "missing.onnx: not a file of export.py"),
     (["dog.png", "dog.png"], "dog.png: not a file of export.py"), (["teacher.onnx", "missing.png"], "missing.png"),
     (["teacher.onnx", "teacher.onnx"], "cannot identify image file")])
-def test_what_cannot_be_used_is_one_line(saved, scene, monkeypatch, capfd, argv, words):
+def test_errors_are_one_line_and_status_2(saved, scene, monkeypatch, capfd, argv, words):
     monkeypatch.chdir(saved[0].parent)
     make(saved[0])
     scene.save("dog.png")
-    onnxruntime.set_default_logger_severity(4)  # it writes lines of its own
+    onnxruntime.set_default_logger_severity(4)  # it logs to stderr too
     capfd.readouterr()
     assert infer.main(argv) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("infer.py: ") and words in lines[0]
 
 
-def test_the_pictures_that_can_be_read_are_not_lost(saved, scene, monkeypatch, capsys):
+def test_corrupt_and_missing_images_are_skipped(saved, scene, monkeypatch, capsys):
     monkeypatch.chdir(saved[0].parent)
     make(saved[0])
     scene.save("dog.png")

@@ -10,14 +10,14 @@ from torchvision.transforms import functional as TF
 from onnx_graph import build_graph
 from vit import SIZES, VisionTransformer
 
-# What TensorRT 10's parser takes without restrictions that matter here: github.com/onnx/onnx-tensorrt, operators.md.
-# Resize it takes in linear and nearest mode only, which is why --dynamic size is not for it.
+# Operators of TensorRT 10's parser without restrictions that matter here: github.com/onnx/onnx-tensorrt, operators.md.
+# Resize is supported in linear and nearest mode only, so --dynamic size is not for TensorRT.
 TENSORRT = set("Add Cast Concat Conv Div Erf Expand Gelu LayerNormalization MatMul Mul ReduceMean Reshape Shape Slice "
                "Softmax Transpose".split())
 
 
 def random_model(**sizes):
-    """Weights far enough from the initial ones that attention is not uniform and every path shows."""
+    """A model with weights so far from their initial values that attention is not uniform and every path matters."""
     torch.manual_seed(0)
     model = VisionTransformer(**sizes).eval()
     for name, p in model.named_parameters():
@@ -49,7 +49,7 @@ def expected(model, x, last_layers=1):
             "patch_tokens": layers[-1][:, 1:]} | {f"layer_{i + 1}": layer for i, layer in enumerate(layers)}
 
 
-def require_equal(outputs, wanted, precision="fp32"):
+def assert_equal(outputs, wanted, precision="fp32"):
     for name, output in outputs.items():
         output = torch.from_numpy(output.astype(np.float32))
         assert output.shape == wanted[name].shape
@@ -67,13 +67,13 @@ def test_every_opset_and_precision(model, opset, precision):
     image = torch.randn(3, 3, 40, 64, generator=torch.Generator().manual_seed(1))
     outputs = run(graph, image.numpy().astype(np.float16 if precision == "fp16" else np.float32))
     assert set(outputs) == {"features", "attention", "patch_tokens", "layer_1", "layer_2"}
-    require_equal(outputs, expected(model, image, 2), precision)
+    assert_equal(outputs, expected(model, image, 2), precision)
 
 
 @pytest.mark.parametrize("opset", [17, 18, 19, 20, 23])
 @pytest.mark.parametrize("kwargs", [{}, {"heads": "mean"}, {"batch": 2}, {"pixels": "nhwc", "precision": "mixed"}])
-def test_the_graph_is_clean(model, opset, kwargs):
-    """One node for a norm, none to take q, k and v apart, nothing that TensorRT does not take, all shapes known."""
+def test_graph_has_no_superfluous_nodes(model, opset, kwargs):
+    """One node per norm, none to split q, k and v, only operators of TensorRT, all shapes inferred."""
     kwargs |= {"mean": (0.5,) * 3, "std": (0.25,) * 3} if "pixels" in kwargs else {}
     graph = build_graph(model, 32, 32, opset=opset, **kwargs)
     counts = collections.Counter(node.op_type for node in graph.graph.node)
@@ -95,8 +95,8 @@ def test_the_graph_is_clean(model, opset, kwargs):
 
 
 @pytest.mark.parametrize("precision, products, norms", [("fp32", 1, 1), ("fp16", 10, 10), ("mixed", 10, 1)])
-def test_types_are_in_the_file(model, precision, products, norms):
-    """1 is float32, 10 float16: what a strongly typed engine computes in."""
+def test_types_of_strongly_typed_files(model, precision, products, norms):
+    """1 is float32, 10 float16; TensorRT's --stronglyTyped computes in these."""
     graph = onnx.shape_inference.infer_shapes(build_graph(model, 32, 32, precision=precision), strict_mode=True).graph
     types = {constant.name: constant.data_type for constant in graph.initializer}
     types |= {value.name: value.type.tensor_type.elem_type
@@ -111,33 +111,36 @@ def test_types_are_in_the_file(model, precision, products, norms):
 
 @pytest.mark.parametrize("opset, precision", [(17, "fp32"), (18, "fp32"), (20, "mixed")])
 def test_any_size(model, opset, precision):
-    """The position embedding is resampled in the graph as torch does it, and left alone at the size it was made for."""
+    """Position embeddings are interpolated in the graph as in torch, and unchanged at the learned size."""
     graph = build_graph(model, opset=opset, precision=precision, patch_tokens=True, heads="mean")
     for height, width in ((32, 32), (40, 64), (96, 24), (32, 40), (8, 8)):
         image = torch.randn(2, 3, height, width)
         wanted = expected(model, image)
         wanted["attention"] = wanted["attention"].mean(dim=1)
-        require_equal(run(graph, image.numpy()), wanted, precision)
+        assert_equal(run(graph, image.numpy()), wanted, precision)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "mixed"])
-def test_pixels_are_normalised_in_the_graph(model, scene, layout, precision):
+def test_pixels_are_normalized_in_the_graph(model, scene, layout, precision):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    picture = scene.resize((48, 32))
-    pixels = np.asarray(picture)[None]
+    image = scene.resize((48, 32))
+    pixels = np.asarray(image)[None]
     graph = build_graph(model, 32, 48, pixels=layout, mean=mean, std=std, precision=precision)
     outputs = run(graph, pixels if layout == "nhwc" else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    require_equal(outputs, expected(model, TF.normalize(TF.to_tensor(picture), mean, std)[None]), precision)
+    assert_equal(outputs, expected(model, TF.normalize(TF.to_tensor(image), mean, std)[None]), precision)
 
 
 @pytest.mark.parametrize("arch, patch_size, sizes, batches", [
-    ("vit_tiny", 16, [(224, 224), (96, 96), (480, 320)], [1, 2, 7]), ("vit_tiny", 8, [(96, 96), (224, 224)], [2]),
-    ("vit_small", 16, [(224, 224)], [7]), ("vit_small", 8, [(96, 96)], [1]), ("vit_base", 16, [(96, 96)], [2])])
+    ("vit_tiny", 16, [(96, 96), (480, 320)], [2]), ("vit_tiny", 8, [(96, 96)], [2]),
+    ("vit_small", 16, [(224, 224)], [1]), ("vit_small", 8, [(96, 96)], [1]), ("vit_base", 16, [(96, 96)], [2]),
+    pytest.param("vit_tiny", 16, [(224, 224), (96, 96), (480, 320)], [1, 2, 7], marks=pytest.mark.slow),
+    pytest.param("vit_tiny", 8, [(224, 224)], [2], marks=pytest.mark.slow),
+    pytest.param("vit_small", 16, [(224, 224)], [7], marks=pytest.mark.slow)])
 def test_models_of_the_paper(arch, patch_size, sizes, batches):
     model = random_model(patch_size=patch_size, **SIZES[arch])
     for height, width in sizes:
         graph = build_graph(model, height, width)
         for batch in batches:
             image = torch.randn(batch, 3, height, width)
-            require_equal(run(graph, image.numpy()), expected(model, image))
+            assert_equal(run(graph, image.numpy()), expected(model, image))

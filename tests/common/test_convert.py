@@ -1,4 +1,4 @@
-"""Round trips with the packages themselves: their model from our file gives our numbers, and back."""
+"""Round trips through timm and transformers: their model loads our file and gives our features, and back."""
 
 import timm
 import torch
@@ -53,45 +53,45 @@ def test_transformers(tmp_path, capsys, scene):
     theirs, report = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True,
                                                            attn_implementation="eager")
     assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    answer = theirs.eval()(images, output_attentions=True)
+    output = theirs.eval()(images, output_attentions=True)
     features, attention = model.forward_with_attention(images)
-    torch.testing.assert_close(answer.last_hidden_state[:, 0], features, rtol=0, atol=1e-5)
-    torch.testing.assert_close(answer.attentions[-1][:, :, 0, 1:], attention, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.last_hidden_state[:, 0], features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.attentions[-1][:, :, 0, 1:], attention, rtol=0, atol=1e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     assert list(processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_std) == [0.4, 0.5, 0.6]
     view = processor(scene, return_tensors="pt")["pixel_values"][0]
     ours = (center_crop_view(scene, 32) * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
             + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1) - torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1)) \
         / torch.tensor((0.4, 0.5, 0.6)).view(3, 1, 1)
-    assert (view - ours).abs().mean() < 0.05  # it rounds the longer side otherwise, and shifts by a pixel
+    assert (view - ours).abs().mean() < 0.05  # transformers rounds the longer side differently, a shift of one pixel
     torch.nn.init.normal_(theirs.layernorm.bias)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = load_backbone(tmp_path / "theirs")  # the folder; how wide the heads are is in its config.json
+    ours, _ = load_backbone(tmp_path / "theirs")  # the number of heads is in config.json
     assert ours.num_heads == 2
-    export.main(export.parse_args(["--ckpt", f"{tmp_path}/theirs/"]))  # such a folder is exported too
+    export.main(export.parse_args(["--ckpt", f"{tmp_path}/theirs/"]))
     assert (tmp_path / "theirs.onnx").exists()
     torch.testing.assert_close(ours(images), theirs(images).last_hidden_state[:, 0], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_our_own_and_the_released_layout(tmp_path, capsys):
+def test_safetensors_and_the_released_backbone(tmp_path, capsys):
     path, model = saved(tmp_path, **SMALL)
     images = torch.randn(2, 3, 32, 32)
-    whole = exported(path, "safetensors", capsys)
-    ours, info = load_backbone(whole)
+    file = exported(path, "safetensors", capsys)
+    ours, info = load_backbone(file)
     assert torch.equal(ours(images), model(images)) and info["arch"] == "vit_tiny"
-    assert all(name.startswith("backbone.") for name in read_weights(whole, None)[0])
+    assert all(name.startswith("backbone.") for name in read_weights(file, None)[0])
     released = torch.load(exported(path, "dino", capsys), weights_only=True)
     assert released.keys() == model.state_dict().keys()
     assert all(torch.equal(released[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_full_checkpoint_in_the_released_layout(tmp_path, capsys):
+def test_full_checkpoint_in_the_released_layout(tmp_path, capsys):
     _, model = saved(tmp_path, **SMALL)
     networks = {name: {f"backbone.{key}": tensor + i for key, tensor in model.state_dict().items()}
                 | {"head.last_layer.weight_v": torch.ones(3, 3)} for i, name in enumerate(("student", "teacher"))}
-    save_checkpoint(tmp_path / "checkpoint.pth", **networks, dino_loss={"center": torch.zeros(1, 3)}, info={"vit": SMALL},
-               progress={"step": 7}, flags={"arch": "vit_tiny", "patch_size": 8})
+    save_checkpoint(tmp_path / "checkpoint.pth", **networks, dino_loss={"center": torch.zeros(1, 3)},
+                    info={"vit": SMALL}, progress={"step": 7}, flags={"arch": "vit_tiny", "patch_size": 8})
     full = torch.load(exported(tmp_path / "checkpoint.pth", "dino_full", capsys))  # as the released scripts do
     assert set(full) == {"student", "teacher", "dino_loss"}
     assert set(full["student"]) == {f"module.{name}" for name in networks["student"]}
