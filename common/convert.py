@@ -23,18 +23,15 @@ TRANSFORMERS_NAMES = [  # parts of names, (vit.py, transformers), replaced in th
     ("blocks.", "encoder.layer."),
     (".norm1.", ".layernorm_before."),
     (".norm2.", ".layernorm_after."),
-    (".attn.query.", ".attention.attention.query."),
-    (".attn.key.", ".attention.attention.key."),
-    (".attn.value.", ".attention.attention.value."),
     (".attn.proj.", ".attention.output.dense."),
+    (".attn.", ".attention.attention."),  # query, key and value
     (".mlp.fc1.", ".intermediate.dense."),
     (".mlp.fc2.", ".output.dense."),
     ("norm.", "layernorm."),
 ]
-TRANSFORMERS_5_NAMES = [  # where the modules of version 5 are named differently from its files
-    ("blocks.", "layers."), (".attn.query.", ".attention.q_proj."), (".attn.key.", ".attention.k_proj."),
-    (".attn.value.", ".attention.v_proj."), (".attn.proj.", ".attention.o_proj."),
-]
+TRANSFORMERS_5_NAMES = [  # the modules of version 5, where they are named differently from its files
+    ("blocks.", "layers."), (".attn.proj.", ".attention.o_proj."), (".attn.", ".attention."),
+    (".query.", ".q_proj."), (".key.", ".k_proj."), (".value.", ".v_proj.")]
 
 
 # ---- reading ----

@@ -208,6 +208,11 @@ def build_with_weights(arguments, weights):
     for name, tensor in matched.items():
         if find_fault(tensor) or tensor.is_floating_point() != expected[name].is_floating_point():
             raise ValueError(f"{name} {find_fault(tensor) or f'has dtype {tensor.dtype}'}")
+    wrong = [name for name in expected if name not in matched or matched[name].shape != expected[name].shape]
+    if wrong:
+        found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
+        raise ValueError(f"{len(wrong)} of {len(expected)} tensors do not fit; {wrong[0]} is {found}, expected "
+                         f"{list(expected[wrong[0]].shape)}")
     # the buffers of other libraries that are in no file are computed by their constructors
     model = build_backbone(arguments) if "arch" in arguments else model.to_empty(device="cpu")
     model.load_state_dict(matched)
