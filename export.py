@@ -71,7 +71,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     add("--checkpoint_key", choices=["teacher", "student"], help="network of a full checkpoint (default: teacher)")
-    add("--format", choices=["onnx", *FORMATS], default="onnx", help="ONNX, or whose names the weights are saved under")
+    add("--format", choices=["onnx", *FORMATS], default="onnx",
+        help="ONNX, or the library whose names the weights are saved under")
     add("--output", metavar="FILE", help="output path (default: the model file's name with the format's ending)")
     add = parser.add_argument_group("ONNX").add_argument
     add("--image_size", type=positive_int, nargs="+", metavar="PIXELS",

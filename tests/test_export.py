@@ -135,10 +135,10 @@ def test_check_verifies_an_existing_file(saved, capsys):
              "written in opset {'': 19}, not 18"),
             (lambda p: p.graph.output.pop(), "outputs .* instead of"),
             (lambda p: p.graph.node.pop(3), "cannot run this file of opset 18")):
-        damaged = onnx.ModelProto()
-        damaged.CopyFrom(proto)
-        change(damaged)
-        onnx.save(damaged, file)
+        corrupt = onnx.ModelProto()
+        corrupt.CopyFrom(proto)
+        change(corrupt)
+        onnx.save(corrupt, file)
         with pytest.raises(export.ExportError, match=words):
             export.main(export.parse_args(["--check", str(file)]))
     file.write_bytes(before)
