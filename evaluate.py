@@ -263,7 +263,7 @@ def train_on_features(network, grid, output, setup, args):
     if setup.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         check_writable(output)
-    features = load_or_extract_features(setup, network.extractor, args)
+    features = load_or_extract_features(setup, network.tokens, args)
     x, y, test_x = (features[name].to(setup.device) for name in ("train_features", "train_labels", "test_features"))
     log(f"{len(grid)} classifiers on {x.shape[1]} features of {len(x)} images; "
         + format_effective_lr(args.lr, min(1024, len(x))))
@@ -287,7 +287,7 @@ def train_on_crops(network, grid, output, setup, args):
         train_images, val_images = (Subset(train_images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
     metric = "held_out_top1" if len(grid) > 1 else "test_top1"
     optimizer = build_optimizer("sgd", supervised.build_head_groups(network, grid))
-    log(f"{len(grid)} classifiers on {network.extractor.dim} features; "
+    log(f"{len(grid)} classifiers on {network.tokens.dim} features; "
         + format_effective_lr(args.lr, args.batch_size_per_gpu * setup.world_size))
     completed = supervised.train_classifiers(
         network, optimizer, train_images, get_fixed_settings(setup) | {"grid": grid},
@@ -381,7 +381,7 @@ def format_effective_lr(lrs, batch_size):
 
 def get_trained_modules(network):
     """{prefix in classifier.safetensors: module}: the classifier, and the backbone if it is fine-tuned."""
-    return {"classifier.": network.heads[0]} | ({} if network.frozen else {"backbone.": network.extractor.backbone})
+    return {"classifier.": network.heads[0]} | ({} if network.frozen else {"backbone.": network.tokens.backbone})
 
 
 def save_classifier(network, output, setup, hparams):

@@ -26,8 +26,9 @@ import torch
 
 from common.distributed import check_same_on_all_ranks, is_rank_zero
 
-RENAMED_KEYS = {  # in "fixed" and "progress" of checkpoints written before November 2026
-    "number of pictures": "num_images", "global batch": "global_batch_size", "unreadable": "corrupt_images"}
+RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
+    "number of pictures": "num_images", "global batch": "global_batch_size", "unreadable": "corrupt_images",
+    "pictures": "dataset_sizes", "how": "hparams", "vit": "backbone"}
 TRANSIENT_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
                     errno.ETIMEDOUT)  # of a disk or network; the file may be intact
 MODEL_FILES = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "student.safetensors"),
@@ -129,8 +130,13 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint, or corrupt ({first_line(error)})") from None
     for section in ("fixed", "progress"):
         if isinstance(state, dict) and isinstance(state.get(section), dict):
-            state[section] = {RENAMED_KEYS.get(name, name): value for name, value in state[section].items()}
+            state[section] = rename_old_keys(state[section])
     return state
+
+
+def rename_old_keys(values):
+    """{name: value} with the keys of older versions -> the same with today's."""
+    return {RENAMED_KEYS.get(name, name): value for name, value in values.items()}
 
 
 def allowed_globals():

@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from backbones import BackboneError, HeadlessClassifier, build_backbone
-from common.checkpoint import CheckpointError, atomic_write, check_writable, find_fault, load_checkpoint
+from common.checkpoint import (
+    CheckpointError,
+    atomic_write,
+    check_writable,
+    find_fault,
+    load_checkpoint,
+    rename_old_keys,
+)
 from common.convert import read_num_heads, to_vit_names
 from common.distributed import is_rank_zero
 from common.precision import set_matmul_precision
@@ -141,9 +148,8 @@ def read_weights(path, key):
     if key and network != key:
         raise CheckpointError(f"{path}: holds no network named {key}, leave --checkpoint_key out")
     weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    if isinstance(info, dict) and "vit" in info:  # key of files from before other backbones were supported
-        info["backbone"] = info.pop("vit")
-    return weights, info if isinstance(info, dict) and isinstance(info.get("backbone"), dict) else {}, network
+    info = rename_old_keys(info) if isinstance(info, dict) else {}
+    return weights, info if isinstance(info.get("backbone"), dict) else {}, network
 
 
 def match_weights(weights, arguments, path):

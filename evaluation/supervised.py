@@ -68,7 +68,7 @@ class Classifiers(nn.Module):
 
     def __init__(self, extractor, num_classes, count=1, frozen=True):
         super().__init__()
-        self.extractor, self.frozen = extractor.requires_grad_(not frozen), frozen
+        self.tokens, self.frozen = extractor.requires_grad_(not frozen), frozen  # "tokens" is in checkpoints
         self.heads = nn.ModuleList(nn.Linear(extractor.dim, num_classes) for _ in range(count))
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
@@ -76,13 +76,13 @@ class Classifiers(nn.Module):
 
     def forward(self, x):
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            features = self.extractor(x)
+            features = self.tokens(x)
         with torch.autocast(x.device.type, enabled=False):
             return torch.stack([head(features.float()) for head in self.heads])
 
     def train(self, mode=True):
         super().train(mode)
-        self.extractor.train(mode and not self.frozen)
+        self.tokens.train(mode and not self.frozen)
         return self
 
 
@@ -101,7 +101,7 @@ def build_layer_decay_groups(network, lr, weight_decay, layer_decay):
     lr * layer_decay^(L + 1 - l), the embeddings lr * layer_decay^(L + 1). A backbone without blocks has
     lr * layer_decay. Biases and norms have no weight decay.
     """
-    backbone, groups = network.extractor.backbone, {}
+    backbone, groups = network.tokens.backbone, {}
     depth = len(backbone.blocks)
     layers = {id(p): i + 1 for i, block in enumerate(backbone.blocks) for p in block.parameters()}
     layers |= {id(p): depth for p in backbone.norm.parameters()} if depth else {}
@@ -194,11 +194,11 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
     if found:
         logger.print(f"resuming at step {first_step} of {total_steps} from {found}")
 
-    set_matmul_precision(device, args.precision, network.extractor.backbone.embed_dim)
+    set_matmul_precision(device, args.precision, network.tokens.backbone.embed_dim)
     network.train()
     model = network
     if device.type == "cuda" and world_size > 1 and not network.frozen:
-        convert_sync_batchnorm(network.extractor)
+        convert_sync_batchnorm(network.tokens)
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(

@@ -195,7 +195,7 @@ def test_layer_decay_of_a_backbone_without_blocks():
     groups = build_layer_decay_groups(network, lr=0.1, weight_decay=0.05, layer_decay=0.5)
     peaks = {name: group["peak"] for group in groups for name, _ in group["params"]}
     assert peaks.pop("heads.0.weight") == peaks.pop("heads.0.bias") == 0.1 and set(peaks.values()) == {0.05}
-    assert len(peaks) == len(list(network.extractor.parameters()))
+    assert len(peaks) == len(list(network.tokens.parameters()))
 
 
 # ---- all commands ----

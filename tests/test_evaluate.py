@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -394,7 +395,7 @@ def test_corrupt_images_are_skipped_and_counted(trained, capsys):
     assert result["num_images"] == 22 and len(result["corrupt"]) == 1
     assert capsys.readouterr().out.count(f"skipped corrupt image {corrupt}") == 1
     log = [json.loads(line) for line in path.with_name("teacher.linear").joinpath("log.jsonl").read_text().splitlines()]
-    assert log[-1]["unreadable"] == 1
+    assert log[-1]["corrupt_images"] == 1
 
 
 # ---- class names ----
@@ -424,3 +425,16 @@ def test_classes_without_names_are_numbered():
     train, test = TorchvisionDataset(Unnamed([0, 2, 1])), TorchvisionDataset(Unnamed([4]))
     test.images.labels.append("corrupt")
     assert evaluate.list_class_names(Data(train, train, test, "", "")) == ["0", "1", "2", "3", "4"]
+
+
+def test_a_classifier_of_the_version_before_the_redesign_is_resumed_and_tested(small_shapes, tmp_path, capsys):
+    before = Path(__file__).parent / "fixtures" / "before_redesign"
+    shutil.copytree(before / "linear", tmp_path / "linear")
+    flags = ["--ckpt", str(before / "teacher.safetensors"), "--data_path", "shapes", "--lr", "0.1", "--epochs", "2",
+             "--precision", "fp32", "--output_dir", str(tmp_path / "linear")]
+    run("linear", *CPU, *flags, "--test_only")
+    tested = json.loads((tmp_path / "linear" / "result.json").read_text())
+    run("linear", *CPU, *flags)
+    assert "resuming at step 4 of 4" in capsys.readouterr().out
+    resumed = json.loads((tmp_path / "linear" / "result.json").read_text())
+    assert tested["top1"] == resumed["top1"] and tested["confusions"] == resumed["confusions"]

@@ -121,7 +121,7 @@ def test_classifiers_compute_in_float32(backbone, batch):
     network = Classifiers(FeatureExtractor(backbone), 5).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = network(batch[0])
-        features = network.extractor(batch[0])
+        features = network.tokens(batch[0])
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits[0], network.heads[0](features.float()), rtol=0, atol=1e-6)
 
