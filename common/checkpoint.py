@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import tempfile
 import time
 import warnings
@@ -127,7 +128,8 @@ def load_checkpoint(path):
     except Exception as error:  # unpickling raises nearly anything on corrupt files
         if getattr(error, "errno", None) in TRANSIENT_ERRORS:
             raise
-        raise CheckpointError(f"{path}: not a checkpoint, or corrupt ({first_line(error)})") from None
+        reason = "pickled objects" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise CheckpointError(f"{path}: not a checkpoint, or corrupt ({reason})") from None
     for section in ("fixed", "progress"):
         if isinstance(state, dict) and isinstance(state.get(section), dict):
             state[section] = rename_old_keys(state[section])

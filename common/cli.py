@@ -180,6 +180,8 @@ def run_command(main, parse_args, *errors):
         message = f"{error.name} is not installed: pip install {error.name}"
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except (RecursionError, UnicodeDecodeError):
+        message = "a flag file (@FILE) is not text, or includes itself"
     except (RuntimeError, MemoryError, ValueError) as error:
         message = explain_runtime_error(error)
         if not message:

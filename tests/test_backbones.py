@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from step import Settings, build_networks, compile_blocks, train_step
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
@@ -30,6 +29,7 @@ from data.shapes import Shapes
 from dino_loss import DINOLoss
 from evaluation.supervised import Classifiers, FeatureExtractor, build_layer_decay_groups
 from optim import build_optimizer, build_param_groups
+from train import Schedule, build_networks, compile_blocks, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "
          "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 2 --num_workers 0 --device cpu --precision fp32 "
@@ -180,9 +180,9 @@ def test_teacher_batch_norm_has_statistics_of_the_global_crops():
     crops = [torch.randn(4, 3, side, side) for side in (32, 32, 16)]
     expected.train()(torch.cat(crops[:2]))
     optimizer = build_optimizer("sgd", build_param_groups(student))
-    now = Settings(0, lr=0.1, weight_decay=0.0, momentum=0.9, teacher_temp=0.04, frozen=False)
-    train_step(student, teacher, DINOLoss(16), optimizer, torch.amp.GradScaler("cpu", enabled=False),
-               torch.tensor(0), [crops], now)
+    schedule = Schedule(lr=0.1, weight_decay=0.0, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
+    train_step(student, teacher, DINOLoss(16), optimizer, torch.amp.GradScaler("cpu", enabled=False), [crops], schedule,
+               train.parse_args(TRAIN), torch.tensor(True))
     buffers = dict(expected.named_buffers())
     for name, value in teacher.backbone.model.named_buffers():
         torch.testing.assert_close(value, buffers[name], rtol=0, atol=1e-6)
@@ -267,7 +267,7 @@ def test_knn_uses_its_features_and_equals_online_knn(runs, data_path):
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
     knn = json.loads((folder / "teacher.knn.json").read_text())["knn"]["16"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]
-    assert log["knn"] == "epoch 1" and [knn["top1"], knn["top5"]] == [log["top1"], log["top5"]]
+    assert log["eval"] == "epoch 1" and [knn["top1"], knn["top5"]] == [log["knn_top1"], log["knn_top5"]]
 
 
 def test_evaluation_does_not_change_batch_norm(runs):

@@ -1,4 +1,4 @@
-"""Mistakes end with one line that names them, and status 2."""
+"""Bad input ends with one line and exit status 2."""
 
 import os
 import subprocess
@@ -26,8 +26,8 @@ ERRORS = (DataError, BackboneError, train.CheckpointError, FloatingPointError, e
 
 
 @pytest.fixture
-def mistakes(tmp_path):
-    """A folder of things that are not what they should be."""
+def bad_inputs(tmp_path):
+    """A folder of files and folders that are not what they should be."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "few").mkdir()
     for i in range(3):
@@ -37,7 +37,7 @@ def mistakes(tmp_path):
         Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(tmp_path / "labels" / f"{i % 2}" / f"{i}.png")
     (tmp_path / "broken").mkdir()
     for i in range(70):
-        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
+        (tmp_path / "broken" / f"{i}.png").write_bytes(b"not an image")
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")
     (tmp_path / "flags.txt").write_text("--patch_size 7 # divides no crop\n")
@@ -51,8 +51,8 @@ def mistakes(tmp_path):
     torch.save({"fixed": {"arch": "vit_base"}}, tmp_path / "other" / "checkpoint.pth")
     (tmp_path / "a_file").write_text("")
     (tmp_path / "loop.txt").write_text(f"@{tmp_path}/loop.txt")
-    grey = VisionTransformer(32, 8, in_chans=1, embed_dim=64, depth=1, num_heads=1).state_dict()
-    save_file(grey, tmp_path / "grey.safetensors")
+    grayscale = VisionTransformer(32, 8, in_chans=1, embed_dim=64, depth=1, num_heads=1).state_dict()
+    save_file(grayscale, tmp_path / "one_channel.safetensors")
     save_file(weights | {"blocks.0.ls1.gamma": torch.ones(64)}, tmp_path / "layerscale.safetensors")
     vit = dict(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1)
     ours = VisionTransformer(**vit).state_dict()
@@ -95,55 +95,56 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("train --no_such_flag", "unrecognized arguments: --no_such_flag"),
     ("train --arch vit_huge", "vit_huge is none of vit_tiny, vit_small, vit_base, vit_large and no classifier of"),
     ("train --arch timm:no_such_net", "timm:no_such_net is none of"),
-    ("train --arch resnet50 --patch_size 8", "--patch_size is of vit_tiny, vit_small, vit_base, vit_large, not of"),
-    ("train --arch resnet50 --activation_checkpointing", "--activation_checkpointing is of vit_tiny"),
+    ("train --arch resnet50 --patch_size 8",
+     "--patch_size is for vit_tiny, vit_small, vit_base, vit_large, not for --arch resnet50"),
+    ("train --arch resnet50 --activation_checkpointing", "--activation_checkpointing is for vit_tiny"),
     ("train --arch resnet18 --drop_path_rate 0.1", "resnet18 has no stochastic depth: --drop_path_rate must be 0"),
     ("train --arch timm:vgg11 --drop_path_rate 0.1", "timm:vgg11 cannot be built: "),
     ("train --arch timm:vit_tiny_patch16_224.augreg_in21k", "is none of vit_tiny"),
-    ("train --arch maxvit_t --local_crops_size 96", "maxvit_t cannot look at 96 x 96 pixels"),
-    ("train --loss mse --centering sinkhorn", "--centering sinkhorn makes probabilities, which --loss mse does not"),
+    ("train --arch maxvit_t --local_crops_size 96", "maxvit_t does not support images of 96 x 96 pixels"),
+    ("train --loss mse --centering sinkhorn", "--centering sinkhorn gives probabilities, --loss mse compares logits"),
     ("train --teacher frozen", "--teacher: invalid choice: 'frozen'"),
-    ("train --epochs 0", "--epochs: '0' is not a whole number above 0"),
-    ("train --epochs ten", "'ten' is not a whole number"),
+    ("train --epochs 0", "--epochs: '0' is not an integer above 0"),
+    ("train --epochs ten", "'ten' is not an integer"),
     ("train --lr -1", "--lr: '-1' is not a number above 0"),
     ("train --lr nan", "'nan' is not a number"),
     ("train --norm_last_layer maybe", "'maybe' is not true or false"),
     ("train --patch_size 9", "--global_crops_size 224 is not a multiple of --patch_size 9"),
     ("train --local_crops_size 90", "--local_crops_size 90 is not a multiple of --patch_size 16"),
-    ("train --local_crops_scale 0.4 0.05", "--local_crops_scale 0.4 0.05 is not a range"),
+    ("train --local_crops_scale 0.4 0.05", "--local_crops_scale 0.4 0.05 is not an ascending range"),
     ("train --color_jitter 0 0 0 0.7", "half a turn"),
     ("train --embed_dim 100", "--embed_dim 100 is not a multiple of --num_heads 6"),
     ("train --epochs 3", "--warmup_epochs 10 is more than --epochs 3"),
-    ("train --device cuda", "'cuda' is not a device that torch finds here"),
+    ("train --device cuda", "'cuda' is not available here, use cpu"),
     ("train @{}/flags.txt", "not a multiple of --patch_size 7"),
     ("train @{}/missing.txt", "missing.txt"),
-    ("train @{}/loop.txt", "includes itself"),
-    ("train @{}/good.safetensors", "not text"),
+    ("train @{}/loop.txt", "not text, or includes itself"),
+    ("train @{}/good.safetensors", "is not text, or includes itself"),
     ("train --drop_path_rate 1", "'1' is not a number from 0 to below 1"),
     ("train --data_path {}/missing", "missing: no such folder"),
-    ("train --data_path {}/empty", "empty: no picture found"),
-    ("train --data_path {}/few", "3 pictures are fewer than the 64 of one step"),
-    ("train --data_path {}/broken", "broken: none of its 70 pictures can be read; the last is"),
-    ("train --output_dir {}/run", "checkpoint.pth: not a checkpoint, or damaged"),
+    ("train --data_path {}/empty", "empty: no image found"),
+    ("train --data_path {}/few", "3 images are fewer than the global batch size 64"),
+    ("train --data_path {}/broken", "broken: none of its 70 images can be read; the last: "),
+    ("train --output_dir {}/run", "checkpoint.pth: not a checkpoint, or corrupt"),
     ("train --output_dir {}/other", "was trained with arch vit_base, not vit_small"),
     ("train --output_dir {}/a_file", "a_file"),
     ("train --resume later", "--resume: invalid choice: 'later'"),
-    ("train --overwrite", "say --resume none as well"),
-    ("train --keep 0", "--keep: '0' is not a whole number above 0"),
-    ("train --save_every_minutes -1", "'-1' is not a number, 0 or more"),
+    ("train --overwrite", "starts anew: add --resume none"),
+    ("train --keep 0", "--keep: '0' is not an integer above 0"),
+    ("train --save_every_minutes -1", "'-1' is not a number of 0 or more"),
     ("train --timeout_minutes 0", "--timeout_minutes: '0' is not a number above 0"),
     ("train --out_dim 100000000000000", "out of memory"),
     ("train --embed_dim 10000000 --num_heads 1", "out of memory"),
-    ("train --data_path {}/pipes", "none of its 1 pictures can be read; the last is {}/pipes/a.jpg: not a file"),
+    ("train --data_path {}/pipes", "none of its 1 images can be read; the last: {}/pipes/a.jpg: not a file"),
     ("train --data_path {}/bombs", "decompression bomb"),
-    ("train --data_path {}/lines", "3000 x 1 pixels is more of a line than a picture"),
-    ("train --data_path mnist8:{}", "torchvision has no set named 'mnist8'"),
-    ("train --output_dir {}/model_only", "holds teacher.safetensors of an earlier run: --resume none --overwrite"),
-    ("train --output_dir {}/run --resume none", "holds checkpoint.pth of an earlier run: --resume none --overwrite"),
+    ("train --data_path {}/lines", "3000 x 1 pixels, one side is more than 100 times the other"),
+    ("train --data_path mnist8:{}", "torchvision has no dataset 'mnist8'"),
+    ("train --output_dir {}/model_only", "holds teacher.safetensors of a previous run: --resume none --overwrite"),
+    ("train --output_dir {}/run --resume none", "holds checkpoint.pth of a previous run: --resume none --overwrite"),
     ("train --output_dir /proc/here", "/proc/here"),
     ("evaluate", "the following arguments are required: TASK"),
     ("evaluate guess", "invalid choice: 'guess'"),
-    ("evaluate knn --nb_knn 0", "--nb_knn: '0' is not a whole number above 0"),
+    ("evaluate knn --nb_knn 0", "--nb_knn: '0' is not an integer above 0"),
     ("evaluate knn", "no trained model below runs/"),
     ("evaluate knn --ckpt {}/missing.pth", "missing.pth: no such file"),
     ("evaluate knn --ckpt {}/empty", "empty"),
@@ -151,30 +152,32 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("evaluate knn --ckpt {}/text.safetensors", "text.safetensors: not a safetensors file"),
     ("evaluate knn --ckpt {}/cut.safetensors", "cut.safetensors: not a safetensors file, or corrupt"),
     ("evaluate knn --ckpt {}/resnet.pth", "as built here: not the tensors of a ResNet of torchvision"),
-    ("evaluate knn --ckpt {}/good.safetensors", "does not say what it was trained on"),
+    ("evaluate knn --ckpt {}/good.safetensors", "trained on unknown data; name the labeled images with --data_path"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
     ("evaluate knn --ckpt {}/good.safetensors --checkpoint_key student", "holds no network named student"),
-    ("evaluate knn --ckpt {}/grey.safetensors --data_path shapes", "takes 1 channels"),
+    ("evaluate knn --ckpt {}/one_channel.safetensors --data_path shapes", "takes 1 channels"),
     ("evaluate knn --ckpt {}/layerscale.safetensors", "blocks.0.ls1.gamma has no place"),
     ("evaluate knn --ckpt {}/good.safetensors --data_path shapes --image_size 30", "of the model's patch size 8"),
-    ("evaluate knn --ckpt {}/elsewhere.safetensors", "opened when you name it too: --data_path cifar10:{}/elsewhere"),
-    ("evaluate knn --ckpt {}/root.safetensors", "says that it was trained on /; what a file names is opened when you"),
-    ("evaluate knn --ckpt {}/number.safetensors", "does not say what it was trained on"),
+    ("evaluate knn --ckpt {}/elsewhere.safetensors",
+     "trained on cifar10:{}/elsewhere; name the labeled images with --data_path"),
+    ("evaluate knn --ckpt {}/root.safetensors", "trained on /; name the labeled images with --data_path"),
+    ("evaluate knn --ckpt {}/number.safetensors", "trained on 7; name the labeled images with --data_path"),
     ("evaluate knn --ckpt {}/heads.safetensors", "num_heads is -1"),
     ("evaluate knn --ckpt {}/nan.pth", "norm.bias holds NaN or infinity"),
-    ("evaluate knn --ckpt {}/claims.pth", "pos_embed claims more numbers than it holds"),
+    ("evaluate knn --ckpt {}/claims.pth", "pos_embed has a shape larger than its storage"),
     ("evaluate knn --ckpt {}/flipped.pth", "does not match its checksum"),
     ("evaluate knn --lr 0.1", "unrecognized arguments: --lr 0.1"),
     ("evaluate linear --lr 0", "--lr: '0' is not a number above 0"),
-    ("evaluate linear --crop_scale 0.5 0.1", "--crop_scale 0.5 0.1 is not a range above 0, lower end first"),
-    ("evaluate linear --overwrite", "say --resume none as well"),
+    ("evaluate linear --crop_scale 0.5 0.1", "--crop_scale 0.5 0.1 is not an ascending range above 0"),
+    ("evaluate linear --overwrite", "starts anew: add --resume none"),
     ("evaluate linear --features f.safetensors", "--features keeps what --quick extracts"),
-    ("evaluate linear --seed 99999999999999999999", "is not a whole number from 0 to below 2^63"),
+    ("evaluate linear --seed 99999999999999999999", "is not an integer from 0 to below 2^63"),
     ("evaluate linear --precision int8", "invalid choice: 'int8'"),
     ("evaluate finetune --epochs 3", "--warmup_epochs 5 is more than --epochs 3"),
     ("evaluate finetune --drop_path_rate 1", "'1' is not a number from 0 to below 1"),
     ("evaluate finetune --ckpt {}/good.safetensors --data_path {}/few", "few: no labels"),
-    ("evaluate finetune --ckpt {}/good.safetensors --data_path {}/labels", "9 labelled pictures are fewer than the"),
+    ("evaluate finetune --ckpt {}/good.safetensors --data_path {}/labels",
+     "9 labeled images are fewer than the global batch size 128"),
     ("evaluate linear --ckpt {}/good.safetensors --data_path {}/labels --test_only", "classifier.safetensors: no such"),
     ("evaluate linear --ckpt {}/good.safetensors --data_path {}/labels --batch_size_per_gpu 4 --output_dir /proc/here",
      "/proc/here"),
@@ -185,13 +188,13 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("export --ckpt {}/good.safetensors --opset 16", "'16' is not an integer from 17 to"),
     ("export --ckpt {}/good.safetensors --last_layers 2", "--last_layers 2: the model has 1 blocks"),
     ("export --ckpt {}/good.safetensors --dynamic size --image_size 32", "takes any size: leave --image_size out"),
-    ("export --ckpt {}/grey.safetensors --normalize nhwc", "takes 1 channels, --normalize is for RGB"),
+    ("export --ckpt {}/one_channel.safetensors --normalize nhwc", "takes 1 channels, --normalize is for RGB"),
     ("export --ckpt {}/good.safetensors --format timm --benchmark", "only ONNX files are checked and timed"),
     ("export --ckpt {}/good.safetensors --format dino_full", "holds one network; --format dino_full needs a run's"),
     ("export --ckpt {}/good.safetensors --format transformers --output /proc/here", "/proc/here"),
     ("export --check {}/a.onnx --image_size 32", "--check takes a file as it is"),
     ("export --format dino_full --checkpoint_key student", "writes both networks: leave --checkpoint_key out"),
-    ("export --ckpt {}/good.safetensors --images {}/empty", "empty: no picture found"),
+    ("export --ckpt {}/good.safetensors --images {}/empty", "empty: no image found"),
     ("export --check {}/missing.onnx", "missing.onnx: no such file"),
     ("export --check {}/good.safetensors", "not a file of export.py"),
     ("export --ckpt {}/good.safetensors --image_size 33", "multiples of the model's patch size 8"),
@@ -201,8 +204,9 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("segment", "the following arguments are required: TASK"),
     ("segment masks --mass 2", "--mass: '2' is not a number from 0 to 1"),
     ("segment masks", "no trained model below runs/"),
-    ("segment masks --ckpt {}/grey.safetensors", "takes 1 channels"),
-    ("segment masks --ckpt {}/good.safetensors --data_path shapes:7", "shapes:7: the side of the pictures"),
+    ("segment masks --ckpt {}/one_channel.safetensors", "takes 1 channels"),
+    ("segment masks --ckpt {}/good.safetensors --data_path shapes:7",
+     "shapes:7: SIZE must be an integer from 16 to 1024 pixels"),
     ("segment masks --ckpt {}/good.safetensors --data_path {}/missing", "missing: no such folder"),
     ("segment masks --ckpt {}/good.safetensors --data_path {}/few", "few: expected JPEGImages/480p/SEQUENCE/FRAME.jpg"),
     ("segment masks --ckpt {}/good.safetensors --data_path {}/voc", "val.txt: expected a list of names"),
@@ -210,10 +214,10 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("segment video --ckpt {}/good.safetensors", "the following arguments are required: --data_path"),
     ("segment video --ckpt {}/good.safetensors --data_path {}/few", "few: expected JPEGImages/480p/SEQUENCE/FRAME.jpg"),
     ("segment video --ckpt {}/good.safetensors --data_path {}/davis --sequences cat dog", "no frames (*.jpg) in dog"),
-    ("segment video --ckpt {}/good.safetensors --data_path {}/davis --topk 0", "'0' is not a whole number above 0"),
+    ("segment video --ckpt {}/good.safetensors --data_path {}/davis --topk 0", "'0' is not an integer above 0"),
     ("segment video --ckpt {}/good.safetensors --data_path {}/davis --output_dir /proc/here", "/proc/here"),
     ("retrieve search --ckpt {}/good.safetensors --data_path {}/few", "the following arguments are required: query"),
-    ("retrieve search --ckpt {}/good.safetensors --data_path {}/empty {}/few/0.png", "empty: no picture found"),
+    ("retrieve search --ckpt {}/good.safetensors --data_path {}/empty {}/few/0.png", "empty: no image found"),
     ("retrieve search --ckpt {}/good.safetensors --data_path {}/few {}/few/0.png --output_dir /proc/x", "/proc/x"),
     ("retrieve search --ckpt {}/good.safetensors --data_path {}/few {}/few/0.png --image_size 30", "patch size 8"),
     ("retrieve copies --ckpt {}/good.safetensors --data_path {}/few", "few/original: no such folder"),
@@ -222,20 +226,20 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("retrieve landmarks --ckpt {}/good.safetensors --data_path {}/truth", "gnd_x.pkl: not the ground truth of"),
     ("retrieve landmarks --multiscale perhaps", "'perhaps' is not true or false"),
 ])
-def test_one_line_and_status_2(mistakes, monkeypatch, capsys, command, words):
-    name, *argv = command.replace("{}", str(mistakes)).split()
-    words = words.replace("{}", str(mistakes))
+def test_one_line_and_status_2(bad_inputs, monkeypatch, capsys, command, words):
+    name, *argv = command.replace("{}", str(bad_inputs)).split()
+    words = words.replace("{}", str(bad_inputs))
     main, parse_args = SCRIPTS[name]
-    monkeypatch.chdir(mistakes)
+    monkeypatch.chdir(bad_inputs)
     if name == "train" and not any(flag in argv for flag in ("--arch", "--embed_dim", "--output_dir")):
-        argv += ["--output_dir", str(mistakes / "new")]
-    before = contents(mistakes)
+        argv += ["--output_dir", str(bad_inputs / "new")]
+    before = contents(bad_inputs)
     with pytest.raises(SystemExit) as stop:
         cli.run_command(main, lambda: parse_args(argv), *ERRORS)
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(error) == 1 and words in error[0] and "Traceback" not in error[0]
-    assert contents(mistakes) == before
+    assert contents(bad_inputs) == before
 
 
 def test_from_the_shell(tmp_path):
