@@ -1,32 +1,30 @@
-"""How fast, and how much memory, beside the reference implementation.
+"""Speed and memory of training and inference, next to the reference implementation.
 
-    python bench.py step --settings fp32 bf16+compile --batch_size_per_gpu 8      # a whole training step
-    python bench.py step --reference DIR                              # beside a checkout of facebookresearch/dino
-    python bench.py loss --reference DIR --batch_size_per_gpu 32      # loss and centre, forward and backward
-    python bench.py update --reference DIR                            # clip, optimizer, teacher
-    python bench.py views --reference DIR --data_path /photos         # files to views, and lightly's where installed
-    python bench.py features --reference DIR --batch_size_per_gpu 32  # the frozen backbone: the paper's im/s
-    python bench.py video --reference DIR --patch_size 8              # labels of 8 frames to the next, of 480 x 832
+    python -m benchmarks.speed step --settings fp32 bf16+compile --batch_size_per_gpu 8   # a whole training step
+    python -m benchmarks.speed step --reference DIR                      # next to a checkout of facebookresearch/dino
+    python -m benchmarks.speed loss --reference DIR --batch_size_per_gpu 32      # loss and center, forward and backward
+    python -m benchmarks.speed update --reference DIR                            # clipping, optimizer, EMA
+    python -m benchmarks.speed views --reference DIR --data_path /photos         # image files to crops
+    python -m benchmarks.speed features --reference DIR --batch_size_per_gpu 32  # inference: the paper's im/s
+    python -m benchmarks.speed video --reference DIR --patch_size 8              # label propagation, 480 x 832 frames
 
-Everything is timed in one process, on the same data, turn and turn about, so that what else the machine does
-falls on all alike: read the ratios. A JSON line for each row goes to standard output, a table for people to
-standard error. The step is the function that train.py runs.
+All rows are timed in one process, on the same data and in alternation, so that other load on the machine affects all of
+them: compare the ratios. Standard output gets one JSON object per row, standard error a table.
 """
 
 import argparse
-import atexit
 import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 import types
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -35,476 +33,436 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment import BatchMultiCrop, MultiCrop
-from benchmarks.checkout import (
-    FILES,
-    ReferenceImplementationError,
-    import_reference,
-    init_single_process,
-    stub_cuda_calls,
-)
+from benchmarks import checkout
+from benchmarks.checkout import ReferenceImplementationError
 from common import cli
-from common.cli import nonnegative_int, positive_int
 from common.precision import DTYPES, autocast, reset_matmul_precision, set_matmul_precision
 from data.datasets import DataError, ImageFolder
 from data.images import read_image
 from data.shapes import Shapes
-from dino_loss import DINOLoss
+from dino_loss import DINOLoss, update_teacher
 from evaluation.label_propagation import propagate_to_frame
-from optim import build_optimizer, build_param_groups
-from step import Settings, apply_gradients, build_networks, compile_blocks, train_step
+from optim import build_optimizer, build_param_groups, clip_gradients
+from train import Schedule, build_networks, compile_blocks, train_step
 from vit import SIZES, VisionTransformer
 
-
-class BenchError(ValueError):
-    """Something that cannot be measured here."""
+MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # large enough to reach the peak
+COLUMNS = {"ms": ".1f", "ms_min": ".1f", "ms_max": ".1f", "images_per_sec": ".2f", "peak_mib": ".0f", "mfu": ".0%",
+           "ratio": ".2f"}  # of the table, with their formats
+SCHEDULE = Schedule(lr=1e-4, weight_decay=0.1, momentum=0.998, teacher_temp=0.04, freeze_last_layer=False)
+CLIP_GRAD = 3.0
 
 
 def parse_args(argv=None):
-    parser = cli.build_parser("bench.py", __doc__)
-    parser.add_argument("task", choices=list(TASKS), help="what to time")
-    parser.add_argument("--settings", nargs="+", type=setting_name, metavar="S", default=["fp32"],
-                        help="rows: fp32, bf16 or fp16, with +compile and +checkpointing if wanted (default: fp32); "
-                             "views have rows of their own, features and video no checkpointing")
-    parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino to time beside")
-    parser.add_argument("--arch", choices=list(SIZES), default="vit_small", help="(default: vit_small)")
-    for name, default, kind in (("patch_size", 16, positive_int), ("batch_size_per_gpu", 8, positive_int),
-                                ("out_dim", 65536, positive_int), ("global_crops_size", 224, positive_int),
-                                ("local_crops_size", 96, positive_int), ("local_crops_number", 8, nonnegative_int),
-                                ("warmup", 2, positive_int), ("runs", 5, positive_int)):
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"(default: {default})")
-    parser.add_argument("--data_path", metavar="DIR", help="pictures to make views of (default: generated JPEGs)")
-    parser.add_argument("--device", type=cli.device_name, default="auto", help="cuda, mps or cpu (default: the first there)")
-    return parser.parse_args(argv)
+    parser = cli.build_parser("speed.py", __doc__)
+    add = parser.add_argument
+    add("task", choices=list(TASKS), help="what to time")
+    add("--settings", nargs="+", type=check_setting, metavar="S", default=["fp32"],
+        help="rows: fp32, bf16 or fp16; append +compile, and for step +checkpointing")
+    add("--reference", metavar="DIR", help="checkout of facebookresearch/dino, timed as a row of its own")
+    add("--arch", choices=list(SIZES), default="vit_small", help="backbone")
+    for name, default, description in (
+            ("patch_size", 16, "side of a patch, pixels"), ("batch_size_per_gpu", 8, "images per call"),
+            ("out_dim", 65536, "prototypes K of the projection head"), ("global_crops_size", 224, "side, pixels"),
+            ("local_crops_size", 96, "side, pixels"), ("local_crops_number", 8, "local crops per image"),
+            ("warmup", 2, "untimed calls of each row"), ("runs", 5, "timed calls of each row")):
+        kind = cli.nonnegative_int if name == "local_crops_number" else cli.positive_int
+        add(f"--{name}", type=kind, default=default, metavar="N", help=description)
+    add("--data_path", metavar="DIR", help="folder of images for views; generated JPEGs if absent")
+    cli.add_device_flags(parser, workers=False)
+    args = parser.parse_args(argv)
+    if args.task != "step" and any("checkpointing" in name for name in args.settings):
+        parser.error(f"--settings: +checkpointing needs a backward pass through the backbone, {args.task} has none")
+    return args
 
 
-def setting_name(text):
-    """An argparse type: what `setting` understands."""
-    precision, more = setting(text)
-    if precision not in DTYPES or not {"compile", "checkpointing"}.issuperset(more):
-        raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp16, with +compile or +checkpointing behind")
+def check_setting(text):
+    """Argument type: a precision with options, such as bf16+compile."""
+    precision, *options = text.split("+")
+    if precision not in DTYPES or not {"compile", "checkpointing"}.issuperset(options):
+        raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp16, then +compile or +checkpointing")
     return text
 
 
-def setting(name):
-    """ "bf16+compile" -> ("bf16", {"compile"})."""
-    precision, *more = name.split("+")
-    return precision, set(more)
+def precision_of(setting):
+    return setting.partition("+")[0]
 
 
-# ---- what is timed: (prepare, call), of which the second is ----
+# ---- tasks: functions that return (setup, run), of which only `run` is timed ----
 
-def nothing():
+def no_setup():
     pass
 
 
-def networks(args):
-    size = SIZES[args.arch]
-    vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, **size)
-    return build_networks(vit, dict(out_dim=args.out_dim), drop_path_rate=0.1)
-
-
-def random_views(args):
-    torch.manual_seed(0)  # the same for all rows
-    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
-    return [torch.randn(args.batch_size_per_gpu, 3, s, s, device=args.device) for s in sizes]
-
-
-def settings_of(step):
-    """Of a step in the middle of training."""
-    return Settings(step, lr=1e-4, weight_decay=0.1, momentum=0.998, teacher_temp=0.04, frozen=False)
-
-
-def our_step(args, precision, more):
-    dino_loss, views = DINOLoss(args.out_dim).to(args.device), random_views(args)
-    student, teacher = (network.to(args.device) for network in networks(args))
-    student.backbone.activation_checkpointing = "checkpointing" in more
-    if "compile" in more:
+def bench_step(args, setting):
+    student, teacher = build_student_teacher(args)
+    student.backbone.activation_checkpointing = "checkpointing" in setting
+    if "compile" in setting:
         compile_blocks(student, teacher)
+    dino_loss, crops = DINOLoss(args.out_dim).to(args.device), random_crops(args)
     optimizer = build_optimizer("adamw", build_param_groups(student))
-    scaler = torch.amp.GradScaler(args.device, enabled=precision == "fp16")
-    reached = torch.tensor(0, device=args.device)
-    steps = itertools.count()
-
-    def step():
-        set_matmul_precision(args.device, precision)
-        now = settings_of(next(steps))
-        train_step(student, teacher, dino_loss, optimizer, scaler, reached, [views], now, precision)
-    return nothing, step
+    scaler = torch.amp.GradScaler(args.device, enabled=precision_of(setting) == "fp16")
+    step_args = argparse.Namespace(precision=precision_of(setting), clip_grad=CLIP_GRAD, clip_mode="per_parameter")
+    finite = torch.tensor(True, device=args.device)
+    return no_setup, lambda: train_step(student, teacher, dino_loss, optimizer, scaler, [crops], SCHEDULE, step_args,
+                                        finite)
 
 
-def our_loss(args, precision, more):
+def bench_loss(args, setting):
     dino_loss, (student, teacher) = DINOLoss(args.out_dim).to(args.device), empty_logits(args)
-    return (lambda: fill(student, teacher),  # anew each time, for the gradient takes their place
-            lambda: torch.autograd.grad(dino_loss(student, teacher, 0.04, overwrite=True), student))
+    # filled before each call, because the gradient overwrites the student's logits
+    return (lambda: fill_logits(student, teacher),
+            lambda: torch.autograd.grad(dino_loss(student, teacher, SCHEDULE.teacher_temp, overwrite=True), student))
 
 
-def our_update(args, precision, more):
-    student, teacher = (network.to(args.device) for network in networks(args))
-    optimizer = build_optimizer("adamw", build_param_groups(student))
-    scaler, reached = torch.amp.GradScaler(args.device, enabled=False), torch.tensor(0, device=args.device)
-    steps = itertools.count()
-    return (lambda: give_gradients(student),
-            lambda: apply_gradients(student, teacher, optimizer, scaler, reached, [], settings_of(next(steps))))
+def bench_update(args, setting):
+    student, teacher = build_student_teacher(args)
+    optimizer = set_hyperparameters(build_optimizer("adamw", build_param_groups(student)))
+
+    def run():
+        clip_gradients(student.parameters(), CLIP_GRAD, per_parameter=True)
+        optimizer.step()
+        update_teacher(teacher, student, SCHEDULE.momentum)
+    return lambda: fill_gradients(student), run
 
 
-def frozen_backbone(args, more):
-    if "checkpointing" in more:
-        raise BenchError(f"{args.task}: nothing is computed again where there is no backward")
+def bench_features(args, setting):
+    images, model = random_crops(args)[0], build_backbone(args, setting)
+
+    def run():
+        with torch.no_grad(), autocast(args.device, precision_of(setting)):
+            model(images)
+    return no_setup, run
+
+
+def bench_video(args, setting):
+    model, (frame, features, labels) = build_backbone(args, setting), random_video(args)
+
+    def run():
+        with torch.no_grad(), autocast(args.device, precision_of(setting)):
+            tokens = model.get_intermediate_layers(frame[None])[0][0, 1:]
+        propagate_to_frame(F.normalize(tokens.float(), dim=-1).view_as(features[0]), features, labels)
+    return no_setup, run
+
+
+TASKS = {"step": bench_step, "loss": bench_loss, "update": bench_update, "features": bench_features,
+         "video": bench_video, "views": None}  # the rows of views: list_view_rows
+
+
+class Reference:
+    """The same tasks by facebookresearch/dino: its classes and functions, in its order."""
+
+    def __init__(self, folder, args):
+        self.folder, self.args = folder, args
+        self.main_dino, self.utils, self.vision_transformer = checkout.import_reference(folder)
+        checkout.init_single_process(args.device)
+        self.precision = "fp16" if args.device == "cuda" and args.task == "step" else "fp32"
+        if not hasattr(self.vision_transformer, args.arch):
+            raise ReferenceImplementationError(f"--reference {folder}: it has no --arch {args.arch}")
+        if args.task == "views" and (args.global_crops_size, args.local_crops_size) != (224, 96):
+            raise ReferenceImplementationError(f"--reference {folder}: its crops have 224 and 96 pixels")
+
+    def build_backbone(self, **kwargs):
+        return getattr(self.vision_transformer, self.args.arch)(
+            patch_size=self.args.patch_size, img_size=[self.args.global_crops_size], **kwargs).to(self.args.device)
+
+    def build_student_teacher(self):
+        student, teacher = (self.utils.MultiCropWrapper(backbone, self.vision_transformer.DINOHead(
+            backbone.embed_dim, self.args.out_dim)).to(self.args.device)
+            for backbone in (self.build_backbone(drop_path_rate=0.1), self.build_backbone()))
+        optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
+        return student, teacher.requires_grad_(False), set_hyperparameters(optimizer)
+
+    def build_loss(self):
+        crops, temp = 2 + self.args.local_crops_number, SCHEDULE.teacher_temp
+        return self.main_dino.DINOLoss(self.args.out_dim, crops, temp, temp, 0, nepochs=2).to(self.args.device)
+
+    def step(self):
+        """Its train_one_epoch with a single batch, without its logger."""
+        (student, teacher, optimizer), dino_loss = self.build_student_teacher(), self.build_loss()
+        scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
+        step_args = argparse.Namespace(epochs=2, clip_grad=CLIP_GRAD, freeze_last_layer=1)
+        inputs = (checkout.SingleProcess(student), teacher, teacher, dino_loss, [(random_crops(self.args), None)],
+                  optimizer, [SCHEDULE.lr] * 2, [SCHEDULE.weight_decay] * 2, [SCHEDULE.momentum] * 2, 1, scaler,
+                  step_args)
+        logger = mock.MagicMock(log_every=lambda loader, *_: loader)
+
+        def run():
+            with checkout.stub_cuda_calls(self.args.device), mock.patch.object(self.main_dino, "print", create=True), \
+                    mock.patch.object(self.utils, "MetricLogger", return_value=logger):
+                self.main_dino.train_one_epoch(*inputs)
+        return no_setup, run
+
+    def loss(self):
+        dino_loss, (student, teacher) = self.build_loss(), empty_logits(self.args)
+        return (lambda: fill_logits(student, teacher),
+                lambda: torch.autograd.grad(dino_loss(student, teacher, 0), student))
+
+    def update(self):
+        student, teacher, optimizer = self.build_student_teacher()
+
+        @torch.no_grad()
+        def run():
+            self.utils.clip_gradients(student, CLIP_GRAD)
+            self.utils.cancel_gradients_last_layer(1, student, 1)
+            optimizer.step()
+            for ours, theirs in zip(student.parameters(), teacher.parameters()):
+                theirs.data.mul_(SCHEDULE.momentum).add_((1 - SCHEDULE.momentum) * ours.detach().data)
+        return lambda: fill_gradients(student), run
+
+    def features(self):
+        model, images = self.build_backbone().eval(), random_crops(self.args)[0]
+        return no_setup, torch.no_grad()(lambda: model(images))
+
+    def video(self):
+        model, (frame, features, labels) = self.build_backbone().eval(), random_video(self.args)
+        sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # it reads frames with it
+        module, = checkout.import_reference(self.folder, ["eval_video_segmentation"])
+        module.args = argparse.Namespace(size_mask_neighborhood=12, topk=5)
+        sources = [x.flatten(0, 1).T for x in features], list(labels[:, None])
+        neighborhood = None  # mask of nearby patches, computed once per video
+
+        def run():
+            nonlocal neighborhood
+            with torch.no_grad(), checkout.stub_cuda_calls(self.args.device):
+                neighborhood = module.label_propagation(module.args, model, frame, *sources, neighborhood)[2]
+        return no_setup, run
+
+
+# ---- networks and inputs ----
+
+def build_student_teacher(args):
+    vit = dict(img_size=args.global_crops_size, patch_size=args.patch_size, **SIZES[args.arch])
+    student, teacher = build_networks(vit, dict(out_dim=args.out_dim), drop_path_rate=0.1)
+    return student.to(args.device), teacher.to(args.device)
+
+
+def build_backbone(args, setting="fp32"):
     model = VisionTransformer(args.global_crops_size, args.patch_size, **SIZES[args.arch]).to(args.device).eval()
-    if "compile" in more:
+    if "compile" in setting:
         for block in model.blocks:
             block.compile(dynamic=False)
     return model
 
 
-def our_features(args, precision, more):
-    images, model = random_views(args)[0], frozen_backbone(args, more)
-
-    def features():
-        set_matmul_precision(args.device, precision)
-        with torch.no_grad(), autocast(args.device, precision):
-            model(images)
-    return nothing, features
+def set_hyperparameters(optimizer):
+    for group, weight_decay in zip(optimizer.param_groups, (SCHEDULE.weight_decay, 0.0)):
+        group.update(lr=SCHEDULE.lr, weight_decay=weight_decay)
+    return optimizer
 
 
-def our_video(args, precision, more):
-    model, (frame, features, labels) = frozen_backbone(args, more), video_so_far(args)
-
-    def video():
-        set_matmul_precision(args.device, precision)
-        with torch.no_grad(), autocast(args.device, precision):
-            tokens = model.get_intermediate_layers(frame[None])[0][0, 1:]
-        propagate_to_frame(F.normalize(tokens.float(), dim=-1).view_as(features[0]), features, labels)
-    return nothing, video
+def random_crops(args):
+    """V normalized crops [B, 3, s, s], the same for every row."""
+    torch.manual_seed(0)
+    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    return [torch.randn(args.batch_size_per_gpu, 3, s, s, device=args.device) for s in sizes]
 
 
-def video_so_far(args):
-    """A frame of the size of DAVIS's, [3, 480, 832], features [8, h, w, D] and labels [8, 3, h, w] of those before it.
+def empty_logits(args):
+    student, teacher = (torch.empty(crops * args.batch_size_per_gpu, args.out_dim, device=args.device)
+                        for crops in (2 + args.local_crops_number, 2))
+    return student.requires_grad_(), teacher
 
-    A smooth scene that moves and is noisy: where nothing is like anything else the largest are found sooner.
+
+def fill_logits(*logits):
+    """Overwrite with values distributed like cosines in 256 dimensions, the output of a normalized last layer."""
+    torch.manual_seed(0)
+    for x in logits:
+        x.data.normal_(std=1 / 16)
+
+
+def fill_gradients(network):
+    """Random gradients of norm 1, below the clipping threshold, as in most steps."""
+    torch.manual_seed(0)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p).div_(math.sqrt(p.numel())) if p.requires_grad else None
+
+
+def random_video(args):
+    """A DAVIS-sized frame [3, 480, 832], and features [8, h, w, D] and labels [8, 3, h, w] of the 8 frames before it.
+
+    A smooth moving scene with noise, because the nearest patches are found faster among unrelated frames.
     """
     h, w = 480 // args.patch_size, 832 // args.patch_size
     scene = F.interpolate(torch.randn(1, 3, 30, 60, device=args.device), size=(480, 960), mode="bicubic")
     frames = torch.cat([scene[..., 4 * t:832 + 4 * t] for t in range(9)])
     frames = frames + 0.05 * torch.randn_like(frames)
-    model = frozen_backbone(args, set())
+    model = build_backbone(args)
     with torch.no_grad():
         features = torch.cat([model.get_intermediate_layers(frame[None])[0][:, 1:] for frame in frames[:8]])
     labels = torch.rand(8, 3, h, w, device=args.device)
     return frames[8], F.normalize(features, dim=-1).unflatten(1, (h, w)), labels
 
 
-def empty_logits(args):
-    student, teacher = (torch.empty(views * args.batch_size_per_gpu, args.out_dim, device=args.device)
-                        for views in (2 + args.local_crops_number, 2))
-    return student.requires_grad_(), teacher
+# ---- rows of views: from files to crops ----
 
-
-def fill(*logits):
-    """With cosines over 256 dimensions: what heads with prototypes of length 1 give."""
-    torch.manual_seed(0)
-    for x in logits:
-        x.data.normal_(std=1 / 16)
-
-
-def give_gradients(network):
-    """Random ones, of norms below the clip, as they mostly are."""
-    torch.manual_seed(0)
-    for p in network.parameters():
-        p.grad = torch.randn_like(p).div_(math.sqrt(p.numel())) if p.requires_grad else None
-
-
-class Reference:
-    """facebookresearch/dino from a checkout: its classes and functions in the order in which it calls them."""
-
-    def __init__(self, folder, args):
-        self.folder, self.args = folder, args
-        self.main_dino, self.utils, self.vision_transformer = import_reference(folder, *FILES)
-        init_single_process(args.device)
-        trains = args.task not in ("features", "video")
-        self.precision = "fp16" if args.device == "cuda" and trains else "fp32"  # what it has
-        self.scaler = torch.amp.GradScaler(args.device) if self.precision == "fp16" else None
-        if not hasattr(self.vision_transformer, args.arch):
-            raise BenchError(f"--reference {folder}: it has no {args.arch}")
-
-    def networks(self):
-        args, build = self.args, getattr(self.vision_transformer, self.args.arch)
-        student, teacher = (
-            self.utils.MultiCropWrapper(
-                build(patch_size=args.patch_size, img_size=[args.global_crops_size], drop_path_rate=rate),
-                self.vision_transformer.DINOHead(SIZES[args.arch]["embed_dim"], args.out_dim)).to(args.device)
-            for rate in (0.1, 0.0))
-        return student, teacher.requires_grad_(False)
-
-    def new_loss(self):
-        return self.main_dino.DINOLoss(self.args.out_dim, 2 + self.args.local_crops_number, 0.04, 0.04, 0, 1).to(
-            self.args.device)
-
-    def step(self):
-        student, teacher = self.networks()
-        dino_loss, views = self.new_loss(), random_views(self.args)
-        optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
-
-        def step():
-            reset_matmul_precision(self.args.device)
-            with torch.autocast(self.args.device, torch.float16, enabled=self.scaler is not None):
-                teacher_logits = teacher(views[:2])
-                student_logits = student(views)
-                loss = dino_loss(student_logits, teacher_logits, 0)
-            if not math.isfinite(loss.item()):
-                raise BenchError("the reference's loss is not finite")
-            optimizer.zero_grad()
-            (self.scaler.scale(loss) if self.scaler else loss).backward()
-            self.apply(student, teacher, optimizer)
-            if self.args.device == "cuda":
-                torch.cuda.synchronize()
-            loss.item()
-        return nothing, step
-
-    def loss(self):
-        dino_loss, (student, teacher) = self.new_loss(), empty_logits(self.args)
-        return (lambda: fill(student, teacher),
-                lambda: torch.autograd.grad(dino_loss(student, teacher, 0), student))
-
-    def update(self):
-        student, teacher = self.networks()
-        optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
-        self.scaler = None
-        return lambda: give_gradients(student), lambda: self.apply(student, teacher, optimizer)
-
-    def frozen_backbone(self):
-        build = getattr(self.vision_transformer, self.args.arch)
-        model = build(patch_size=self.args.patch_size, img_size=[self.args.global_crops_size])
-        return model.to(self.args.device).eval()
-
-    def features(self):
-        model, images = self.frozen_backbone(), random_views(self.args)[0]
-
-        def features():
-            reset_matmul_precision(self.args.device)
-            with torch.no_grad():
-                model(images)
-        return nothing, features
-
-    def video(self):
-        device, (frame, features, labels) = self.args.device, video_so_far(self.args)
-        sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # reads its frames
-        theirs, = import_reference(self.folder, "eval_video_segmentation")
-        theirs.args = argparse.Namespace(size_mask_neighborhood=12, topk=5)
-        model = self.frozen_backbone()
-        before = [x.flatten(0, 1).T for x in features], list(labels[:, None])
-        near = None  # which patches are near each other is found once for a video
-
-        def video():
-            nonlocal near
-            reset_matmul_precision(device)
-            with torch.no_grad(), stub_cuda_calls(device):
-                near = theirs.label_propagation(theirs.args, model, frame, *before, near)[2]
-        return nothing, video
-
-    def views(self, files):
-        if (self.args.global_crops_size, self.args.local_crops_size) != (224, 96):
-            raise BenchError("--reference: its views have 224 and 96 pixels")
-        theirs = self.main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), self.args.local_crops_number)
-        return in_turn(files, self.args.batch_size_per_gpu,
-                       lambda files: [theirs(Image.open(file).convert("RGB")) for file in files])
-
-    def apply(self, student, teacher, optimizer):
-        for group, weight_decay in zip(optimizer.param_groups, (0.1, 0.0)):
-            group.update(lr=1e-4, weight_decay=weight_decay)
-        if self.scaler:
-            self.scaler.unscale_(optimizer)
-        self.utils.clip_gradients(student, 3.0)
-        self.utils.cancel_gradients_last_layer(1, student, 1)
-        if self.scaler:
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        else:
-            optimizer.step()
-        with torch.no_grad():  # it moves its teacher parameter by parameter
-            for ours, theirs in zip(student.parameters(), teacher.parameters()):
-                theirs.data.mul_(0.998).add_((1 - 0.998) * ours.detach().data)
-
-
-# ---- views ----
-
-def files_in(folder):
-    """JPEGs of 500 x 400 pixels are made in it if it is new."""
-    if folder is None:
-        folder = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, folder)
-        for i in range(64):
-            Shapes("train", 64, 500)[i][0].crop((0, 50, 500, 450)).save(f"{folder}/{i}.jpg")
-    images = ImageFolder(folder)
-    return [os.path.join(images.root, file) for file in images.files]
-
-
-def in_turn(files, count, use, prepare=list):
-    """(prepare, call): the next so many files, as `prepare` makes them, for `use`."""
-    numbers, taken = itertools.count(), []
-
-    def take():
-        taken[:] = prepare(files[next(numbers) % len(files)] for _ in range(count))
-
-    return take, lambda: use(taken)
-
-
-def view_rows(args, files):
-    """Files to views on a worker; files to what a worker sends; from there to views on the device; lightly's."""
-    arguments = (args.global_crops_size, (0.4, 1.0), args.local_crops_size, (0.05, 0.4), args.local_crops_number)
-    multicrop, batch = MultiCrop(*arguments), BatchMultiCrop(*arguments)
-    row = functools.partial(in_turn, files, args.batch_size_per_gpu)
+def list_view_rows(args, reference):
+    """{row: function that returns (setup, run)}: a loader worker, its parts with --views device, other libraries."""
+    torch.set_num_threads(1)  # as in a loader worker
+    crop_args = (args.global_crops_size, (0.4, 1.0), args.local_crops_size, (0.05, 0.4), args.local_crops_number)
+    multicrop, batched = MultiCrop(*crop_args), BatchMultiCrop(*crop_args)
 
     def decode(files):
-        return [batch.prepare(read_image(file, batch.reduction)) for file in files]
+        return [batched.prepare(read_image(file, batched.reduction)) for file in files]
 
-    def send(files):
-        return [(pixels.to(args.device), plan) for pixels, plan in decode(files)]
+    def decode_to_device(files):
+        return [(pixels.to(args.device), params) for pixels, params in decode(files)]
 
-    def render(prepared, views=batch):
-        pixels, plans = zip(*prepared)
-        return views(pixels, torch.stack(plans))
+    def render(batched, prepared):
+        pixels, params = zip(*prepared)
+        return batched(pixels, torch.stack(params))
 
-    rows = {"on a worker": row(lambda files: [multicrop(read_image(file, multicrop.reduction)) for file in files]),
-            "files to pixels": row(decode), f"pixels on {args.device}": row(render, send)}
+    def augment_each(augment, files):
+        return [augment(Image.open(file).convert("RGB")) for file in files]
+
+    rows = {"on a worker": (lambda files: [multicrop(read_image(file, multicrop.reduction)) for file in files],),
+            "files to pixels": (decode,),
+            f"pixels on {args.device}": (functools.partial(render, batched), decode_to_device)}
     if args.device == "cuda":
-        compiled = BatchMultiCrop(*arguments, compile=True)
-        rows["the same, compiled"] = row(functools.partial(render, views=compiled), send)
+        compiled = BatchMultiCrop(*crop_args, compile=True)
+        rows["pixels on cuda, compiled"] = functools.partial(render, compiled), decode_to_device
+    if reference:
+        augment = reference.main_dino.DataAugmentationDINO(crop_args[1], crop_args[3], args.local_crops_number)
+        rows = {"reference": (functools.partial(augment_each, augment),)} | rows
     if importlib.util.find_spec("lightly"):
         from lightly.transforms import DINOTransform
 
-        theirs = DINOTransform(*arguments, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1)
-        rows["lightly"] = row(lambda files: [theirs(Image.open(file).convert("RGB")) for file in files])
-    return rows
+        augment = DINOTransform(*crop_args, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1)
+        rows["lightly"] = functools.partial(augment_each, augment),
+    images = ImageFolder(args.data_path or generate_jpegs().name)
+    files = [os.path.join(images.root, file) for file in images.files]
+    return {name: functools.partial(iterate_files, files, args.batch_size_per_gpu, *functions)
+            for name, functions in rows.items()}
 
 
-TASKS = {"step": our_step, "loss": our_loss, "update": our_update, "views": view_rows, "features": our_features,
-         "video": our_video}
+@functools.cache
+def generate_jpegs():
+    """Temporary directory, until the program exits, of 64 JPEGs of 500 x 400 pixels."""
+    folder = tempfile.TemporaryDirectory()
+    for i in range(64):
+        Shapes("train", 64, 500)[i][0].crop((0, 50, 500, 450)).save(f"{folder.name}/{i}.jpg")
+    return folder
 
 
-# ---- how it is measured ----
+def iterate_files(files, batch_size, function, prepare=list):
+    """(setup, run): `run` calls a function on the next `batch_size` files, which `setup` has prepared."""
+    cycle, batch = itertools.cycle(files), []
 
-def flops_per_image(args):
-    """Of matrix products, convolutions and attention in one call of the task, recomputation not counted."""
-    small = argparse.Namespace(**vars(args) | dict(batch_size_per_gpu=1, out_dim=256, device="cpu"))
-    counts = []
-    for out_dim in (256, 512):  # linear in out_dim, so two small ones tell the rest
-        small.out_dim = out_dim
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            TASKS[args.task](small, "fp32", set())[1]()
-        counts.append(counter.get_total_flops())
-    return counts[0] + (counts[1] - counts[0]) * (args.out_dim - 256) / 256
+    def setup():
+        batch[:] = prepare(itertools.islice(cycle, batch_size))
+    return setup, lambda: function(batch)
 
 
-def matmul_speed(device, precision):
-    """Operations a second of large square matrix products, the best of three."""
+# ---- measuring ----
+
+def count_flops(args):
+    """FLOPs per image of one call: matrix products, convolutions and attention, without recomputation."""
+    set_matmul_precision(args.device, "fp32")  # computes a product when it is called first
+    setup, run = TASKS[args.task](argparse.Namespace(**vars(args) | dict(batch_size_per_gpu=1)), "fp32")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure_peak_flops(device, precision, size):
+    """FLOP/s of square matrix products, best of three."""
     set_matmul_precision(device, precision)
-    n = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(3))
+    a, b = torch.randn(2, size, size, device=device).to(DTYPES[precision])
+    return 2 * size**3 / min(time_call(lambda: a @ b, device) for _ in range(3))
 
 
-def seconds(call, device):
-    synchronize(device)
+def is_peak_measurable(device, precision):
+    """False where one product takes over a second: half precision on CPUs that only emulate it."""
+    return device != "cpu" or 2 * MATMUL_SIZE["cpu"]**3 / measure_peak_flops(device, precision, 256) < 1
+
+
+def time_call(call, device):
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
     start = time.perf_counter()
     call()
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 
-def synchronize(device):
-    if device != "cpu":
-        getattr(torch, device).synchronize()
-
-
-def build_measured(build, device):
-    """Build, and call twice: what was built, and the bytes that it holds at most in the second call, all included."""
+def measure_memory(build, device):
+    """(setup, run) = build(), and the peak of bytes allocated by torch since, in their second call; None on MPS."""
     if device == "cpu":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            prepare, call = build()
+            setup, run = build()
             for name in ("first call", "second call"):
-                prepare()
+                setup()
                 with torch.profiler.record_function(name):
-                    call()
+                    run()
         events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
         start = next(event.start_ns() for event in events if event.name() == "second call")
-        changes = [event for event in events if event.name() == "[memory]"]
-        held = itertools.accumulate(event.nbytes() for event in changes)
-        return prepare, call, max(h for h, event in zip(held, changes) if event.start_ns() >= start)
+        allocations = [event for event in events if event.name() == "[memory]"]
+        allocated = itertools.accumulate(event.nbytes() for event in allocations)
+        return setup, run, max(n for n, event in zip(allocated, allocations) if event.start_ns() >= start)
     before = torch.cuda.memory_allocated()  # 0 without CUDA
-    prepare, call = build()
+    setup, run = build()
     for _ in range(2):
-        prepare()
+        setup()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        call()
-    return prepare, call, torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-
-
-def rows_of_views(args, reference):
-    """(prepare, call) by name, and memory by name: not known, for most of it is not torch's."""
-    torch.set_num_threads(1)
-    files = files_in(args.data_path)
-    calls = {"reference": reference.views(files)} if reference else {}
-    calls |= view_rows(args, files)
-    return calls, dict.fromkeys(calls)
-
-
-def rows_of_settings(args, reference):
-    """(prepare, call) by name, and memory by name."""
-    builds = {"reference": getattr(reference, args.task)} if reference else {}
-    builds |= {name: functools.partial(TASKS[args.task], args, *setting(name)) for name in args.settings}
-    calls, memory = {}, {}
-    for name, build in builds.items():
-        *calls[name], memory[name] = build_measured(build, args.device)
-    return calls, memory
+        run()
+    return setup, run, torch.cuda.max_memory_allocated() - before if device == "cuda" else None
 
 
 def main(args):
     if args.task == "video":
         args.batch_size_per_gpu = 1
-    torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # two sizes, the last block, the teacher: six graphs
+    torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # graphs of a row: crop sizes, last block, teacher
     reference = Reference(args.reference, args) if args.reference else None
-    flops = flops_per_image(args) if args.task in ("step", "features") else None
-    calls, memory = (rows_of_views if args.task == "views" else rows_of_settings)(args, reference)
-    precisions = {name: reference.precision if name == "reference" else name.partition("+")[0] for name in calls}
-    peaks = dict.fromkeys(precisions.values(), 0.0) if flops else {}
-    times = {name: [] for name in calls}
-    for run in range(args.warmup + args.runs):
-        for name, (prepare, call) in calls.items():
-            prepare()
-            times[name] += [seconds(call, args.device)] * (run >= args.warmup)
-        for precision, best in peaks.items():  # in every turn, for no machine is always equally fast
-            peaks[precision] = max(best, matmul_speed(args.device, precision))
+    if args.task == "views":
+        builders = list_view_rows(args, reference)
+    else:
+        builders = {"reference": getattr(reference, args.task)} if reference else {}
+        builders |= {name: functools.partial(TASKS[args.task], args, name) for name in args.settings}
+    precisions = {name: precision_of(name) if name in args.settings else "fp32" for name in builders}
+    set_precision = {name: functools.partial(set_matmul_precision, args.device, p) for name, p in precisions.items()}
+    if reference:
+        precisions["reference"] = reference.precision
+        set_precision["reference"] = functools.partial(reset_matmul_precision, args.device)
 
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    crops = f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}"
-    crops = {"features": f"1x{args.global_crops_size}", "video": "480x832"}.get(args.task, crops)
-    say(f"{args.task}: {args.arch}/{args.patch_size}, {crops}, batch {args.batch_size_per_gpu}, K {args.out_dim}, "
-        f"{args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, {args.runs} runs by turns")
-    say(f"{'':20s}  {'ms':>9s}  {'min':>9s}  {'max':>9s}  {'img/s':>8s}  {'MiB':>8s}  {'MFU':>5s}  ratio")
-    for name, values in times.items():
-        middle, mib = statistics.median(values), memory[name] and memory[name] / 2**20
-        row = dict(task=args.task, row=name, arch=args.arch, patch_size=args.patch_size, crops=crops,
-                   batch=args.batch_size_per_gpu, out_dim=args.out_dim, device=args.device, torch=torch.__version__,
-                   runs=args.runs, seconds=middle, seconds_min=min(values), seconds_max=max(values),
-                   images_per_second=args.batch_size_per_gpu / middle, peak_mib=mib)
-        line = f"{name:20s}  {1000 * middle:9.1f}  {1000 * min(values):9.1f}  {1000 * max(values):9.1f}  " \
-               f"{row['images_per_second']:8.2f}  {mib or math.nan:8.0f}  "
-        if flops:
-            peak = peaks[precisions[name]]
-            row |= dict(gflops_per_image=flops / 1e9, peak_gflops=peak / 1e9,
-                        mfu=flops * row["images_per_second"] / peak)
-        line += f"{row['mfu']:5.0%}  " if flops else "       "
-        if args.reference:
-            row["ratio"] = statistics.median(r / v for r, v in zip(times["reference"], values))
-            line += f"{row['ratio']:.2f}x"
-        print(json.dumps(row), flush=True)
-        say(line)
+    calls, memory, seconds = {}, {}, {name: [] for name in builders}
+    for name, build in builders.items():
+        set_precision[name]()
+        *calls[name], memory[name] = measure_memory(build, args.device)
+    flops, peaks = None, {}
+    if args.task in ("step", "features"):
+        flops = count_flops(args)
+        peaks = {p: 0.0 for p in set(precisions.values()) if is_peak_measurable(args.device, p)}
+    for i in range(args.warmup + args.runs):
+        for name, (setup, run) in calls.items():
+            set_precision[name]()
+            setup()
+            seconds[name] += [time_call(run, args.device)] * (i >= args.warmup)
+        for precision, best in peaks.items():  # after every turn, because clock speeds vary
+            peaks[precision] = max(best, measure_peak_flops(args.device, precision, MATMUL_SIZE[args.device]))
+
+    print_table = functools.partial(print, file=sys.stderr, flush=True)
+    crops = {"features": f"1x{args.global_crops_size}", "video": "480x832"}.get(
+        args.task, f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}")
+    print_table(f"{args.task}: {args.arch}/{args.patch_size}, {crops}, batch {args.batch_size_per_gpu}, K "
+                f"{args.out_dim}, {args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, "
+                f"{args.runs} runs in alternation")
+    print_table(" " * 24 + "".join(f"{title:>16s}" for title in COLUMNS))
+    for name, values in seconds.items():
+        images_per_sec, peak = args.batch_size_per_gpu / statistics.median(values), peaks.get(precisions[name])
+        record = dict(
+            row=name, crops=crops, torch=torch.__version__, ms=1000 * statistics.median(values),
+            ms_min=1000 * min(values), ms_max=1000 * max(values), images_per_sec=images_per_sec,
+            peak_mib=memory[name] and memory[name] / 2**20, gflops_per_image=flops and flops / 1e9,
+            peak_gflops=peak and peak / 1e9, mfu=peak and flops * images_per_sec / peak, ratio=reference and
+            statistics.median(theirs / ours for theirs, ours in zip(seconds["reference"], values)))
+        print(json.dumps({k: v for k, v in vars(args).items() if k != "settings"} | record), flush=True)
+        print_table(f"{name:24s}" + "".join(
+            f"{'' if record[key] is None else format(record[key], form):>16s}" for key, form in COLUMNS.items()))
     if flops:
-        say(f"{flops / 1e9:.1f} GFLOP an image; matrix products at best " + ", ".join(
-            f"{peak / 1e9:.0f} GFLOP/s in {precision}" for precision, peak in sorted(peaks.items())))
+        print_table(f"{flops / 1e9:.1f} GFLOP per image; peak of matrix products: " + ", ".join(
+            f"{precision} {peak / 1e9:.0f} GFLOP/s" for precision, peak in peaks.items()))
 
 
 if __name__ == "__main__":
-    cli.run_command(main, parse_args, BenchError, DataError, ReferenceImplementationError)
+    cli.run_command(main, parse_args, DataError, ReferenceImplementationError)
