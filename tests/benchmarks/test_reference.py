@@ -8,9 +8,10 @@ from torchvision import transforms
 
 import train
 from benchmarks import checkout, reference
-from common.checkpoint import load_checkpoint, save_checkpoint
-from common.weights import CheckpointError, load_backbone
-from data import datasets as data
+from benchmarks.checkout import ReferenceImplementationError
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from common.weights import load_backbone
+from data.datasets import open_data
 from data.loaders import iter_batch_keys
 
 SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_heads 2 --patch_size 8 --out_dim 64 "
@@ -22,97 +23,96 @@ SMALL = ("--data_path shapes:32 --arch vit_tiny --embed_dim 64 --depth 1 --num_h
 
 @pytest.fixture
 def run(tmp_path):
-    """run(*flags): the folder of a run of train.py that wrote its flags down."""
-    def run(*flags, batch=16, pictures=10_000):
+    """run(*flags): the folder of a run of train.py, with its checkpoint."""
+    def run(*flags, global_batch_size=16, num_images=10_000):
         folder = tmp_path / "run"
         folder.mkdir()
         args = train.parse_args([*SMALL, "--output_dir", str(folder), *flags])
         save_checkpoint(folder / "checkpoint.pth", flags=vars(args),
-                   fixed={"global batch": batch, "number of pictures": pictures})
+                        fixed=dict(global_batch_size=global_batch_size, num_images=num_images))
         return folder
     return run
 
 
 def test_flags_are_those_of_the_run(run):
-    folder = run("--data_path", "2024", pictures=7)
-    flags, pictures = reference.flags_of(folder)
+    folder = run("--data_path", "2024", num_images=7)
+    flags, num_images = reference.load_flags(folder)
     expected = train.parse_args([*SMALL, "--output_dir", str(folder), "--data_path", "2024"])
-    assert vars(flags) == vars(expected) and pictures == 7
+    assert vars(flags) == vars(expected) and num_images == 7
 
 
-@pytest.mark.parametrize("flags, named", [
-    ("--loss mse", "the reference has no --loss mse"), ("--teacher student", "the reference has no --teacher student"),
-    ("--predictor true", "--predictor True"), ("--centering sinkhorn", "--centering sinkhorn"),
-    ("--accum_steps 2", "--accum_steps 2"), ("--clip_mode global", "--clip_mode global"),
-    ("--batch_size_per_gpu 8", "several processes trained it"),
-    ("--warmup_teacher_temp_epochs 3", "no --warmup_teacher_temp_epochs beyond --epochs")])
-def test_what_the_reference_cannot_do(run, flags, named):
-    with pytest.raises(reference.NoReference, match=named):
-        reference.flags_of(run(*flags.split()))
+@pytest.mark.parametrize("flags, unsupported", [
+    ("--loss mse", "--loss mse"), ("--teacher student", "--teacher student"), ("--predictor true", "--predictor True"),
+    ("--centering sinkhorn --accum_steps 2", "--centering sinkhorn, --accum_steps 2"),
+    ("--clip_mode global", "--clip_mode global"),
+    ("--batch_size_per_gpu 8", "more than one process"),
+    ("--warmup_teacher_temp_epochs 3", "--warmup_teacher_temp_epochs above --epochs")])
+def test_unsupported_flags(run, flags, unsupported):
+    with pytest.raises(ReferenceImplementationError, match=f"does not support {unsupported}"):
+        reference.load_flags(run(*flags.split()))
 
 
-def test_what_is_no_run_or_no_checkout(tmp_path, run):
+def test_not_a_run_or_not_a_checkout(tmp_path, run):
     with pytest.raises(CheckpointError, match="no such file"):
-        reference.flags_of(tmp_path)
+        reference.load_flags(tmp_path)
     torch.save([1], tmp_path / "checkpoint.pth")
-    with pytest.raises(reference.NoReference, match="no run of train.py"):
-        reference.flags_of(tmp_path)
+    with pytest.raises(ReferenceImplementationError, match="not a run of train.py"):
+        reference.load_flags(tmp_path)
     args = reference.parse_args([str(tmp_path), "--like", str(run()), "--output_dir", str(tmp_path / "new")])
-    with pytest.raises(reference.NoReference, match="no checkout of facebookresearch/dino"):
+    with pytest.raises(ReferenceImplementationError, match="no checkout of facebookresearch/dino"):
         reference.main(args)
     assert not (tmp_path / "new").exists()
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    for name, value, words in (("arch", "resnet18", "not with resnet18"), ("device", "mps", "cannot run on mps here")):
+    for name, value in (("arch", "resnet18"), ("device", "mps")):
         save_checkpoint(tmp_path / "run" / "checkpoint.pth", **state | {"flags": state["flags"] | {name: value}})
-        with pytest.raises(reference.NoReference, match=words):
-            reference.flags_of(tmp_path / "run")
+        with pytest.raises(ReferenceImplementationError, match=f"does not support --{name} {value}"):
+            reference.load_flags(tmp_path / "run")
 
 
-def test_pictures_come_in_the_order_of_train():
-    flags = Namespace(batch_size_per_gpu=3, seed=5)
-    order = reference.Order(range(11), flags)
+def test_order_of_images_is_that_of_train():
+    sampler = reference.EpochSampler(11, Namespace(batch_size_per_gpu=3, seed=5))
     for epoch in (0, 1):
-        order.set_epoch(epoch)
-        expected = [index for batch in iter_batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for _, index in batch]
-        assert list(order) == expected and len(order) == len(expected) == 9
-        assert {e for batch in iter_batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for e, _ in batch} == {epoch}
+        sampler.set_epoch(epoch)
+        keys = [key for batch in iter_batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for key in batch]
+        assert list(sampler) == [index for _, index in keys] and len(sampler) == len(keys) == 9
+        assert {e for e, _ in keys} == {epoch}
 
 
 class Blur:
-    """With the attributes of the reference's."""
+    """The attributes of the reference implementation's."""
 
     def __init__(self):
         self.prob, self.radius_min, self.radius_max = 0.5, 0.1, 2.0
 
 
 class Augmentation:
-    """Built as the reference builds its own, of torchvision's transforms."""
+    """torchvision transforms in the structure of the reference implementation's."""
 
     def __init__(self, global_scale, local_scale, count):
         def kind(size, scale):
             jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-            colors = transforms.Compose([transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(0.2)])
-            return transforms.Compose([transforms.RandomResizedCrop(size, scale), colors, Blur(), None])
+            color = transforms.Compose([transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(0.2)])
+            return transforms.Compose([transforms.RandomResizedCrop(size, scale), color, Blur(), None])
         self.global_transfo1, self.global_transfo2 = kind(224, global_scale), kind(224, global_scale)
         self.local_transfo, self.local_crops_number = kind(96, local_scale), count
 
 
-def test_views_are_of_the_flags(run):
-    flags, _ = reference.flags_of(run())
-    made = reference.views(Augmentation, flags)
-    kinds = made.global_transfo1, made.global_transfo2, made.local_transfo
-    assert made.local_crops_number == 2
-    for kind, size, scale, p in zip(kinds, (32, 32, 16), [(0.4, 1.0)] * 2 + [(0.2, 0.5)], (0.5, 0.25, 0.0)):
-        crop, colors, blur, _ = kind.transforms
-        new = transforms.ColorJitter(0.1, 0.2, 0.3, 0.05)  # what torchvision makes of these strengths
-        jitter = colors.transforms[1].transforms[0]
+def test_augmentation_follows_the_flags(run):
+    flags, _ = reference.load_flags(run())
+    augmentation = reference.build_augmentation(Augmentation, flags)
+    transfos = augmentation.global_transfo1, augmentation.global_transfo2, augmentation.local_transfo
+    assert augmentation.local_crops_number == 2
+    for transform, size, scale, p in zip(transfos, (32, 32, 16), [(0.4, 1.0)] * 2 + [(0.2, 0.5)], (0.5, 0.25, 0.0)):
+        crop, color, blur, _ = transform.transforms
+        expected = transforms.ColorJitter(0.1, 0.2, 0.3, 0.05)
+        jitter = color.transforms[1].transforms[0]
         assert crop.size == (size, size) and crop.scale == scale
         assert (blur.prob, blur.radius_min, blur.radius_max) == (p, 0.5, 1)
         for name in ("brightness", "contrast", "saturation", "hue"):
-            assert tuple(getattr(jitter, name)) == pytest.approx(tuple(getattr(new, name)))
+            assert tuple(getattr(jitter, name)) == pytest.approx(tuple(getattr(expected, name)))
 
 
-def test_device_calls_stay_only_while_asked():
+def test_cuda_calls_are_stubbed_within_the_context_only():
     before = torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.synchronize
     x, layer = torch.ones(1), torch.nn.Linear(1, 1)
     with checkout.stub_cuda_calls("cpu"):
@@ -130,8 +130,8 @@ from tests.benchmarks.test_reference import Augmentation
 
 class DataAugmentationDINO(Augmentation):
     def __call__(self, image):
-        kinds = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
-        return [torch.full((3, *kind.transforms[0].size), image.getpixel((9, 9))[0] / 255) for kind in kinds]
+        transfos = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
+        return [torch.full((3, *transfo.transforms[0].size), image.getpixel((9, 9))[0] / 255) for transfo in transfos]
 
 class DINOHead(nn.Linear):
     def __init__(self, embed_dim, out_dim, use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim):
@@ -146,15 +146,19 @@ class DINOLoss(nn.Module):
     def forward(self, output):
         return output.square().mean()
 
-def train_one_epoch(student, teacher, bare, loss, loader, optimizer, lr, weight_decay, momentum, epoch, scaler, args):
-    for i, (views, _) in enumerate(loader):
+def train_one_epoch(student, teacher, teacher_without_ddp, dino_loss, data_loader, optimizer, lr_schedule, wd_schedule,
+                    momentum_schedule, epoch, fp16_scaler, args):
+    metric_logger = utils.MetricLogger()
+    for i, (images, _) in enumerate(metric_logger.log_every(data_loader, 10, "Epoch")):
         print(i)
-        utils.seen["views"].append([(*view.shape, round(view.mean().item(), 4)) for view in views])
-        value = loss(student.module.head(student.module.backbone(views[0].cuda())))
-        value.backward()
+        utils.seen["crops"].append([(*crop.shape, round(crop.mean().item(), 4)) for crop in images])
+        loss = dino_loss(student.module.head(student.module.backbone(images[0].cuda())))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        metric_logger.update(loss=loss.item(), lr=optimizer.param_groups[0]["lr"], wd=0.04)
+    metric_logger.synchronize_between_processes()
     return {}
 
 def train_dino(args):
@@ -169,7 +173,6 @@ def train_dino(args):
     network.head = DINOHead(64, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
     student = nn.parallel.DistributedDataParallel(network.cuda(), device_ids=[args.gpu])
     assert not utils.has_batchnorms(student)
-    utils.MetricLogger().synchronize_between_processes()
     loss = DINOLoss(args.out_dim, args.local_crops_number + 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=args.lr)
     for epoch in range(args.epochs):
@@ -189,9 +192,20 @@ def vit_small():
     assert False
 """
 UTILS = """
-seen = dict(views=[])
+from types import SimpleNamespace
+
+seen = dict(crops=[])
 
 class MetricLogger:
+    def __init__(self):
+        self.meters = {}
+
+    def update(self, **values):
+        self.meters = {name: SimpleNamespace(value=value) for name, value in values.items()}
+
+    def log_every(self, loader, print_freq, header):
+        assert False
+
     def synchronize_between_processes(self):
         assert False
 
@@ -203,44 +217,50 @@ def has_batchnorms(network):
 """
 
 
-def test_a_stand_in_trains_as_a_run_says(small_shapes, run, tmp_path, monkeypatch, capsys):
-    """Ours, with the reference's names: what main puts in place arrives in the order of train.py, and is taken back."""
+def test_stand_in_trains_with_the_flags_of_a_run(small_shapes, run, tmp_path, monkeypatch, capsys):
+    """With our own modules under the reference's names: all replacements arrive, and are undone."""
     folder = tmp_path / "checkout"
     folder.mkdir()
-    for name, text in zip(checkout.FILES, (MAIN, UTILS, VITS)):
+    for name, text in zip(checkout.MODULES, (MAIN, UTILS, VITS)):
         (folder / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "test_reference", sys.modules[__name__])
+    before = torch.utils.data.DistributedSampler, torch.nn.parallel.DistributedDataParallel, torch.Tensor.cuda
     try:
-        before = torch.utils.data.DistributedSampler, torch.nn.parallel.DistributedDataParallel, torch.Tensor.cuda
-        reference.main(reference.parse_args([str(folder), "--like", str(run(pictures=300)), "--output_dir",
+        reference.main(reference.parse_args([str(folder), "--like", str(run(num_images=300)), "--output_dir",
                                              str(tmp_path / "theirs")]))
         seen = sys.modules["utils"].seen
         assert "print" not in vars(sys.modules["main_dino"]) and str(folder) not in sys.path
     finally:
-        for name in checkout.FILES:
+        for name in checkout.MODULES:
             sys.modules.pop(name, None)
     assert before == (torch.utils.data.DistributedSampler, torch.nn.parallel.DistributedDataParallel, torch.Tensor.cuda)
     assert seen["head"] == (3, 32, 256, False, True) and seen["loss"] == (64, 4, 0.1, 0.9)
-    images = data.open_data("shapes:32").train
+    images = open_data("shapes:32").train
     batches = list(iter_batch_keys(0, 36, 300, 0, 16))
-    assert len(seen["views"]) == len(batches) == 36
-    for views, batch in zip(seen["views"], batches):
+    assert len(seen["crops"]) == len(batches) == 36
+    for crops, batch in zip(seen["crops"], batches):
         value = sum(images[index][0].getpixel((9, 9))[0] / 255 for _, index in batch) / 16
-        assert views == [(16, 3, size, size, pytest.approx(value, abs=1e-4)) for size in (32, 32, 16, 16)]
+        assert crops == [(16, 3, size, size, pytest.approx(value, abs=1e-4)) for size in (32, 32, 16, 16)]
     records = [json.loads(line) for line in (tmp_path / "theirs" / "log.jsonl").read_text().splitlines()]
-    assert [record.get("knn", record.get("step")) for record in records] == [
+    assert [record.get("eval", record.get("step")) for record in records] == [
         "untrained backbone", 4, 9, 14, 17, "epoch 0", 19, 24, 29, 34, 35, "epoch 1"]
-    assert all(record["loss"] > 0 and record["lr"] == 0.0005 for record in records if "loss" in record)
-    assert "k-NN of epoch 1: top-1" in capsys.readouterr().out
+    for record in records:
+        if "eval" in record:
+            assert record.keys() == {"eval", "knn_top1", "knn_top5"}
+        else:
+            assert record.keys() == {"epoch", "step", "loss", "lr", "wd", "images_per_sec", "data_time", "step_time",
+                                     "eta"}
+            assert record["loss"] > 0 and record["lr"] == 0.0005 and record["epoch"] == record["step"] // 18
+    output = capsys.readouterr().out
+    assert "k-NN of epoch 1: top-1" in output and "epoch 1/2 [36/36] loss" in output
     weights = load_checkpoint(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
     backbone, info = load_backbone(str(tmp_path / "theirs" / "teacher.safetensors"))
     assert all(torch.equal(x, weights[f"backbone.{name}"]) for name, x in backbone.state_dict().items())
-    assert info["image_size"] == 32 and backbone.num_heads == 2
+    assert info["image_size"] == 32 and info["network"] == "teacher" and backbone.num_heads == 2
 
 
-def test_the_checkout_trains_as_a_run_did(tmp_path, request, small_shapes):
-    """With --reference alone: nothing of the reference is in this project."""
+def test_checkout_trains_like_a_run(tmp_path, request, small_shapes):
+    """With --reference only, because this repository holds nothing of the reference implementation."""
     folder_of_it = request.config.getoption("--reference")
     if folder_of_it is None:
         pytest.skip("needs --reference DIR, a checkout of facebookresearch/dino")
@@ -250,20 +270,20 @@ def test_the_checkout_trains_as_a_run_did(tmp_path, request, small_shapes):
     reference.main(args)
     ours, theirs = ([json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
                     for path in (folder, tmp_path / "theirs"))
-    ours = [record for record in ours if record.get("knn") != "raw pixels"]
-    assert [record.get("knn", record.get("step")) for record in ours] == [
-        record.get("knn", record.get("step")) for record in theirs]
-    for mine, their in zip(ours, theirs):
-        assert their.keys() <= mine.keys()
+    ours = [record for record in ours if record.get("eval") != "raw pixels"]
+    assert [record.get("eval", record.get("step")) for record in ours] == [
+        record.get("eval", record.get("step")) for record in theirs]
+    for our, their in zip(ours, theirs):
+        assert their.keys() <= our.keys()
         if "loss" in their:
-            for name in ("lr", "weight_decay"):
-                assert their[name] == pytest.approx(mine[name], rel=1e-6), name
-            assert their["loss"] == pytest.approx(mine["loss"], abs=0.2)  # other weights, other views
+            for name in ("lr", "wd"):
+                assert their[name] == pytest.approx(our[name], rel=1e-6), name
+            assert their["loss"] == pytest.approx(our["loss"], abs=0.2)  # other weights, other crops
     weights = load_backbone(str(tmp_path / "run" / "teacher.safetensors"))[0].state_dict()
     found, info = load_backbone(str(tmp_path / "theirs" / "teacher.safetensors"))
     assert {name: x.shape for name, x in found.state_dict().items()} == {name: x.shape for name, x in weights.items()}
     assert found.num_heads == 2 and info["data_path"] == "shapes:32"
     state = load_checkpoint(tmp_path / "theirs" / "checkpoint.pth")["teacher"]
     assert all(torch.equal(x, state[f"backbone.{name}"]) for name, x in found.state_dict().items())
-    with pytest.raises(reference.NoReference, match="holds a run already"):
+    with pytest.raises(ReferenceImplementationError, match="holds a run already"):
         reference.main(args)

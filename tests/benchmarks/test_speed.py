@@ -49,7 +49,8 @@ def test_checkpointing_takes_less_memory(run, monkeypatch):
 
 
 def test_no_mfu_where_half_precision_is_emulated(run, tiny, monkeypatch):
-    monkeypatch.setattr(speed, "measure_peak_flops", lambda device, precision, size: 1e6 if precision == "bf16" else 1e12)
+    monkeypatch.setattr(speed, "measure_peak_flops",
+                        lambda device, precision, size: {"fp32": 1e12, "bf16": 1e6}[precision])
     rows, table = run("features", "--settings", "fp32", "bf16")
     assert rows[0]["mfu"] > 0 and rows[1]["mfu"] is None and rows[1]["peak_gflops"] is None
     assert "fp32 1000 GFLOP/s" in table and "bf16 0" not in table
