@@ -7,32 +7,32 @@ from common.precision import autocast, is_onednn_exact, reset_matmul_precision, 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_products_are_made_in_it(precision):
+def test_autocast_dtype_of_products(precision):
     x, dtype = torch.randn(4, 4), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with autocast("cpu", precision):
         assert (x @ x).dtype == dtype
     assert (x @ x).dtype == torch.float32
 
 
-def test_auto_is_bf16_where_the_processor_multiplies_it():
+def test_auto_is_bf16_on_processors_with_bf16_instructions():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert resolve_precision("auto", "cpu") == ("bf16" if "avx512_bf16" in flags else "fp32")
     assert resolve_precision("auto", "mps") == "fp32"
     assert [resolve_precision(name, "cpu") for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
 
 
-def test_tf32_stands_beside_half_precision_alone():
+def test_tf32_is_allowed_next_to_half_precision_only():
     before = torch.backends.cuda.matmul.allow_tf32
-    for precision, allowed in (("bf16", True), ("fp32", False), ("fp16", True)):
+    for precision, is_allowed in (("bf16", True), ("fp32", False), ("fp16", True)):
         set_matmul_precision("cuda", precision)
-        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == is_allowed
     reset_matmul_precision("cuda")
     assert not torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("shape", [(8, 384, 1536), (1561, 384, 384), (2000, 64, 50), (3, 4097, 5)])
-def test_fast_products_on_a_cpu_are_float32(shape):
+def test_products_on_a_cpu_keep_float32_accuracy(shape):
     m, k, n = shape
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*size, generator=generator).requires_grad_() for size in ((m, k), (n, k)))
@@ -50,14 +50,15 @@ def test_fast_products_on_a_cpu_are_float32(shape):
         assert (found.double() - expected).norm() < 2e-6 * expected.norm()
 
 
-def test_onednn_is_not_asked_where_it_would_round(monkeypatch):
+def test_onednn_is_not_used_where_it_rounds_to_bfloat16(monkeypatch):
     is_onednn_exact.cache_clear()
     product = torch.Tensor.__matmul__
 
-    def rounds(a, b):
-        asked = a.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        return product(a.bfloat16(), b.bfloat16()).float() if asked else product(a, b)
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounds)
+    def round_if_allowed(a, b):
+        if a.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            a, b = (x.bfloat16().float() for x in (a, b))  # a product in bfloat16 is slow on processors without it
+        return product(a, b)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", round_if_allowed)
     set_matmul_precision("cpu", "fp32")
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
     is_onednn_exact.cache_clear()
