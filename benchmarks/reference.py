@@ -17,7 +17,6 @@ import itertools
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -128,8 +127,8 @@ def main(args):
     output.mkdir(parents=True, exist_ok=True)
     logger = Logger(output / "log.jsonl")
     logger.start_progress(0, flags.epochs * (num_images // flags.batch_size_per_gpu))
-    run = SimpleNamespace(path=output / "checkpoint.pth", logger=logger, progress=dict(knn={}), objects={},
-                          extra=dict(info=train.model_info(flags, data)))
+    run = argparse.Namespace(path=output / "checkpoint.pth", logger=logger, progress=dict(knn={}), objects={},
+                             extra=dict(info=train.model_info(flags, data)))
     checkout.init_single_process(flags.device)
     random.seed(flags.seed)  # used by its blur and solarization, but not seeded by it
     reference_flags = argparse.Namespace(**vars(flags) | dict(

@@ -48,16 +48,18 @@ from vit import SIZES, VisionTransformer
 
 MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # large enough to reach the peak
 COLUMNS = {"ms": ".1f", "ms_min": ".1f", "ms_max": ".1f", "images_per_sec": ".2f", "peak_mib": ".0f", "mfu": ".0%",
-           "ratio": ".2f"}  # of the table, with their formats
+           "gflops_per_image": ".1f", "peak_gflops": ".0f", "ratio": ".2f"}  # of the table, with their formats
 SCHEDULE = Schedule(lr=1e-4, weight_decay=0.1, momentum=0.998, teacher_temp=0.04, freeze_last_layer=False)
 CLIP_GRAD = 3.0
+SETTINGS = [precision + options for precision in DTYPES
+            for options in ("", "+compile", "+checkpointing", "+compile+checkpointing")]
 
 
 def parse_args(argv=None):
     parser = cli.build_parser("speed.py", __doc__)
     add = parser.add_argument
     add("task", choices=list(TASKS), help="what to time")
-    add("--settings", nargs="+", type=check_setting, metavar="S", default=["fp32"],
+    add("--settings", nargs="+", choices=SETTINGS, metavar="S", default=["fp32"],
         help="rows: fp32, bf16 or fp16; append +compile, and for step +checkpointing")
     add("--reference", metavar="DIR", help="checkout of facebookresearch/dino, timed as a row of its own")
     add("--arch", choices=list(SIZES), default="vit_small", help="backbone")
@@ -74,14 +76,6 @@ def parse_args(argv=None):
     if args.task != "step" and any("checkpointing" in name for name in args.settings):
         parser.error(f"--settings: +checkpointing needs a backward pass through the backbone, {args.task} has none")
     return args
-
-
-def check_setting(text):
-    """Argument type: a precision with options, such as bf16+compile."""
-    precision, *options = text.split("+")
-    if precision not in DTYPES or not {"compile", "checkpointing"}.issuperset(options):
-        raise argparse.ArgumentTypeError(f"{text!r} is not fp32, bf16 or fp16, then +compile or +checkpointing")
-    return text
 
 
 def precision_of(setting):
@@ -117,7 +111,7 @@ def bench_loss(args, setting):
 
 def bench_update(args, setting):
     student, teacher = build_student_teacher(args)
-    optimizer = set_hyperparameters(build_optimizer("adamw", build_param_groups(student)))
+    optimizer = build_optimizer("adamw", build_param_groups(student))
 
     def run():
         clip_gradients(student.parameters(), CLIP_GRAD, per_parameter=True)
@@ -170,8 +164,7 @@ class Reference:
         student, teacher = (self.utils.MultiCropWrapper(backbone, self.vision_transformer.DINOHead(
             backbone.embed_dim, self.args.out_dim)).to(self.args.device)
             for backbone in (self.build_backbone(drop_path_rate=0.1), self.build_backbone()))
-        optimizer = torch.optim.AdamW(self.utils.get_params_groups(student))
-        return student, teacher.requires_grad_(False), set_hyperparameters(optimizer)
+        return student, teacher.requires_grad_(False), torch.optim.AdamW(self.utils.get_params_groups(student))
 
     def build_loss(self):
         crops, temp = 2 + self.args.local_crops_number, SCHEDULE.teacher_temp
@@ -245,12 +238,6 @@ def build_backbone(args, setting="fp32"):
     return model
 
 
-def set_hyperparameters(optimizer):
-    for group, weight_decay in zip(optimizer.param_groups, (SCHEDULE.weight_decay, 0.0)):
-        group.update(lr=SCHEDULE.lr, weight_decay=weight_decay)
-    return optimizer
-
-
 def random_crops(args):
     """V normalized crops [B, 3, s, s], the same for every row."""
     torch.manual_seed(0)
@@ -319,8 +306,8 @@ def list_view_rows(args, reference):
             "files to pixels": (decode,),
             f"pixels on {args.device}": (functools.partial(render, batched), decode_to_device)}
     if args.device == "cuda":
-        compiled = BatchMultiCrop(*crop_args, compile=True)
-        rows["pixels on cuda, compiled"] = functools.partial(render, compiled), decode_to_device
+        rows["pixels on cuda, compiled"] = (functools.partial(render, BatchMultiCrop(*crop_args, compile=True)),
+                                            decode_to_device)
     if reference:
         augment = reference.main_dino.DataAugmentationDINO(crop_args[1], crop_args[3], args.local_crops_number)
         rows = {"reference": (functools.partial(augment_each, augment),)} | rows
@@ -372,8 +359,10 @@ def measure_peak_flops(device, precision, size):
 
 
 def is_peak_measurable(device, precision):
-    """False where one product takes over a second: half precision on CPUs that only emulate it."""
-    return device != "cpu" or 2 * MATMUL_SIZE["cpu"]**3 / measure_peak_flops(device, precision, 256) < 1
+    """False for half precision on a CPU that emulates it, where one product takes over a second."""
+    if device != "cpu" or precision == "fp32":
+        return True
+    return 2 * MATMUL_SIZE["cpu"]**3 / measure_peak_flops(device, precision, 256) < 1
 
 
 def time_call(call, device):
@@ -440,28 +429,27 @@ def main(args):
             seconds[name] += [time_call(run, args.device)] * (i >= args.warmup)
         for precision, best in peaks.items():  # after every turn, because clock speeds vary
             peaks[precision] = max(best, measure_peak_flops(args.device, precision, MATMUL_SIZE[args.device]))
+    print_results(args, seconds, memory, flops, {name: peaks.get(p) for name, p in precisions.items()})
 
-    print_table = functools.partial(print, file=sys.stderr, flush=True)
-    crops = {"features": f"1x{args.global_crops_size}", "video": "480x832"}.get(
-        args.task, f"2x{args.global_crops_size} + {args.local_crops_number}x{args.local_crops_size}")
-    print_table(f"{args.task}: {args.arch}/{args.patch_size}, {crops}, batch {args.batch_size_per_gpu}, K "
-                f"{args.out_dim}, {args.device} ({torch.get_num_threads()} threads), torch {torch.__version__}, "
-                f"{args.runs} runs in alternation")
-    print_table(" " * 24 + "".join(f"{title:>16s}" for title in COLUMNS))
+
+def print_results(args, seconds, memory, flops, peaks):
+    """Print one JSON object per row to standard output, and a table to standard error."""
+    flags = {name: value for name, value in vars(args).items() if name not in ("settings", "reference")}
+    flags |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
+    widths = {key: max(9, len(key)) + 2 for key in COLUMNS}
+    print(", ".join(f"{name} {value}" for name, value in flags.items()), file=sys.stderr)
+    print(" " * 24 + "".join(f"{key:>{width}s}" for key, width in widths.items()), file=sys.stderr)
     for name, values in seconds.items():
-        images_per_sec, peak = args.batch_size_per_gpu / statistics.median(values), peaks.get(precisions[name])
+        images_per_sec, peak = args.batch_size_per_gpu / statistics.median(values), peaks[name]
         record = dict(
-            row=name, crops=crops, torch=torch.__version__, ms=1000 * statistics.median(values),
-            ms_min=1000 * min(values), ms_max=1000 * max(values), images_per_sec=images_per_sec,
-            peak_mib=memory[name] and memory[name] / 2**20, gflops_per_image=flops and flops / 1e9,
-            peak_gflops=peak and peak / 1e9, mfu=peak and flops * images_per_sec / peak, ratio=reference and
-            statistics.median(theirs / ours for theirs, ours in zip(seconds["reference"], values)))
-        print(json.dumps({k: v for k, v in vars(args).items() if k != "settings"} | record), flush=True)
-        print_table(f"{name:24s}" + "".join(
-            f"{'' if record[key] is None else format(record[key], form):>16s}" for key, form in COLUMNS.items()))
-    if flops:
-        print_table(f"{flops / 1e9:.1f} GFLOP per image; peak of matrix products: " + ", ".join(
-            f"{precision} {peak / 1e9:.0f} GFLOP/s" for precision, peak in peaks.items()))
+            row=name, ms=1000 * statistics.median(values), ms_min=1000 * min(values), ms_max=1000 * max(values),
+            images_per_sec=images_per_sec, peak_mib=memory[name] and memory[name] / 2**20,
+            mfu=peak and flops * images_per_sec / peak, gflops_per_image=flops and flops / 1e9,
+            peak_gflops=peak and peak / 1e9, ratio=args.reference and statistics.median(
+                theirs / ours for theirs, ours in zip(seconds["reference"], values)))
+        print(json.dumps(flags | record), flush=True)
+        print(f"{name:24s}" + "".join(f"{'' if record[key] is None else format(record[key], COLUMNS[key]):>{width}s}"
+                                      for key, width in widths.items()), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ def test_rows_of_a_task(run, tiny, task, settings):
     for row in rows:
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"] and f"\n{row['row']}" in table
         assert row["images_per_sec"] == pytest.approx(2000 / row["ms"])
-        assert row["crops"] == ("1x32" if task == "features" else "2x32 + 2x16") and row["crops"] in table
         assert row["batch_size_per_gpu"] == 2 and row["out_dim"] == 300 and row["peak_mib"] > 0
         if task in ("step", "features") and row["row"] != "bf16":
             assert row["mfu"] == pytest.approx(row["gflops_per_image"] * row["images_per_sec"] / row["peak_gflops"])
@@ -53,7 +52,7 @@ def test_no_mfu_where_half_precision_is_emulated(run, tiny, monkeypatch):
                         lambda device, precision, size: {"fp32": 1e12, "bf16": 1e6}[precision])
     rows, table = run("features", "--settings", "fp32", "bf16")
     assert rows[0]["mfu"] > 0 and rows[1]["mfu"] is None and rows[1]["peak_gflops"] is None
-    assert "fp32 1000 GFLOP/s" in table and "bf16 0" not in table
+    assert rows[0]["peak_gflops"] == 1000 and "1000" in table
 
 
 def test_views_from_files(run, tmp_path, scene, monkeypatch):
@@ -128,7 +127,7 @@ def test_every_call_of_the_loss_gets_the_same_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["step", "--settings", "int8"], "'int8' is not fp32, bf16 or fp16"),
+    (["step", "--settings", "int8"], "--settings: invalid choice: 'int8' (choose from"),
     (["step", "--runs", "0"], "--runs: '0' is not an integer above 0"),
     (["features", "--settings", "bf16+checkpointing"], "+checkpointing needs a backward pass"),
     (["video", "--settings", "bf16+checkpointing"], "+checkpointing needs a backward pass")])
@@ -141,7 +140,7 @@ def test_invalid_flags(capsys, argv, message):
 def test_video_times_one_frame(run, tiny):
     rows, _ = run("video", "--patch_size", "32", "--settings", "fp32", "bf16")
     assert [row["row"] for row in rows] == ["fp32", "bf16"]
-    assert {(row["batch_size_per_gpu"], row["crops"]) for row in rows} == {(1, "480x832")}
+    assert {row["batch_size_per_gpu"] for row in rows} == {1}
     assert rows[0]["images_per_sec"] == pytest.approx(1000 / rows[0]["ms"])
 
 
