@@ -55,15 +55,15 @@ def load_flags(run):
     if not isinstance(state, dict) or not {"flags", "fixed"} <= state.keys():
         raise ReferenceImplementationError(f"--like {run}: not a run of train.py")
     flags, fixed = argparse.Namespace(**vars(train.parse_args([])) | state["flags"]), state["fixed"]
-    is_unsupported = {f"--{name} {getattr(flags, name)}": getattr(flags, name) != value
-                      for name, value in SUPPORTED.items()}
-    is_unsupported |= {
-        f"--arch {flags.arch}": flags.arch not in SIZES,
-        "more than one process": fixed["global_batch_size"] != flags.batch_size_per_gpu,
-        "--warmup_teacher_temp_epochs above --epochs": flags.warmup_teacher_temp_epochs > flags.epochs,
-        f"--device {flags.device} here": flags.device == "mps" or (
-            flags.device == "cuda" and not torch.cuda.is_available())}
-    if unsupported := [name for name, is_one in is_unsupported.items() if is_one]:
+    unsupported = [f"--{name} {getattr(flags, name)}" for name, value in SUPPORTED.items()
+                   if getattr(flags, name) != value]
+    unsupported += [name for name, is_supported in (
+        (f"--arch {flags.arch}", flags.arch in SIZES),
+        ("more than one process", fixed["global_batch_size"] == flags.batch_size_per_gpu),
+        ("--warmup_teacher_temp_epochs above --epochs", flags.warmup_teacher_temp_epochs <= flags.epochs),
+        (f"--device {flags.device} here", flags.device == "cpu" or
+         flags.device == "cuda" and torch.cuda.is_available())) if not is_supported]
+    if unsupported:
         raise ReferenceImplementationError(
             f"--like {run}: the reference implementation does not support {', '.join(unsupported)}")
     return flags, fixed["num_images"]

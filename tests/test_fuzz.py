@@ -20,7 +20,6 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
-from step import build_networks, train_step
 
 import train
 from common.checkpoint import CheckpointError, Run, load_checkpoint
