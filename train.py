@@ -60,8 +60,7 @@ def parse_args(argv=None):
     parser = cli.build_parser("train.py", __doc__)
 
     def add(group, name, default, help, type=None, **kwargs):
-        group.add_argument(name, default=default, type=type, help=help,
-                           **({} if "choices" in kwargs else {"metavar": "X"}) | kwargs)
+        group.add_argument(name, default=default, type=type, help=help, **kwargs)
 
     def add_switch(group, name, help):
         add(group, name, False, help, boolean, nargs="?", const=True)

@@ -26,7 +26,10 @@ from common.distributed import DistributedError
 # ---- parsers ----
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the layout of the module docstring, and appends the defaults of flags that take a value."""
+    """Keeps the layout of the module docstring, appends defaults, and names values N, X or by their type."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", "X")
 
     def _get_help_string(self, action):
         if action.default is None or action.nargs == 0 or "(default:" in action.help:
@@ -70,6 +73,7 @@ def bounded_number(kind, is_allowed, description):
         except ValueError:
             pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+    parse.metavar = "N" if kind is int else "X"
     return parse
 
 
@@ -122,26 +126,26 @@ def add_device_flags(group, workers=True):
     group.add_argument("--device", type=device_name, default="auto", help="cuda, mps or cpu; auto: the first available")
     if workers:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        group.add_argument("--num_workers", type=nonnegative_int, default=min(10, cores), metavar="N",
+        group.add_argument("--num_workers", type=nonnegative_int, default=min(10, cores),
                            help="data loader workers per process")
 
 
 def add_crop_flags(group):
     """Add the flags of multi-crop augmentation, which `data.loaders.build_multicrop` reads."""
     add = group.add_argument
-    add("--global_crops_size", default=224, type=positive_int, metavar="PIXELS", help="side of a global crop")
-    add("--global_crops_scale", default=(0.4, 1.0), type=fraction, nargs=2, metavar="X",
+    add("--global_crops_size", default=224, type=positive_int, help="side of a global crop in pixels")
+    add("--global_crops_scale", default=(0.4, 1.0), type=fraction, nargs=2,
         help="area of a global crop relative to the image; 0.14 1 without local crops")
-    add("--local_crops_number", default=8, type=nonnegative_int, metavar="N", help="0 disables multi-crop")
-    add("--local_crops_size", default=96, type=positive_int, metavar="PIXELS", help="side of a local crop")
-    add("--local_crops_scale", default=(0.05, 0.4), type=fraction, nargs=2, metavar="X",
+    add("--local_crops_number", default=8, type=nonnegative_int, help="0 disables multi-crop")
+    add("--local_crops_size", default=96, type=positive_int, help="side of a local crop in pixels")
+    add("--local_crops_scale", default=(0.05, 0.4), type=fraction, nargs=2,
         help="area of a local crop relative to the image")
-    add("--color_jitter", default=(0.4, 0.4, 0.2, 0.1), type=fraction, nargs=4, metavar="X",
+    add("--color_jitter", default=(0.4, 0.4, 0.2, 0.1), type=fraction, nargs=4,
         help="brightness, contrast, saturation, hue")
-    add("--blur", default=(1.0, 0.1, 0.5), type=fraction, nargs=3, metavar="P",
+    add("--blur", default=(1.0, 0.1, 0.5), type=fraction, nargs=3,
         help="probability for the first global, second global and local crops")
-    add("--blur_radius", default=(0.1, 2.0), type=nonnegative_float, nargs=2, metavar="PIXELS",
-        help="range of the Gaussian's sigma; less for small images")
+    add("--blur_radius", default=(0.1, 2.0), type=nonnegative_float, nargs=2,
+        help="range of the sigma in pixels; less for small images")
     add("--views", default="auto", choices=["auto", "cpu", "device"],
         help="where crops are made: loader workers (cpu) or batched (device); auto: device on CUDA")
 
