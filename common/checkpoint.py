@@ -30,8 +30,6 @@ from common.distributed import check_same_on_all_ranks, is_rank_zero
 RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
     "number of pictures": "num_images", "global batch": "global_batch_size", "unreadable": "corrupt_images",
     "pictures": "dataset_sizes", "how": "hparams", "vit": "backbone"}
-TRANSIENT_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-                    errno.ETIMEDOUT)  # of a disk or network; the file may be intact
 MODEL_FILES = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "student.safetensors"),
                "classification": ("classifier.safetensors",)}  # kind of run -> what it leaves behind
 
@@ -126,7 +124,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # unpickling raises nearly anything on corrupt files
-        if getattr(error, "errno", None) in TRANSIENT_ERRORS:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the file itself may be intact
             raise
         reason = "pickled objects" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(f"{path}: not a checkpoint, or corrupt ({reason})") from None
