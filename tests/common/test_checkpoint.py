@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from common import checkpoint, cli, distributed
+from common import checkpoint, cli
 from common.checkpoint import CheckpointError, iter_tensors, list_checkpoints, load_checkpoint, save_checkpoint
 from data import loaders
 from data.loaders import iter_batch_keys
@@ -283,18 +283,6 @@ def test_signals_save_and_exit_0(flags, tmp_path, name):
     assert_identical(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_second_interrupt_stops_at_once():
-    stop = distributed.StopSignals()
-    assert stop.poll() == (None, False) and stop.poll(save_due=True) == (None, True)
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)  # torchrun and the terminal may each send one
-    assert stop.poll() == ("SIGINT", False)
-    stop.received_at -= 3
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-
-
 def torchrun(flags, *more, script="train.py"):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more, str(script),
@@ -361,12 +349,6 @@ def test_a_hanging_rank_times_out(flags, tmp_path):
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert "rank 0 of 2 timed out waiting for the others: one of them died or hangs" in message
-
-
-def test_ranks_that_see_different_runs_refuse(monkeypatch):
-    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, 0])
-    with pytest.raises(distributed.DistributedError, match="rank 1 has a run at step 0, rank 0 has 40"):
-        distributed.check_same_on_all_ranks("a run at step", 40)
 
 
 # ---- non-finite values ----
