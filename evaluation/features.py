@@ -1,23 +1,16 @@
 """Extraction of frozen features over all processes, and the file that caches them.
 
     features, labels, corrupt = extract_features(model, loader)
-    save_features("features.safetensors", dict(train_features=..., train_labels=..., ...), origin)
+    save_model("features.safetensors", dict(train_features=..., ...), dict(backbone=...) | origin)
     load_features("features.safetensors", origin)          # raises CheckpointError if `origin` differs
 """
 
-import json
-import sys
-
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.checkpoint import CheckpointError, atomic_write
-from common.distributed import all_gather_objects, is_rank_zero
-
-FEATURES = ("train_features", "train_labels", "test_features", "test_labels")  # as knn_classifier names them
+from common.checkpoint import CheckpointError
+from common.distributed import all_gather_objects, get_world_size, is_rank_zero
+from common.weights import read_weights
 
 
 class NoImagesError(OSError):
@@ -44,47 +37,34 @@ def extract_features(model, loader, device="cpu", total=None):
     Raises:
         NoImagesError: on every process.
     """
-    features, corrupt = [], []
-    labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    with tqdm(total=total, unit="img", leave=False,
-              disable=total is None or not is_rank_zero() or not sys.stderr.isatty()) as bar:
+    features, labels, indices, corrupt = [], [], [], []
+    is_shown = total is not None and is_rank_zero()
+    with tqdm(total=total, unit="img", leave=False, disable=None if is_shown else True) as bar:  # None: on a terminal
         for images, y, i, messages in loader:
             if len(images):
                 features.append(model(images.to(device, non_blocking=images.is_pinned())).float())
-            labels.append(y)
-            indices.append(i)
+                # copies, because each tensor of a loader worker keeps a file open
+                labels.append(y.clone())
+                indices.append(i.clone())
             corrupt += messages
-            bar.update((len(i) + len(messages)) * world_size)
-    features = torch.cat(features or [torch.empty(0)]).cpu()
-    shares = all_gather_objects((features, torch.cat(labels), torch.cat(indices), corrupt))
-    features, labels, indices = (torch.cat(parts) for parts in list(zip(*shares))[:3])
-    corrupt = [message for *_, messages in shares for message in messages]
-    if not len(indices):
+            bar.update((len(i) + len(messages)) * get_world_size())
+    share = [[torch.cat(parts).cpu()] if parts else [] for parts in (features, labels, indices)]
+    shares = all_gather_objects((*share, corrupt))
+    features, labels, indices, corrupt = (sum(parts, []) for parts in zip(*shares))
+    if not features:
         raise NoImagesError(corrupt)
-    order = indices.argsort()
-    return features[order], labels[order], corrupt
-
-
-def save_features(path, features, origin):
-    """Write {name: tensor} of FEATURES, and the origin {name: plain value} that `load_features` checks."""
-    metadata = {name: json.dumps(value) for name, value in origin.items()}
-    atomic_write(path, lambda temporary: save_file(features, temporary, metadata))
+    order = torch.cat(indices).argsort()
+    return torch.cat(features)[order], torch.cat(labels)[order], corrupt
 
 
 def load_features(path, origin):
-    """Read what `save_features` wrote: {name: tensor}.
+    """Read a file of `save_model`: {name: tensor}, names as of `knn_classifier`.
 
     Raises:
         CheckpointError: not a features file, corrupt, or of another origin (the path of the checkpoint may differ).
     """
-    try:
-        with safe_open(path, "pt") as file:
-            features = {name: file.get_tensor(name) for name in FEATURES}
-            found = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not a features file, or corrupt ({error}); delete it") from None
-    for name in sorted((origin.keys() | found.keys()) - {"ckpt"}):
+    features, found, _ = read_weights(path, None)
+    for name in sorted((origin.keys() | found.keys()) - {"ckpt", "backbone"}):
         if found.get(name) != origin.get(name):
             raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {origin.get(name)}: "
                                   f"delete it, or choose another --features")

@@ -66,7 +66,7 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
 
 
 def find_neighbors(features: Tensor, train_features: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """The k most similar train features [M, D] of each feature [R, D], in chunks that fit `buffer` [R, columns].
+    """The k most similar train features [M, D] of each feature [R, D], in chunks that fit `buffer` [R, columns >= k].
 
     Returns similarities [R, k], descending, and indices [R, k].
     """
@@ -76,10 +76,9 @@ def find_neighbors(features: Tensor, train_features: Tensor, k: int, buffer: Ten
         block = torch.mm(features, chunk.T, out=buffer[:, :len(chunk)])
         s, i = grouped_topk(block, min(k, len(chunk)))
         i += start
-        if similarity is not None:
-            s, i = torch.cat((similarity, s), dim=1), torch.cat((indices, i), dim=1)
-            s, order = s.topk(min(k, s.shape[1]), dim=1)
-            i = i.gather(1, order)
+        if start:
+            s, order = torch.cat((similarity, s), dim=1).topk(k, dim=1)
+            i = torch.cat((indices, i), dim=1).gather(1, order)
         similarity, indices = s, i
     return similarity, indices
 

@@ -96,36 +96,27 @@ def predict_classes(classifiers: LinearClassifiers, features: Tensor, batch_size
     return torch.cat([classifiers(part).argmax(dim=-1) for part in features.split(batch_size)], dim=1)
 
 
-def select_hyperparameters(features: Tensor, labels: Tensor, num_classes: int, grid: list[tuple[float, float]],
-                           **kwargs) -> tuple[int, list[float]]:
-    """Train on nine tenths (see fit_classifiers), validate on the tenth of `holdout_mask`.
+def fit_best_classifier(features: Tensor, labels: Tensor, num_classes: int, grid: list[tuple[float, float]],
+                        batch_size: int = 1024, **kwargs) -> tuple[LinearClassifiers, int, list[float]]:
+    """Select a pair of the grid on the held-out tenth of `holdout_mask`, then train with it on all features.
+
+    Args:
+        grid: pairs (lr, weight_decay); lr is for batch size 256 and scaled linearly with the batch size.
+        kwargs: see `fit_classifiers`.
 
     Returns:
-        index of the best pair of the grid, and the held-out accuracy of each pair in percent, 0 if it diverged.
+        the classifier (G = 1), the index of its pair, and the held-out accuracy of each pair in percent, 0 if it
+        diverged.
     """
+    kwargs["batch_size"] = min(batch_size, len(features))
+    grid = [(lr * kwargs["batch_size"] / 256, weight_decay) for lr, weight_decay in grid]
     held_out = holdout_mask(len(features)).to(features.device)
     classifiers = fit_classifiers(features[~held_out], labels[~held_out], num_classes, grid, **kwargs)
     correct = predict_classes(classifiers, features[held_out]) == labels[held_out]
     accuracies = 100 * correct.sum(dim=1) / correct.shape[1]
     accuracies[~classifiers.weight.flatten(1).isfinite().all(dim=1)] = 0
-    return accuracies.argmax().item(), accuracies.tolist()
-
-
-def fit_best_classifier(features: Tensor, labels: Tensor, num_classes: int, grid: list[tuple[float, float]],
-                        batch_size: int = 1024, **kwargs) -> tuple[LinearClassifiers, int, list[float]]:
-    """Select a pair of the grid on held-out features, then train with it on all features.
-
-    Args:
-        grid: pairs (lr, weight_decay); lr is for batch size 256 and scaled linearly with the batch size.
-
-    Returns:
-        the classifier (G = 1), and what `select_hyperparameters` returns.
-    """
-    batch_size = min(batch_size, len(features))
-    grid = [(lr * batch_size / 256, weight_decay) for lr, weight_decay in grid]
-    kwargs |= dict(batch_size=batch_size)
-    best, accuracies = select_hyperparameters(features, labels, num_classes, grid, **kwargs)
-    return fit_classifiers(features, labels, num_classes, [grid[best]], **kwargs), best, accuracies
+    best = accuracies.argmax().item()
+    return fit_classifiers(features, labels, num_classes, [grid[best]], **kwargs), best, accuracies.tolist()
 
 
 def linear_probe_accuracy(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,

@@ -7,7 +7,7 @@
     optimizer = build_optimizer("adamw", build_layer_decay_groups(network, 0.0005, weight_decay=0.05, layer_decay=0.75))
 
     losses = supervised_step(network, optimizer, scaler, images, labels, lr_factor=0.5)                     # one step
-    completed = train_classifiers(network, optimizer, images, fixed, measure, output, args, size=224, ...)  # all steps
+    completed = train_classifiers(network, optimizer, images, fixed, evaluate, output, args)                # all steps
 
 Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted training resumes, as in train.py.
 """
@@ -24,15 +24,14 @@ from torchvision.transforms import v2
 from augment import BatchMultiCrop, MultiCrop
 from backbones import broadcast_buffers, convert_sync_batchnorm
 from common.checkpoint import Run
-from common.distributed import StopSignals, all_gather_objects
+from common.distributed import StopSignals, all_gather_objects, get_rank, get_world_size
 from common.logger import Logger
-from common.precision import autocast, set_matmul_precision
+from common.precision import autocast
 from data.datasets import DataError
 from data.loaders import build_train_loader, derive_seed, iter_batch_keys, iter_on_device
 from dino_loss import cosine_schedule
 
 # ---- networks ----
-
 
 class FeatureExtractor(nn.Module):
     """Input of a linear classifier: CLS tokens of the last blocks, optionally with the mean patch token.
@@ -157,8 +156,7 @@ def supervised_step(network, optimizer, scaler, images, labels, lr_factor=1.0, p
 
 # ---- all steps ----
 
-def train_classifiers(network, optimizer, images, fixed, evaluate, output, args, size, device, rank=0, world_size=1,
-                      warmup_epochs=0, mixup=None, label_smoothing=0.0):
+def train_classifiers(network, optimizer, images, fixed, evaluate, output, args):
     """Train Classifiers on random crops and flips with a cosine schedule, resuming from the newest checkpoint.
 
     Args:
@@ -167,9 +165,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
         fixed: {name: value} that a resumed run must share.
         evaluate: () -> {name: metric}, called every args.val_freq epochs with the network in eval mode.
         output: Path of the folder for checkpoint.pth and log.jsonl.
-        args: flags of evaluate.py.
-        size: side of a crop in pixels.
-        mixup: see `build_mixup`.
+        args: flags of evaluate.py; image_size, the side of a crop in pixels, must be set.
 
     Returns:
         False if a signal stopped the run, which is then saved; the same call resumes it.
@@ -178,6 +174,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
         DataError: fewer images than the global batch size.
         FloatingPointError: the loss is not finite.
     """
+    rank, world_size, device = get_rank(), get_world_size(), network.heads[0].weight.device
     global_batch_size = args.batch_size_per_gpu * world_size
     steps_per_epoch = len(images) // global_batch_size
     total_steps = args.epochs * steps_per_epoch
@@ -187,24 +184,23 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
     logger = Logger(output / "log.jsonl", is_silent=rank != 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16" and not network.frozen)
     objects = dict(network=network.heads if network.frozen else network, optimizer=optimizer, scaler=scaler)
-    fixed = fixed | {"epochs": args.epochs, "seed": args.seed, "crop_scale": list(args.crop_scale), "image_size": size,
-                     "num_images": len(images), "global_batch_size": global_batch_size}
+    fixed = fixed | dict(epochs=args.epochs, seed=args.seed, crop_scale=list(args.crop_scale), num_images=len(images),
+                         global_batch_size=global_batch_size, image_size=args.image_size)
     run = Run(output, "classification", objects, fixed, dict(precision=args.precision), {}, logger)
     first_step, found = run.start(args)
     if found:
         logger.print(f"resuming at step {first_step} of {total_steps} from {found}")
 
-    set_matmul_precision(device, args.precision, network.tokens.backbone.embed_dim)
-    network.train()
-    model = network
+    model = network.train()
     if device.type == "cuda" and world_size > 1 and not network.frozen:
         convert_sync_batchnorm(network.tokens)
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    mixup = build_mixup(network.heads[0].out_features, args.mixup, args.cutmix)
     multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
-        size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0), solarize=0)
-    keys = iter_batch_keys(first_step, total_steps, len(images), args.seed, args.batch_size_per_gpu, 1, rank,
-                           world_size)
+        args.image_size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0))
+    keys = iter_batch_keys(first_step, total_steps, len(images), args.seed, args.batch_size_per_gpu, rank=rank,
+                           world_size=world_size)
     loader = build_train_loader(images, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
     batches, signals = iter_on_device(loader, multicrop, device), StopSignals()
     logger.start_progress(first_step, total_steps)
@@ -216,10 +212,10 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
         torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # mixup draws after it too
         if mixup:
             crops, labels = mixup(crops, labels)
-        rate = cosine_schedule(step, total_steps, 1.0, 0.0, warmup_epochs * steps_per_epoch)
+        rate = cosine_schedule(step, total_steps, 1.0, 0.0, args.warmup_epochs * steps_per_epoch)
 
         losses = supervised_step(model, optimizer, scaler, crops, labels, rate * global_batch_size / 256,
-                                 args.precision, label_smoothing)
+                                 args.precision, args.label_smoothing)
 
         logger.step_done()
         stop_signal, is_save_step = signals.poll(run.is_save_due(args.save_every_minutes))

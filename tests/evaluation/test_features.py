@@ -1,8 +1,13 @@
+import os
+
 import pytest
 import torch
 
 from common.checkpoint import CheckpointError
-from evaluation.features import FEATURES, extract_features, load_features, save_features
+from common.weights import save_model
+from data.loaders import build_eval_loader
+from data.shapes import Shapes
+from evaluation.features import extract_features, load_features
 
 NONE = torch.empty(0, dtype=torch.int64)
 
@@ -20,19 +25,27 @@ def test_features_are_ordered_by_index():
     assert features.tolist() == [[2], [4], [6]] and labels.tolist() == [10, 20, 30] and corrupt == ["bad image"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_batches_of_loader_workers_keep_no_files_open():
+    loader = build_eval_loader(Shapes("train", 200, 32), 32, batch_size=1, num_workers=1)
+    counts = []
+    extract_features(lambda x: counts.append(len(os.listdir("/proc/self/fd"))) or x.mean(dim=(2, 3)), loader)
+    assert counts[-1] < counts[0] + 100
+
+
 def test_saved_features_are_loaded_for_the_same_origin_only(tmp_path):
     path = tmp_path / "features.safetensors"
-    features = {name: torch.arange(6) if "labels" in name else torch.randn(6, 4) for name in FEATURES}
-    save_features(path, features, dict(ckpt="a.pth", image_size=32))
+    features = dict(train_features=torch.randn(6, 4), train_labels=torch.arange(6))
+    save_model(path, features, dict(backbone={}, ckpt="a.pth", image_size=32))
     loaded = load_features(path, dict(ckpt="moved.pth", image_size=32))
-    assert list(loaded) == list(FEATURES) and all(torch.equal(loaded[name], features[name]) for name in FEATURES)
+    assert loaded.keys() == features.keys() and all(torch.equal(loaded[name], features[name]) for name in features)
     with pytest.raises(CheckpointError, match="holds features with image_size 32, not 40: delete it"):
         load_features(path, dict(ckpt="a.pth", image_size=40))
     with pytest.raises(CheckpointError, match="holds features with avgpool None, not True"):
         load_features(path, dict(ckpt="a.pth", image_size=32, avgpool=True))
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(CheckpointError, match="not a features file, or corrupt"):
+    with pytest.raises(CheckpointError, match="not a safetensors file, or corrupt"):
         load_features(truncated, dict(ckpt="a.pth", image_size=32))
 
 

@@ -8,7 +8,6 @@ from evaluation.linear import (
     holdout_mask,
     linear_probe_accuracy,
     predict_classes,
-    select_hyperparameters,
 )
 
 GRID = [(lr, weight_decay) for lr in (0.003, 0.03, 0.3, 3.0) for weight_decay in (0.0, 1e-4, 1e-2)]
@@ -38,11 +37,11 @@ def test_fit_equals_scikit_learns_logistic_regression():
 
 def test_the_best_hyperparameters_on_held_out_images_are_selected():
     x, y = clusters(1, 2000)
-    best, accuracies = select_hyperparameters(x, y, 8, GRID, epochs=20)
+    _, best, accuracies = fit_best_classifier(x, y, 8, GRID, epochs=20, batch_size=256)
     assert accuracies[best] == max(accuracies) and len(accuracies) == len(GRID)
     held_out = holdout_mask(2000)
     assert held_out.sum() == 200 and len((torch.arange(2000)[held_out] % 8).unique()) == 8  # labels in order
-    classifiers = fit_classifiers(x[~held_out], y[~held_out], 8, GRID, epochs=20)
+    classifiers = fit_classifiers(x[~held_out], y[~held_out], 8, GRID, epochs=20, batch_size=256)
     for g, accuracy in enumerate(accuracies):
         correct = classifiers(x[held_out])[g].argmax(dim=1) == y[held_out]
         assert accuracy == pytest.approx(100 * correct.double().mean().item(), abs=1e-6)
@@ -86,7 +85,7 @@ def test_steps_equal_torch_sgd():
 
 def test_diverged_classifiers_are_not_selected():
     x, y = clusters(1, 400)
-    best, accuracies = select_hyperparameters(x, y, 8, [(1e30, 1.0), (0.1, 0.0)], epochs=5)
+    _, best, accuracies = fit_best_classifier(x, y, 8, [(1e30, 1.0), (0.1, 0.0)], epochs=5)
     assert best == 1 and accuracies[0] == 0 and accuracies[1] > 40
 
 
@@ -94,7 +93,11 @@ def test_fit_best_classifier_scales_lr_and_trains_on_all_features():
     x, y = clusters(1, 600)
     scaled = [(2 * lr, weight_decay) for lr, weight_decay in GRID]  # batch size 512
     classifier, best, accuracies = fit_best_classifier(x, y, 8, GRID, batch_size=512, epochs=3)
-    assert (best, accuracies) == select_hyperparameters(x, y, 8, scaled, batch_size=512, epochs=3)
+    held_out = holdout_mask(600)
+    selection = fit_classifiers(x[~held_out], y[~held_out], 8, scaled, batch_size=512, epochs=3)
+    correct = predict_classes(selection, x[held_out]) == y[held_out]
+    assert accuracies == pytest.approx((100 * correct.double().mean(dim=1)).tolist(), abs=1e-5)
+    assert accuracies[best] == max(accuracies)
     expected = fit_classifiers(x, y, 8, [scaled[best]], batch_size=512, epochs=3)
     assert torch.equal(classifier.weight, expected.weight) and torch.equal(classifier.bias, expected.bias)
     torch.testing.assert_close(classifier.to_linear()(x), expected(x)[0], rtol=1e-4, atol=1e-4)
