@@ -14,9 +14,6 @@ NAME.finetune, with result.json, classifier.safetensors, log.jsonl and checkpoin
 automatically, and `--test_only` evaluates classifier.safetensors again.
 """
 
-import itertools
-import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -26,7 +23,6 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
 
-from augment import IMAGENET_MEAN, IMAGENET_STD
 from common import cli, distributed
 from common.checkpoint import CheckpointError, check_writable, write_json
 from common.distributed import get_rank, get_world_size, is_rank_zero
@@ -44,21 +40,62 @@ from optim import build_optimizer
 
 def parse_args(argv=None):
     parser = cli.build_parser("evaluate.py", __doc__)
-    for name, subparser in cli.add_subcommands(parser, TASKS).items():
+    tasks = cli.add_subcommands(parser, TASKS)
+    for subparser in tasks.values():
         add = subparser.add_argument
         cli.add_model_flags(subparser)
         add("--data_path", help="labeled images, named as for train.py (default: the data of the newest run)")
         add("--image_size", type=cli.positive_int, help="side of the center crop (default: the size in training)")
         add("--batch_size_per_gpu", type=cli.positive_int, default=128, help="images per GPU")
         add("--output_dir", metavar="DIR", help="folder of the results (default: beside the model file)")
-        FLAGS[name](add)
         cli.add_device_flags(subparser)
-    parser.set_defaults(quick=False, features=None, precision="fp32", warmup_epochs=0, label_smoothing=0.0, mixup=0.0,
-                        cutmix=0.0)  # for the tasks without these flags
+
+    add = tasks["knn"].add_argument
+    add("--nb_knn", type=cli.positive_int, default=[10, 20, 100, 200], nargs="+", help="numbers of neighbors")
+    add("--temperature", type=cli.positive_float, default=0.07, help="temperature of the votes")
+    add("--knn_memory_mb", type=cli.positive_int, default=1024, help="memory for similarities")
+    add("--features", metavar="FILE", help="safetensors file that caches the features, written if missing")
+
+    add = tasks["linear"].add_argument
+    add("--n_last_blocks", type=cli.positive_int, default=4, help="blocks to take the CLS token of; 1 for ViT-B")
+    add("--avgpool_patchtokens", type=cli.boolean, default=False, nargs="?", const=True,
+        help="append the mean patch token of the last block; true for ViT-B")
+    add("--lr", type=cli.positive_float, default=LRS, nargs="+",
+        help="peak for a global batch size of 256, scaled linearly; a held-out tenth selects the best")
+    add("--weight_decay", type=cli.nonnegative_float, nargs="+", help="one or several (default: 0; five with --quick)")
+    add("--quick", action="store_true", help="train on features extracted once, from center crops in fp32")
+    add("--features", metavar="FILE", help="with --quick: safetensors file that caches the features")
+
+    add = tasks["finetune"].add_argument
+    add("--lr", type=cli.positive_float, default=0.0005, help="peak for a global batch size of 256, scaled linearly")
+    add("--warmup_epochs", type=cli.nonnegative_int, default=5, help="epochs of linear learning-rate warm-up")
+    add("--layer_decay", type=cli.fraction, default=0.75, help="lr factor per block, from the top down")
+    add("--weight_decay", type=cli.nonnegative_float, default=0.05, help="weight decay, of matrices only")
+    add("--drop_path_rate", type=cli.fraction_below_one, help="stochastic depth (default: 0.1 for vit_*, else 0)")
+    add("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing")
+    add("--mixup", type=cli.nonnegative_float, default=0.0, help="alpha, 0 disables; 0.8 for long runs")
+    add("--cutmix", type=cli.nonnegative_float, default=0.0, help="alpha, 0 disables; 1 for long runs")
+
+    for task in ("linear", "finetune"):
+        add = tasks[task].add_argument
+        add("--epochs", type=cli.positive_int, default=100, help="training epochs")
+        add("--crop_scale", type=cli.fraction, default=(0.08, 1.0), nargs=2, help="area of a crop, of the image's")
+        add("--precision", default="auto", choices=PRECISIONS, help="autocast dtype; auto: bf16 where it is fast")
+        add("--val_freq", type=cli.nonnegative_int, default=10, help="epochs between evaluations, 0 for none")
+        add("--resume", default="auto", choices=["auto", "none"], help="auto: continue the run in output_dir")
+        add("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir")
+        add("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run")
+        add("--save_every_minutes", type=cli.positive_float, default=10.0, help="minutes between checkpoints")
+        add("--log_every", type=cli.positive_int, default=50, help="steps between log lines")
+        add("--seed", type=cli.seed, default=0, help="of weights, order, crops and stochastic depth")
+
+    # the tasks that lack one of these flags need its value
+    parser.set_defaults(features=None, quick=False, warmup_epochs=0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
     args = parser.parse_args(argv)
     if args.features and not args.features.endswith(".safetensors"):
         parser.error(f"--features {args.features} does not end in .safetensors")
     if args.task == "knn":
+        args.precision = "fp32"
         return args
     args.precision = "fp32" if args.quick else resolve_precision(args.precision, args.device)
     cli.check_range(parser, args, "crop_scale")
@@ -71,50 +108,6 @@ def parse_args(argv=None):
     return args
 
 
-def add_knn_flags(add):
-    add("--nb_knn", type=cli.positive_int, default=[10, 20, 100, 200], nargs="+", help="numbers of neighbors")
-    add("--temperature", type=cli.positive_float, default=0.07, help="temperature of the votes")
-    add("--knn_memory_mb", type=cli.positive_int, default=1024, help="memory for similarities")
-    add("--features", metavar="FILE", help="safetensors file that caches the features, written if missing")
-
-
-def add_linear_flags(add):
-    add("--n_last_blocks", type=cli.positive_int, default=4, help="blocks to take the CLS token of; 1 for ViT-B")
-    add("--avgpool_patchtokens", type=cli.boolean, default=False, nargs="?", const=True,
-        help="append the mean patch token of the last block; true for ViT-B")
-    add("--lr", type=cli.positive_float, default=LRS, nargs="+",
-        help="peak for a global batch size of 256, scaled linearly; a held-out tenth selects the best")
-    add("--weight_decay", type=cli.nonnegative_float, nargs="+", help="one or several (default: 0; with --quick five)")
-    add("--quick", action="store_true", help="train on features extracted once, from center crops in fp32")
-    add("--features", metavar="FILE", help="with --quick: safetensors file that caches the features")
-    add_training_flags(add)
-
-
-def add_finetune_flags(add):
-    add("--lr", type=cli.positive_float, default=0.0005, help="peak for a global batch size of 256, scaled linearly")
-    add("--warmup_epochs", type=cli.nonnegative_int, default=5, help="epochs of linear learning-rate warm-up")
-    add("--layer_decay", type=cli.fraction, default=0.75, help="lr factor per block, from the top down")
-    add("--weight_decay", type=cli.nonnegative_float, default=0.05, help="weight decay, of matrices only")
-    add("--drop_path_rate", type=cli.fraction_below_one, help="stochastic depth (default: 0.1 for vit_*, else 0)")
-    add("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing")
-    add("--mixup", type=cli.nonnegative_float, default=0.0, help="alpha, 0 disables; 0.8 for long runs")
-    add("--cutmix", type=cli.nonnegative_float, default=0.0, help="alpha, 0 disables; 1 for long runs")
-    add_training_flags(add)
-
-
-def add_training_flags(add):
-    add("--epochs", type=cli.positive_int, default=100, help="training epochs")
-    add("--crop_scale", type=cli.fraction, default=(0.08, 1.0), nargs=2, help="area of a crop relative to the image")
-    add("--precision", default="auto", choices=PRECISIONS, help="autocast dtype; auto: bf16 where it is fast")
-    add("--val_freq", type=cli.nonnegative_int, default=10, help="epochs between evaluations, 0 for none")
-    add("--resume", default="auto", choices=["auto", "none"], help="auto: resume the run in output_dir")
-    add("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir")
-    add("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run, train nothing")
-    add("--save_every_minutes", type=cli.positive_float, default=10.0, help="minutes between checkpoints")
-    add("--log_every", type=cli.positive_int, default=50, help="steps between log lines")
-    add("--seed", type=cli.seed, default=0, help="of weights, order, crops and stochastic depth")
-
-
 # ---- setup ----
 
 class EvalSetup:
@@ -124,8 +117,8 @@ class EvalSetup:
         backbone, info: see `load_backbone`.
         origin: {name: plain value} that the features depend on, written to every output file.
         data: see data.datasets.Data.
-        output: Path of a file for k-NN, else of a folder.
-        classes: unique names, for classifiers.
+        output: Path of the folder of a classifier.
+        classes: unique names, None for k-NN.
         corrupt: set of messages on corrupt images.
     """
 
@@ -148,11 +141,8 @@ class EvalSetup:
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)
         self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size)
-        if args.task == "knn":
-            self.output = output_file(self.origin, args, "knn.json")
-        else:
-            self.output = output_folder(self.origin, args, args.task + "_quick" * args.quick)
-            self.classes = list_class_names(self.data)
+        self.output = output_folder(self.origin, args, args.task + "_quick" * args.quick)
+        self.classes = None if args.task == "knn" else list_class_names(self.data)
 
 
 def log(text):
@@ -188,7 +178,7 @@ def extract(setup, model, images):
 def load_or_extract_features(setup, model):
     """Features and labels of train and test images: {name: tensor} as in evaluation.features.FEATURES."""
     path = setup.args.features
-    cached = bool(path and os.path.exists(path))
+    cached = bool(path and Path(path).exists())
     distributed.check_same_on_all_ranks("a features file:", cached)
     if cached:
         log(f"features loaded from {path}")
@@ -209,6 +199,7 @@ def load_or_extract_features(setup, model):
 def knn(args):
     """Weighted k-NN classification of frozen features."""
     setup = EvalSetup(args)
+    path = output_file(setup.origin, args, "knn.json")
     features = load_or_extract_features(setup, setup.backbone)
     accuracies = knn_classifier(**features, ks=args.nb_knn, temperature=args.temperature, memory_mb=args.knn_memory_mb,
                                 device=setup.device)
@@ -217,7 +208,7 @@ def knn(args):
         f"images, {args.image_size} pixels, temperature {args.temperature}\n     k   top-1   top-5")
     for k, (top1, top5) in accuracies.items():
         log(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
-    write_result(setup.output, setup, temperature=args.temperature, num_images=num_test, num_train_images=num_train,
+    write_result(path, setup, temperature=args.temperature, num_images=num_test, num_train_images=num_train,
                  knn={k: dict(top1=top1, top5=top5) for k, (top1, top5) in accuracies.items()})
 
 
@@ -228,7 +219,8 @@ def linear(args):
         raise CheckpointError(f"{setup.backbone.arch} has no patch tokens, leave --avgpool_patchtokens out")
     extractor = supervised.FeatureExtractor(setup.backbone, args.n_last_blocks, args.avgpool_patchtokens)
     setup.origin.update(n_last_blocks=extractor.n_last_blocks, avgpool_patchtokens=extractor.avgpool)
-    grid = list(itertools.product(args.lr, args.weight_decay or (WEIGHT_DECAYS if args.quick else [0])))
+    weight_decays = args.weight_decay or (WEIGHT_DECAYS if args.quick else [0])
+    grid = [(lr, weight_decay) for lr in args.lr for weight_decay in weight_decays]
     torch.manual_seed(args.seed)
     network = supervised.Classifiers(extractor, len(setup.classes), len(grid)).to(setup.device).eval()
     if args.quick and not args.test_only:
@@ -280,11 +272,10 @@ def train_and_test(network, optimizer, grid, hparams, setup):
             lambda: {metric: max(measure_top1(network, val_images, setup))}, setup.output, args)
         if not completed:  # stopped by a signal
             return
-        accuracies = measure_top1(network, val_images, setup) if len(grid) > 1 else [math.nan]
+        accuracies = measure_top1(network, val_images, setup) if len(grid) > 1 else [0.0]
         best = accuracies.index(max(accuracies))
         network.heads = network.heads[best:best + 1]
-        hparams |= describe_selection(grid, best, accuracies)
-        save_classifier(network, setup, hparams)
+        hparams = save_classifier(network, grid, best, accuracies, hparams, setup)
     report_accuracy(*extract(setup, lambda x: network(x)[0], setup.data.val), setup, hparams)
 
 
@@ -304,8 +295,8 @@ def train_on_features(network, grid, setup):
     if not classifier.weight.isfinite().all():
         raise FloatingPointError("every classifier of the grid diverged: lower --lr")
     network.heads[0] = classifier.to_linear()
-    hparams = dict(quick=True, epochs=args.epochs) | describe_selection(grid, best, accuracies)
-    save_classifier(network, setup, hparams)
+    hparams = dict(quick=True, epochs=args.epochs)
+    hparams = save_classifier(network, grid, best, accuracies, hparams, setup)
     report_accuracy(network.heads[0](test_x).cpu(), features["test_labels"], setup, hparams)
 
 
@@ -313,16 +304,6 @@ def log_grid(network, grid, batch_size):
     lrs = ", ".join(f"{lr * batch_size / 256:.3g}" for lr in sorted({lr for lr, _ in grid}))
     log(f"linear classifiers: {len(grid)}, on {network.tokens.dim} features; effective lr {lrs} = lr * {batch_size} / "
         f"256 (linear scaling rule)")
-
-
-def describe_selection(grid, best, accuracies):
-    """Hyperparameters of the best of the grid and, if there was a choice, the held-out accuracy of each."""
-    lr, weight_decay = grid[best]
-    if len(grid) == 1:
-        return dict(lr=lr, weight_decay=weight_decay)
-    log(f"best on a held-out tenth ({accuracies[best]:.2f}%): lr {lr:g}, weight decay {weight_decay:g}")
-    return dict(lr=lr, weight_decay=weight_decay, held_out_top1=accuracies[best],
-                grid=[(*pair, accuracy) for pair, accuracy in zip(grid, accuracies)])
 
 
 def measure_top1(network, images, setup):
@@ -345,12 +326,24 @@ def get_trained_modules(network):
     return nn.ModuleDict({"classifier": network.heads[0]} | backbone)
 
 
-def save_classifier(network, setup, hparams):
-    """Write classifier.safetensors: trained weights, description of the backbone, origin, hyperparameters."""
+def save_classifier(network, grid, best, accuracies, hparams, setup):
+    """Write classifier.safetensors: trained weights, description of the backbone, origin, hyperparameters.
+
+    Args:
+        accuracies: held-out accuracy of each (lr, weight decay) of the grid, used if there are several.
+
+    Returns:
+        the hyperparameters, with those of the best of the grid.
+    """
+    lr, weight_decay = grid[best]
+    hparams = hparams | dict(lr=lr, weight_decay=weight_decay)
+    if len(grid) > 1:
+        log(f"best on a held-out tenth ({accuracies[best]:.2f}%): lr {lr:g}, weight decay {weight_decay:g}")
+        hparams |= dict(held_out_top1=accuracies[best], grid=[(*pair, top1) for pair, top1 in zip(grid, accuracies)])
     if is_rank_zero():
-        info = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) | setup.info | setup.origin
         save_model(setup.output / "classifier.safetensors", get_trained_modules(network).state_dict(),
-                   info | dict(hparams=hparams, classes=setup.classes))
+                   setup.info | setup.origin | dict(hparams=hparams, classes=setup.classes))
+    return hparams
 
 
 def load_classifier(network, setup):
@@ -391,7 +384,6 @@ def write_result(path, setup, **result):
 
 
 TASKS = {"knn": knn, "linear": linear, "finetune": finetune}
-FLAGS = {"knn": add_knn_flags, "linear": add_linear_flags, "finetune": add_finetune_flags}
 
 
 def main(args):

@@ -63,7 +63,7 @@ def load_features(path, origin):
     Raises:
         CheckpointError: not a features file, corrupt, or of another origin (the path of the checkpoint may differ).
     """
-    features, found, _ = read_weights(path, None)
+    features, found, _ = read_weights(str(path), None)
     for name in sorted((origin.keys() | found.keys()) - {"ckpt", "backbone"}):
         if found.get(name) != origin.get(name):
             raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {origin.get(name)}: "

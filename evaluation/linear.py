@@ -45,7 +45,7 @@ class LinearClassifiers:
 
 def fit_classifiers(features: Tensor, labels: Tensor, num_classes: int, grid: list[tuple[float, float]],
                     epochs: int = 100, batch_size: int = 1024, momentum: float = 0.9, seed: int = 0,
-                    progress: Callable[[int], object] | None = None) -> LinearClassifiers:
+                    progress: Callable[[int], object] = lambda count: None) -> LinearClassifiers:
     """Train one classifier per (learning rate, weight decay).
 
     Args:
@@ -79,8 +79,7 @@ def fit_classifiers(features: Tensor, labels: Tensor, num_classes: int, grid: li
         scheduled_lr = lr * (0.5 + 0.5 * math.cos(math.pi * step / total_steps))
         weight -= scheduled_lr * weight_momentum
         bias -= scheduled_lr * bias_momentum
-        if progress:
-            progress(len(batch))
+        progress(len(batch))
     return LinearClassifiers(mean, std, weight, bias)
 
 

@@ -74,4 +74,3 @@ def detect_collapse(stats, out_dim, previous=()):
     if min(rise, fall) > 0.2 * ln_k:
         return (f"unstable teacher: its entropy rose by {rise:.2f} and fell by {fall:.2f} (ln K {ln_k:.2f}) within two "
                 f"epochs; raise --momentum_teacher or lower --lr")
-    return None

@@ -13,7 +13,6 @@ Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted
 """
 
 import contextlib
-import math
 
 import torch
 import torch.distributed as dist
@@ -224,9 +223,9 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
                 dist.all_reduce(losses)
             logger.corrupt_images = set().union(*all_gather_objects(logger.corrupt_images))
             if not losses.isfinite().any():
-                raise FloatingPointError(f"step {step}: the loss is not finite in {args.precision}, lower --lr"
-                                         + " or use --precision fp32" * (args.precision != "fp32"))
-            logger.log_step(dict(epoch=epoch, step=step, loss=losses.nan_to_num(math.inf).min().item() / world_size,
+                raise FloatingPointError(f"step {step}: the loss is not finite in {args.precision}, lower --lr or use "
+                                         f"--precision fp32")
+            logger.log_step(dict(epoch=epoch, step=step, loss=losses.nan_to_num(torch.inf).min().item() / world_size,
                                  lr=max(group["lr"] for group in optimizer.param_groups),
                                  **logger.throughput(global_batch_size, total_steps - step - 1),
                                  corrupt_images=len(logger.corrupt_images)),

@@ -175,7 +175,8 @@ def test_untrained_evaluates_the_initial_weights_of_train_py(trained, capsys):
 
 def test_unwritable_paths_are_refused_before_extraction(trained, monkeypatch):
     monkeypatch.setattr(evaluate, "extract", None)
-    for flags, message in ((["--features", "/proc/f.safetensors"], "^/proc: no"), (["--output_dir", "/proc"], "^/proc: no"),
+    for flags, message in ((["--features", "/proc/f.safetensors"], "^/proc: no"),
+                           (["--output_dir", "/proc"], "^/proc: no"),
                            (["--output_dir", "/proc/missing"], "/proc/missing")):
         with pytest.raises(OSError, match=message):
             run("knn", *CPU, *flags)
