@@ -57,12 +57,12 @@ def parse_args(argv=None):
     add("--features", metavar="FILE", help="safetensors file that caches the features, written if missing")
 
     add = tasks["linear"].add_argument
-    add("--n_last_blocks", type=cli.positive_int, default=4, help="blocks to take the CLS token of; 1 for ViT-B")
+    add("--n_last_blocks", type=cli.positive_int, default=4, help="blocks whose CLS tokens to concatenate; ViT-B: 1")
     add("--avgpool_patchtokens", type=cli.boolean, default=False, nargs="?", const=True,
         help="append the mean patch token of the last block; true for ViT-B")
     add("--lr", type=cli.positive_float, default=LRS, nargs="+",
         help="peak for a global batch size of 256, scaled linearly; a held-out tenth selects the best")
-    add("--weight_decay", type=cli.nonnegative_float, nargs="+", help="one or several (default: 0; five with --quick)")
+    add("--weight_decay", type=cli.nonnegative_float, nargs="+", help="one or several (default: 0; 0 to 0.1 with --quick)")
     add("--quick", action="store_true", help="train on features extracted once, from center crops in fp32")
     add("--features", metavar="FILE", help="with --quick: safetensors file that caches the features")
 
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     for task in ("linear", "finetune"):
         add = tasks[task].add_argument
         add("--epochs", type=cli.positive_int, default=100, help="training epochs")
-        add("--crop_scale", type=cli.fraction, default=(0.08, 1.0), nargs=2, help="area of a crop, of the image's")
+        add("--crop_scale", type=cli.fraction, default=(0.08, 1.0), nargs=2, help="crop area relative to the image")
         add("--precision", default="auto", choices=PRECISIONS, help="autocast dtype; auto: bf16 where it is fast")
         add("--val_freq", type=cli.nonnegative_int, default=10, help="epochs between evaluations, 0 for none")
         add("--resume", default="auto", choices=["auto", "none"], help="auto: continue the run in output_dir")
@@ -288,7 +288,7 @@ def train_on_features(network, grid, setup):
     features = load_or_extract_features(setup, network.tokens)
     x, y, test_x = (features[name].to(setup.device) for name in ("train_features", "train_labels", "test_features"))
     log_grid(network, grid, min(1024, len(x)))
-    # disable=None: on a terminal only
+    # disable=None: the bar is shown on a terminal only
     with tqdm(total=2 * args.epochs * len(x), unit="img", leave=False, disable=None if is_rank_zero() else True) as bar:
         classifier, best, accuracies = fit_best_classifier(x, y, len(setup.classes), grid, epochs=args.epochs,
                                                            seed=args.seed, progress=bar.update)

@@ -38,8 +38,8 @@ def extract_features(model, loader, device="cpu", total=None):
         NoImagesError: on every process.
     """
     features, labels, indices, corrupt = [], [], [], []
-    is_shown = total is not None and is_rank_zero()
-    with tqdm(total=total, unit="img", leave=False, disable=None if is_shown else True) as bar:  # None: on a terminal
+    # disable=None: the bar is shown on a terminal only
+    with tqdm(total=total, unit="img", leave=False, disable=None if total and is_rank_zero() else True) as bar:
         for images, y, i, messages in loader:
             if len(images):
                 features.append(model(images.to(device, non_blocking=images.is_pinned())).float())

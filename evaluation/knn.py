@@ -40,16 +40,14 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
     train_labels = train_labels.to(device)
     num_classes, num_test = int(max(train_labels.max(), test_labels.max())) + 1, len(test_labels)
     distributed = dist.is_available() and dist.is_initialized()
-    if distributed:
-        share = slice(dist.get_rank(), None, dist.get_world_size())
-        test_features, test_labels = test_features[share], test_labels[share]
+    share = slice(dist.get_rank(), None, dist.get_world_size()) if distributed else slice(None)
     ks = sorted({min(k, len(train_features)) for k in ks})
     correct = {k: torch.zeros(2, dtype=torch.int64, device=device) for k in ks}
     # a block of similarities [rows, columns] takes about three times its size: itself, and the copies of its top k
-    rows = min(max(len(test_features), 1), 1024)
+    rows = min(len(test_features), 1024)
     columns = min(max(ks[-1], memory_mb * 2**20 // (12 * rows)), len(train_features))
     buffer = torch.empty(rows, columns, dtype=dtype, device=device)  # allocated once, which saves time
-    for features, labels in zip(test_features.split(rows), test_labels.split(rows)):
+    for features, labels in zip(test_features[share].split(rows), test_labels[share].split(rows)):
         features, labels = F.normalize(features.float(), dim=1).to(device, dtype), labels.to(device).view(-1, 1)
         similarity, neighbors = find_neighbors(features, train_features, ks[-1], buffer[:len(features)])
         # relative to the nearest neighbor, so that no temperature overflows

@@ -36,8 +36,7 @@ class LinearClassifiers:
 
     def to_linear(self, g: int = 0) -> torch.nn.Linear:
         """Classifier g as a torch.nn.Linear on features that are not standardized."""
-        D, C = self.weight.shape[1:]
-        layer = torch.nn.Linear(D, C, device=self.weight.device)
+        layer = torch.nn.Linear(*self.weight.shape[1:], device=self.weight.device)  # D, C
         weight = (self.weight[g] / self.std.view(-1, 1)).T  # [C, D]
         layer.load_state_dict({"weight": weight, "bias": self.bias[g, 0] - weight @ self.mean})
         return layer.requires_grad_(False)
