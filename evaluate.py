@@ -62,7 +62,7 @@ def parse_args(argv=None):
         help="append the mean patch token of the last block; true for ViT-B")
     add("--lr", type=cli.positive_float, default=LRS, nargs="+",
         help="peak for a global batch size of 256, scaled linearly; a held-out tenth selects the best")
-    add("--weight_decay", type=cli.nonnegative_float, nargs="+", help="one or several (default: 0; 0 to 0.1 with --quick)")
+    add("--weight_decay", type=cli.nonnegative_float, nargs="+", help="one or several (default: 0; five with --quick)")
     add("--quick", action="store_true", help="train on features extracted once, from center crops in fp32")
     add("--features", metavar="FILE", help="with --quick: safetensors file that caches the features")
 
@@ -176,7 +176,7 @@ def extract(setup, model, images):
 
 
 def load_or_extract_features(setup, model):
-    """Features and labels of train and test images: {name: tensor} as in evaluation.features.FEATURES."""
+    """Features and labels of train and test images: {name: tensor} as for `knn_classifier`."""
     path = setup.args.features
     cached = bool(path and Path(path).exists())
     distributed.check_same_on_all_ranks("a features file:", cached)
