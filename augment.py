@@ -70,10 +70,11 @@ class MultiCrop:
         first = global_size, global_scale, blur[0], 0.0  # (size, scale, blur probability, solarize probability)
         second = global_size, global_scale, blur[1], solarize
         self.kinds = [first, second][:global_number] + [(local_size, local_scale, blur[2], 0.0)] * local_number
-        self.ratio, self.flip, self.jitter, self.grayscale = ratio, flip, jitter, grayscale
+        self.crop_sizes = [size for size, _, _, _ in self.kinds]
+        self.ratio, self.flip, self.jitter = ratio, flip, jitter
+        self.grayscale, self.blur_radius = grayscale, blur_radius
         self.amounts = [("brightness", 1, brightness), ("contrast", 1, contrast), ("saturation", 1, saturation),
                         ("hue", 0, hue)]  # (name, center and half width of the amount's range)
-        self.blur_radius = blur_radius
         self.mean, self.std = 255 * torch.tensor(mean).view(3, 1, 1), 255 * torch.tensor(std).view(3, 1, 1)
 
     def __call__(self, image, key=None) -> list[Tensor]:
@@ -94,17 +95,14 @@ class MultiCrop:
     def sample(self, width: int, height: int, key=None) -> list[View]:
         """Sample the parameters of all V crops of a width x height image; they depend on the key only."""
         rng = random.Random() if key is None else random.Random(repr(key))
-        return [self.sample_view(rng, width, height, *kind) for kind in self.kinds]
-
-    def sample_view(self, rng, width, height, size, scale, blur, solarize):
-        return View(
+        return [View(
             size=size,
             box=sample_box(rng, width, height, scale, self.ratio),
             flip=rng.random() < self.flip,
             jitter=self.sample_jitter(rng) if rng.random() < self.jitter else (),
             grayscale=rng.random() < self.grayscale,
             blur=rng.uniform(*self.blur_radius) if rng.random() < blur else 0.0,
-            solarize=rng.random() < solarize)
+            solarize=rng.random() < solarize) for size, scale, blur, solarize in self.kinds]
 
     def sample_jitter(self, rng):
         jitter = [(name, center + rng.uniform(-width, width)) for name, center, width in self.amounts]
@@ -234,11 +232,13 @@ def box_weights(sigma):
     return [1 / total] * (reach + 1) + [outermost / total]
 
 
-JITTER = {"brightness": adjust_brightness, "contrast": adjust_contrast, "saturation": adjust_saturation,
-          "hue": adjust_hue}
+JITTER = dict(brightness=adjust_brightness, contrast=adjust_contrast, saturation=adjust_saturation, hue=adjust_hue)
 
 
 # ---- all crops of a batch ----
+
+compile_operation = functools.cache(functools.partial(torch.compile, dynamic=True))
+
 
 class BatchMultiCrop(MultiCrop):
     """All crops of a batch of images, on any device: those of MultiCrop, up to rounding.
@@ -275,13 +275,13 @@ class BatchMultiCrop(MultiCrop):
         Args:
             params: on the CPU, where choosing the crops for each operation needs no device sync.
         """
-        device, sizes = pixels[0].device, [size for size, _, _, _ in self.kinds]
-        crops = [torch.empty(len(pixels), 3, size, size, device=device) for size in sizes]
+        device = pixels[0].device
+        crops = [torch.empty(len(pixels), 3, size, size, device=device) for size in self.crop_sizes]
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         for chunk in self.iter_chunks([p.shape[:2] for p in pixels]):
             images, index = pad_images([pixels[i] for i in chunk]), torch.tensor(chunk, device=device)
-            for size in dict.fromkeys(sizes):
-                views = [v for v, s in enumerate(sizes) if s == size]
+            for size in set(self.crop_sizes):
+                views = [v for v, s in enumerate(self.crop_sizes) if s == size]
                 chosen = params[chunk][:, views].flatten(0, 1)
                 values = chosen.to(device)
                 with torch.autocast(device.type, enabled=False):
@@ -293,8 +293,8 @@ class BatchMultiCrop(MultiCrop):
 
     def iter_chunks(self, sizes):
         """Yield lists of indices of a batch; the images of each, padded to the largest of them, fit CHUNK_BYTES."""
-        sides = [size for size, _, _, _ in self.kinds]
-        rows, area = max(size * sides.count(size) for size in sides), sum(size**2 for size in sides)
+        rows = max(size * self.crop_sizes.count(size) for size in self.crop_sizes)
+        area = sum(size**2 for size in self.crop_sizes)
         chunk = []
         for i in sorted(range(len(sizes)), key=lambda i: math.prod(sizes[i])):
             height, width = map(max, zip(*(sizes[j] for j in (*chunk, i))))
@@ -325,18 +325,11 @@ class BatchMultiCrop(MultiCrop):
         return x
 
 
-@functools.cache
-def compile_operation(op):
-    return torch.compile(op, dynamic=True)
-
-
 def pad_images(pixels):
     """B images [H, W, 3] uint8 of several sizes -> [B, 3, H, W] float32, zero-padded."""
     height, width = (max(p.shape[side] for p in pixels) for side in (0, 1))
-    images = torch.zeros(len(pixels), 3, height, width, device=pixels[0].device)
-    for image, p in zip(images, pixels):
-        image[:, :p.shape[0], :p.shape[1]] = p.permute(2, 0, 1)
-    return images
+    padded = [F.pad(p.permute(2, 0, 1), (0, width - p.shape[1], 0, height - p.shape[0])) for p in pixels]
+    return torch.stack(padded).float()
 
 
 def crop_and_resize(images, boxes, size):

@@ -59,15 +59,13 @@ class HeadlessClassifier(nn.Module):
         """
         if not all(type(side) is int and 0 < side <= 4096 for side in (height, width)):
             raise BackboneError(f"{self.arch}: image size {height} x {width} is not from 1 to 4096 pixels")
-        training, image = self.training, torch.zeros(1, 3, height, width, device=next(self.parameters()).device)
-        self.eval()
+        training = self.training
         try:
-            feature = self.model(image)
+            feature = self.eval().model(torch.zeros(1, 3, height, width, device=next(self.parameters()).device))
         except Exception as error:  # every model has its own
             raise BackboneError(f"{self.arch} does not support images of {height} x {width} pixels: "
                                 f"{' '.join(str(error).split())[:200]}") from None
-        finally:
-            self.train(training)
+        self.train(training)
         if not isinstance(feature, torch.Tensor) or feature.dim() != 2:
             raise BackboneError(f"{self.arch} does not output one feature vector per image")
         return feature.shape[1]
@@ -75,15 +73,14 @@ class HeadlessClassifier(nn.Module):
 
 def check_arch(arch):
     """Raise BackboneError unless torchvision or timm has a classifier of this name."""
-    library, known, prefix, name = "torchvision", models.list_models(module=models), "", arch
+    library, known = "torchvision", models.list_models(module=models)
     if arch.startswith("timm:"):
         import timm
 
-        library, known, prefix, name = f"timm {timm.__version__}", timm.list_models(), "timm:", arch[5:]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        raise BackboneError(f"{arch} is none of {', '.join(SIZES)} and no classifier of {library}"
-                            + (f"; did you mean {prefix}{close[0]}?" if close else ""))
+        library, known = f"timm {timm.__version__}", [f"timm:{name}" for name in timm.list_models()]
+    if arch not in known:
+        close = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(arch, known, n=1))
+        raise BackboneError(f"{arch} is none of {', '.join(SIZES)} and no classifier of {library}{close}")
 
 
 def build_torchvision(arch, img_size, drop_path_rate):
@@ -97,7 +94,7 @@ def build_torchvision(arch, img_size, drop_path_rate):
     depths = [module for module in model.modules() if isinstance(module, StochasticDepth)]
     if drop_path_rate and not depths:
         raise BackboneError(f"{arch} has no stochastic depth: --drop_path_rate must be 0")
-    highest = max((module.p for module in depths), default=0) or 1
+    highest = max((module.p for module in depths), default=1)
     for module in depths:
         module.p *= drop_path_rate / highest
     for module in model.modules():
@@ -113,10 +110,8 @@ def build_timm(arch, img_size, drop_path_rate):
     for flags in (dict(img_size=img_size, dynamic_img_size=True), dict(img_size=img_size), {}):
         try:
             return timm.create_model(arch[5:], num_classes=0, drop_path_rate=drop_path_rate or None, **flags)
-        except TypeError as error:  # a flag that this model does not have
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # no such flag, or no such size
             reason = error
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise BackboneError(f"{arch} does not support img_size {img_size}: {error}") from None
     raise BackboneError(f"{arch} cannot be built: {reason}")
 
 

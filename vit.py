@@ -12,6 +12,7 @@ Shapes: B images of C channels and H x W pixels, patches of p x p pixels, N = H/
 """
 
 import contextlib
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -57,18 +58,6 @@ class Attention(nn.Module):
         return ((q[:, :, :queries] * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU in between."""
-
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each on a residual branch."""
 
@@ -77,7 +66,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden_dim = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, hidden_dim), act=nn.GELU(), fc2=nn.Linear(hidden_dim, dim)))
 
     def forward(self, x, queries=None, keep=None):
         """[B, 1+N, D] -> [B, queries, D]: the first `queries` tokens, None for all.
@@ -89,17 +80,6 @@ class Block(nn.Module):
         x = x + branch if keep is None else torch.addcmul(x, branch, keep[0])
         branch = self.mlp(self.norm2(x))
         return x + branch if keep is None else torch.addcmul(x, branch, keep[1])
-
-
-class PatchEmbed(nn.Module):
-    """Linear projection of the patches."""
-
-    def __init__(self, patch_size, in_chans, embed_dim):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x):  # [B, C, H, W] -> [B, N, D]
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
@@ -127,7 +107,7 @@ class VisionTransformer(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.activation_checkpointing = False  # recompute all blocks but the last in backward, to save memory
         self.grid = (img_size // patch_size, img_size // patch_size)  # rows and columns of pos_embed
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -199,10 +179,11 @@ class VisionTransformer(nn.Module):
 
     def prepare_tokens(self, x):
         """Images [B, C, H, W] -> CLS and patch tokens with position embedding, [B, 1+N, D]."""
-        B, C, H, W = x.shape
+        B, _, H, W = x.shape
         if H % self.patch_size or W % self.patch_size:
             raise ValueError(f"image size {H}x{W} is not a multiple of patch_size {self.patch_size}")
-        tokens = torch.cat((self.cls_token.expand(B, -1, -1), self.patch_embed(x)), dim=1)
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)  # [B, N, D]
+        tokens = torch.cat((self.cls_token.expand(B, -1, -1), patches), dim=1)
         return tokens + self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size)
 
     def interpolate_pos_encoding(self, rows: int, cols: int) -> Tensor:

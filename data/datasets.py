@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from data.images import EXTENSIONS, ImageReadError, check_aspect, read_image, to_rgb, wrap_decode_errors
+from data.images import EXTENSIONS, check_aspect, read_image, read_or_message, to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 
 
@@ -69,19 +69,17 @@ def open_folder(root):
     """A folder of images; `train` beside `val` or `test` is found whether root is that folder or the one above."""
     root = os.path.abspath(root)
     parent = os.path.dirname(root) if os.path.basename(root) == "train" else root
-    train_root = os.path.join(parent, "train")
-    val_roots = [path for split in ("val", "test") if os.path.isdir(path := os.path.join(parent, split))]
-    if not (val_roots and os.path.isdir(train_root)):
-        train_root, val_roots = root, []
+    splits = [path for name in ("train", "val", "test") if os.path.isdir(path := os.path.join(parent, name))]
+    has_splits = len(splits) > 1 and os.path.basename(splits[0]) == "train"
+    train_root, *val_roots = splits if has_splits else [root]
     train = ImageFolder(train_root)
     if train.classes is None:
         return Data(train, None, None, root, f"{len(train):,} images in {train_root}, no labels")
     note = f"{len(train):,} images of {len(train.classes)} classes in {train_root}"
-    for val_root in val_roots:
-        val = ImageFolder(val_root)
+    for val in map(ImageFolder, val_roots):
         if val.classes == train.classes:
-            return Data(train, train, val, root, f"{note}, {len(val):,} held out in {val_root}")
-        note += f", {val_root} not used (other classes)"
+            return Data(train, train, val, root, f"{note}, {len(val):,} held out in {val.root}")
+        note += f", {val.root} not used (other classes)"
     return hold_out_every_tenth(train, root, note)
 
 
@@ -96,28 +94,17 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, root: str):
-        if not os.path.isdir(root):
-            raise DataError(f"{root}: no such folder")
-        self.root = root
-        self.files = sorted(os.path.relpath(os.path.join(folder, name), root)
-                            for folder, names in iter_folders(root) for name in names
-                            if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        self.root, self.files = root, sorted(iter_images(root))
         if not self.files:
-            raise DataError(f"{root}: no image found in it or below (looked for {' '.join(EXTENSIONS)})")
+            raise DataError(f"{root}: no such folder, or no image found in it or below ({' '.join(EXTENSIONS)})")
         folders = [file.partition(os.sep)[0] for file in self.files]
         names = sorted(set(folders))
         self.classes = names if len(names) > 1 and all(os.sep in file for file in self.files) else None
         class_index = {name: i for i, name in enumerate(self.classes or [])}
         self.labels = [class_index.get(name, -1) for name in folders]
-        self.require_one_readable()
-
-    def require_one_readable(self):
-        for i in range(len(self)):
-            try:
-                return self[i]
-            except ImageReadError as error:
-                last = error
-        raise DataError(f"{self.root}: none of its {len(self)} images can be read; the last: {last}")
+        if all(isinstance(read_or_message(self.__getitem__, i), str) for i in range(len(self))):
+            last = read_or_message(self.__getitem__, -1)
+            raise DataError(f"{root}: none of its {len(self)} images can be read; the last: {last}")
 
     def __len__(self):
         return len(self.files)
@@ -130,15 +117,15 @@ class ImageFolder(Dataset):
         return read_image(os.path.join(self.root, self.files[i]), reduction), self.labels[i]
 
 
-def iter_folders(root):
-    """Yield (folder, file names) for root and all folders below it, each once even if symbolic links form a cycle."""
-    seen = set()
+def iter_images(root):
+    """Yield the path of each image below root, relative to it; links to folders that were found before are skipped."""
+    seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [name for name in folders if not name.startswith(".")] if real not in seen else []
-        if real not in seen:
-            yield folder, names
-        seen.add(real)
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, path in real.items() if path not in seen]
+        seen.update(real.values())
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names
+                    if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
 
 
 # ---- torchvision and built-in shapes ----

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's others may start programs
 MAX_ASPECT = 100  # resizing the shorter side to the crop would make the longer one of such an image huge
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # cameras have 108 million pixels
 
 
 class ImageReadError(OSError):
@@ -45,13 +46,19 @@ def read_image(path: str, reduction: Callable[[int, int], int] | None = None, up
             return image.reduce(factor) if factor > 1 else image
 
 
+def read_or_message(read, *args):
+    """read(*args), or the message if it raises ImageReadError."""
+    try:
+        return read(*args)
+    except ImageReadError as error:
+        return str(error)
+
+
 @contextlib.contextmanager
 def wrap_decode_errors(name):
     """Raise ImageReadError for any error inside, and for images above twice Image.MAX_IMAGE_PIXELS."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # cameras have 108 million pixels
-            yield
+        yield
     except Exception as error:  # decoders raise nearly anything on corrupt files
         raise ImageReadError(f"{name}: {error or type(error).__name__}") from None
 
@@ -65,14 +72,12 @@ def check_aspect(image):
 
 def to_rgb(image):
     """PIL image of any mode -> RGB, transparency on white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
     if image.mode[0] in "IF":  # grayscale of more than 8 bits, which Pillow's own conversion clips at 255
         gray = image.convert("F")
         ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if image.mode == "F" else (255, 65535)
         white = next((top for top in ranges if gray.getextrema()[1] <= top), 65535)
         return gray.point(lambda value: value * (255 / white) + 0.5).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -11,6 +11,7 @@ number of processes nor that of workers changes what a step sees. `images` is a 
 raises OSError for an image that cannot be decoded; such images are skipped, and `corrupt` lists the messages.
 """
 
+import contextlib
 import functools
 import os
 import pickle
@@ -70,7 +71,7 @@ class MultiCropDataset(torch.utils.data.Dataset):
 
     def __init__(self, images, multicrop, seed):
         self.images, self.multicrop, self.seed = images, multicrop, seed
-        self.make_crops = multicrop.prepare if is_batched(multicrop) else multicrop
+        self.make_crops = multicrop.prepare if isinstance(multicrop, BatchMultiCrop) else multicrop
 
     def __getitem__(self, key):
         epoch, index = key
@@ -96,10 +97,6 @@ class MultiCropDataset(torch.utils.data.Dataset):
         return image.reduce(factor) if factor > 1 else image, label
 
 
-def is_batched(multicrop):
-    return hasattr(multicrop, "prepare")
-
-
 def collate_crops(samples):
     """B samples of MultiCropDataset -> V tensors [B, 3, s, s], labels [B], messages."""
     crops, labels, messages = zip(*samples)
@@ -119,7 +116,7 @@ def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=
     """DataLoader with one batch of collate_crops (or collate_pixels, see iter_on_device) per list of keys."""
     return torch.utils.data.DataLoader(
         MultiCropDataset(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers,
-        collate_fn=collate_pixels if is_batched(multicrop) else collate_crops, pin_memory=pin_memory,
+        collate_fn=collate_pixels if isinstance(multicrop, BatchMultiCrop) else collate_crops, pin_memory=pin_memory,
         worker_init_fn=ignore_job_signals)
 
 
@@ -133,7 +130,7 @@ def iter_on_device(loader, multicrop, device):
         return tensor.to(device, non_blocking=tensor.is_pinned())
 
     def make_crops(batch):
-        if not is_batched(multicrop):
+        if not isinstance(multicrop, BatchMultiCrop):
             return [to_device(view) for view in batch]
         pixels, sizes, params = batch
         parts = to_device(pixels).split(sizes.prod(dim=1).tolist())
@@ -141,38 +138,30 @@ def iter_on_device(loader, multicrop, device):
 
     stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
     for batch, labels, messages in reraise_worker_death(loader):
-        if stream is None:
-            yield make_crops(batch), labels.to(device), messages
-            continue
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             crops, labels = make_crops(batch), to_device(labels)
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
-        for tensor in (*crops, labels):
-            tensor.record_stream(current)
+        if stream:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            for tensor in (*crops, labels):
+                tensor.record_stream(current)
         yield crops, labels, messages
 
 
 def reraise_worker_death(loader):
     """Iterate a DataLoader; a worker that dies while it sends a batch breaks a pipe or a socket, or cuts a pickle."""
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
-            raise RuntimeError(f"DataLoader worker exited while sending a batch ({type(error).__name__})") from None
-        yield batch
+    try:
+        yield from loader
+    except (ConnectionError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
+        raise RuntimeError(f"DataLoader worker exited while sending a batch ({type(error).__name__})") from None
 
 
 # ---- evaluation ----
 
 def random_subset(images, max_images):
     """At most `max_images` of the images, the same ones every time."""
-    if len(images) <= max_images:
-        return images
-    return torch.utils.data.Subset(images, sorted(random.Random(0).sample(range(len(images)), max_images)))
+    indices = random.Random(0).sample(range(len(images)), min(max_images, len(images)))
+    return torch.utils.data.Subset(images, sorted(indices))
 
 
 def normalize(image):
@@ -207,41 +196,30 @@ def resize_to_patches(image, shorter_side, patch_size):
     return TF.resize(image, sides, TF.InterpolationMode.BICUBIC)
 
 
-class EvalDataset(torch.utils.data.Dataset):
-    """index -> (view, label, index), or (None, message, index) for a corrupt image."""
-
-    def __init__(self, images, size, view):
-        self.images, self.size, self.view = images, size, view
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
+def collate_views(images, size, view, indices):
+    """Read images: views [B, 3, H, W], labels [B], indices [B] of the readable ones, messages on corrupt ones."""
+    samples, corrupt = [], []
+    for i in indices:
         try:
-            image, label = self.images[index]
+            image, label = images[i]
         except OSError as error:
-            return None, str(error), index
-        return self.view(image, self.size), label, index
-
-
-def collate_valid(samples):
-    """Samples of EvalDataset -> images [B, 3, H, W], labels [B], indices [B], messages on corrupt images."""
-    valid = [sample for sample in samples if sample[0] is not None]
-    views = torch.stack([view for view, _, _ in valid]) if valid else torch.empty(0)
-    labels = torch.tensor([label for _, label, _ in valid], dtype=torch.int64)
-    indices = torch.tensor([index for _, _, index in valid], dtype=torch.int64)
-    return views, labels, indices, [message for view, message, _ in samples if view is None]
+            corrupt.append(str(error))
+        else:
+            samples.append((view(image, size), label, i))
+    views, labels, indices = zip(*samples) if samples else ((), (), ())
+    views = torch.stack(views) if views else torch.empty(0)
+    return views, torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64), corrupt
 
 
 def build_eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1, view=center_crop_view):
-    """DataLoader over this rank's share of the images, each image on exactly one rank: batches of collate_valid.
+    """DataLoader over this rank's share of the images, each image on exactly one rank: batches of collate_views.
 
     Args:
         view: (RGB image, size) -> [3, H, W].
     """
-    shard = torch.utils.data.Subset(EvalDataset(images, size, view), range(rank, len(images), world_size))
-    return torch.utils.data.DataLoader(shard, batch_size, num_workers=num_workers, collate_fn=collate_valid,
-                                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_job_signals)
+    return torch.utils.data.DataLoader(
+        range(rank, len(images), world_size), batch_size, num_workers=num_workers, worker_init_fn=ignore_job_signals,
+        collate_fn=functools.partial(collate_views, images, size, view), pin_memory=torch.cuda.is_available())
 
 
 # ---- workers ----
@@ -251,9 +229,8 @@ def ignore_job_signals(worker_id):
 
     Otherwise the worker's death would end the parent before it has saved.
     """
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # torch itself stops workers by SIGTERM, so look who sent it
         def wait_for_parent():
             while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

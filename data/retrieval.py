@@ -36,8 +36,7 @@ class ImageFiles(torch.utils.data.Dataset):
             left, top, right, bottom = self.boxes[i]
             box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
             if box[0] >= box[2] or box[1] >= box[3]:
-                raise ImageReadError(f"{self.paths[i]}: the box {self.boxes[i]} is empty or outside its "
-                                     f"{image.width} x {image.height} pixels")
+                raise ImageReadError(f"{self.paths[i]}: the box {self.boxes[i]} is empty or outside of {image.size}")
             image = image.crop(box)
         return image, i
 
@@ -59,9 +58,8 @@ def read_copydays(root):
         DataError: another layout, or a copy without an original.
     """
     root = Path(root)
-    originals, blocks, indices = list_images(root / "original"), {}, {}
-    for i, path in enumerate(originals):
-        indices.setdefault(os.path.basename(path)[:4], []).append(i)
+    originals, blocks = list_images(root / "original"), {}
+    indices = {os.path.basename(path)[:4]: [i] for i, path in enumerate(originals)}
     folders = [folder for pattern in ("strong", "crops/[!.]*", "jpegqual/[!.]*")
                for folder in sorted(root.glob(pattern), key=lambda path: path.name.zfill(9)) if folder.is_dir()]
     if not folders:
@@ -94,9 +92,6 @@ def read_landmarks(path):
         boxes = [[round(float(side)) for side in np.reshape(query["bbx"], 4)] for query in truth["gnd"]]
         relevance = [{level: np.ravel(query[level]).astype(int).tolist() for level in ("easy", "hard", "junk")}
                      for query in truth["gnd"]]
-        indices = {i for query in relevance for level in query.values() for i in level}
-        if not queries or len(relevance) != len(queries) or indices - set(range(len(database))):
-            raise ValueError("its lists do not match")
     except Exception as error:  # a pickle may hold anything
         raise DataError(f"{path}: not the ground truth of revisited Oxford or Paris "
                         f"({type(error).__name__}: {error})") from None

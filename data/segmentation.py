@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from data.datasets import DataError, open_data
-from data.images import ImageReadError, read_image, wrap_decode_errors
+from data.images import ImageReadError, read_image, read_or_message, wrap_decode_errors
 
 VOID = 255  # index of unlabeled pixels in a mask with a palette
 
@@ -27,13 +27,6 @@ def build_loader(entries, read, num_workers=0):
     """DataLoader that yields read(entry), one by one and in order, or the message if it raises ImageReadError."""
     return torch.utils.data.DataLoader(entries, batch_size=None, num_workers=num_workers,
                                        collate_fn=partial(read_or_message, read))
-
-
-def read_or_message(read, entry):
-    try:
-        return read(entry)
-    except ImageReadError as error:
-        return str(error)
 
 
 # ---- images with masks ----
@@ -106,26 +99,24 @@ def read_mask(path, size):
     Raises:
         ImageReadError: missing, corrupt, of another size, or ambiguous.
     """
-    with wrap_decode_errors(str(path)):
-        with Image.open(path) as image:
-            indexed = image.mode == "P"
-            palette = image.getpalette() if indexed else [level for level in range(256) for _ in "RGB"]
-            mask = np.array(image if image.mode in ("P", "L") else to_binary(image))
-        if mask.shape[::-1] != size:
-            raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {size[0]} x {size[1]}")
+    with wrap_decode_errors(path), Image.open(path) as image:
+        if image.size != size:
+            raise ValueError(f"the mask has {image.width} x {image.height} pixels, its image {size[0]} x {size[1]}")
+        indexed = image.mode == "P"
+        palette = image.getpalette() if indexed else [level for level in range(256) for _ in "RGB"]
+        mask = np.array(image) if image.mode in ("P", "L") else to_binary(image)
     void = (mask == VOID) & indexed
     mask[void] = 0
     return mask, palette, void
 
 
 def to_binary(image):
-    """Image of any mode -> mode L, 0 and 255; ValueError if it has more than one color besides black."""
-    mode = image.mode if image.mode[0] in "IF" else "L" if image.mode == "1" else "RGB"
-    pixels = np.array(image.convert(mode)).reshape(image.height, image.width, -1)
+    """Image of any mode -> uint8 [H, W], 0 and 255; ValueError if it has more than one color besides black."""
+    pixels = np.array(image if image.mode[0] in "IF" else image.convert("RGB")).reshape(image.height, image.width, -1)
     colors = pixels[pixels.any(axis=-1)]
     if (colors != colors[:1]).any():
         raise ValueError(f"mode {image.mode} with more than one color; expected a palette, or 8-bit gray levels")
-    return Image.fromarray(pixels.any(axis=-1).astype(np.uint8) * 255)
+    return pixels.any(axis=-1).astype(np.uint8) * 255
 
 
 def save_mask(path, mask, palette):
@@ -138,12 +129,8 @@ def save_mask(path, mask, palette):
 # ---- layouts ----
 
 def read_names(path):
-    """First word of each line of a list file; DataError if there are none."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    names = [line.split()[0] for line in lines if line.strip()]
-    if not names:
-        raise DataError(f"{path}: expected a list of names")
-    return names
+    """First word of each line of a list file."""
+    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
 
 
 def find_sequences(root, names=None):
@@ -152,13 +139,11 @@ def find_sequences(root, names=None):
     Raises:
         DataError: another layout, or a sequence without frames.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder")
     folder = Path(root, "JPEGImages", "480p")
     if not folder.is_dir():
         folder = folder.with_name("Full-Resolution")
     names = names or sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    if not folder.is_dir() or not names:
+    if not names:
         raise DataError(f"{root}: expected JPEGImages/480p/SEQUENCE/FRAME.jpg and Annotations/480p/SEQUENCE/FRAME.png")
     sequences = {name: sorted(folder.joinpath(name).glob("[!.]*.jpg"), key=lambda path: path.name.zfill(20))
                  for name in names}  # "2.jpg" before "12.jpg"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 
 from data.datasets import DataError
-from data.images import EXTENSIONS, ImageReadError, read_image
+from data.images import EXTENSIONS, read_image, read_or_message
 
 WRITABLE = (".mp4", ".mov", ".mkv", ".webm")
 
@@ -32,32 +32,24 @@ def open_video(path):
     """Open a video file, its frames rotated upright, or a folder of images, in the order of the numbers in their names.
 
     Raises:
-        DataError: there is neither.
+        OSError: no such file or folder.
+        DataError: no video in the file, or no image in the folder.
     """
     if os.path.isdir(path):
-        files = [file for file in Path(path).iterdir() if file.name.lower().endswith(EXTENSIONS)
-                 and not file.name.startswith(".")]
+        files = [file for file in Path(path).glob("[!.]*") if file.suffix.lower() in EXTENSIONS]
         if not files:
             raise DataError(f"{path}: no image in this folder")
         files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
-        return Video(map(read_frame, files), None, len(files))
+        return Video(((file.name, read_or_message(read_image, file)) for file in files), None, len(files))
     import av
 
     try:
         container = av.open(path)
         stream = container.streams.video[0]
-    except (OSError, ValueError, IndexError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no video stream"
-        raise DataError(f"{path}: not a video file or a folder of frames ({reason})") from None
+    except (ValueError, IndexError):
+        raise DataError(f"{path}: not a folder of frames, and no video stream in this file") from None
     stream.thread_type = "AUTO"
     return Video(decode_frames(container, stream), stream.average_rate, stream.frames or None)
-
-
-def read_frame(file):
-    try:
-        return file.name, read_image(file)
-    except ImageReadError as error:
-        return file.name, str(error)
 
 
 def decode_frames(container, stream):
@@ -88,7 +80,7 @@ class VideoWriter:
         rate: frames per second of a file.
 
     Raises:
-        DataError: no video of this type or size can be written there.
+        DataError: path is not a folder, and no type of file that is written.
     """
 
     def __init__(self, path, rate):
@@ -98,8 +90,8 @@ class VideoWriter:
             self.path.mkdir(exist_ok=True)
         elif self.path.suffix.lower() not in WRITABLE:
             raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(WRITABLE)}")
-        elif not self.path.parent.is_dir():
-            raise DataError(f"{path}: its folder does not exist")
+        else:
+            self.path.touch()  # fails here, not after the first frame, where nothing can be written
 
     def __enter__(self):
         return self
@@ -107,27 +99,16 @@ class VideoWriter:
     def write(self, name, image):
         if self.is_folder:
             image.save(self.path / f"{Path(name).stem}.png", compress_level=1)  # four times as fast as the default
-        else:
-            self.encode(image)
-
-    def encode(self, image):
+            return
         import av
 
-        try:
-            if self.container is None:
-                self.container = av.open(str(self.path), "w")
-                self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
-                self.stream.width, self.stream.height = (max(2, side // 2 * 2) for side in image.size)
-                self.stream.pix_fmt = "yuv420p"  # the format that every player supports
-            size = self.stream.width, self.stream.height
-            if image.size != size:
-                image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
-            packets = self.stream.encode(av.VideoFrame.from_image(image))
-        except av.FFmpegError as error:
-            self.container = None
-            raise DataError(f"{self.path}: cannot write a video of {image.width} x {image.height} pixels "
-                            f"({error.strerror})") from None
-        self.container.mux(packets)
+        if self.container is None:
+            self.container = av.open(str(self.path), "w")
+            self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
+            self.stream.width, self.stream.height = (max(2, side // 2 * 2) for side in image.size)
+            self.stream.pix_fmt = "yuv420p"  # the format that every player supports
+        image = ImageOps.pad(image, (self.stream.width, self.stream.height), Image.Resampling.LANCZOS)
+        self.container.mux(self.stream.encode(av.VideoFrame.from_image(image)))
 
     def __exit__(self, *error):
         if self.container:

@@ -75,11 +75,8 @@ class Call:
     (lambda truth: Call(os.system, "echo broken into > broken"), "UnpicklingError: posix.system is not allowed"),
     (lambda truth: Call(eval, "open('broken', 'w')"), "UnpicklingError: builtins.eval is not allowed"),
     (lambda truth: Call(np.save, "broken", 1), "UnpicklingError: numpy.save is not allowed"),
-    (lambda truth: truth | dict(qimlist=[], gnd=[]), "its lists do not match"),
     (lambda truth: truth | dict(gnd=[truth["gnd"][0] | dict(bbx=[50.0, 5, 10])] * 3), "not the ground truth"),
     (lambda truth: [1, 2], "TypeError"),
-    (lambda truth: truth | dict(gnd=truth["gnd"][:1]), "its lists do not match"),
-    (lambda truth: truth | dict(imlist=["p1"]), "its lists do not match"),
     (lambda truth: truth | dict(qimlist=["p10", "p11", "lost"]), "1 of its images are missing"),
 ])
 def test_invalid_ground_truth(oxford, monkeypatch, damage, words):
@@ -104,5 +101,5 @@ def test_boxes_ignore_the_exif_orientation(tmp_path):
     assert crop.size == (20, 20) and crop.getextrema() == ((255, 255),) * 3 and index == 0
     assert ImageFiles([path], [(80, 30, 200, 99)], upright=False)[0][0].size == (10, 10)  # clipped to the image
     for box in ((95, 0, 99, 9), (50, 5, 10, 30), (5, 5, 5, 30)):  # outside, reversed, empty
-        with pytest.raises(OSError, match=r"rotated.png: the box \(.*\) is empty or outside its 90 x 40 pixels"):
+        with pytest.raises(OSError, match=r"rotated.png: the box \(.*\) is empty or outside of \(90, 40\)"):
             ImageFiles([path], [box], upright=False)[0]

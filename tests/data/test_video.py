@@ -105,15 +105,16 @@ def test_errors_of_paths_and_sizes(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
-    for name, words in (("empty", "no image in this folder"), ("text.mp4", "not a video file or a folder of frames"),
-                        ("absent.mp4", "not a video file or a folder"), ("sound.wav", "no video stream")):
+    for name, words in (("empty", "no image in this folder"), ("text.mp4", "not a folder of frames, and no video"),
+                        ("sound.wav", "no video stream")):
         with pytest.raises(DataError, match=words):
             open_video(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="absent.mp4"):
+        open_video(tmp_path / "absent.mp4")
+    with pytest.raises(FileNotFoundError, match="out.mp4"), VideoWriter(tmp_path / "no" / "out.mp4", 25) as writer:
+        writer.write("0", frame(0))
     with pytest.raises(DataError, match=r"expected a folder, or a file that ends with .mp4 .mov .mkv .webm"):
         VideoWriter(tmp_path / "out.doc", 25)
-    with pytest.raises(DataError, match="cannot write a video of 70000 x 4 pixels"), \
-            VideoWriter(tmp_path / "wide.mp4", 25) as writer:
-        writer.write("0", Image.new("RGB", (70000, 4)))
     with VideoWriter(tmp_path / "dot.mp4", 25) as writer:
         writer.write("0", Image.new("RGB", (1, 1)))
     assert [image.size for _, image in open_video(tmp_path / "dot.mp4").frames] == [(2, 2)]
