@@ -42,12 +42,11 @@ def iter_batch_keys(first_step, last_step, num_images, seed, batch_size, accum_s
     """
     per_step = batch_size * accum_steps * world_size
     steps_per_epoch = num_images // per_step
-    order, order_epoch = None, None
     for step in range(first_step, last_step):
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
+        if step == first_step or step_in_epoch == 0:
             generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
-            order, order_epoch = torch.randperm(num_images, generator=generator), epoch
+            order = torch.randperm(num_images, generator=generator)
         indices = order[step_in_epoch * per_step:(step_in_epoch + 1) * per_step]
         for micro_batch in indices.view(world_size, accum_steps, -1)[rank].tolist():
             yield [(epoch, index) for index in micro_batch]

@@ -25,6 +25,7 @@ class Shapes(torch.utils.data.Dataset):
     """
 
     classes = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
+    colors = [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(label / 8, 0.85, 0.85)) for label in range(8)]
 
     def __init__(self, part: str, length: int, size: int):
         self.part, self.length, self.size = part, length, size

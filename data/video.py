@@ -80,7 +80,7 @@ class VideoWriter:
         rate: frames per second of a file.
 
     Raises:
-        DataError: path is not a folder, and no type of file that is written.
+        DataError: no video of this type can be written there.
     """
 
     def __init__(self, path, rate):
@@ -90,8 +90,8 @@ class VideoWriter:
             self.path.mkdir(exist_ok=True)
         elif self.path.suffix.lower() not in WRITABLE:
             raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(WRITABLE)}")
-        else:
-            self.path.touch()  # fails here, not after the first frame, where nothing can be written
+        elif not self.path.parent.is_dir():
+            raise DataError(f"{path}: its folder does not exist")
 
     def __enter__(self):
         return self

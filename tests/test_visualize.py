@@ -303,7 +303,7 @@ def test_errors_of_videos(model, tmp_path, exit_message, monkeypatch):
     assert "--head 9: the model has 4 heads" in line
     assert "no such" in exit_message(run, "video", tmp_path / "no.mp4", tmp_path / "x.mp4", *flags).lower()
     assert "ends with .mp4" in exit_message(run, "video", clip, tmp_path / "x.doc", *flags)
-    assert "No such file" in exit_message(run, "video", clip, tmp_path / "no" / "x.mp4", *flags)
+    assert "x.mp4: its folder does not exist" in exit_message(run, "video", clip, tmp_path / "no" / "x.mp4", *flags)
     (tmp_path / "file").write_text("")
     assert "File exists" in exit_message(run, "video", clip, tmp_path / "file", *flags)
     assert clip.stat().st_size > 500 and not (tmp_path / "x.mp4").exists()
