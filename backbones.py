@@ -73,13 +73,13 @@ class HeadlessClassifier(nn.Module):
 
 def check_arch(arch):
     """Raise BackboneError unless torchvision or timm has a classifier of this name."""
-    library, known = "torchvision", models.list_models(module=models)
+    library, known, prefix, name = "torchvision", models.list_models(module=models), "", arch
     if arch.startswith("timm:"):
         import timm
 
-        library, known = f"timm {timm.__version__}", [f"timm:{name}" for name in timm.list_models()]
-    if arch not in known:
-        close = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(arch, known, n=1))
+        library, known, prefix, name = f"timm {timm.__version__}", timm.list_models(), "timm:", arch[5:]
+    if name not in known:
+        close = "".join(f"; did you mean {prefix}{match}?" for match in difflib.get_close_matches(name, known, n=1))
         raise BackboneError(f"{arch} is none of {', '.join(SIZES)} and no classifier of {library}{close}")
 
 
