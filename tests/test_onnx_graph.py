@@ -59,7 +59,7 @@ def assert_equal(outputs, wanted, precision="fp32"):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "mixed"])
-@pytest.mark.parametrize("opset", range(17, min(25, onnx.defs.onnx_opset_version() + 1)))
+@pytest.mark.parametrize("opset", range(18, min(25, onnx.defs.onnx_opset_version() + 1)))
 def test_every_opset_and_precision(model, opset, precision):
     graph = build_graph(model, 40, 64, precision=precision, opset=opset, patch_tokens=True, last_layers=2)
     onnx.checker.check_model(graph, full_check=True)
@@ -70,7 +70,7 @@ def test_every_opset_and_precision(model, opset, precision):
     assert_equal(outputs, expected(model, image, 2), precision)
 
 
-@pytest.mark.parametrize("opset", [17, 18, 19, 20, 23])
+@pytest.mark.parametrize("opset", [18, 19, 20, 23])
 @pytest.mark.parametrize("kwargs", [{}, {"heads": "mean"}, {"batch": 2}, {"pixels": "nhwc", "precision": "mixed"}])
 def test_graph_has_no_superfluous_nodes(model, opset, kwargs):
     """One node per norm, none to split q, k and v, only operators of TensorRT, all shapes inferred."""
@@ -109,7 +109,7 @@ def test_types_of_strongly_typed_files(model, precision, products, norms):
     assert {types[value.name] for value in (*graph.input, *graph.output)} == {norms}
 
 
-@pytest.mark.parametrize("opset, precision", [(17, "fp32"), (18, "fp32"), (20, "mixed")])
+@pytest.mark.parametrize("opset, precision", [(18, "fp32"), (20, "mixed")])
 def test_any_size(model, opset, precision):
     """Position embeddings are interpolated in the graph as in torch, and unchanged at the learned size."""
     graph = build_graph(model, opset=opset, precision=precision, patch_tokens=True, heads="mean")
