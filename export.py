@@ -25,21 +25,21 @@ import contextlib
 import itertools
 import json
 import os
-import statistics
-import time
 from collections import Counter
+from pathlib import Path
 
 import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from torchvision.transforms import functional as TF
 
 import infer
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import HeadlessClassifier
 from common import cli
-from common.checkpoint import CheckpointError
+from common.checkpoint import CheckpointError, atomic_write
 from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS
 from common.precision import DTYPES
@@ -50,8 +50,8 @@ from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine
 LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (0.02, 0.9999), "mixed": (0.02, 0.9999)}
-CLASSIFIER_FLAGS = dict(precision=["fp32"], dynamic=["batch", "none"], heads=["each"], patch_tokens=[False],
-                        last_layers=[0], opset=range(18, 100))  # what torch's exporter can do
+# values of flags that torch's exporter supports, for backbones of torchvision and timm
+TRACEABLE = dict(precision=["fp32"], dynamic=["batch", "none"], heads=["each"], patch_tokens=[False], last_layers=[0])
 
 
 def save_backbone(path, backbone, info, ckpt):
@@ -71,44 +71,31 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     add("--checkpoint_key", choices=["teacher", "student"], help="network of a full checkpoint (default: teacher)")
-    add("--format", choices=["onnx", *FORMATS], default="onnx",
-        help="ONNX, or the library whose names the weights are saved under")
+    add("--format", choices=["onnx", *FORMATS], default="onnx", help="ONNX, or weights under another library's names")
     add("--output", metavar="FILE", help="output path (default: the model file's name with the format's ending)")
     add = parser.add_argument_group("ONNX").add_argument
-    add("--image_size", type=positive_int, nargs="+", metavar="PIXELS",
-        help="height and width, or side of a square (default: the size the model was trained at)")
-    add("--dynamic", choices=["batch", "size", "none"], default="batch",
-        help="dynamic axes: batch; batch, height and width (size); or none")
-    add("--batch_size", type=positive_int, default=1, metavar="B", help="batch size of --dynamic none and --benchmark")
-    add("--precision", choices=list(LIMITS), default="fp32",
-        help="mixed: matrix products in fp16; norms, softmax, input and outputs in fp32")
-    newest = onnx.defs.onnx_opset_version()
-    add("--opset", default=18, metavar="N",
-        type=cli.bounded_number(int, lambda n: 17 <= n <= newest, f"an integer from 17 to {newest}"),
+    add("--image_size", type=positive_int, nargs="+", help="H W, or side of a square (default: that of training)")
+    add("--dynamic", choices=["batch", "size", "none"], default="batch", help="dynamic axes; size: batch, H and W")
+    add("--batch_size", type=positive_int, default=1, help="batch size of --dynamic none and --benchmark")
+    add("--precision", choices=list(LIMITS), default="fp32", help="mixed: matrix products in fp16, the rest in fp32")
+    add("--opset", type=int, choices=range(18, onnx.defs.onnx_opset_version() + 1), default=18,
         help="ONNX opset; from 20 Gelu, from 23 Attention is one node; 18 to 20 for TensorRT")
     add("--heads", choices=["each", "mean"], default="each", help="attention of each head, or their mean")
     add("--patch_tokens", action="store_true", help="add the output patch_tokens [B, N, D]")
-    add("--last_layers", type=nonnegative_int, default=0, metavar="N",
-        help="add the normalized tokens after each of the last N blocks as outputs")
+    add("--last_layers", type=nonnegative_int, default=0, help="add the normalized tokens of each of the last N blocks")
     add("--normalize", choices=["nhwc", "nchw"], help="take uint8 pixels of this layout and normalize in the graph")
     add("--images", metavar="DIR", help="also compare on the first five images of a folder")
     add("--check", metavar="FILE", help="verify an existing file against its model; writes nothing")
     add("--benchmark", action="store_true", help="time ONNX Runtime against torch")
     args = parser.parse_args(argv)
-    conflicts = {
-        "--image_size takes H [W]": args.image_size and len(args.image_size) > 2,
-        "--dynamic size takes any size: leave --image_size out": args.image_size and args.dynamic == "size",
-        "--check takes a file as it is: leave --image_size out": args.check and args.image_size,
-        "--format dino_full writes both networks: leave --checkpoint_key out":
-            args.format == "dino_full" and args.checkpoint_key,
-        f"--format {args.format}: only ONNX files are checked and timed":
-            args.format != "onnx" and (args.check or args.benchmark)}
-    for message in filter(conflicts.get, conflicts):
-        parser.error(message)
+    if args.image_size and (len(args.image_size) > 2 or args.check or args.dynamic == "size"):
+        parser.error("--image_size takes H [W]; leave it out with --check, and with --dynamic size, which is any")
+    if args.format != "onnx" and (args.check or args.benchmark):
+        parser.error(f"--format {args.format}: only ONNX files are checked and timed")
     return args
 
 
-# ---- writing ----
+# ---- building ----
 
 def build_metadata(backbone, info, ckpt, args):
     """Metadata of the ONNX file: {name: JSON value}.
@@ -122,22 +109,19 @@ def build_metadata(backbone, info, ckpt, args):
     if args.normalize and not is_rgb:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
     if isinstance(backbone, HeadlessClassifier):
-        for name, supported in CLASSIFIER_FLAGS.items():
+        for name, supported in TRACEABLE.items():
             if getattr(args, name) not in supported:
-                flag = f"--{name} {getattr(args, name)}".removesuffix(" True")
-                raise CheckpointError(f"{flag} is for vision transformers of vit.py, not for {backbone.arch}")
+                raise CheckpointError(f"--{name} is for vision transformers of vit.py, not for {backbone.arch}")
         outputs = {"features": "before the classifier, [B, D]"}
     else:
         if args.last_layers > depth:
             raise CheckpointError(f"--last_layers {args.last_layers}: the model has {depth} blocks")
-        maps = {"each": "one map per head, [B, heads, H/p, W/p]", "mean": "mean over the heads, [B, H/p, W/p]"}
-        outputs = {"features": "CLS after the final norm, [B, D]",
-                   "attention": f"CLS over patches in the last block, {maps[args.heads]}"}
+        maps = "mean over heads, [B, H/p, W/p]" if args.heads == "mean" else "[B, heads, H/p, W/p]"
+        outputs = {"features": "CLS after the final norm, [B, D]", "attention": f"CLS over patches, last block, {maps}"}
     if args.patch_tokens:
         outputs["patch_tokens"] = "patches after the final norm, rows first, [B, N, D]"
     for i in range(1, args.last_layers + 1):
-        outputs[f"layer_{i}"] = (f"CLS and patches after block {depth - args.last_layers + i} of {depth}, the final "
-                                 f"norm applied, [B, 1+N, D]")
+        outputs[f"layer_{i}"] = f"tokens after block {depth - args.last_layers + i} and the final norm, [B, 1+N, D]"
     is_dynamic = args.dynamic == "size"
     return dict(
         arch=info.get("arch", getattr(backbone, "arch", "vision transformer")), patch_size=p,
@@ -151,21 +135,17 @@ def build_metadata(backbone, info, ckpt, args):
         checkpoint=os.path.abspath(ckpt), checkpoint_key=args.checkpoint_key, sha256=sha256(ckpt), outputs=outputs)
 
 
-def write_onnx(backbone, path, metadata):
-    """Write the ONNX file, with each value of its metadata as JSON."""
-    size = sum(p.numel() for p in backbone.parameters()) * (4 if metadata["precision"] == "fp32" else 2)
-    if size > 2**31 - 2**26:
-        raise ExportError(f"{size / 2**30:.1f} GiB of weights exceed the 2 GiB of an ONNX file: try --precision mixed")
-    pixels = metadata["layout"] if metadata["input"].startswith("uint8") else None
+def build_onnx(backbone, metadata, args):
+    """The ONNX file as bytes, with each value of its metadata as JSON."""
     if isinstance(backbone, HeadlessClassifier):
-        proto = trace_classifier(backbone, metadata, pixels)
+        proto = trace_classifier(backbone, metadata, args)
     else:
         proto = build_graph(
-            backbone, *(metadata["image_size"] or (None, None)), metadata["batch_size"], metadata["precision"],
-            metadata["opset"], metadata["heads"], "patch_tokens" in metadata["outputs"], metadata["last_layers"],
-            pixels, metadata["mean"], metadata["std"])
+            backbone, *(metadata["image_size"] or (None, None)), metadata["batch_size"], args.precision, args.opset,
+            args.heads, args.patch_tokens, args.last_layers, args.normalize, metadata["mean"], metadata["std"])
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
-    onnx.save(proto, path)
+    with wrap_errors("an ONNX file holds at most 2 GiB, try --precision mixed"):
+        return proto.SerializeToString()
 
 
 class PixelInput(torch.nn.Module):
@@ -174,68 +154,65 @@ class PixelInput(torch.nn.Module):
     def __init__(self, backbone, layout, mean, std):
         super().__init__()
         self.backbone, self.layout = backbone, layout
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+        self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def forward(self, x):
         x = x.permute(0, 3, 1, 2) if self.layout == "nhwc" else x
         return self.backbone((x.float() - self.mean) / self.std)
 
 
-def trace_classifier(backbone, metadata, pixels):
+def trace_classifier(backbone, metadata, args):
     """The ONNX model of a HeadlessClassifier, by torch's exporter."""
-    height, width = metadata["image_size"]
-    x = torch.zeros(metadata["batch_size"] or 2, *((height, width, 3) if pixels == "nhwc" else (3, height, width)))
-    if pixels:
-        backbone, x = PixelInput(backbone, pixels, metadata["mean"], metadata["std"]).eval(), x.byte()
-    dynamic = None if metadata["batch_size"] else ({0: torch.export.Dim("batch")},)
+    batch = metadata["batch_size"]
+    _, feed = next(build_inputs(backbone, batch or 2, *metadata["image_size"], metadata))
+    if args.normalize:
+        backbone = PixelInput(backbone, args.normalize, metadata["mean"], metadata["std"]).eval()
     with wrap_errors("torch.onnx.export failed"):
-        return torch.onnx.export(backbone, (x,), dynamo=True, input_names=["image"], output_names=["features"],
-                                 dynamic_shapes=dynamic, opset_version=metadata["opset"], verbose=False).model_proto
+        return torch.onnx.export(
+            backbone, (torch.from_numpy(feed),), input_names=["image"], output_names=["features"], verbose=False,
+            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},), opset_version=args.opset).model_proto
 
 
 # ---- verification ----
 
-def verify(backbone, path, metadata, images=(), provider="CPUExecutionProvider"):
-    """Compare a file in ONNX Runtime with the model in torch, at several batch sizes and image sizes.
+def verify(backbone, model, metadata, images=()):
+    """Compare a file in ONNX Runtime on the CPU with the model in torch, at several batch sizes and image sizes.
 
     Args:
+        model: the file as bytes.
         images: RGB images to compare on, besides noise and the built-in shapes.
 
     Returns:
         the report, lines on nodes, inputs, outputs and the largest differences.
 
     Raises:
-        ExportError: the file is invalid, runs on another provider, or an output differs by more than LIMITS.
+        ExportError: the file is invalid, or an output differs by more than LIMITS.
     """
-    opset, precision = metadata["opset"], metadata["precision"]
+    opset, precision, names = metadata["opset"], metadata["precision"], list(metadata["outputs"])
     failure = f"ONNX Runtime {onnxruntime.__version__} cannot run this file of opset {opset}"
     with wrap_errors(failure):
-        onnx.checker.check_model(path, full_check=True)
-        proto = onnx.load(path)
-        session, _ = infer.open_model(path, provider)
+        onnx.checker.check_model(model, full_check=True)
+        proto = onnx.load_from_string(model)
+        session, _ = infer.open_model(model)
     opsets = {item.domain: item.version for item in proto.opset_import}
     if opsets != {"": opset}:
         raise ExportError(f"written in opset {opsets}, not {opset}")
-    names = [output.name for output in session.get_outputs()]
-    if sorted(names) != sorted(metadata["outputs"]):
-        raise ExportError(f"outputs {names} instead of {list(metadata['outputs'])}")
+    counts = Counter(node.op_type for node in proto.graph.node).most_common()
+    half = open_half_session(proto) if precision != "fp32" else None
     p, (rows, cols) = backbone.patch_size, backbone.grid
     sizes = [metadata["image_size"]] if metadata["image_size"] else [
-        (rows * p, cols * p), (rows * p // 2 // p * p + p, cols * p), ((rows + 3) * p, (cols + 1) * p)]
+        (p * h, p * w) for h, w in ((rows, cols), (rows // 2 + 1, cols), (rows + 3, cols + 1))]
     batch_sizes = [metadata["batch_size"]] if metadata["batch_size"] else (1, 2, 7)
-    worst, half = dict.fromkeys(names, (0.0, 1.0)), open_half_session(proto)
+    worst = dict.fromkeys(names, (0.0, 1.0))
     for batch, (height, width) in itertools.product(batch_sizes, sizes):
-        for x, feed in build_inputs(session, backbone, batch, height, width, metadata, images):
-            expected = compute_expected(backbone, x, metadata)
+        for x, feed in build_inputs(backbone, batch, height, width, metadata, images):
             with wrap_errors(failure):
                 outputs = session.run(names, {"image": feed})
             if half:
                 check_half_range(half, feed)
+            expected = compute_expected(backbone, x, metadata)
             for name, output in zip(names, outputs):
                 output, target = torch.from_numpy(output).float(), expected[name]
-                if output.shape != target.shape:
-                    raise ExportError(f"{name} is {list(output.shape)} instead of {list(target.shape)}")
                 difference = (output - target).abs().max().item()
                 cosine = F.cosine_similarity(output.flatten(1), target.flatten(1)).min().item()
                 most, least = LIMITS[precision]
@@ -244,9 +221,8 @@ def verify(backbone, path, metadata, images=(), provider="CPUExecutionProvider")
                     raise ExportError(f"{name} differs from torch by {difference:.2g}, cosine {cosine:.6f}, at {batch} "
                                       f"x {height} x {width}; {precision} allows {most:.2g}, {least:g}")
                 worst[name] = max(worst[name][0], difference), min(worst[name][1], cosine)
-    counts = Counter(node.op_type for node in proto.graph.node)
-    return [f"opset {opset}, {precision}, {provider}; {len(proto.graph.node)} nodes: "
-            + ", ".join(f"{count} {kind}" for kind, count in counts.most_common()),
+    return [f"opset {opset}, {precision}, CPUExecutionProvider; {len(proto.graph.node)} nodes: "
+            + ", ".join(f"{count} {kind}" for kind, count in counts),
             *(f"{value.name} {value.type[7:-1]} {value.shape}" for value in session.get_inputs()),
             *("{} {} {}, at most {:.1e} from torch, cosine at least {:.6f}".format(
                 value.name, value.type[7:-1], value.shape, *worst[value.name]) for value in session.get_outputs())]
@@ -262,44 +238,36 @@ def wrap_errors(message):
 
 
 def open_half_session(proto):
-    """A session with every sum and product in half precision as an output; None for a file without fp16.
+    """A session of a half-precision model with every sum and product as an output too.
 
     ONNX Runtime's CPU provider computes most of such a file in float32, which would hide an overflow.
     """
-    if all(constant.data_type != onnx.TensorProto.FLOAT16 for constant in proto.graph.initializer):
-        return None
-    opened = onnx.ModelProto()
-    opened.CopyFrom(proto)
     names = [node.output[0] for node in proto.graph.node if node.op_type in ("Add", "MatMul")
              and not node.output[0].startswith(("image.", "grid."))]  # these two are in float32
-    del opened.graph.output[:]
-    opened.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None)
-                               for name in names)
-    return onnxruntime.InferenceSession(opened.SerializeToString(), providers=["CPUExecutionProvider"])
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None)
+                              for name in names)
+    return infer.open_model(proto.SerializeToString())[0]
 
 
 def check_half_range(session, feed):
     """Raise ExportError if an output of open_half_session is not finite."""
-    names = [output.name for output in session.get_outputs()]
-    for name, value in zip(names, session.run(names, {"image": feed})):
+    for output, value in zip(session.get_outputs(), session.run(None, {"image": feed})):
         if not torch.from_numpy(value).isfinite().all():
-            raise ExportError(f"{name} leaves the range of half precision: export --precision fp32")
+            raise ExportError(f"{output.name} leaves the range of half precision: export --precision fp32")
 
 
-def build_inputs(session, backbone, batch, height, width, metadata, images=()):
+def build_inputs(backbone, batch, height, width, metadata, images=()):
     """Yield (normalized [B, C, H, W] for torch, the same input for the file): noise, shapes, each of the images."""
-    channels, dtype = backbone.in_chans, session.get_inputs()[0].type
-    mean, std = (torch.tensor(metadata[name] or [0.5] * channels).view(1, -1, 1, 1) for name in ("mean", "std"))
-    noise = torch.randint(0, 256, (batch, channels, height, width), generator=torch.Generator().manual_seed(0))
-    batches = [noise.byte()]
-    if channels == 3:
-        shapes = Shapes("test", batch, max(height, width, 16))
-        crop = {"image_size": [height, width], "patch_size": metadata["patch_size"]}
+    mean, std = (torch.tensor(metadata[name] or [0.5]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    shape = batch, backbone.in_chans, height, width
+    batches = [torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()]
+    if backbone.in_chans == 3:
+        shapes, crop = Shapes("test", batch, max(height, width, 16)), metadata | {"image_size": [height, width]}
         batches += [torch.stack([TF.pil_to_tensor(infer.prepare(image, crop)) for image in group])
                     for group in ([shapes[i][0] for i in range(batch)], *([image] * batch for image in images))]
     for pixels in batches:
         x = (pixels / 255 - mean) / std
-        feed = pixels if dtype == "tensor(uint8)" else x.half() if dtype == "tensor(float16)" else x
+        feed = pixels if metadata["input"] == "uint8 RGB" else x.half() if metadata["precision"] == "fp16" else x
         yield x, (feed.permute(0, 2, 3, 1) if metadata["layout"] == "nhwc" else feed).contiguous().numpy()
 
 
@@ -317,105 +285,81 @@ def compute_expected(backbone, x, metadata):
 
 # ---- speed ----
 
-def benchmark(backbone, path, metadata, batch, rounds=15):
+@torch.no_grad()
+def benchmark(backbone, model, metadata, batch, rounds=15):
     """Print images per second of ONNX Runtime, torch and torch.compile: medians of alternating rounds."""
-    on_cuda = torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    device, provider = ("cuda", "CUDAExecutionProvider") if on_cuda else ("cpu", "CPUExecutionProvider")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow torch's rounds
-    settings = {"use_tf32": 0} if on_cuda else {}  # as torch in float32
-    with wrap_errors("no benchmark"):
-        session, _ = infer.open_model(path, provider, options, **settings)
+    providers = [("CUDAExecutionProvider", {"use_tf32": 0})] if torch.cuda.is_available() else []  # as torch in fp32
+    session = onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
+    provider = session.get_providers()[0]
+    device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
+    precision = "fp16" if device == "cuda" and metadata["precision"] != "fp32" else "fp32"
     height, width = metadata["image_size"] or [side * backbone.patch_size for side in backbone.grid]
-    x, feed = next(build_inputs(session, backbone, batch, height, width, metadata))
-    precision = "fp16" if on_cuda and metadata["precision"] != "fp32" else "fp32"
-    model, x = (thing.to(device, DTYPES[precision]) for thing in (backbone, x))
-    eager = model if isinstance(backbone, HeadlessClassifier) else model.forward_with_attention
+    x, feed = next(build_inputs(backbone, batch, height, width, metadata))
+    network, x = (thing.to(device, DTYPES[precision]) for thing in (backbone, x))
+    eager = network if isinstance(backbone, HeadlessClassifier) else network.forward_with_attention
     compiled = torch.compile(eager)
     binding = session.io_binding()  # input and outputs stay on the device
     binding.bind_ortvalue_input("image", onnxruntime.OrtValue.ortvalue_from_numpy(feed, device))
     for name in metadata["outputs"]:
         binding.bind_output(name, device)
     functions = {f"ONNX Runtime, {provider}, {metadata['precision']}": lambda: session.run_with_iobinding(binding),
-                 f"torch {device}, {precision}": lambda: eager(x),
-                 f"torch {device}, {precision}, compiled": lambda: compiled(x)}
-    seconds = {name: [] for name in functions}
-    with torch.no_grad():
-        try:
-            compiled(x)
-        except Exception as error:  # no C++ compiler or no Triton
-            print(f"torch.compile failed here: {str(error).strip().splitlines()[0]}")
-            del functions[f"torch {device}, {precision}, compiled"]
-        for i, (name, function) in itertools.product(range(rounds + 3), functions.items()):
-            start = time.perf_counter()
-            function()
-            if on_cuda:
-                torch.cuda.synchronize()
-            seconds[name] += [time.perf_counter() - start] * (i >= 3)  # three rounds of warmup
-    ours = next(iter(seconds.values()))
+                 f"torch {device}, {precision}": lambda: eager(x)}
+    try:
+        compiled(x)
+        functions[f"torch {device}, {precision}, compiled"] = lambda: compiled(x)
+    except Exception as error:  # no C++ compiler or no Triton
+        print(f"torch.compile failed here: {str(error).strip().splitlines()[0]}")
+    timers = [Timer("run()", globals={"run": function}, num_threads=torch.get_num_threads())
+              for function in functions.values()]
+    seconds = torch.tensor([[timer.timeit(1).median for timer in timers] for _ in range(rounds)])
+    medians, ratios = (values.median(dim=0).values for values in (seconds, seconds / seconds[:, :1]))
     print(f"{batch} x {height} x {width}, {rounds} rounds")
-    for name in functions:
-        ratio = statistics.median(other / mine for other, mine in zip(seconds[name], ours))
-        print(f"  {name}: {batch / statistics.median(seconds[name]):.1f} img/s, ONNX Runtime is {ratio:.2f}x as fast")
+    for name, median, ratio in zip(functions, medians, ratios):
+        print(f"  {name}: {batch / median:.1f} img/s, ONNX Runtime is {ratio:.2f}x as fast")
 
 
 # ---- commands ----
 
 def main(args):
-    images = ImageFolder(args.images) if args.images else []
-    images = [images[i][0] for i in range(min(5, len(images)))]
+    images = [image for image, _ in itertools.islice(ImageFolder(args.images), 5)] if args.images else []
     if args.check:
         output = args.check
-        backbone, metadata = load_exported(output, args)
-        report = verify(backbone, output, metadata, images)
+        model, backbone, metadata = load_exported(output, args)
+        report = verify(backbone, model, metadata, images)
     else:
         ckpt = (args.ckpt or find_newest_model()).rstrip("/")
         backbone, info = load_backbone(ckpt, args.checkpoint_key)
-        output, save = resolve_output(backbone, ckpt, args)
+        ending, save = FORMATS.get(args.format, ("onnx", None))
+        output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
+        if os.path.exists(output) and os.path.samefile(output, ckpt):
+            raise CheckpointError(f"--output {output}: is the model itself")
         if save:
             save(output, backbone, info, ckpt)
             return print(f"written to {output}")
-        metadata, temporary = build_metadata(backbone, info, ckpt, args), f"{output}.{os.getpid()}.tmp"
-        try:
-            write_onnx(backbone, temporary, metadata)
-            report = verify(backbone, temporary, metadata, images)
-            os.replace(temporary, output)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        metadata = build_metadata(backbone, info, ckpt, args)
+        model = build_onnx(backbone, metadata, args)
+        report = verify(backbone, model, metadata, images)
+        atomic_write(output, lambda temporary: Path(temporary).write_bytes(model))
     print(f"{output}: " + "\n  ".join(report))
     if args.benchmark:
-        benchmark(backbone, output, metadata, metadata["batch_size"] or args.batch_size)
-
-
-def resolve_output(backbone, ckpt, args):
-    """Path of the output, and the function that writes its format (None for ONNX)."""
-    suffix, save = FORMATS.get(args.format, ("onnx", None))
-    if isinstance(backbone, HeadlessClassifier) and args.format == "transformers":
-        raise CheckpointError(f"--format transformers: {backbone.arch} has no such names")
-    output = (args.output or str(sibling_path(ckpt, args.checkpoint_key, suffix))).rstrip("/")
-    if os.path.isdir(output) and args.format != "transformers":
-        raise CheckpointError(f"--output {output}: is a folder, expected a file")
-    if os.path.exists(output) and os.path.samefile(output, ckpt):
-        raise CheckpointError(f"--output {output}: is the model itself")
-    return output, save
+        benchmark(backbone, model, metadata, metadata["batch_size"] or args.batch_size)
 
 
 def load_exported(path, args):
-    """The backbone that an exported file was made from, or --ckpt, and the file's metadata."""
+    """An exported file as bytes, the backbone that it was made from, or --ckpt, and its metadata."""
+    model = Path(path).read_bytes()
     try:
-        proto = onnx.load(path, load_external_data=False)
-        metadata = {item.key: json.loads(item.value) for item in proto.metadata_props}
+        metadata = {item.key: json.loads(item.value) for item in onnx.load_from_string(model).metadata_props}
         ckpt, key, expected = (metadata[name] for name in ("checkpoint", "checkpoint_key", "sha256"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # protobuf raises nearly anything on other files
         raise CheckpointError(f"{path}: not a file of export.py, or corrupt ({error})") from None
     ckpt = args.ckpt or ckpt
     if not os.path.exists(ckpt) or sha256(ckpt) != expected:
         raise CheckpointError(f"{path}: was not exported from {ckpt} as it is now: name its model with --ckpt")
-    return load_backbone(ckpt, args.checkpoint_key or key)[0], metadata
+    return model, load_backbone(ckpt, args.checkpoint_key or key)[0], metadata
 
 
 if __name__ == "__main__":

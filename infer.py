@@ -10,7 +10,6 @@ Image size, layout and normalization come from the metadata of the file. This fi
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -19,17 +18,13 @@ from PIL import Image, ImageOps
 MAX_PATCHES = 4096  # attention takes heads * MAX_PATCHES**2 * 4 bytes
 
 
-def open_model(path: str, provider: str = "CPUExecutionProvider", options: onnxruntime.SessionOptions | None = None,
-               **settings) -> tuple[onnxruntime.InferenceSession, dict]:
-    """Open an exported file: session and metadata.
-
-    Args:
-        settings: options of the provider.
+def open_model(file: str | bytes, provider: str = "CPUExecutionProvider") -> tuple[onnxruntime.InferenceSession, dict]:
+    """Open an exported file, by its path or content: session and metadata.
 
     Raises:
         RuntimeError: ONNX Runtime falls back to another provider.
     """
-    session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
+    session = onnxruntime.InferenceSession(file, providers=[provider])
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"ONNX Runtime runs it on {session.get_providers()[0]}, not {provider}")
     return session, {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -76,11 +71,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def infer(session, metadata: dict, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     """Features and attention of one prepared image; attention is None for a model that has no such output."""
     pixels, takes = np.asarray(image), session.get_inputs()[0]
-    if takes.type != "tensor(uint8)":
+    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}[takes.type]
+    if dtype != "uint8":
         pixels = (pixels / 255 - metadata["mean"]) / metadata["std"]
     if metadata["layout"] == "nchw":
         pixels = pixels.transpose(2, 0, 1)
-    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}[takes.type]
     batch = np.stack([pixels] * (metadata["batch_size"] or 1)).astype(dtype)
     outputs = [output for output in ("features", "attention") if output in metadata["outputs"]]
     features, attention = (*session.run(outputs, {takes.name: batch}), [None])[:2]
@@ -90,13 +85,10 @@ def infer(session, metadata: dict, image: Image.Image) -> tuple[np.ndarray, np.n
 def draw_attention(image: Image.Image, attention: np.ndarray) -> Image.Image:
     """The image with its attention maps beside it, each scaled from black to white."""
     maps = attention.reshape(-1, *attention.shape[-2:]).astype("float32")
-    maps = maps / maps.max(axis=(1, 2), keepdims=True).clip(1e-12)
-    sheet = Image.new("RGB", (image.width * (1 + len(maps)), image.height))
-    sheet.paste(image, (0, 0))
-    for i, values in enumerate(maps, start=1):
-        values = Image.fromarray((values * 255).astype("uint8")).resize(image.size, Image.Resampling.NEAREST)
-        sheet.paste(values, (image.width * i, 0))
-    return sheet
+    maps = (maps / maps.max(axis=(1, 2), keepdims=True).clip(1e-12) * 255).astype("uint8")
+    p = image.height // maps.shape[1]
+    maps = maps.repeat(p, axis=1).repeat(p, axis=2)[..., None].repeat(3, axis=3)
+    return Image.fromarray(np.hstack([np.asarray(image), *maps]))
 
 
 def main(argv: list[str]) -> int:
@@ -118,9 +110,8 @@ def main(argv: list[str]) -> int:
             features, attention = infer(session, metadata, image)
             line = f"{path}: features {list(features.shape)}"
             if attention is not None:
-                output = Path(f"{path}.attention.png")
-                draw_attention(image, attention).save(output)
-                line += f", attention {list(attention.shape)} -> {output}"
+                draw_attention(image, attention).save(f"{path}.attention.png")
+                line += f", attention {list(attention.shape)} -> {path}.attention.png"
             print(line)
         except Exception as error:  # decoders raise nearly anything on corrupt files
             status = print_error(f"{path}: {error}")

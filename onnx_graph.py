@@ -121,8 +121,7 @@ def build_graph(backbone: torch.nn.Module, height: int | None = None, width: int
     outputs = [value_info(name, dtype, shape) for name, shape in outputs.items()]
     proto = helper.make_graph(graph.nodes, "dino", [image], outputs, list(graph.constants.values()))
     opset = helper.make_opsetid("", opset)
-    return helper.make_model(proto, opset_imports=[opset], ir_version=helper.find_min_ir_version_for([opset]),
-                             producer_name="dino")
+    return helper.make_model(proto, opset_imports=[opset], ir_version=helper.find_min_ir_version_for([opset]))
 
 
 def add_pixels(graph, layout, mean, std):

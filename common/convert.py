@@ -17,18 +17,11 @@ from augment import IMAGENET_MEAN, IMAGENET_STD
 from common.checkpoint import CheckpointError, atomic_write, load_checkpoint, write_json
 
 TRANSFORMERS_NAMES = [  # parts of names, (vit.py, transformers), replaced in this order in either direction
-    ("cls_token", "embeddings.cls_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-    ("blocks.", "encoder.layer."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-    (".attn.proj.", ".attention.output.dense."),
-    (".attn.", ".attention.attention."),  # query, key and value
-    (".mlp.fc1.", ".intermediate.dense."),
-    (".mlp.fc2.", ".output.dense."),
-    ("norm.", "layernorm."),
-]
+    ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
+    (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."), (".attn.", ".attention.attention."),  # the last: query, key, value
+    (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."), ("norm.", "layernorm.")]
 TRANSFORMERS_5_NAMES = [  # the modules of version 5, where they are named differently from its files
     ("blocks.", "layers."), (".attn.proj.", ".attention.o_proj."), (".attn.", ".attention."),
     (".query.", ".q_proj."), (".key.", ".k_proj."), (".value.", ".v_proj.")]
@@ -52,17 +45,16 @@ def to_vit_names(weights):
 def read_num_heads(path):
     """{"num_heads": N} from the config.json of a transformers folder, {} elsewhere; weights do not determine it."""
     config = Path(path).with_name("config.json")
-    if os.path.basename(path) != "model.safetensors" or not config.is_file():
-        return {}
-    return {"num_heads": json.loads(config.read_text())["num_attention_heads"]}
+    is_folder = os.path.basename(path) == "model.safetensors" and config.is_file()
+    num_heads = json.loads(config.read_text()).get("num_attention_heads") if is_folder else None  # timm's has none
+    return {"num_heads": num_heads} if num_heads else {}
 
 
 # ---- writing ----
 
 def plain_weights(backbone):
-    """State dict on the CPU; that of the library's own model for a HeadlessClassifier."""
-    weights = getattr(backbone, "model", backbone).state_dict()
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    """State dict; that of the library's own model for a HeadlessClassifier."""
+    return getattr(backbone, "model", backbone).state_dict()
 
 
 def save_timm(path, backbone, info, ckpt):
@@ -72,27 +64,25 @@ def save_timm(path, backbone, info, ckpt):
 
 def save_transformers(folder, backbone, info, ckpt):
     """For transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)."""
+    if not backbone.blocks:
+        raise CheckpointError(f"--format transformers: {backbone.arch} has no such names")
     weights = {}
     for name, tensor in plain_weights(backbone).items():
-        is_qkv = ".attn.qkv." in name
-        for part, rows in zip(("query", "key", "value"), tensor.chunk(3)) if is_qkv else [("", tensor)]:
-            their_name = name.replace("qkv", part)
-            for our, their in TRANSFORMERS_NAMES:
-                their_name = their_name.replace(our, their)
-            weights[their_name] = rows.clone()  # safetensors refuses tensors that share memory
-    p, size, block = backbone.patch_size, backbone.grid[0] * backbone.patch_size, backbone.blocks[0]
+        for our, their in TRANSFORMERS_NAMES:
+            name = name.replace(our, their)
+        parts = ("query", "key", "value") if ".qkv." in name else ("",)
+        for part, rows in zip(parts, tensor.chunk(len(parts))):
+            weights[name.replace("qkv", part)] = rows.clone()  # safetensors refuses tensors that share memory
+    size, block = backbone.grid[0] * backbone.patch_size, backbone.blocks[0]
     os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "config.json"), dict(
-        architectures=["ViTModel"], model_type="vit", hidden_size=backbone.embed_dim, patch_size=p,
+        architectures=["ViTModel"], model_type="vit", hidden_size=backbone.embed_dim, patch_size=backbone.patch_size,
         num_hidden_layers=len(backbone.blocks), num_attention_heads=backbone.num_heads, image_size=size,
-        intermediate_size=block.mlp.fc1.out_features, num_channels=backbone.in_chans, qkv_bias=True,
-        hidden_act="gelu", layer_norm_eps=block.norm1.eps, attention_probs_dropout_prob=0.0,
-        hidden_dropout_prob=0.0, dtype="float32"))
+        intermediate_size=block.mlp.fc1.out_features, num_channels=backbone.in_chans, layer_norm_eps=block.norm1.eps))
     if backbone.in_chans == 3:
         write_json(os.path.join(folder, "preprocessor_config.json"), dict(
-            image_processor_type="ViTImageProcessor", do_resize=True, do_rescale=True, do_normalize=True,
-            size=dict(shortest_edge=round(size / 0.875)), do_center_crop=True, resample=3,
-            crop_size=dict(height=size, width=size), rescale_factor=1 / 255,
+            image_processor_type="ViTImageProcessor", size=dict(shortest_edge=round(size / 0.875)), resample=3,
+            do_center_crop=True, crop_size=dict(height=size, width=size),
             image_mean=info.get("mean", IMAGENET_MEAN), image_std=info.get("std", IMAGENET_STD)))
     atomic_write(os.path.join(folder, "model.safetensors"), lambda path: save_file(weights, path, {"format": "pt"}))
 

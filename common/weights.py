@@ -20,14 +20,8 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from backbones import BackboneError, HeadlessClassifier, build_backbone
-from common.checkpoint import (
-    CheckpointError,
-    atomic_write,
-    check_writable,
-    find_fault,
-    load_checkpoint,
-    rename_old_keys,
-)
+from common import checkpoint
+from common.checkpoint import CheckpointError
 from common.convert import read_num_heads, to_vit_names
 from common.distributed import is_rank_zero
 from common.precision import set_matmul_precision
@@ -43,7 +37,7 @@ def save_model(path: str | os.PathLike, state_dict: dict, info: dict):
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
-    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    checkpoint.atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load_backbone(path: str | os.PathLike, key: str | None = None,
@@ -107,14 +101,12 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
     if backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, images here have 3")
     if needs and "arch" in info["backbone"]:
-        raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features only, {needs} need a vision "
-                              f"transformer of vit.py")
+        raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features only; {needs} need a model of vit.py")
     if args.untrained:
         backbone = build_untrained(info)
-    device = device or args.device
-    set_matmul_precision(device, precision, backbone.embed_dim)
+    set_matmul_precision(device or args.device, precision, backbone.embed_dim)
     origin = dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained)
-    return backbone.to(device), info, origin
+    return backbone.to(device or args.device), info, origin
 
 
 def build_untrained(info):
@@ -132,7 +124,7 @@ def read_weights(path, key):
             with safe_open(path, framework="pt") as file:
                 info = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            is_ours = any(info.get(name, "").startswith("{") for name in ("backbone", "vit"))
+            is_ours = info.get("backbone", info.get("vit", "")).startswith("{")
             info = {name: json.loads(value) for name, value in info.items()} if is_ours else {}
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
@@ -140,7 +132,7 @@ def read_weights(path, key):
             raise CheckpointError(f"{path}: not a safetensors file, or corrupt ({error})") from None
         network = info.get("network")
     else:
-        weights = state = load_checkpoint(path)
+        weights = state = checkpoint.load_checkpoint(path)
         info, network = json.loads(json.dumps(state.get("info"))), None  # lists for tuples, as in safetensors metadata
         for level in (key or "teacher", "state_dict", "model"):
             if isinstance(weights.get(level), dict):
@@ -148,7 +140,7 @@ def read_weights(path, key):
     if key and network != key:
         raise CheckpointError(f"{path}: holds no network named {key}, leave --checkpoint_key out")
     weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    info = rename_old_keys(info) if isinstance(info, dict) else {}
+    info = checkpoint.rename_old_keys(info) if isinstance(info, dict) else {}
     return weights, info if isinstance(info.get("backbone"), dict) else {}, network
 
 
@@ -171,9 +163,8 @@ def match_weights(weights, arguments, path):
         return ours, [name for name in weights if f"model.{name.removeprefix(prefix)}" not in ours], dict(arch=arch)
     ours = to_vit_names(inside)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
-        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a vision transformer's under the names "
-                              f"of DINO, timm or transformers, or a ResNet's under those of torchvision (first: "
-                              f"{', '.join(list(weights)[:3]) or 'none'})")
+        raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a ViT's (as named by DINO, timm or "
+                              f"transformers) or torchvision ResNet's; first: {', '.join(list(weights)[:3]) or 'none'}")
     heads = {"num_heads": arguments.get("num_heads", 6)} if arguments else read_num_heads(path)
     return ours, outside, infer_vit_arguments(ours) | heads
 
@@ -201,7 +192,7 @@ def infer_vit_arguments(weights):
 
 
 def build_with_weights(arguments, weights):
-    """Build a backbone and load its weights: the model, and the part of the weights that it took.
+    """Build a backbone and load its weights: the model, and the names of the tensors that it took.
 
     Memory is allocated only after the tensors have been checked.
     """
@@ -210,19 +201,16 @@ def build_with_weights(arguments, weights):
     with torch.device("meta"):
         model = build_backbone(arguments)
     expected = model.state_dict()
-    matched = {name: weights[name] for name in expected if name in weights}
-    for name, tensor in matched.items():
-        if find_fault(tensor) or tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(f"{name} {find_fault(tensor) or f'has dtype {tensor.dtype}'}")
-    wrong = [name for name in expected if name not in matched or matched[name].shape != expected[name].shape]
-    if wrong:
-        found = list(matched[wrong[0]].shape) if wrong[0] in matched else "missing"
-        raise ValueError(f"{len(wrong)} of {len(expected)} tensors do not fit; {wrong[0]} is {found}, expected "
-                         f"{list(expected[wrong[0]].shape)}")
+    for name, ours in expected.items():
+        shape, tensor = list(ours.shape), weights.get(name)
+        if tensor is None or list(tensor.shape) != shape:
+            raise ValueError(f"{name} is {'missing' if tensor is None else list(tensor.shape)}, expected {shape}")
+        if checkpoint.find_fault(tensor) or tensor.is_floating_point() != ours.is_floating_point():
+            raise ValueError(f"{name} {checkpoint.find_fault(tensor) or f'has dtype {tensor.dtype}'}")
     # the buffers of other libraries that are in no file are computed by their constructors
     model = build_backbone(arguments) if "arch" in arguments else model.to_empty(device="cpu")
-    model.load_state_dict(matched)
-    return model, matched
+    model.load_state_dict({name: weights[name] for name in expected})
+    return model, list(expected)
 
 
 # ---- paths and image sizes ----
@@ -231,8 +219,7 @@ def find_newest_model(root="runs"):
     """The teacher of the run that was written last: runs/*/teacher.safetensors."""
     found = sorted(Path(root).glob("*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise CheckpointError(f"no trained model below {root}/: train one (python train.py @recipes/demo.txt) or name "
-                              f"a file with --ckpt")
+        raise CheckpointError(f"no trained model below {root}/: run train.py @recipes/demo.txt or name one with --ckpt")
     return str(found[-1])
 
 
@@ -245,7 +232,7 @@ def output_file(origin, args, ending):
     path = sibling_path(origin["ckpt"], args.checkpoint_key, ending, args.untrained)
     folder = Path(args.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder)
+    checkpoint.check_writable(folder)
     return folder / path.name
 
 

@@ -91,23 +91,23 @@ def test_four_channels(tmp_path):
     assert values["mean"] is None and values["input"] == "as trained"
 
 
-def change_before_writing(monkeypatch, change):
-    """Make export.write_onnx write a model whose final norm has been changed."""
-    write_onnx = export.write_onnx
+def change_before_building(monkeypatch, change):
+    """Make export.build_onnx build a model whose final norm has been changed."""
+    build_onnx = export.build_onnx
 
-    def write(backbone, *args):
+    def build(backbone, *args):
         other = VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=2).eval()
         other.load_state_dict(backbone.state_dict())
         with torch.no_grad():
             change(other.norm)
-        write_onnx(other, *args)
+        return build_onnx(other, *args)
 
-    monkeypatch.setattr(export, "write_onnx", write)
+    monkeypatch.setattr(export, "build_onnx", build)
 
 
 def test_file_that_differs_from_torch_is_not_written(saved, monkeypatch):
     path, _ = saved
-    change_before_writing(monkeypatch, lambda norm: norm.bias[0].add_(1e-3))
+    change_before_building(monkeypatch, lambda norm: norm.bias[0].add_(1e-3))
     with pytest.raises(export.ExportError, match="features differs from torch by 0.001, cosine 1.0"):
         make(path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -130,10 +130,10 @@ def test_check_verifies_an_existing_file(saved, capsys):
 
     for change, words in (
             (double("norm.bias"), "features differs from torch"), (double("positions"), "differs from torch"),
-            (double("cls_token.sides"), "cannot run this file of opset 18"),
+            (double("cls_token.shape.1"), "cannot run this file of opset 18"),
             (lambda p: p.opset_import[0].CopyFrom(onnx.helper.make_opsetid("", 19)),
              "written in opset {'': 19}, not 18"),
-            (lambda p: p.graph.output.pop(), "outputs .* instead of"),
+            (lambda p: p.graph.output.pop(), "cannot run this file of opset 18"),
             (lambda p: p.graph.node.pop(3), "cannot run this file of opset 18")):
         corrupt = onnx.ModelProto()
         corrupt.CopyFrom(proto)
@@ -167,7 +167,7 @@ def test_overflow_of_half_precision_is_found(saved):
 
 
 def test_half_precision_has_its_own_limits(saved, monkeypatch):
-    change_before_writing(monkeypatch, lambda norm: [p.mul_(1.05) for p in norm.parameters()])
+    change_before_building(monkeypatch, lambda norm: [p.mul_(1.05) for p in norm.parameters()])
     with pytest.raises(export.ExportError, match="features differs from torch by"):
         make(saved[0], "--precision", "mixed")
 
@@ -193,11 +193,9 @@ def test_no_file_is_overwritten_by_accident(saved):
     for flags in (["--format", "timm"], []):
         with pytest.raises(CheckpointError, match="is the model itself"):
             make(path, *flags, "--output", str(path))
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with pytest.raises(OSError, match="cannot be written"):
         make(path, "--output", str(path.parent))
-    path.with_suffix(".onnx.tmp").write_text("mine")
-    make(path)
-    assert path.read_bytes() == before and path.with_suffix(".onnx.tmp").read_text() == "mine"
+    assert path.read_bytes() == before
 
 
 def test_check_finds_the_model_from_any_directory(saved, monkeypatch):
