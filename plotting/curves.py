@@ -15,7 +15,6 @@ import os
 import re
 import statistics
 from pathlib import Path
-from typing import NamedTuple
 
 from plotting.draw import escape_text
 
@@ -35,18 +34,16 @@ BASELINES = {"untrained backbone": ("-.", "k-NN, untrained"), "raw pixels": (":"
 AXES = {"step": "step", "images": "images seen", "seconds": "training time without evaluation (s)"}
 
 
-class Run(NamedTuple):
-    curves: dict  # log key, or "images", "seconds" and "data_percent" -> ([steps], [values])
-    baselines: dict  # "raw pixels" and "untrained backbone" -> {"knn_top1": percent, ...}, if they were evaluated
-
-
 def read_log(path):
-    """Read the log of a run. Lines cut off while the run writes, and values that are not finite, are skipped.
+    """Read the log of a run: {log key: {step: value}}.
+
+    Lines cut off while the run writes, and values that are not finite, are skipped. "images", "seconds" and
+    "data_percent" are computed; keys of BASELINES hold a k-NN accuracy at step 0.
 
     Raises:
         OSError: there is no log, or no training step in it.
     """
-    curves, baselines, step, seconds = {}, {}, 0, 0.0
+    run, step, seconds = {}, 0, 0.0
     for line in Path(path).read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
@@ -56,23 +53,20 @@ def read_log(path):
                 seconds += (step - before) * step_time
                 record |= dict(step=step, seconds=seconds, data_percent=100 * data_time / step_time,
                                images=step * step_time * record["images_per_sec"])
+            elif record["eval"] in BASELINES:
+                record = {record["eval"]: record["knn_top1"]}
         except (ValueError, KeyError, TypeError):
-            continue
-        if record.get("eval") in BASELINES:
-            baselines[record["eval"]] = record
             continue
         for key, value in record.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
-                steps, values = curves.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(value)
-    if "loss" not in curves:
+                run.setdefault(key, {})[step] = value
+    if "loss" not in run:
         raise OSError(f"{path}: holds no training step")
-    return Run(curves, baselines)
+    return run
 
 
 def group_seeds(runs):
-    """{name: Run} -> {name without seed: [Run]}."""
+    """{name: run} -> {name without seed: [run]}."""
     groups = {}
     for name, run in runs.items():
         groups.setdefault(re.sub(r"[-_]\d$", "", name), []).append(run)
@@ -82,28 +76,25 @@ def group_seeds(runs):
 # ---- tables ----
 
 def format_table(runs):
-    """{name: Run} -> the last values of each run, then mean and spread of each group of seeds, best first."""
+    """{name: run} -> the last values of each run, then mean and spread of each group of seeds, best first."""
     width = max(map(len, runs))
-    lines = [f"{'':{width}} {'steps':>7} {'loss':>7} {'ln K':>7} {'entropy':>7} {'KL':>7}  {'k-NN last':>9} "
-             f"{'best':>9} {'untrained':>9}"]
-    for name, (curves, baselines) in runs.items():
-        last = {key: values[-1] for key, (_, values) in curves.items()}
-        best = max(curves["knn_top1"][1]) if "knn_top1" in curves else None
-        untrained = baselines.get("untrained backbone", {}).get("knn_top1")
-        numbers = [format_cell(last.get(key), 7, 3) for key in ("loss", "ln_k", "teacher_entropy", "kl")]
-        accuracies = [format_cell(top1, 9, 1) for top1 in (last.get("knn_top1"), best, untrained)]
-        lines.append(" ".join([f"{name:{width}} {curves['loss'][0][-1]:7d}", *numbers, "", *accuracies]))
+    lines = [" " * width + "   steps    loss    ln K entropy      KL  k-NN last      best untrained"]
+    last = {name: {key: list(curve.values())[-1] for key, curve in run.items()} for name, run in runs.items()}
+    for name, values in last.items():
+        values["best"] = max(runs[name].get("knn_top1", {}).values(), default=None)
+        losses = [format_number(values.get(key), 7, 3) for key in ("loss", "ln_k", "teacher_entropy", "kl")]
+        accuracies = [format_number(values.get(key), 9, 1) for key in ("knn_top1", "best", "untrained backbone")]
+        lines.append(" ".join([f"{name:{width}} {max(runs[name]['loss']):7d}", *losses, "", *accuracies]))
     for key, kind in (("knn_top1", "k-NN"), ("linear_top1", "linear")):
-        last = {name: [run.curves[key][1][-1] for run in group if key in run.curves]
-                for name, group in group_seeds(runs).items()}
-        seeds = {name: values for name, values in last.items() if len(values) > 1}
+        seeds = {name: [values[key] for values in group if key in values] for name, group in group_seeds(last).items()}
+        seeds = {name: values for name, values in seeds.items() if len(values) > 1}
         width = max(map(len, seeds), default=0)
         lines += [f"{name:{width}} {len(values):3d} runs, {kind} last {format_spread(values, '.1f')}"
                   for name, values in sorted(seeds.items(), key=lambda item: -statistics.mean(item[1]))]
     return "\n".join(lines)
 
 
-def format_cell(value, width, digits):
+def format_number(value, width, digits):
     return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
@@ -116,32 +107,29 @@ def format_spread(values, form):
 
 
 def format_time_to_accuracy(runs, top1):
-    """{name: Run} -> images and seconds until each group first has a k-NN accuracy, in percent.
+    """{name: run} -> images and seconds until each group first has a k-NN accuracy, in percent.
 
     Mean times are compared between groups whose runs all have it.
     """
     lines, means, groups = [], {}, group_seeds(runs)
     width = max(map(len, groups))
     for name, group in groups.items():
-        crossings = list(filter(None, (find_crossing(*run, top1) for run in group)))
-        line = f"{name:{width}} k-NN {top1:g}%: {len(crossings)} of {len(group)} runs"
+        crossings = list(filter(None, (find_crossing(run, top1) for run in group)))
+        lines.append(f"{name:{width}} k-NN {top1:g}%: {len(crossings)} of {len(group)} runs")
         if crossings:
             images, seconds = zip(*crossings)
-            line += f", {format_spread(images, ',.0f')} images, {format_spread(seconds, ',.0f')} seconds"
+            lines[-1] += f", {format_spread(images, ',.0f')} images, {format_spread(seconds, ',.0f')} seconds"
             if len(crossings) == len(group) and any(seconds):  # 0 where random weights have it
                 means[name] = statistics.mean(seconds)
-        lines.append(line)
     slowest = max(means, key=means.get, default=None)
     return "\n".join(lines + [f"{name:{width}} {means[slowest] / mean:.2f} times as fast as {slowest}"
                               for name, mean in means.items() if name != slowest])
 
 
-def find_crossing(curves, baselines, top1):
+def find_crossing(run, top1):
     """(images, seconds) when a run first has a k-NN accuracy, interpolated between evaluations; None if never."""
-    seconds = dict(zip(*curves["seconds"]))
-    at = {0: (0.0, 0.0)} | {step: (images, seconds[step]) for step, images in zip(*curves.get("images", ([], [])))}
-    untrained = baselines.get("untrained backbone", {}).get("knn_top1", math.nan)
-    evaluations = [(0, untrained), *zip(*curves.get("knn_top1", ([], [])))]
+    at = {0: (0.0, 0.0)} | {step: (images, run["seconds"][step]) for step, images in run["images"].items()}
+    evaluations = [*run.get("untrained backbone", {0: math.nan}).items(), *run.get("knn_top1", {}).items()]
     for (before, low), (after, high) in zip(evaluations, evaluations[1:]):
         if high >= top1 and {before, after} <= at.keys():
             share = (top1 - low) / (high - low) if low < top1 else 0.0 if low >= top1 else 1.0  # 1: low is NaN
@@ -152,7 +140,7 @@ def find_crossing(curves, baselines, top1):
 # ---- figure ----
 
 def plot_curves(runs, against="step"):
-    """{name: Run} -> a matplotlib figure: a panel for each of PANELS, a color for each group of seeds.
+    """{name: run} -> a matplotlib figure: a panel for each of PANELS, a color for each group of seeds.
 
     Args:
         against: the horizontal axis, one of AXES.
@@ -166,19 +154,18 @@ def plot_curves(runs, against="step"):
     styles = [dict(color=f"C{i % 10}", linewidth=(2.2, 1.2)[i % 2]) for i in range(len(groups))]
     panels = figure.subplots(3, 3, sharex=True)
     for axes, ((title, unit), keys) in zip(panels.flat, PANELS.items()):
-        legend, missing = {}, []
-        for name, group, style in zip(names, groups.values(), styles):
-            draw_group(axes, group, keys, against, legend, **style)
-            if not any(key in run.curves for run in group for key in keys):
-                missing.append(name)
+        for group, style in zip(groups.values(), styles):
+            draw_group(axes, group, keys, against, style)
+        missing = [name for name, group in zip(names, groups.values()) if not any(keys.keys() & run for run in group)]
         axes.set_title(title + f"\nnot logged: {', '.join(missing)}" * bool(missing), fontsize=13)
         axes.set_ylabel(unit, fontsize=12)
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.3)
-        legend.pop(None, None)
-        if legend:
-            (low, high), rows = axes.get_ylim(), (len(legend) + 1) // 2
-            axes.set_ylim(low, low + (high - low) / (0.95 - 0.09 * rows))  # the legend is above the curves
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            legend, (low, high) = dict(zip(labels, handles)), axes.get_ylim()  # a line of each kind
+            # the legend is above the curves
+            axes.set_ylim(low, low + (high - low) / (0.95 - 0.09 * ((len(legend) + 1) // 2)))
             axes.legend(legend.values(), legend, loc="upper center", ncols=2, fontsize=10, handlelength=3)
             for handle in axes.get_legend().legend_handles:
                 handle.set(color="0.3", linewidth=1.5)  # it explains dashes; colors are explained below the panels
@@ -192,16 +179,16 @@ def plot_curves(runs, against="step"):
     return figure
 
 
-def draw_group(axes, group, keys, against, legend, **style):
-    """Draw the curves and baselines of a group of runs into a panel, and add a line of each kind to its legend."""
-    for curves, _ in group:
-        x = dict(zip(*curves[against]))
+def draw_group(axes, group, keys, against, style):
+    """Draw the curves and baselines of a group of runs into a panel."""
+    for run in group:
+        x = run[against]
         for dashes, (key, label) in zip(("-", "--", ":"), keys.items()):
-            points = [(x[step], value) for step, value in zip(*curves.get(key, ([], []))) if step in x]
+            points = [(x[step], value) for step, value in run.get(key, {}).items() if step in x]
             if points:
                 marker = "." if key.endswith("top1") or len(points) == 1 else ""
-                legend.setdefault(label, axes.plot(*zip(*points), dashes, marker=marker, **style)[0])
+                axes.plot(*zip(*points), dashes, marker=marker, label=label, **style)
     for baseline, (dashes, label) in BASELINES.items() if "knn_top1" in keys else ():
-        values = [run.baselines[baseline]["knn_top1"] for run in group if baseline in run.baselines]
+        values = [value for run in group for value in run.get(baseline, {}).values()]
         if values:
-            legend.setdefault(label, axes.axhline(statistics.mean(values), linestyle=dashes, **style))
+            axes.axhline(statistics.mean(values), linestyle=dashes, label=label, **style)

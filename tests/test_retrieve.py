@@ -214,7 +214,7 @@ def test_search_returns_the_nearest(model, photos, tmp_path, capsys):
     assert f"   1.000  {photos / 'a' / '4.png'}" in first and str(photos / "a" / "2.png") not in second  # the query
     output = path.with_suffix(".search")
     for name in ("query.png.0.nearest.png", "2.png.1.nearest.png"):
-        assert Image.open(output / name).size == (4 * 188 + 8, 8 + 64 + 24 + 8)
+        assert Image.open(output / name).size == (4 * 188 + 8, 8 + 64 + 2 + 18 + 8)
     index = next(output.glob("photos-*.safetensors")).stat().st_mtime_ns
     run("search", "--ckpt", path, "--data_path", photos, tmp_path / "query.png")
     out = capsys.readouterr().out

@@ -143,7 +143,7 @@ def test_corrupt_images_are_skipped(model, photos, exit_message, capsys):
     assert sorted(path.name for path in (photos / "out").iterdir()) == ["a.png.5.png", "a.png.png", "below_b.png.png"]
     (photos / "empty").mkdir()
     assert "empty: no " in exit_message(run, "attention", photos / "empty", *flags)
-    assert "shapes:5: the side" in exit_message(run, "attention", "shapes:5", *flags)
+    assert "shapes:5: SIZE must be" in exit_message(run, "attention", "shapes:5", *flags)
 
 
 def test_long_file_names(model, tmp_path):

@@ -34,14 +34,13 @@ def log(tmp_path):
 
 
 def test_read_log(log):
-    curves, baselines = read_log(log)
-    assert baselines["raw pixels"]["knn_top1"] == 64.0
-    assert [baselines["untrained backbone"][key] for key in ("knn_top1", "linear_top1")] == [18.0, 25.0]
-    assert curves["loss"] == ([2, 4, 8], [5.9, 5.7, 5.3]) and curves["kl"] == ([2, 8], [0.9, 1.0 - 0.1 * 7])
-    assert curves["knn_top1"] == ([4, 8], [50.0, 40.0]) and curves["data_percent"][1] == [25.0] * 3
-    assert curves["linear_top1"] == ([8], [60.0])
+    run = read_log(log)
+    assert run["raw pixels"] == {0: 64.0} and run["untrained backbone"] == {0: 18.0}
+    assert run["loss"] == {2: 5.9, 4: 5.7, 8: 5.3} and run["kl"] == {2: 0.9, 8: 1.0 - 0.1 * 7}
+    assert run["knn_top1"] == {4: 50.0, 8: 40.0} and run["linear_top1"] == {8: 60.0}
+    assert run["data_percent"] == {2: 25.0, 4: 25.0, 8: 25.0}
     for name, per_step in (("seconds", 0.4), ("images", 80)):
-        assert curves[name] == ([2, 4, 8], pytest.approx([2 * per_step, 4 * per_step, 8 * per_step]))
+        assert run[name] == pytest.approx({step: step * per_step for step in (2, 4, 8)})
 
 
 def panels_of(figure):
@@ -106,9 +105,9 @@ def test_records_that_are_not_finite_or_incomplete_are_skipped(tmp_path):
     lines = [json.dumps(record(0)), json.dumps(record(1, loss=math.nan)), json.dumps(record(2, loss=math.inf)), "12",
              json.dumps(record(5, loss=None)), '{"step": 8}', json.dumps(record(9))]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    curves, _ = read_log(tmp_path / "log.jsonl")
-    assert curves["loss"] == ([1, 10], [6.0, 5.1])
-    assert curves["seconds"][1][-1] == pytest.approx(10 * 0.4)  # steps that are not logged count like the next one
+    run = read_log(tmp_path / "log.jsonl")
+    assert run["loss"] == {1: 6.0, 10: 5.1}
+    assert run["seconds"][10] == pytest.approx(10 * 0.4)  # steps that are not logged count like the next one
 
 
 def test_format_table(tmp_path, log):
@@ -144,11 +143,11 @@ def test_time_to_accuracy(tmp_path):
             "untested": timed_record(9, 1.0), "half-0": timed_record(9, 1.0, 60.0),
             "half-1": timed_record(9, 1.0, 30.0)}
     runs = {name: read_log(write(tmp_path / name, [untrained, *records])) for name, records in logs.items()}
-    assert [find_crossing(*run, 40.0) for run in runs.values()] == [
+    assert [find_crossing(run, 40.0) for run in runs.values()] == [
         (pytest.approx(32 * 15), pytest.approx(30)), (pytest.approx(32 * 10), pytest.approx(30)),
         (pytest.approx(32 * 15), pytest.approx(15)), None, None, (160, 5), None]
-    assert find_crossing(*runs["fast"], 20.0) == (0, 0)  # random weights have it
-    assert find_crossing(runs["fast"][0], {}, 15.0) == (320, 10)  # without the untrained accuracy
+    assert find_crossing(runs["fast"], 20.0) == (0, 0)  # random weights have it
+    assert find_crossing({k: v for k, v in runs["fast"].items() if k != "untrained backbone"}, 15.0) == (320, 10)
     assert "times as fast" not in format_time_to_accuracy(runs, 20.0)
     assert format_time_to_accuracy(runs, 40.0).splitlines() == [
         "slow     k-NN 40%: 2 of 2 runs, 400 ± 113 (320 to 480) images, 30 ± 0 (30 to 30) seconds",
