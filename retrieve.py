@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import cli, distributed
-from common.checkpoint import check_writable, write_json
-from common.cli import boolean, positive_int
+from common.checkpoint import write_json
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data.datasets import DataError, ImageFolder
 from data.images import read_image
@@ -41,25 +40,23 @@ from plotting.sheet import contact_sheet
 def parse_args(argv=None):
     parser = cli.build_parser("retrieve.py", __doc__)
     tasks = cli.add_subcommands(parser, TASKS)
-    for name, layout, image_size, view in (
-            ("search", "folder of images, at any depth", None, "side of the center crop (default: as in training)"),
-            ("copies", "folder with the layout of Copydays", 320, "side of the square that images are resized to"),
-            ("landmarks", "folder with the layout of revisited Oxford or Paris", 512, "longer side")):
-        add = tasks[name].add_argument
-        cli.add_model_flags(tasks[name])
-        cli.add_device_flags(tasks[name])
-        add("--data_path", required=True, metavar="DIR", help=layout)
-        add("--image_size", type=positive_int, default=image_size, metavar="PIXELS", help=view)
-        add("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
+    for task in tasks.values():
+        cli.add_model_flags(task)
+        cli.add_device_flags(task)
+        task.add_argument("--data_path", required=True, metavar="DIR", help="folder of images, or of the benchmark")
+        task.add_argument("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
     add = tasks["search"].add_argument
     add("query", nargs="+", help="query images; one that lies in the folder is not its own result")
-    add("--nearest", type=positive_int, default=11, metavar="N", help="number of results")
-    add("--batch_size_per_gpu", type=positive_int, default=128, metavar="B", help="batch size per GPU")
+    add("--image_size", type=cli.positive_int, help="side of the center crop (default: as in training)")
+    add("--nearest", type=cli.positive_int, default=11, help="number of results")
+    add("--batch_size_per_gpu", type=cli.positive_int, default=128, help="batch size per GPU")
     add = tasks["copies"].add_argument
+    add("--image_size", type=cli.positive_int, default=320, help="side of the square that images are resized to")
     add("--distractors", metavar="DIR", help="images to add to the database")
-    add("--batch_size_per_gpu", type=positive_int, default=16, metavar="B", help="batch size per GPU")
+    add("--batch_size_per_gpu", type=cli.positive_int, default=16, help="batch size per GPU")
     add = tasks["landmarks"].add_argument
-    add("--multiscale", type=boolean, nargs="?", const=True, default=True, metavar="X", help="sum scales 1, 0.71, 0.5")
+    add("--image_size", type=cli.positive_int, default=512, help="longer side")
+    add("--multiscale", type=cli.boolean, nargs="?", const=True, default=True, help="sum scales 1, 0.71, 0.5")
     add("--crop_queries", action="store_true", help="crop queries to the landmark; the released script does not")
     tasks["landmarks"].set_defaults(batch_size_per_gpu=1)  # images differ in size
     for name in ("copies", "landmarks"):
@@ -85,6 +82,7 @@ class ImageEncoder:
         self.backbone, _, self.origin = open_backbone(args, self.device, needs)
         self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
         self.args, self.extract, self.view, self.upright = args, extract, view, upright
+        self.result_path = output_file(self.origin, args, f"{args.task}.json")
         self.log = print if self.rank == 0 else lambda text: None
 
     def encode(self, paths, boxes=None):
@@ -109,6 +107,12 @@ class ImageEncoder:
         self.log(f"{purpose}: {len(features)} images of {folder}, {len(corrupt)} corrupt")
         return features
 
+    def write_result(self, **result):
+        """Write results, with the flags and the origin of the model, to NAME.TASK.json."""
+        if self.rank == 0:
+            write_json(self.result_path, vars(self.args) | self.origin | result)
+            print(f"wrote {self.result_path}")
+
 
 def resize_to_square(image, size):
     """RGB image -> [3, size, size], bicubic, normalized; the aspect ratio is not kept."""
@@ -117,7 +121,6 @@ def resize_to_square(image, size):
 
 def resize_longer_side(image, size):
     """RGB image -> [3, H, W], Lanczos, normalized; the longer side is at most `size`."""
-    image = image.copy()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     return normalize(image)
 
@@ -139,23 +142,18 @@ def evaluate_copies(args):
     """Copy detection on Copydays: mAP with CLS and GeM-pooled patch tokens."""
     originals, blocks = read_copydays(args.data_path)
     encoder = ImageEncoder(args, cls_and_gem_features, resize_to_square, needs="patch tokens")
-    path = output_file(encoder.origin, args, "copies.json")
-    queries = {name: encoder.encode_all(paths) for name, (paths, _) in blocks.items()}
     database = encoder.encode_all(originals)
     if args.distractors:
         database = torch.cat((database, encoder.encode_folder(args.distractors, "distractors")))
     normalizer, mAP = build_normalizer(encoder, args.whitening), {}
-    if encoder.rank > 0:
-        return
     database = normalizer(database)
-    print(f"mAP of copies in a database of {len(database)} images, {encoder.size} pixels")
-    for name, (_, positives) in blocks.items():
+    encoder.log(f"mAP of copies in a database of {len(database)} images, {encoder.size} pixels")
+    for name, (paths, positives) in blocks.items():
         # as in the released script, only the first 20 count
-        orders = (normalizer(queries[name]) @ database.T).topk(min(20, len(database))).indices
+        orders = (normalizer(encoder.encode_all(paths)) @ database.T).topk(min(20, len(database))).indices
         mAP[name] = 100 * mean_average_precision(map(average_precision, orders, positives))[0]
-        print(f"{name:12} {len(orders):5} queries  {mAP[name]:5.1f}")
-    write_json(path, vars(args) | encoder.origin | dict(num_images=len(database), mAP=mAP))
-    print(f"wrote {path}")
+        encoder.log(f"{name:12} {len(orders):5} queries  {mAP[name]:5.1f}")
+    encoder.write_result(num_images=len(database), mAP=mAP)
 
 
 # ---- landmarks ----
@@ -170,7 +168,6 @@ def evaluate_landmarks(args):
     extract = partial(multi_scale_features, scales=SCALES if args.multiscale else (1.0,))
     encoder = ImageEncoder(args, extract, resize_longer_side, square=False, upright=False,  # boxes ignore EXIF
                            needs="images of any size")
-    path = output_file(encoder.origin, args, "landmarks.json")
     normalizer, result = build_normalizer(encoder, args.whitening), {}
     for name, (paths, queries, boxes, relevance) in truths.items():
         queries = encoder.encode_all(queries, boxes if args.crop_queries else None)
@@ -180,9 +177,7 @@ def evaluate_landmarks(args):
         result[name] = evaluate_levels(orders, relevance)
         for level, values in result[name].items():
             encoder.log(f"{level:8}" + "".join(f"  {metric} {value:5.1f}" for metric, value in values.items()))
-    if encoder.rank == 0:
-        write_json(path, vars(args) | encoder.origin | dict(result=result))
-        print(f"wrote {path}")
+    encoder.write_result(result=result)
 
 
 LEVELS = {"easy": (["easy"], ["hard", "junk"]), "medium": (["easy", "hard"], ["junk"]),
@@ -230,8 +225,7 @@ def index_folder(encoder, folder, output):
     names = [name for name in ImageFolder(folder).files if not os.path.join(root, name).startswith(written)]
     key = [encoder.origin[name] for name in ("sha256", "network", "untrained")] + [root, encoder.size]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
-    output.mkdir(parents=True, exist_ok=True)
-    check_writable(output)
+    output.mkdir(exist_ok=True)
     features, names = update_index(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, names,
                                    encoder.encode, encoder.log)
     if not names:

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from common import cli
 from common.checkpoint import write_json
-from common.cli import fraction, nonnegative_int, positive_float, positive_int
 from common.precision import autocast
 from common.weights import CheckpointError, build_untrained, open_backbone, output_file, output_folder
 from data.datasets import DataError
@@ -43,17 +42,17 @@ def parse_args(argv=None):
         task.add_argument("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
     add = tasks["masks"].add_argument
     add("--data_path", default="shapes", help="shapes[:PIXELS], or a folder with the layout of VOC2012 or DAVIS")
-    add("--image_size", type=positive_int, metavar="PIXELS", help="shorter side (default: 480/224 of that in training)")
-    add("--mass", type=fraction, default=0.6, metavar="X", help="share of the attention that a mask keeps")
-    add("--num_images", type=positive_int, metavar="N", help="evaluate N images, evenly spread (default: all)")
+    add("--image_size", type=cli.positive_int, help="shorter side (default: 480/224 of that in training)")
+    add("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
+    add("--num_images", type=cli.positive_int, help="evaluate N images, evenly spread (default: all)")
     add = tasks["video"].add_argument
     add("--data_path", required=True, metavar="DIR", help="folder with the layout of DAVIS")
     add("--sequences", nargs="+", metavar="NAME", help="default: those of ImageSets/2017/val.txt if it exists, or all")
-    add("--image_size", type=positive_int, default=480, metavar="PIXELS", help="shorter side of a frame")
-    add("--n_last_frames", type=nonnegative_int, default=7, metavar="N", help="context frames besides the first")
-    add("--size_mask_neighborhood", type=nonnegative_int, default=12, metavar="N", help="in patches; 0 for no limit")
-    add("--topk", type=positive_int, default=5, metavar="K", help="similar patches that labels are averaged over")
-    add("--temperature", type=positive_float, default=0.1, metavar="T", help="softmax temperature of similarities")
+    add("--image_size", type=cli.positive_int, default=480, help="shorter side of a frame")
+    add("--n_last_frames", type=cli.nonnegative_int, default=7, help="context frames besides the first")
+    add("--size_mask_neighborhood", type=cli.nonnegative_int, default=12, help="in patches; 0 for no limit")
+    add("--topk", type=cli.positive_int, default=5, help="similar patches that labels are averaged over")
+    add("--temperature", type=cli.positive_float, default=0.1, help="softmax temperature of similarities")
     add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast dtype of the backbone")
     return parser.parse_args(argv)
 
@@ -122,7 +121,9 @@ def segment_videos(args):
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}
     path, failed = output / "result.json", []
-    scores = load_scores(path, origin)
+    previous = json.loads(path.read_text()) if path.exists() else {}
+    is_same_run = all(previous.get(name) == origin[name] for name in origin.keys() - {"ckpt"})
+    scores = previous["sequences"] if is_same_run else {}
     write_json(path, origin | {"sequences": scores})  # masks of other flags are about to be overwritten
     for name, frames in sequences.items():
         try:
@@ -138,15 +139,6 @@ def segment_videos(args):
           f"wrote {output}")
     if failed:
         raise DataError(f"skipped {len(failed)} of {len(sequences)} sequences; the first: {failed[0]}")
-
-
-def load_scores(path, origin):
-    """Scores of the sequences that a run with the same flags has finished: {sequence: {object: {"J", "F"}}}."""
-    try:
-        result = json.loads(path.read_text())
-        return result["sequences"] if all(result[name] == origin[name] for name in origin.keys() - {"ckpt"}) else {}
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
-        return {}
 
 
 def segment_sequence(model, frames, folder, args):

@@ -42,21 +42,19 @@ def open_onnx_attention(args):
         raise CheckpointError(f"{args.ckpt}: --untrained and --checkpoint_key do not apply to an ONNX file")
     try:
         session, about = infer.open_model(args.ckpt)
-        p, size, mean, trained_size, outputs = (about[name] for name in (
-            "patch_size", "image_size", "mean", "trained_size", "outputs"))
     except Exception as error:  # ONNX Runtime has error types of its own
         raise CheckpointError(f"{args.ckpt}: not a file of export.py that can run here ({error})") from None
-    if "attention" not in outputs:
-        raise CheckpointError(f"{args.ckpt}: has no attention output, export a vision transformer of vit.py")
-    if not mean:
-        raise CheckpointError(f"{args.ckpt}: takes other channels than red, green and blue")
+    if "attention" not in about.get("outputs", ()) or not about["mean"]:
+        raise CheckpointError(f"{args.ckpt}: has no attention output, or takes other channels than red, green and "
+                              f"blue; export a vision transformer of vit.py")
+    size, p = about["image_size"], about["patch_size"]
     if size and args.image_size:
-        raise CheckpointError(f"{args.ckpt}: takes {size[0]} x {size[1]} pixels; leave --image_size out, or export it "
-                              f"with --dynamic size")
-    shorter_side = args.image_size or default_attention_size(trained_size, p)
+        raise CheckpointError(f"{args.ckpt}: takes {size[0]} x {size[1]} pixels; leave --image_size out")
+    shorter_side = args.image_size or default_attention_size(about["trained_size"], p)
 
     def extract_attention(image):
         view = infer.prepare(image, about) if size else resize_to_patches(image, shorter_side, p)
         maps = infer.infer(session, about, view)[1]
         return view if size else image, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
     return extract_attention, dict(ckpt=args.ckpt)
+

@@ -68,6 +68,18 @@ def colorize_heads(image, attention, masks):
     return Image.composite(Image.blend(gray, colors, 0.65), gray, resize_mask(masks.any(axis=0), image.size))
 
 
+def draw_side_by_side(frame, values, top):
+    """Frame of a video, and its attention [h, w] beside it; `top` is the end of the color scale."""
+    return Image.fromarray(np.hstack([frame, colorize(values, frame.size, high=top)]))
+
+
+def draw_overlay(frame, values, top):
+    """Attention [h, w] over the grayscale frame, see `draw_side_by_side`."""
+    gray = ImageOps.grayscale(frame).convert("RGB")
+    opacity = colorize(values, frame.size, high=top, scale=((0, 0, 0), (220, 220, 220)), smooth=True).convert("L")
+    return Image.composite(colorize(values, frame.size, high=top, smooth=True), gray, opacity)
+
+
 def components_to_rgb(components, size, low, high):
     """Three components per patch, [h, w, 3] -> RGB image of `size`; low and high, [3], become 0 and 255."""
     x = ((components - low) / (high - low).clip(1e-12)).clip(0, 1)

@@ -10,6 +10,7 @@ t-SNE needs scikit-learn, the scatter plot matplotlib.
 import colorsys
 import importlib.util
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -51,27 +52,26 @@ def class_colors(count):
     return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(*hue)) for hue in hues]
 
 
-def legend_entries(labels, names, colors):
-    """(label, name, color) of what a legend lists: each class, and "no label" (-1) if it occurs; none if too many."""
-    entries = list(zip(range(len(names)), names, colors)) if len(names) <= MAX_LEGEND else []
-    return entries + [(-1, "no label", UNLABELED)] * bool((labels < 0).any())
+def list_legend(labels, names):
+    """Labels to list in a legend: each class, unless there are too many, and -1 ("no label") if it occurs."""
+    shown = list(range(len(names))) if len(names) <= MAX_LEGEND else []
+    return shown + [-1] * bool((labels < 0).any())
 
 
 def plot_scatter(points, labels, names, colors, title):
     """Points [M, 2] in the color of their label, [M], -1 for none: a matplotlib figure."""
     from matplotlib.figure import Figure
 
+    shown, names, colors = list_legend(labels, names), [*names, "no label"], [*colors, UNLABELED]  # at index -1
     figure = Figure(figsize=(10, 8), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=14)
     axes.set(xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
-    dots = {}
-    for label, color in enumerate([UNLABELED, *colors], start=-1):
-        rgb = [channel / 255 for channel in color]
-        dots[label] = axes.scatter(*points[labels == label].T, s=14, color=rgb, linewidths=0)
-    if entries := legend_entries(labels, names, colors):
-        figure.legend([dots[label] for label, _, _ in entries], escape_text([name for _, name, _ in entries]),
+    dots = {label: axes.scatter(*points[labels == label].T, s=14, color=np.divide(colors[label], 255), linewidths=0)
+            for label in range(-1, len(names) - 1)}
+    if shown:
+        figure.legend([dots[label] for label in shown], escape_text(names[label] for label in shown),
                       loc="outside right upper", fontsize=12, markerscale=2, frameon=False)
     return figure
 
@@ -86,19 +86,18 @@ def plot_thumbnails(points, labels, names, colors, load_image, side=1200, cell=4
         load_image: index of a point -> PIL image.
         side, cell: pixels of the grid and of an image in it.
     """
+    shown, names, colors = list_legend(labels, names), [*names, "no label"], [*colors, UNLABELED]  # at index -1
     low, high = points.amin(dim=0), points.amax(dim=0)
     places = ((points - (low + high) / 2) / (high - low).max().clamp(min=1e-12) + 0.5) * (side // cell - 1)  # in cells
     nearest = {}
     for i in (places - places.round()).norm(dim=1).argsort(stable=True).tolist():
         nearest.setdefault(tuple(places[i].round().int().tolist()), i)
-    entries = legend_entries(labels, names, colors)
-    sheet = Image.new("RGB", (side + 200 * bool(entries), side), "white")
+    sheet = Image.new("RGB", (side + 200 * bool(shown), side), "white")
     for (x, y), i in nearest.items():
-        image = ImageOps.fit(load_image(i), (cell - 8, cell - 8))
-        framed = ImageOps.expand(image, 3, tuple(colors[labels[i]]) if labels[i] >= 0 else UNLABELED)
-        sheet.paste(framed, (x * cell + 1, side - (y + 1) * cell + 1))  # y points up, as in the scatter plot
+        image = ImageOps.expand(ImageOps.fit(load_image(i), (cell - 8, cell - 8)), 3, tuple(colors[labels[i]]))
+        sheet.paste(image, (x * cell + 1, side - (y + 1) * cell + 1))  # y points up, as in the scatter plot
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
-    for top, (_, name, color) in zip(range(8, side, 28), entries):
-        draw.rectangle([side + 12, top + 4, side + 28, top + 20], tuple(color))
-        draw.text((side + 36, top), name, "black", font)
+    for top, label in zip(range(8, side, 28), shown):
+        draw.rectangle([side + 12, top + 4, side + 28, top + 20], tuple(colors[label]))
+        draw.text((side + 36, top), names[label], "black", font)
     return sheet

@@ -17,7 +17,8 @@ from common import cli
 from common.weights import save_model
 from data.shapes import Shapes
 from data.video import VideoWriter, open_video
-from plotting.draw import COLORS, colorize, colorize_heads, highlight_mask
+from plotting import attention, embedding, sheet
+from plotting.draw import COLORS, SIGNED, colorize, draw_overlay, draw_side_by_side
 from vit import VisionTransformer
 
 GAP = 8
@@ -176,36 +177,9 @@ def cells(monkeypatch):
     def record_cells(new, *args, **kwargs):
         cells[:] = new
         return contact_sheet(new, *args, **kwargs)
-    contact_sheet = visualize.contact_sheet
-    monkeypatch.setattr(visualize, "contact_sheet", record_cells)
+    contact_sheet = sheet.contact_sheet
+    monkeypatch.setattr(sheet, "contact_sheet", record_cells)
     return cells
-
-
-@pytest.mark.parametrize("heads", [1, 3, 6, 12, 17])
-def test_every_head_is_on_the_sheet(heads, cells):
-    maps = np.random.default_rng(0).random((heads, 3, 4), dtype=np.float32)
-    visualize.draw_attention("a.png", Shapes("train", 8, 40)[0][0], maps, 0.6, 1000)
-    captions = [cell and cell[1] for cell in cells]
-    image, drawn = cells[0][0], [cell and np.asarray(cell[0], int) for cell in cells]
-
-    def mass_of(values):
-        order = np.argsort(-values, axis=None)
-        before = np.concatenate(([0], values.ravel()[order].cumsum()[:-1])) / values.sum()
-        mask = np.zeros(values.size, bool)
-        mask[order[before < 0.6]] = True
-        return mask.reshape(values.shape)
-    masks, mean = np.stack([mass_of(values) for values in maps]), maps.mean(axis=0)
-    assert captions[1] == f"mean, max {mean.max():.1%}" and captions[2] == "mask of the mean"
-    assert np.array_equal(drawn[1], colorize(mean, image.size))
-    assert np.array_equal(drawn[2], highlight_mask(image, mass_of(mean)))
-    assert np.array_equal(drawn[3], colorize_heads(image, maps, masks))
-    inside = image.width - 6, image.height - 6
-    for head in range(heads):  # its map, then its mask
-        i = 6 + 2 * head
-        assert captions[i:i + 2] == [f"head {head + 1}, max {maps[head].max():.1%}", f"mask of head {head + 1}"]
-        assert np.array_equal(drawn[i][3:-3, 3:-3], colorize(maps[head], inside))
-        assert drawn[i][0, 0].tolist() == list(COLORS[head % 16])
-        assert np.array_equal(drawn[i + 1], highlight_mask(image, masks[head]))
 
 
 # ---- video ----
@@ -221,13 +195,13 @@ def test_video_of_a_folder(model, tmp_path, exit_message):
     frames = dict(open_video(tmp_path / "out").frames)
     assert list(frames) == [f"{i}.png" for i in (0, 1, 2, 4, 5)]
     top = 0.0
-    for name, sheet in frames.items():
+    for name, drawn in frames.items():
         image = Image.open(tmp_path / "in" / name)
         with torch.no_grad():
             mean = network.get_last_selfattention(resized(image, 48, 48))[0, :, 0, 1:].mean(dim=0).view(6, 6).numpy()
         top = max(mean.max(), 0.95 * top)
-        assert np.array_equal(np.asarray(sheet)[:, :48], image)
-        assert np.abs(np.asarray(sheet, int)[:, 48:] - np.asarray(colorize(mean, (48, 48), high=top), int)).max() <= 3
+        assert np.array_equal(np.asarray(drawn)[:, :48], image)
+        assert np.abs(np.asarray(drawn, int)[:, 48:] - np.asarray(colorize(mean, (48, 48), high=top), int)).max() <= 3
 
 
 def test_the_color_scale_of_a_video_falls_slowly(model, tmp_path, monkeypatch):
@@ -240,13 +214,13 @@ def test_the_color_scale_of_a_video_falls_slowly(model, tmp_path, monkeypatch):
     def extract_attention(image):
         value = next(bright)
         return frame, np.array([[[0.0, 9.0]], [[0.0, value]]], np.float32)
-    monkeypatch.setattr(visualize, "open_attention", lambda args: (extract_attention, {}))
+    monkeypatch.setattr(attention, "open_attention", lambda args: (extract_attention, {}))
     for layout in ("side", "overlay"):
         bright = iter([0.8, 0.2, 0.77])
         run("video", tmp_path / "in", tmp_path / layout, "--head", 2, "--layout", layout)
         for (_, image), value, top in zip(open_video(tmp_path / layout).frames, (0.8, 0.2, 0.77), (0.8, 0.76, 0.77)):
             values = np.array([[0.0, value]], np.float32)
-            draw = visualize.draw_overlay if layout == "overlay" else visualize.draw_side_by_side
+            draw = draw_overlay if layout == "overlay" else draw_side_by_side
             made = draw(frame, values, top)
             drawn.append(np.asarray(made).max())
             assert np.abs(np.asarray(image, int) - np.asarray(made, int)).max() <= 2
@@ -264,15 +238,6 @@ def test_video_file_to_video_file(model, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "0.png")
     run("video", tmp_path / "in", tmp_path / "slow.mp4", "--ckpt", model[1], "--image_size", 16, "--fps", 7)
     assert open_video(tmp_path / "slow.mp4").rate == 7
-
-
-def test_the_overlay_shows_the_gray_frame_without_attention():
-    frame = Image.new("RGB", (40, 40), (250, 250, 0))
-    values = np.zeros((4, 4), np.float32)
-    values[0, 0] = 1
-    image = visualize.draw_overlay(frame, values, 1.0)
-    assert image.getpixel((39, 39)) == frame.convert("L").convert("RGB").getpixel((0, 0))
-    assert image.getpixel((1, 1))[2] < 0.8 * image.getpixel((1, 1))[0]  # light yellow over gray
 
 
 def test_frames_are_not_kept_in_memory(model, tmp_path, monkeypatch):
@@ -339,7 +304,7 @@ def test_components_are_those_of_all_images(model, photos, capsys):
             if left == GAP and (row, column) == (3, 5):
                 continue  # partly below the box
             cosine = (F.normalize(x[row, column], dim=0) @ anchor).item()
-            color = colorize(np.array([[cosine]]), (1, 1), -1, 1, visualize.SIGNED).getpixel((0, 0))
+            color = colorize(np.array([[cosine]]), (1, 1), -1, 1, SIGNED).getpixel((0, 0))
             assert np.abs(sheet[GAP + y, left + 2 * (side + GAP) + place] - color).max() <= 3
         left += 3 * (side + GAP)
     for left in (GAP, GAP + 2 * (side + GAP)):  # row 3 of 6 and column 5 of 9 are framed
@@ -356,8 +321,6 @@ def test_errors_of_features(model, photos, exit_message):
         run, "features", photos / "a.png", "--point", 60, 0, *flags)
     assert "--point 0 40: the first image has" in exit_message(
         run, "features", photos / "a.png", "--point", 0, 40, *flags)
-    assert "--point needs the first image, which cannot be read" in exit_message(
-        run, "features", photos / "gone.png", photos / "a.png", "--point", 1, 1, *flags)
     assert "1 skipped" in exit_message(run, "features", photos / "gone.png", *flags)
     line = exit_message(run, "features", photos / "a.png", photos / "gone.png", *flags)
     assert "1 skipped, the first: " in line
@@ -379,8 +342,8 @@ def test_embedding_of_a_folder(model, tmp_path, exit_message, monkeypatch):
         figure = plot_scatter(points, labels, names, colors, title)
         drawn.update(points=points, labels=labels, names=names, title=title, figure=figure)
         return figure
-    plot_scatter = visualize.plot_scatter
-    monkeypatch.setattr(visualize, "plot_scatter", record_scatter)
+    plot_scatter = embedding.plot_scatter
+    monkeypatch.setattr(embedding, "plot_scatter", record_scatter)
     flags = "embedding", "--ckpt", path, "--num_workers", 0
     line = exit_message(run, *flags, "--data_path", tmp_path / "set")
     assert "1 skipped, the first: " in line and "99.png" in line
@@ -400,7 +363,7 @@ def test_thumbnails_are_the_images_of_their_points(model, tmp_path, monkeypatch)
     def record_images(points, labels, names, colors, load_image):
         opened.update({i: (load_image(i), labels[i].item()) for i in range(len(points))})
         return Image.new("RGB", (1, 1))
-    monkeypatch.setattr(visualize, "plot_thumbnails", record_images)
+    monkeypatch.setattr(embedding, "plot_thumbnails", record_images)
     run("embedding", "--ckpt", model[1], "--num_images", 30, "--num_workers", 0)
     test = Shapes("test", 2000, 32)
     pixels = {image.tobytes(): label for image, label in (test[i] for i in range(2000))}
@@ -468,11 +431,3 @@ def test_crops_of_the_paper(tmp_path, monkeypatch, exit_message, cells):
         assert stop.value.code == 2
     with pytest.raises(SystemExit):
         run("crops", "shapes", "--flags", "gone.txt")
-
-
-def test_describe_view():
-    view = MultiCrop(solarize=1, blur=(1, 1, 1), flip=1, grayscale=1, jitter=1).sample(100, 50, key=1)[1]
-    words = list(visualize.describe_view(view, Image.new("RGB", (100, 50))))
-    left, top, right, bottom = view.box
-    assert words[0] == f"{(right - left) * (bottom - top) / 50:.0f}%"
-    assert words[1:] == ["flip", "jitter", "gray", f"blur {view.blur:.1f}", "solarize"]

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plotting.draw import COLORS, HEAT, SIGNED, colorize, colorize_heads, components_to_rgb, highlight_mask
+from plotting.draw import (
+    COLORS,
+    HEAT,
+    SIGNED,
+    colorize,
+    colorize_heads,
+    components_to_rgb,
+    draw_overlay,
+    highlight_mask,
+)
 
 
 def lightness(color):
@@ -86,3 +95,12 @@ def test_components_as_rgb():
     components = np.array([[[0.0, -1.0, 2.0], [1.0, 3.0, 4.0]]])
     image = components_to_rgb(components, (2, 1), np.array([0.0, -1.0, 3.0]), np.array([2.0, 1.0, 4.0]))
     assert image.getpixel((0, 0)) == (0, 0, 0) and image.getpixel((1, 0)) == (128, 255, 255)
+
+
+def test_the_overlay_shows_the_gray_frame_without_attention():
+    frame = Image.new("RGB", (40, 40), (250, 250, 0))
+    values = np.zeros((4, 4), np.float32)
+    values[0, 0] = 1
+    image = draw_overlay(frame, values, 1.0)
+    assert image.getpixel((39, 39)) == frame.convert("L").convert("RGB").getpixel((0, 0))
+    assert image.getpixel((1, 1))[2] < 0.8 * image.getpixel((1, 1))[0]  # light yellow over gray

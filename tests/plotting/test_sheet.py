@@ -1,19 +1,24 @@
 import numpy as np
+import pytest
 from PIL import Image, ImageFont
 
-from plotting.sheet import cell_side, contact_sheet, wrap_text
+from augment import MultiCrop
+from data.shapes import Shapes
+from plotting import sheet
+from plotting.draw import COLORS, colorize, colorize_heads, highlight_mask
+from plotting.sheet import cell_side, contact_sheet, describe_view, draw_attention, wrap_text
 
-COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
+FILLS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
 LINE = 18  # pixels of a line of text in a small sheet
 
 
 def test_each_image_is_in_its_cell():
     sizes = (400, 200), (50, 90), (180, 60), (10, 700)
-    cells = [(Image.new("RGB", size, color), "caption") for size, color in zip(sizes, COLORS)]
+    cells = [(Image.new("RGB", size, color), "caption") for size, color in zip(sizes, FILLS)]
     sheet = contact_sheet([*cells[:3], None, cells[3]], columns=3, legend="legend")
     heights = 90 + 2 + LINE, 180 + 2 + LINE  # 400 x 200 -> 180 x 90; 10 x 700 -> 3 x 180
     assert sheet.size == (3 * 188 + 8, sum(heights) + 2 + LINE + 4 * 8)
-    for color, column, row, (width, height) in zip(COLORS, (0, 1, 2, 1), (0, 0, 0, 1),
+    for color, column, row, (width, height) in zip(FILLS, (0, 1, 2, 1), (0, 0, 0, 1),
                                                    ((180, 90), (50, 90), (180, 60), (3, 180))):
         left, top = 8 + column * 188, 8 + row * (heights[0] + 8)
         pixels = np.asarray(sheet)[top:top + height, left:left + width]
@@ -45,3 +50,40 @@ def test_captions_are_wrapped_to_the_cell():
 
 def test_empty_cells_only():
     assert contact_sheet([None, None], side=50).size == (2 * 58 + 8, 2 * 8)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 12, 17])
+def test_every_head_is_on_the_sheet(heads, monkeypatch):
+    cells = []
+    monkeypatch.setattr(sheet, "contact_sheet", lambda new, *args, **kwargs: cells.extend(new))
+    maps = np.random.default_rng(0).random((heads, 3, 4), dtype=np.float32)
+    draw_attention("a.png", Shapes("train", 8, 40)[0][0], maps, 0.6, 1000)
+    captions = [cell and cell[1] for cell in cells]
+    image, drawn = cells[0][0], [cell and np.asarray(cell[0], int) for cell in cells]
+
+    def mass_of(values):
+        order = np.argsort(-values, axis=None)
+        before = np.concatenate(([0], values.ravel()[order].cumsum()[:-1])) / values.sum()
+        mask = np.zeros(values.size, bool)
+        mask[order[before < 0.6]] = True
+        return mask.reshape(values.shape)
+    masks, mean = np.stack([mass_of(values) for values in maps]), maps.mean(axis=0)
+    assert captions[1] == f"mean, max {mean.max():.1%}" and captions[2] == "mask of the mean"
+    assert np.array_equal(drawn[1], colorize(mean, image.size))
+    assert np.array_equal(drawn[2], highlight_mask(image, mass_of(mean)))
+    assert np.array_equal(drawn[3], colorize_heads(image, maps, masks))
+    inside = image.width - 6, image.height - 6
+    for head in range(heads):  # its map, then its mask
+        i = 6 + 2 * head
+        assert captions[i:i + 2] == [f"head {head + 1}, max {maps[head].max():.1%}", f"mask of head {head + 1}"]
+        assert np.array_equal(drawn[i][3:-3, 3:-3], colorize(maps[head], inside))
+        assert drawn[i][0, 0].tolist() == list(COLORS[head % 16])
+        assert np.array_equal(drawn[i + 1], highlight_mask(image, masks[head]))
+
+
+def test_describe_view():
+    view = MultiCrop(solarize=1, blur=(1, 1, 1), flip=1, grayscale=1, jitter=1).sample(100, 50, key=1)[1]
+    words = describe_view(view, Image.new("RGB", (100, 50)))
+    left, top, right, bottom = view.box
+    assert words[0] == f"{(right - left) * (bottom - top) / 50:.0f}%"
+    assert words[1:] == ["flip", "jitter", "gray", f"blur {view.blur:.1f}", "solarize"]
