@@ -39,28 +39,25 @@ from plotting.sheet import contact_sheet
 
 def parse_args(argv=None):
     parser = cli.build_parser("retrieve.py", __doc__)
-    tasks = cli.add_subcommands(parser, TASKS)
-    for task in tasks.values():
+    search, copies, landmarks = cli.add_subcommands(parser, TASKS).values()
+    for task in (search, copies, landmarks):
         cli.add_model_flags(task)
         cli.add_device_flags(task)
         task.add_argument("--data_path", required=True, metavar="DIR", help="folder of images, or of the benchmark")
         task.add_argument("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
-    add = tasks["search"].add_argument
-    add("query", nargs="+", help="query images; one that lies in the folder is not its own result")
-    add("--image_size", type=cli.positive_int, help="side of the center crop (default: as in training)")
-    add("--nearest", type=cli.positive_int, default=11, help="number of results")
-    add("--batch_size_per_gpu", type=cli.positive_int, default=128, help="batch size per GPU")
-    add = tasks["copies"].add_argument
-    add("--image_size", type=cli.positive_int, default=320, help="side of the square that images are resized to")
-    add("--distractors", metavar="DIR", help="images to add to the database")
-    add("--batch_size_per_gpu", type=cli.positive_int, default=16, help="batch size per GPU")
-    add = tasks["landmarks"].add_argument
-    add("--image_size", type=cli.positive_int, default=512, help="longer side")
-    add("--multiscale", type=cli.boolean, nargs="?", const=True, default=True, help="sum scales 1, 0.71, 0.5")
-    add("--crop_queries", action="store_true", help="crop queries to the landmark; the released script does not")
-    tasks["landmarks"].set_defaults(batch_size_per_gpu=1)  # images differ in size
-    for name in ("copies", "landmarks"):
-        tasks[name].add_argument("--whitening", metavar="DIR", help="images to fit PCA whitening to, thousands of them")
+    search.add_argument("query", nargs="+", help="query images; one that lies in the folder is not its own result")
+    search.add_argument("--image_size", type=cli.positive_int, help="side of the center crop (default: as in training)")
+    search.add_argument("--nearest", type=cli.positive_int, default=11, help="number of results")
+    search.add_argument("--batch_size_per_gpu", type=cli.positive_int, default=128, help="batch size per GPU")
+    copies.add_argument("--image_size", type=cli.positive_int, default=320, help="side of the square after resizing")
+    copies.add_argument("--distractors", metavar="DIR", help="images to add to the database")
+    copies.add_argument("--batch_size_per_gpu", type=cli.positive_int, default=16, help="batch size per GPU")
+    landmarks.add_argument("--image_size", type=cli.positive_int, default=512, help="longer side")
+    landmarks.add_argument("--multiscale", type=cli.boolean, nargs="?", const=True, default=True, help="sum 3 scales")
+    landmarks.add_argument("--crop_queries", action="store_true", help="crop queries to the landmark (release: false)")
+    landmarks.set_defaults(batch_size_per_gpu=1)  # images differ in size
+    for task in (copies, landmarks):
+        task.add_argument("--whitening", metavar="DIR", help="images to fit PCA whitening to, thousands of them")
     return parser.parse_args(argv)
 
 

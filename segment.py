@@ -35,25 +35,23 @@ from evaluation.masks import boundary_f, jaccard, summarize_over_time, threshold
 
 def parse_args(argv=None):
     parser = cli.build_parser("segment.py", __doc__)
-    tasks = cli.add_subcommands(parser, TASKS)
-    for task in tasks.values():
+    masks, video = cli.add_subcommands(parser, TASKS).values()
+    for task in (masks, video):
         cli.add_model_flags(task)
         cli.add_device_flags(task)
         task.add_argument("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
-    add = tasks["masks"].add_argument
-    add("--data_path", default="shapes", help="shapes[:PIXELS], or a folder with the layout of VOC2012 or DAVIS")
-    add("--image_size", type=cli.positive_int, help="shorter side (default: 480/224 of that in training)")
-    add("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
-    add("--num_images", type=cli.positive_int, help="evaluate N images, evenly spread (default: all)")
-    add = tasks["video"].add_argument
-    add("--data_path", required=True, metavar="DIR", help="folder with the layout of DAVIS")
-    add("--sequences", nargs="+", metavar="NAME", help="default: those of ImageSets/2017/val.txt if it exists, or all")
-    add("--image_size", type=cli.positive_int, default=480, help="shorter side of a frame")
-    add("--n_last_frames", type=cli.nonnegative_int, default=7, help="context frames besides the first")
-    add("--size_mask_neighborhood", type=cli.nonnegative_int, default=12, help="in patches; 0 for no limit")
-    add("--topk", type=cli.positive_int, default=5, help="similar patches that labels are averaged over")
-    add("--temperature", type=cli.positive_float, default=0.1, help="softmax temperature of similarities")
-    add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast dtype of the backbone")
+    masks.add_argument("--data_path", default="shapes", help="shapes[:PIXELS], or the folder of VOC2012 or DAVIS")
+    masks.add_argument("--image_size", type=cli.positive_int, help="shorter side (default: 480/224 of that as trained)")
+    masks.add_argument("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
+    masks.add_argument("--num_images", type=cli.positive_int, help="evaluate N images, evenly spread (default: all)")
+    video.add_argument("--data_path", required=True, metavar="DIR", help="folder with the layout of DAVIS")
+    video.add_argument("--sequences", nargs="+", metavar="NAME", help="default: of ImageSets/2017/val.txt, else all")
+    video.add_argument("--image_size", type=cli.positive_int, default=480, help="shorter side of a frame")
+    video.add_argument("--n_last_frames", type=cli.nonnegative_int, default=7, help="context frames besides the first")
+    video.add_argument("--size_mask_neighborhood", type=cli.nonnegative_int, default=12, help="patches; 0 for no limit")
+    video.add_argument("--topk", type=cli.positive_int, default=5, help="similar patches to average labels over")
+    video.add_argument("--temperature", type=cli.positive_float, default=0.1, help="softmax temperature of the cosines")
+    video.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast of the backbone")
     return parser.parse_args(argv)
 
 

@@ -35,50 +35,43 @@ sheet_width = cli.bounded_number(int, lambda x: 200 <= x <= 20_000, "a number of
 
 def parse_args(argv=None):
     parser = cli.build_parser("visualize.py", __doc__)
-    tasks = cli.add_subcommands(parser, TASKS)
-    for name in ("attention", "video", "features", "embedding"):
-        cli.add_model_flags(tasks[name])
-        cli.add_device_flags(tasks[name], workers=name == "embedding")
-        size = "center crop (default: as trained)" if name == "embedding" else "shorter side (default: 480/224 of that)"
-        tasks[name].add_argument("--image_size", type=cli.positive_int, help=size)
-    for name in ("attention", "features", "crops"):
-        add = tasks[name].add_argument
-        add("images", nargs="+", metavar="IMAGE", help="image files, folders, or shapes[:PIXELS], four built-in images")
-        add("--width", type=sheet_width, default=1000, help="width of a contact sheet in pixels")
-    for name in ("attention", "features", "embedding"):
-        tasks[name].add_argument("--output_dir", metavar="DIR", help="output folder (default: beside the model file)")
+    attention, video, features, embedding, run, crops = cli.add_subcommands(parser, TASKS).values()
+    for task in (attention, video, features, embedding):
+        cli.add_model_flags(task)
+        cli.add_device_flags(task, workers=task is embedding)
+        size = "center crop (default: as trained)" if task is embedding else "shorter side (default: 480/224 of that)"
+        task.add_argument("--image_size", type=cli.positive_int, help=size)
+    for task in (attention, features, crops):
+        task.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or shapes[:PIXELS], four shapes")
+        task.add_argument("--width", type=sheet_width, default=1000, help="width of a contact sheet in pixels")
+    for task in (attention, features, embedding):
+        task.add_argument("--output_dir", metavar="DIR", help="output folder (default: beside the model file)")
 
-    add = tasks["attention"].add_argument
-    add("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
-    add("--separate", action="store_true", help="also write each map as an image of the input's size")
-    add("--raw", action="store_true", help="also write the maps as NAME.npy, float32 [heads, rows, columns]")
+    attention.add_argument("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
+    attention.add_argument("--separate", action="store_true", help="also write each map as an image of input size")
+    attention.add_argument("--raw", action="store_true", help="also write the maps as NAME.npy, [heads, rows, columns]")
 
-    add = tasks["video"].add_argument
-    add("input", metavar="IN", help="video file, or folder of frames")
-    add("output", metavar="OUT", help="video file (.mp4, .mov, .mkv, .webm), or folder for frames")
-    add("--layout", choices=["side", "overlay"], default="side", help="attention beside the frame or over it")
-    add("--head", type=cli.positive_int, help="attention head, from 1 (default: mean of all heads)")
-    add("--fps", type=cli.positive_float, default=25.0, help="frames per second, for a folder of frames")
+    video.add_argument("input", metavar="IN", help="video file, or folder of frames")
+    video.add_argument("output", metavar="OUT", help="video file (.mp4, .mov, .mkv, .webm), or folder")
+    video.add_argument("--layout", choices=["side", "overlay"], default="side", help="beside the frame or over it")
+    video.add_argument("--head", type=cli.positive_int, help="attention head, from 1 (default: mean of all heads)")
+    video.add_argument("--fps", type=cli.positive_float, default=25.0, help="frames per second, for a folder of frames")
 
-    add = tasks["features"].add_argument
-    add("--point", type=cli.nonnegative_int, nargs=2, help="x and y in the first image: similarity to the patch there")
+    features.add_argument("--point", type=cli.nonnegative_int, nargs=2, help="x, y: similarity to the patch there")
 
-    add = tasks["embedding"].add_argument
-    add("--data_path", default="shapes", help="data set as for train.py; its held-out part if it has one")
-    add("--num_images", type=cli.positive_int, default=2000, help="maximum number of images, a random subset")
-    add("--batch_size_per_gpu", type=cli.positive_int, default=128, help="images per forward pass")
-    add("--seed", type=cli.seed, default=0, help="random seed of t-SNE")
+    embedding.add_argument("--data_path", default="shapes", help="as for train.py; the held-out part if there is one")
+    embedding.add_argument("--num_images", type=cli.positive_int, default=2000, help="size of a random subset")
+    embedding.add_argument("--batch_size_per_gpu", type=cli.positive_int, default=128, help="images per forward pass")
+    embedding.add_argument("--seed", type=cli.seed, default=0, help="random seed of t-SNE")
 
-    add = tasks["run"].add_argument
-    add("runs", nargs="+", metavar="DIR", help="output folders of train.py, or logs; NAME-0 to NAME-9 are seeds")
-    add("--against", choices=list(curves.AXES), default="step", help="horizontal axis")
-    add("--knn", type=cli.positive_float, help="also print the time to a k-NN top-1 accuracy of X percent")
-    add("--output", metavar="FILE", help="PNG, JPEG, PDF or SVG file (default: curves.png in the first folder)")
+    run.add_argument("runs", nargs="+", metavar="DIR", help="folders of train.py, or logs; NAME-0 to NAME-9 are seeds")
+    run.add_argument("--against", choices=list(curves.AXES), default="step", help="horizontal axis")
+    run.add_argument("--knn", type=cli.positive_float, help="also print the time to a k-NN top-1 accuracy of X percent")
+    run.add_argument("--output", metavar="FILE", help=".png, .jpg, .pdf or .svg (default: curves.png in first DIR)")
 
-    add = tasks["crops"].add_argument
-    add("--flags", metavar="FILE", help="recipe, or flags.txt of a run (default: the paper's crops)")
-    add("--seed", type=cli.seed, default=0, help="random seed of the crops")
-    add("--output_dir", default=".", metavar="DIR", help="output folder")
+    crops.add_argument("--flags", metavar="FILE", help="recipe, or flags.txt of a run (default: the paper's crops)")
+    crops.add_argument("--seed", type=cli.seed, default=0, help="random seed of the crops")
+    crops.add_argument("--output_dir", default=".", metavar="DIR", help="output folder")
     return parser.parse_args(argv)
 
 
@@ -153,6 +146,7 @@ def visualize_video(args, errors):
 
 # ---- features ----
 
+@torch.no_grad()
 def visualize_features(args, errors):
     """Patch features: three principal components as RGB, and cosine similarity to one patch."""
     model, _, origin = open_backbone(args, needs="patch tokens")
@@ -161,23 +155,16 @@ def visualize_features(args, errors):
     images, tokens, patch = [], [], None
     for name, image in iter_images(args.images, errors):
         x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p))[None].to(args.device)
+        tokens.append(model.get_intermediate_layers(x)[0][0, 1:].unflatten(0, (x.shape[2] // p, -1)).cpu())  # [h, w, D]
         if args.point and not images:
-            patch = find_patch(args.point, image, x.shape[-2] // p, x.shape[-1] // p)
-        with torch.no_grad():
-            patches = model.get_intermediate_layers(x)[0][0, 1:].cpu()
-        tokens.append(patches.unflatten(0, (x.shape[2] // p, -1)))  # [h, w, D]
+            (column, row), (h, w) = args.point, tokens[0].shape[:2]
+            if column >= image.width or row >= image.height:
+                raise DataError(f"--point {column} {row}: the first image has {image.width} x {image.height} pixels")
+            patch = row * h // image.height, column * w // image.width
         images.append((draw.resize_to_fit(image, args.width // 2), name))
     if images:
         sheet.draw_features(images, tokens, args.width, patch).save(path)
         print(f"{len(images)} images -> {path}")
-
-
-def find_patch(point, image, rows, columns):
-    """(row, column) of the patch at a point of an image, (x, y) in pixels."""
-    x, y = point
-    if x >= image.width or y >= image.height:
-        raise DataError(f"--point {x} {y}: the first image has {image.width} x {image.height} pixels")
-    return y * rows // image.height, x * columns // image.width
 
 
 class IndexedImages(torch.utils.data.ConcatDataset):

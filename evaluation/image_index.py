@@ -55,11 +55,8 @@ def update_index(path, root, names, extract, log=print, save_every=10_000):
 
 def stat_file(path):
     """[size in bytes, modification time in ns] of a file; [] if it is missing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
+    status = os.stat(path) if os.path.exists(path) else None
+    return [status.st_size, status.st_mtime_ns] if status else []
 
 
 def save_index(path, features, files, corrupt):

@@ -44,13 +44,8 @@ def mean_average_precision(results: Iterable[tuple[float, list[float]] | None]) 
     """mAP and mean precisions at k, over the queries that have positives.
 
     Args:
-        results: what `average_precision` returned for each query.
-
-    Raises:
-        ValueError: no query has positives.
+        results: what `average_precision` returned for each query; at least one has positives.
     """
     results = [result for result in results if result]
-    if not results:
-        raise ValueError("no query has positives")
     precisions = zip(*(precisions for _, precisions in results))
     return sum(ap for ap, _ in results) / len(results), [sum(x) / len(results) for x in precisions]
