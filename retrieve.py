@@ -26,10 +26,9 @@ from PIL import Image
 from common import cli, distributed
 from common.checkpoint import write_json
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
+from data import loaders, retrieval
 from data.datasets import DataError, ImageFolder
 from data.images import read_image
-from data.loaders import build_eval_loader, center_crop_view, normalize
-from data.retrieval import ImageFiles, list_images, read_copydays, read_landmarks
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import NoImagesError, extract_features
 from evaluation.image_index import update_index
@@ -84,8 +83,9 @@ class ImageEncoder:
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
-        loader = build_eval_loader(ImageFiles(paths, boxes, self.upright), self.size, self.args.batch_size_per_gpu,
-                                   self.args.num_workers, self.rank, self.world_size, self.view)
+        images = retrieval.ImageFiles(paths, boxes, self.upright)
+        loader = loaders.build_eval_loader(images, self.size, self.args.batch_size_per_gpu, self.args.num_workers,
+                                           self.rank, self.world_size, self.view)
         try:
             return extract_features(partial(self.extract, self.backbone), loader, self.device, total=len(paths))
         except NoImagesError as error:
@@ -100,7 +100,7 @@ class ImageEncoder:
 
     def encode_folder(self, folder, purpose):
         """Features of the readable images of a folder."""
-        features, _, corrupt = self.encode(list_images(folder))
+        features, _, corrupt = self.encode(retrieval.list_images(folder))
         self.log(f"{purpose}: {len(features)} images of {folder}, {len(corrupt)} corrupt")
         return features
 
@@ -113,13 +113,13 @@ class ImageEncoder:
 
 def resize_to_square(image, size):
     """RGB image -> [3, size, size], bicubic, normalized; the aspect ratio is not kept."""
-    return normalize(image.resize((size, size), Image.Resampling.BICUBIC))
+    return loaders.normalize(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def resize_longer_side(image, size):
     """RGB image -> [3, H, W], Lanczos, normalized; the longer side is at most `size`."""
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return normalize(image)
+    return loaders.normalize(image)
 
 
 def build_normalizer(encoder, folder):
@@ -137,7 +137,7 @@ def build_normalizer(encoder, folder):
 
 def evaluate_copies(args):
     """Copy detection on Copydays: mAP with CLS and GeM-pooled patch tokens."""
-    originals, blocks = read_copydays(args.data_path)
+    originals, blocks = retrieval.read_copydays(args.data_path)
     encoder = ImageEncoder(args, cls_and_gem_features, resize_to_square, needs="patch tokens")
     database = encoder.encode_all(originals)
     if args.distractors:
@@ -155,49 +155,43 @@ def evaluate_copies(args):
 
 # ---- landmarks ----
 
+LEVELS = {"easy": (["easy"], ["hard", "junk"]), "medium": (["easy", "hard"], ["junk"]),
+          "hard": (["hard"], ["easy", "junk"])}  # positives and ignored images (Radenovic et al. 2018, section 4)
+
+
 def evaluate_landmarks(args):
     """Landmark retrieval on revisited Oxford and Paris: mAP and mP@k with multi-scale CLS features."""
     root = Path(args.data_path)
     files = sorted(root.glob("gnd_*.pkl")) or sorted(root.glob("[!.]*/gnd_*.pkl"))
     if not files:
         raise DataError(f"{root}: expected gnd_roxford5k.pkl or gnd_rparis6k.pkl, and jpg/ beside it")
-    truths = {str(file.relative_to(root)): read_landmarks(file) for file in files}
+    truths = {str(file.relative_to(root)): retrieval.read_landmarks(file) for file in files}
     extract = partial(multi_scale_features, scales=SCALES if args.multiscale else (1.0,))
-    encoder = ImageEncoder(args, extract, resize_longer_side, square=False, upright=False,  # boxes ignore EXIF
-                           needs="images of any size")
+    # not upright: boxes ignore EXIF
+    encoder = ImageEncoder(args, extract, resize_longer_side, square=False, upright=False, needs="images of any size")
     normalizer, result = build_normalizer(encoder, args.whitening), {}
     for name, (paths, queries, boxes, relevance) in truths.items():
         queries = encoder.encode_all(queries, boxes if args.crop_queries else None)
         database = encoder.encode_all(paths)
         orders = (normalizer(queries) @ normalizer(database).T).argsort(dim=1, descending=True)
         encoder.log(f"{name}: {len(queries)} queries, database of {len(database)} images")
-        result[name] = evaluate_levels(orders, relevance)
-        for level, values in result[name].items():
-            encoder.log(f"{level:8}" + "".join(f"  {metric} {value:5.1f}" for metric, value in values.items()))
+        result[name] = {}
+        for level, parts in LEVELS.items():
+            results = [average_precision(order, *([i for part in names for i in query[part]] for names in parts))
+                       for order, query in zip(orders, relevance)]
+            if any(results):
+                mAP, precisions = mean_average_precision(results)
+                values = {"mAP": 100 * mAP} | {f"mP@{k}": 100 * x for k, x in zip(KS, precisions)}
+                encoder.log(f"{level:8}" + "".join(f"  {metric} {value:5.1f}" for metric, value in values.items()))
+                result[name][level] = values
     encoder.write_result(result=result)
-
-
-LEVELS = {"easy": (["easy"], ["hard", "junk"]), "medium": (["easy", "hard"], ["junk"]),
-          "hard": (["hard"], ["easy", "junk"])}  # positives and ignored images (Radenovic et al. 2018, section 4)
-
-
-def evaluate_levels(orders, relevance):
-    """mAP and mP@k of each difficulty level whose queries have positives: {level: {"mAP", "mP@1", ...}}, percent."""
-    table = {}
-    for level, parts in LEVELS.items():
-        results = [average_precision(order, *([i for name in part for i in query[name]] for part in parts))
-                   for order, query in zip(orders, relevance)]
-        if any(results):
-            mAP, precisions = mean_average_precision(results)
-            table[level] = {"mAP": 100 * mAP} | {f"mP@{k}": 100 * x for k, x in zip(KS, precisions)}
-    return table
 
 
 # ---- search ----
 
 def search(args):
     """Nearest images of a folder by cosine similarity of CLS features, and a contact sheet of them."""
-    encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), center_crop_view)
+    encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), loaders.center_crop_view)
     output = output_folder(encoder.origin, args, "search")
     queries, indices, corrupt = encoder.encode(args.query)
     features, paths = index_folder(encoder, args.data_path, output)

@@ -14,7 +14,6 @@ Figures of a model are written beside its file (NAME.attention/, NAME.features.p
 """
 
 import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,15 +79,15 @@ def parse_args(argv=None):
 def list_images(name):
     """(name, function that decodes it) of each image of a file, a folder or shapes[:PIXELS]."""
     if os.path.isdir(name):
-        return [(file, partial(read_image, os.path.join(name, file))) for file in ImageFolder(name).files]
+        return [(file, lambda file=file: read_image(os.path.join(name, file))) for file in ImageFolder(name).files]
     if name.partition(":")[0] == "shapes" and not os.path.exists(name):
         shapes = open_data(name).val
         return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]
-    return [(os.path.basename(name), partial(read_image, name))]
+    return [(os.path.basename(name), lambda: read_image(name))]
 
 
 def iter_images(names, errors):
-    """Yield (unique output name, RGB image); print images that cannot be read, and append the message to `errors`."""
+    """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
     taken = []
     for name, read in sum(map(list_images, names), []):
         name = name.replace(os.sep, "_")[-60:]  # the name and an ending, in bytes, are within what file systems allow
@@ -96,12 +95,7 @@ def iter_images(names, errors):
         try:
             yield taken[-1], read()
         except ImageReadError as error:
-            skip(error, errors)
-
-
-def skip(error, errors):
-    errors.append(str(error))
-    tqdm.write(f"skipped {error}")
+            errors.append(str(error))
 
 
 # ---- attention ----
@@ -118,7 +112,7 @@ def visualize_attention(args, errors):
             np.save(folder / f"{name}.npy", maps)
         for head, values in enumerate(maps if args.separate else [], start=1):
             draw.colorize(values, view.size).save(folder / f"{name}.head{head}.png")
-        tqdm.write(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {folder / name}.png")
+        print(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {folder / name}.png")
 
 
 def visualize_video(args, errors):
@@ -132,7 +126,7 @@ def visualize_video(args, errors):
     with VideoWriter(args.output, video.rate or args.fps) as writer:
         for name, frame in tqdm(video.frames, total=video.count, unit="frame", disable=None):
             if isinstance(frame, str):
-                skip(frame, errors)
+                errors.append(frame)
                 continue
             view, maps = extract_attention(frame)
             if args.head and args.head > len(maps):
@@ -191,8 +185,7 @@ def visualize_embedding(args, errors):
     embedding.plot_scatter(points, labels, names, colors, title).savefig(path)
     embedding.plot_thumbnails(points, labels, names, colors, lambda i: images[indices[i]][0]).save(thumbnails)
     print(f"{title} -> {path} and {thumbnails}")
-    for message in corrupt:
-        skip(message, errors)
+    errors += corrupt
 
 
 # ---- training ----
@@ -222,7 +215,7 @@ def visualize_crops(args, errors):
     for name, image in iter_images(args.images, errors):
         path = Path(args.output_dir, f"{name}.crops.png")
         sheet.draw_crops(multicrop, image, (args.seed, name), args.width).save(path)
-        tqdm.write(f"{2 + flags.local_crops_number} crops -> {path}")
+        print(f"{2 + flags.local_crops_number} crops -> {path}")
 
 
 TASKS = {"attention": visualize_attention, "video": visualize_video, "features": visualize_features,
@@ -232,6 +225,8 @@ TASKS = {"attention": visualize_attention, "video": visualize_video, "features":
 def main(args):
     errors = []  # messages on images and frames that were skipped
     TASKS[args.task](args, errors)
+    for error in errors:
+        print(f"skipped {error}")
     if errors:
         raise DataError(f"{len(errors)} skipped, the first: {errors[0]}")
 

@@ -45,8 +45,7 @@ def open_onnx_attention(args):
     except Exception as error:  # ONNX Runtime has error types of its own
         raise CheckpointError(f"{args.ckpt}: not a file of export.py that can run here ({error})") from None
     if "attention" not in about.get("outputs", ()) or not about["mean"]:
-        raise CheckpointError(f"{args.ckpt}: has no attention output, or takes other channels than red, green and "
-                              f"blue; export a vision transformer of vit.py")
+        raise CheckpointError(f"{args.ckpt}: no attention or not RGB; export a vision transformer of vit.py for RGB")
     size, p = about["image_size"], about["patch_size"]
     if size and args.image_size:
         raise CheckpointError(f"{args.ckpt}: takes {size[0]} x {size[1]} pixels; leave --image_size out")

@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from plotting.draw import COLORS, escape_text
 
 UNLABELED = (120, 120, 120)
-MAX_LEGEND = 40  # classes
 
 
 def principal_components(x, n):
@@ -54,7 +53,7 @@ def class_colors(count):
 
 def list_legend(labels, names):
     """Labels to list in a legend: each class, unless there are too many, and -1 ("no label") if it occurs."""
-    shown = list(range(len(names))) if len(names) <= MAX_LEGEND else []
+    shown = list(range(len(names))) if len(names) <= 40 else []
     return shown + [-1] * bool((labels < 0).any())
 
 
@@ -66,8 +65,7 @@ def plot_scatter(points, labels, names, colors, title):
     figure = Figure(figsize=(10, 8), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=14)
-    axes.set(xticks=[], yticks=[])
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     dots = {label: axes.scatter(*points[labels == label].T, s=14, color=np.divide(colors[label], 255), linewidths=0)
             for label in range(-1, len(names) - 1)}
     if shown:

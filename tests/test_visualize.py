@@ -127,7 +127,7 @@ def test_errors_of_onnx_files(model, photos, exit_message):
     save_model(photos / "gray.safetensors", {f"backbone.{k}": v for k, v in VisionTransformer(**sizes).state_dict(
         ).items()}, dict(backbone=sizes))
     export.main(export.parse_args(["--ckpt", str(photos / "gray.safetensors")]))
-    assert "takes other channels than red" in exit_message(run, "attention", image, "--ckpt", photos / "gray.onnx")
+    assert "not RGB" in exit_message(run, "attention", image, "--ckpt", photos / "gray.onnx")
     (photos / "text.onnx").write_text("not a model")
     assert "text.onnx: not a file of export.py" in exit_message(run, "attention", image, "--ckpt", photos / "text.onnx")
 
