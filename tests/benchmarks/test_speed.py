@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -5,20 +6,15 @@ import torch
 
 from benchmarks import speed
 
-FLAGS = ("--arch vit_tiny --batch_size_per_gpu 2 --out_dim 300 --global_crops_size 32 --local_crops_size 16 "
-         "--local_crops_number 2 --warmup 1 --runs 2 --device cpu").split()
+FLAGS = ("--embed_dim 64 --depth 2 --num_heads 1 --batch_size_per_gpu 2 --out_dim 300 --global_crops_size 32 "
+         "--local_crops_size 16 --local_crops_number 2 --warmup 1 --runs 2 --device cpu").split()
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """vit_tiny with 2 narrow blocks: half precision is slow on CPUs that emulate it."""
-    monkeypatch.setitem(speed.SIZES, "vit_tiny", dict(embed_dim=64, depth=2, num_heads=1))
-    monkeypatch.setitem(speed.MATMUL_SIZE, "cpu", 256)
-
-
-@pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """run(*argv): the rows that the command prints, and its table."""
+    monkeypatch.setitem(speed.MATMUL_SIZE, "cpu", 256)  # half precision is slow on CPUs that emulate it
+
     def run(*argv):
         speed.main(speed.parse_args([*argv[:1], *FLAGS, *argv[1:]]))
         captured = capsys.readouterr()
@@ -28,7 +24,7 @@ def run(capsys):
 
 @pytest.mark.parametrize("task, settings", [("step", ["fp32", "fp32+checkpointing", "bf16"]), ("loss", ["fp32"]),
                                             ("update", ["fp32"]), ("features", ["fp32", "bf16"])])
-def test_rows_of_a_task(run, tiny, task, settings):
+def test_rows_of_a_task(run, task, settings):
     rows, table = run(task, "--settings", *settings)
     assert [row["row"] for row in rows] == settings
     for row in rows:
@@ -41,16 +37,19 @@ def test_rows_of_a_task(run, tiny, task, settings):
             assert row["mfu"] is None and row["gflops_per_image"] is None
 
 
-def test_checkpointing_takes_less_memory(run, tiny, monkeypatch):
-    monkeypatch.setitem(speed.SIZES, "vit_tiny", dict(embed_dim=64, depth=8, num_heads=1))
+def test_checkpointing_takes_less_memory(run):
     rows, _ = run("step", "--settings", "fp32", "fp32+checkpointing", "--runs", "1", "--batch_size_per_gpu", "8",
-                  "--global_crops_size", "64", "--patch_size", "8")
+                  "--global_crops_size", "64", "--patch_size", "8", "--depth", "8")
     assert rows[1]["peak_mib"] < rows[0]["peak_mib"]
 
 
-def test_no_mfu_where_half_precision_is_emulated(run, tiny, monkeypatch):
-    monkeypatch.setattr(speed, "measure_peak_flops",
-                        lambda device, precision, size: {"fp32": 1e12, "bf16": 1e6}[precision])
+def test_peak_is_not_measured_where_half_precision_is_emulated(monkeypatch):
+    monkeypatch.setitem(speed.MATMUL_SIZE, "cpu", 10**6)  # would take hours
+    assert speed.measure_peak_flops("cpu", "bf16") == 0
+
+
+def test_no_mfu_without_a_peak(run, monkeypatch):
+    monkeypatch.setattr(speed, "measure_peak_flops", lambda device, precision: {"fp32": 1e12, "bf16": 0.0}[precision])
     rows, table = run("features", "--settings", "fp32", "bf16")
     assert rows[0]["mfu"] > 0 and rows[1]["mfu"] is None and rows[1]["peak_gflops"] is None
     assert rows[0]["peak_gflops"] == 1000 and "1000" in table
@@ -66,15 +65,14 @@ def test_views_from_files(run, tmp_path, scene, monkeypatch):
     assert rows["on a worker"]["images_per_sec"] == pytest.approx(2000 / rows["on a worker"]["ms"])
 
 
-@pytest.mark.parametrize("prepare, expected", [
-    (list, [1, 2, 3, 1, 2, 3]), (lambda files: [10 * file for file in files], [10, 20, 30, 10, 20, 30])])
-def test_calls_take_the_next_files_in_turn(prepare, expected):
-    seen = []
-    setup, call = speed.iterate_files([1, 2, 3], 2, seen.extend, prepare)
-    for _ in range(3):
-        setup()
-        call()
-    assert seen == expected
+def test_calls_of_views_take_the_next_images_in_turn(tmp_path, scene, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    for i in range(3):
+        scene.resize((40 + i, 40)).save(tmp_path / f"{i}.png")
+    args = speed.parse_args(["views", *FLAGS, "--data_path", str(tmp_path)])
+    calls = speed.list_view_rows(args)["files to pixels"]()
+    shapes = [[pixels.shape for (pixels, _), *_ in call()] for call in calls]
+    assert [[W - 40 for _, W, _ in batch] for batch in shapes] == [[0, 1], [2, 0], [1, 2], [0, 1], [2, 0]]
 
 
 def test_flops_equal_the_formula():
@@ -109,27 +107,32 @@ def test_peak_memory_counts_what_was_allocated_before_the_call():
             b = a + 1
             del a
             return b * 2
-        return speed.no_setup, run
+        return itertools.repeat(run)
 
-    assert speed.measure_memory(build, "cpu")[2] == pytest.approx(12e6, rel=0.01)
+    assert speed.measure_memory(build, "cpu")[1] == pytest.approx(12e6, rel=0.01)
 
 
-def test_every_call_of_the_loss_gets_the_same_logits(monkeypatch):
-    args = speed.parse_args(["loss", *FLAGS])
-    student, teacher = speed.empty_logits(args)
-    monkeypatch.setattr(speed, "empty_logits", lambda args: (student, teacher))
-    setup, run = speed.bench_loss(args, "fp32")
-    setup()
-    before = student.detach().clone()
-    run()
-    assert not torch.equal(student, before)
-    setup()
-    assert torch.equal(student, before) and student.std().item() == pytest.approx(1 / 16, rel=0.1)
+def test_every_call_of_the_loss_gets_the_same_logits():
+    seen, args = [], speed.parse_args(["loss", *FLAGS])
+    code = speed.Ours(args)
+    dino_loss = code.build_training()["dino_loss"]
+
+    def record(student, teacher, **kwargs):
+        seen.append((student, student.detach().clone(), teacher.clone()))
+        return dino_loss(student, teacher, **kwargs)
+    code.build_training = lambda: dict(dino_loss=record)
+    for call in itertools.islice(speed.bench_loss(code, args), 2):
+        call()
+    (student, first, teacher), (_, second, other_teacher) = seen
+    assert torch.equal(first, second) and torch.equal(teacher, other_teacher)
+    assert not torch.equal(student, second)  # which is why it is filled again
+    assert first.std().item() == pytest.approx(1 / 16, rel=0.1)
 
 
 @pytest.mark.parametrize("argv, message", [
     (["step", "--settings", "int8"], "--settings: invalid choice: 'int8' (choose from"),
     (["step", "--runs", "0"], "--runs: '0' is not an integer above 0"),
+    (["step", "--out_dim", "0"], "--out_dim: '0' is not an integer above 0"),
     (["features", "--settings", "bf16+checkpointing"], "+checkpointing needs a backward pass"),
     (["video", "--settings", "bf16+checkpointing"], "+checkpointing needs a backward pass")])
 def test_invalid_flags(capsys, argv, message):
@@ -138,7 +141,14 @@ def test_invalid_flags(capsys, argv, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_video_times_one_frame(run, tiny):
+def test_flags_of_train_and_flag_files(tmp_path):
+    (tmp_path / "flags.txt").write_text("--lr 0.1  # of a recipe\n--batch_size_per_gpu 3")
+    assert speed.parse_args(["loss"]).batch_size_per_gpu == 8
+    args = speed.parse_args(["loss", f"@{tmp_path}/flags.txt", "--settings", "fp32", "bf16", "--blur", "1", "0", "0.5"])
+    assert (args.lr, args.batch_size_per_gpu, args.settings, args.blur) == (0.1, 3, ["fp32", "bf16"], (1, 0, 0.5))
+
+
+def test_video_times_one_frame(run):
     rows, _ = run("video", "--patch_size", "32", "--settings", "fp32", "bf16")
     assert [row["row"] for row in rows] == ["fp32", "bf16"]
     assert {row["batch_size_per_gpu"] for row in rows} == {1}
@@ -157,7 +167,6 @@ def test_reference_row(run, request, tmp_path, scene, monkeypatch, task):
         pytest.skip("needs --reference DIR, a checkout of facebookresearch/dino")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     scene.save(tmp_path / "0.jpg")
-    more = dict(views=["--global_crops_size", "224", "--local_crops_size", "96", "--data_path", str(tmp_path)],
-                video=["--patch_size", "32"])
+    more = dict(views=["--data_path", str(tmp_path)], video=["--patch_size", "32"])
     rows, _ = run(task, *more.get(task, []), "--reference", request.config.getoption("--reference"))
     assert rows[0]["row"] == "reference" and rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
