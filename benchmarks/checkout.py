@@ -1,8 +1,7 @@
 """Import facebookresearch/dino from a checkout and run it with the flags of train.py, in one process, without CUDA too.
 
-    main_dino, utils, vision_transformer = modules = import_reference(checkout)
     check_flags(flags)
-    init_single_process(flags.device)
+    main_dino, utils, vision_transformer = modules = import_reference(checkout, flags.device)
     with patch_all(list_patches(*modules, flags)):
         main_dino.train_dino(flags)
 """
@@ -31,10 +30,12 @@ class ReferenceImplementationError(ValueError):
     """The checkout is missing, or the reference implementation does not support what is asked for."""
 
 
-def import_reference(checkout, names=MODULES):
-    """List of the named modules of a checkout."""
+def import_reference(checkout, device, names=MODULES):
+    """List of the named modules of a checkout; starts a process group of one process, which its loss needs."""
     if not os.path.isfile(os.path.join(checkout, "main_dino.py")):
         raise ReferenceImplementationError(f"{checkout}: no checkout of facebookresearch/dino (no main_dino.py)")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     with mock.patch.object(sys, "path", [checkout, *sys.path]):
         return [importlib.import_module(name) for name in names]
 
@@ -49,12 +50,6 @@ def check_flags(flags, num_processes=1):
     if not all(checks.values()):
         unsupported = ", ".join(name for name, is_supported in checks.items() if not is_supported)
         raise ReferenceImplementationError(f"the reference implementation does not support {unsupported}")
-
-
-def init_single_process(device):
-    """Process group of one process, which the reference's loss needs."""
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 # ---- replacements for parts of the reference implementation ----

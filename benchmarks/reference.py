@@ -21,7 +21,6 @@ import torch
 
 import train
 from benchmarks import checkout
-from benchmarks.checkout import ReferenceImplementationError
 from common import cli
 from common.checkpoint import CheckpointError, load_checkpoint
 from common.logger import Logger
@@ -45,7 +44,7 @@ def load_flags(run):
     """
     state = load_checkpoint(Path(run, "checkpoint.pth"))
     if not isinstance(state, dict) or not {"flags", "fixed"} <= state.keys():
-        raise ReferenceImplementationError(f"--like {run}: not a run of train.py")
+        raise checkout.ReferenceImplementationError(f"--like {run}: not a run of train.py")
     flags = argparse.Namespace(**vars(train.parse_args([])) | state["flags"])
     checkout.check_flags(flags, state["fixed"]["global_batch_size"] // flags.batch_size_per_gpu // flags.accum_steps)
     return flags, state["fixed"]["num_images"]
@@ -66,9 +65,9 @@ class EpochSampler(list):
 
 def main(args):
     (flags, num_images), output = load_flags(args.like), Path(args.output_dir)
-    main_dino, utils, _ = modules = checkout.import_reference(args.checkout)
+    main_dino, utils, _ = modules = checkout.import_reference(args.checkout, flags.device)
     if (output / "log.jsonl").exists():
-        raise ReferenceImplementationError(f"--output_dir {output}: holds a run already, choose another")
+        raise checkout.ReferenceImplementationError(f"--output_dir {output}: holds a run already, choose another")
     data = open_data(flags.data_path)
     if len(data.train) != num_images:
         raise DataError(f"{flags.data_path}: {len(data.train)} images, but {num_images} when {args.like} was trained")
@@ -77,7 +76,6 @@ def main(args):
     logger.start_progress(0, flags.epochs * (num_images // flags.batch_size_per_gpu))
     run = argparse.Namespace(path=output / "checkpoint.pth", logger=logger, progress=dict(step=0, knn={}),
                              extra=dict(info=train.model_info(flags, data)), save=lambda step: None)
-    checkout.init_single_process(flags.device)
     random.seed(flags.seed)  # used by its blur and solarization, but not seeded by it
     vars(flags).update(arch="vit_small", output_dir=str(output), gpu=0, saveckp_freq=0,
                        use_fp16=flags.precision != "fp32" and flags.device == "cuda")
@@ -91,7 +89,7 @@ def main(args):
         try:
             main_dino.train_dino(flags)
         except SystemExit:
-            raise ReferenceImplementationError("the reference implementation stopped: loss is not finite") from None
+            raise checkout.ReferenceImplementationError("the reference stopped: its loss is not finite") from None
     logger.close()
 
 
@@ -120,4 +118,4 @@ def log_every(metrics, loader, *_, flags, data, run):
 
 
 if __name__ == "__main__":
-    cli.run_command(main, parse_args, DataError, CheckpointError, ReferenceImplementationError)
+    cli.run_command(main, parse_args, DataError, CheckpointError, checkout.ReferenceImplementationError)

@@ -20,11 +20,9 @@ import importlib.util
 import itertools
 import json
 import math
-import operator
 import statistics
 import sys
 import time
-import types
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from backbones import BackboneError, build_backbone
+from backbones import build_backbone
 from benchmarks import checkout
-from benchmarks.checkout import ReferenceImplementationError, TransformedImages
 from common import cli
 from common.precision import DTYPES, autocast, reset_matmul_precision, set_matmul_precision
 from data.datasets import DataError, open_data
@@ -44,28 +41,26 @@ from evaluation.label_propagation import propagate_to_frame
 from optim import clip_gradients
 
 MATMUL_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # large enough to reach the peak
-FLAGS = ("task", "arch", "patch_size", "batch_size_per_gpu", "out_dim", "global_crops_size", "local_crops_size",
-         "local_crops_number", "data_path", "device", "warmup", "runs")  # printed with the results
 COLUMNS = dict(ms=".1f", ms_min=".1f", ms_max=".1f", images_per_sec=".2f", peak_mib=".0f", mfu=".0%",
                gflops_per_image=".1f", peak_gflops=".0f", ratio=".2f")  # of the table, with their formats
 SCHEDULE = train.Schedule(lr=1e-4, weight_decay=0.1, momentum=0.998, teacher_temp=0.04, freeze_last_layer=False)
-SETTINGS = [precision + options for precision in DTYPES
-            for options in ("", "+compile", "+checkpointing", "+compile+checkpointing")]
+SETTINGS = list(map("".join, itertools.product(DTYPES, ("", "+compile"), ("", "+checkpointing"))))
 
 
 def parse_args(argv=None):
     parser = cli.build_parser("speed.py", __doc__)
-    add = parser.add_argument
-    add("task", choices=[*TASKS, "views"], help="what to time")
-    add("--settings", nargs="+", choices=SETTINGS, default=["fp32"],
-        help="rows: fp32, bf16 or fp16; append +compile, and for step +checkpointing")
-    add("--reference", metavar="DIR", help="checkout of facebookresearch/dino, timed as a row of its own")
-    add("--warmup", type=cli.positive_int, default=2, help="untimed calls of each row")
-    add("--runs", type=cli.positive_int, default=5, help="timed calls of each row")
+    parser.add_argument("task", choices=[*TASKS, "views"], help="what to time")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["fp32"], metavar="S",
+                        help="rows: fp32, bf16 or fp16; append +compile, and for step +checkpointing")
+    parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino, timed as one more row")
+    parser.add_argument("--warmup", type=cli.positive_int, default=2, help="untimed calls of each row")
+    parser.add_argument("--runs", type=cli.positive_int, default=5, help="timed calls of each row")
     args, train_flags = parser.parse_known_args(argv)
     if args.task != "step" and any("checkpointing" in name for name in args.settings):
         parser.error(f"--settings: +checkpointing needs a backward pass through the backbone, {args.task} has none")
     args = argparse.Namespace(**vars(train.parse_args(["--batch_size_per_gpu", "8", *train_flags])) | vars(args))
+    if args.patch_size is None:
+        parser.error(f"--arch {args.arch} is not one of vit.py's, which are timed here")
     if args.task == "video":
         args.batch_size_per_gpu = 1
     return args
@@ -83,10 +78,9 @@ class Ours:
     loss_args = dict(teacher_temp=SCHEDULE.teacher_temp, overwrite=True)
 
     def __init__(self, args, setting="fp32"):
-        self.precision = setting.partition("+")[0]
-        self.args = replace_flags(args, precision=self.precision, compile="compile" in setting,
+        self.args = replace_flags(args, precision=setting.partition("+")[0], compile="compile" in setting,
                                   activation_checkpointing="checkpointing" in setting)
-        self.set_precision = functools.partial(set_matmul_precision, args.device, self.precision)
+        self.set_precision = functools.partial(set_matmul_precision, args.device, self.args.precision)
 
     def build_backbone(self):
         model = build_backbone(train.model_arguments(self.args)[0]).to(self.args.device).eval()
@@ -105,12 +99,12 @@ class Ours:
         train.train_step(*objects.values(), [crops], SCHEDULE, self.args, finite)
 
     def update(self, student, teacher, optimizer, **others):
-        clip_gradients(student.parameters(), self.args.clip_grad, per_parameter=True)
+        clip_gradients(student.parameters(), self.args.clip_grad, self.args.clip_mode == "per_parameter")
         optimizer.step()
         update_teacher(teacher, student, SCHEDULE.momentum)
 
     def propagate(self, model, frame, features, labels):
-        with autocast(self.args.device, self.precision):
+        with autocast(self.args.device, self.args.precision):
             tokens = model.get_intermediate_layers(frame[None])[0][0, 1:]
         propagate_to_frame(F.normalize(tokens.float(), dim=-1).view_as(features[0]), features, labels)
 
@@ -122,12 +116,12 @@ class Reference:
 
     def __init__(self, args):
         checkout.check_flags(args)
-        sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # its evaluation reads frames with it
-        *modules, self.video = checkout.import_reference(args.reference, (*checkout.MODULES, "eval_video_segmentation"))
+        sys.modules.setdefault("cv2", argparse.Namespace())  # its evaluation imports it to read frames
+        *modules, self.video = checkout.import_reference(
+            args.reference, args.device, (*checkout.MODULES, "eval_video_segmentation"))
         self.main_dino, self.utils, self.vision_transformer = modules
-        checkout.init_single_process(args.device)
-        self.args = replace_flags(args, freeze_last_layer=0)
-        self.precision = "fp16" if args.device == "cuda" and args.task == "step" else "fp32"
+        use_fp16 = args.device == "cuda" and args.task == "step"
+        self.args = replace_flags(args, freeze_last_layer=0, precision="fp16" if use_fp16 else "fp32")
         self.set_precision = functools.partial(reset_matmul_precision, args.device)
         self.patches = [*checkout.list_patches(*modules, args),
                         (self.utils.MetricLogger, "log_every", lambda self, loader, *_: loader)]
@@ -137,15 +131,16 @@ class Reference:
         return self.vision_transformer.vit_small(drop_path_rate=drop_path_rate).to(self.args.device).eval()
 
     def build_training(self):
-        student, teacher = (self.utils.MultiCropWrapper(backbone, self.main_dino.DINOHead(
-            backbone.embed_dim, self.args.out_dim)).to(self.args.device).train()
-            for backbone in (self.build_backbone(self.args.drop_path_rate), self.build_backbone()))
+        head = self.args.out_dim, self.args.use_bn_in_head, self.args.norm_last_layer
+        student, teacher = (
+            self.utils.MultiCropWrapper(x, self.main_dino.DINOHead(x.embed_dim, *head)).to(self.args.device).train()
+            for x in (self.build_backbone(self.args.drop_path_rate), self.build_backbone()))
         crops, temp = 2 + self.args.local_crops_number, SCHEDULE.teacher_temp
         return dict(
             student=student, teacher=teacher.requires_grad_(False),
             dino_loss=self.main_dino.DINOLoss(self.args.out_dim, crops, temp, temp, 0, nepochs=1).to(self.args.device),
             optimizer=torch.optim.AdamW(self.utils.get_params_groups(student)),
-            scaler=torch.amp.GradScaler("cuda") if self.precision == "fp16" else None)
+            scaler=torch.amp.GradScaler("cuda") if self.args.precision == "fp16" else None)
 
     def step(self, crops, student, teacher, dino_loss, optimizer, scaler):
         self.main_dino.train_one_epoch(
@@ -193,7 +188,7 @@ def bench_update(code, args):
 
 
 def bench_features(code, args):
-    forward = autocast(args.device, code.precision)(code.build_backbone().forward)
+    forward = autocast(args.device, code.args.precision)(code.build_backbone().forward)
     return itertools.repeat(torch.no_grad()(functools.partial(forward, random_crops(args)[0])))
 
 
@@ -230,19 +225,16 @@ def list_view_rows(args, reference=None):
     torch.set_num_threads(1)  # as in a loader worker
     images, B = open_data(args.data_path).train, args.batch_size_per_gpu
     batches = [[(0, (i * B + j) % len(images)) for j in range(B)] for i in range(2 + args.warmup + args.runs)]
-    on_cpu, on_device = (replace_flags(args, views=views) for views in ("cpu", "device"))
-    decoded = MultiCropDataset(images, build_multicrop(on_device), args.seed)
-    datasets = {"on a worker": MultiCropDataset(images, build_multicrop(on_cpu), args.seed), "files to pixels": decoded}
-    crop_args = args.global_crops_scale, args.local_crops_scale, args.local_crops_number
-    if reference:
-        augment = reference.main_dino.DataAugmentationDINO(*crop_args)
-        datasets = {"reference": TransformedImages(images, augment)} | datasets
+    worker, decoder = (MultiCropDataset(images, build_multicrop(replace_flags(args, views=views)), args.seed)
+                       for views in ("cpu", "device"))
+    scale, local_scale, number = args.global_crops_scale, args.local_crops_scale, args.local_crops_number
+    others = {"reference": reference.main_dino.DataAugmentationDINO(scale, local_scale, number)} if reference else {}
     if importlib.util.find_spec("lightly"):
         from lightly.transforms import DINOTransform
 
-        augment = DINOTransform(args.global_crops_size, crop_args[0], args.local_crops_size, *crop_args[1:],
-                                cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1)
-        datasets["lightly"] = TransformedImages(images, augment)
+        others["lightly"] = DINOTransform(args.global_crops_size, scale, args.local_crops_size, local_scale, number)
+    datasets = {name: checkout.TransformedImages(images, augment) for name, augment in others.items()}
+    datasets |= {"on a worker": worker, "files to pixels": decoder}
 
     def load(dataset):
         for keys in batches:
@@ -250,13 +242,14 @@ def list_view_rows(args, reference=None):
 
     def render(multicrop):
         for keys in batches:
-            pixels, params = zip(*(decoded[key][0] for key in keys))
+            pixels, params = zip(*(decoder[key][0] for key in keys))
             yield functools.partial(multicrop, [x.to(args.device) for x in pixels], torch.stack(params))
 
     rows = {name: functools.partial(load, dataset) for name, dataset in datasets.items()}
-    for compile in [False] + [True] * (args.device == "cuda"):
-        row = f"pixels on {args.device}" + ", compiled" * compile
-        rows[row] = functools.partial(render, build_multicrop(on_device, compile))
+    rows[f"pixels on {args.device}"] = functools.partial(render, decoder.multicrop)
+    if args.device == "cuda":
+        rows["pixels on cuda, compiled"] = functools.partial(
+            render, build_multicrop(replace_flags(args, views="device"), compile=True))
     return rows
 
 
@@ -272,25 +265,19 @@ def count_flops(args):
 
 
 def measure_peak_flops(device, precision):
-    """FLOP/s of square matrix products, best of three; 0 on a CPU on which one would take over a second.
-
-    Such a CPU emulates half precision.
-    """
+    """FLOP/s of square matrix products, best of three."""
+    size = MATMUL_SIZE[device]
     set_matmul_precision(device, precision)
-    for size in (256, MATMUL_SIZE[device]):
-        a, b = torch.randn(2, size, size, device=device).to(DTYPES[precision])
-        peak = 2 * size**3 / min(time_call(lambda a=a, b=b: a @ b, device) for _ in range(3))
-        if device == "cpu" and 2 * MATMUL_SIZE[device]**3 > peak:
-            return 0.0
-    return peak
+    a, b = torch.randn(2, size, size, device=device).to(DTYPES[precision])
+    return 2 * size**3 / min(time_call(lambda: a @ b, device) for _ in range(3))
 
 
 def time_call(call, device):
-    synchronize = torch.get_device_module(device).synchronize
-    synchronize()
+    module = torch.get_device_module(device)
+    module.synchronize()
     start = time.perf_counter()
     call()
-    synchronize()
+    module.synchronize()
     return time.perf_counter() - start
 
 
@@ -332,35 +319,36 @@ def main(args):
             code.set_precision()
             calls[name], memory[name] = measure_memory(builders[name], args.device)
         flops = count_flops(args) if args.task in ("step", "features") else None
-        peaks = {code.precision: 0.0 for code in rows.values()} if flops else {}
+        peaks = {code.args.precision: 0.0 for code in rows.values()} if flops else {}
         for i in range(args.warmup + args.runs):
             for name, code in rows.items():
                 code.set_precision()
                 seconds[name] += [time_call(next(calls[name]), args.device)] * (i >= args.warmup)
             for precision, peak in peaks.items():  # after every turn, because clock speeds vary
                 peaks[precision] = max(peak, measure_peak_flops(args.device, precision))
-    print_results(args, seconds, memory, flops, {name: peaks.get(code.precision) for name, code in rows.items()})
+    print_results(args, seconds, memory, flops, {name: peaks.get(code.args.precision) for name, code in rows.items()})
 
 
 def print_results(args, seconds, memory, flops, peaks):
     """Print one JSON object per row to standard output, and a table to standard error."""
-    flags = {name: getattr(args, name) for name in FLAGS}
-    flags |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
+    flags = dict(task=args.task, device=args.device, threads=torch.get_num_threads(), torch=torch.__version__)
+    defaults = vars(parse_args(["step"]))
+    flags |= {name: value for name, value in vars(args).items() if value != defaults[name]}
     line = "{:24s}" + "".join(f"{{:>{max(9, len(key)) + 2}s}}" for key in COLUMNS)
     print(", ".join(f"{name} {value}" for name, value in flags.items()), file=sys.stderr)
     print(line.format("", *COLUMNS), file=sys.stderr)
     for name, values in seconds.items():
-        median, peak = statistics.median(values), peaks[name] or None
+        median, peak = statistics.median(values), peaks[name]
         images_per_sec = args.batch_size_per_gpu / median
         record = dict(
             ms=1000 * median, ms_min=1000 * min(values), ms_max=1000 * max(values), images_per_sec=images_per_sec,
             peak_mib=memory[name] and memory[name] / 2**20, mfu=peak and flops * images_per_sec / peak,
             gflops_per_image=flops and flops / 1e9, peak_gflops=peak and peak / 1e9,
-            ratio=args.reference and statistics.median(map(operator.truediv, seconds["reference"], values)))
+            ratio=args.reference and statistics.median(a / b for a, b in zip(seconds["reference"], values)))
         print(json.dumps(flags | {"row": name} | record), flush=True)
         cells = ("" if value is None else format(value, COLUMNS[key]) for key, value in record.items())
         print(line.format(name, *cells), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    cli.run_command(main, parse_args, DataError, BackboneError, ReferenceImplementationError)
+    cli.run_command(main, parse_args, DataError, checkout.ReferenceImplementationError)
