@@ -11,6 +11,7 @@ falls while the KL divergence between teacher and student stays above zero.
 """
 
 import contextlib
+import itertools
 import math
 import shlex
 import shutil
@@ -24,19 +25,9 @@ from torch import nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, broadcast_buffers, build_backbone, check_arch, convert_sync_batchnorm
-from common import cli
+from common import cli, distributed
 from common.checkpoint import CheckpointError, Run, atomic_write, write_json
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
-from common.distributed import (
-    StopSignals,
-    all_gather_objects,
-    check_same_on_all_ranks,
-    get_rank,
-    get_world_size,
-    init_distributed,
-    is_rank_zero,
-    run_on_rank_zero_first,
-)
 from common.logger import Logger
 from common.precision import PRECISIONS, autocast, resolve_precision, set_matmul_precision
 from common.weights import save_model
@@ -274,7 +265,7 @@ def save_run(run, step):
 
 
 def save_models(run):
-    if is_rank_zero():
+    if distributed.is_rank_zero():
         for name in ("student", "teacher"):
             save_model(run.path.with_name(f"{name}.safetensors"), run.objects[name].state_dict(),
                        run.extra["info"] | {"network": name})
@@ -287,14 +278,14 @@ def evaluate_and_log(name, model, data, args, run):
     knn, teacher = run.progress["knn"], run.objects["teacher"]
     best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
     broadcast_buffers(teacher.eval())
-    metrics, corrupt = evaluate_online(model, data, args, get_rank(), get_world_size())
+    metrics, corrupt = evaluate_online(model, data, args, distributed.get_rank(), distributed.get_world_size())
     teacher.train()
     knn[name] = metrics["knn_top1"], metrics["knn_top5"]
-    run.logger.log_corrupt(corrupt if is_rank_zero() else [])
+    run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
     run.logger.log({"eval": name} | metrics)
     run.logger.print("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name])
                      + (f", linear top-1 {metrics['linear_top1']:.1f}%" if "linear_top1" in metrics else ""))
-    if is_rank_zero() and name.startswith("epoch") and knn[name][0] > best:
+    if distributed.is_rank_zero() and name.startswith("epoch") and knn[name][0] > best:
         save_model(run.path.with_name("teacher_best.safetensors"), teacher.state_dict(),
                    run.extra["info"] | {"network": "teacher"})
 
@@ -305,7 +296,8 @@ def finish_epoch(step, steps_per_epoch, data, args, run):
     if step_in_epoch:
         return
     numbered = run.path.with_name(f"checkpoint{epoch - 1:04}.pth")
-    if is_rank_zero() and step and args.saveckp_freq and epoch % args.saveckp_freq == 0 and not numbered.exists():
+    is_due = step and args.saveckp_freq and epoch % args.saveckp_freq == 0 and not numbered.exists()
+    if distributed.is_rank_zero() and is_due:
         atomic_write(numbered, lambda temporary: shutil.copyfile(run.path, temporary))
     if not args.knn_every or data.val is None:
         return
@@ -339,7 +331,7 @@ def check_finite(finite, scaler, first, last, images, args, run):
     Raises:
         FloatingPointError: on all ranks.
     """
-    if get_world_size() > 1:
+    if distributed.get_world_size() > 1:
         all_finite = finite.int()
         dist.all_reduce(all_finite, dist.ReduceOp.MIN)
         finite.copy_(all_finite)
@@ -352,19 +344,20 @@ def check_finite(finite, scaler, first, last, images, args, run):
     if first == last:
         path = run.path.with_name("nonfinite.json")
         message = f"step {last}: {message}; the images of the step are listed in {path}"
-        if is_rank_zero():
+        if distributed.is_rank_zero():
             write_step_images(path, last, images, args)
     else:
         message = f"steps {first} to {last}: {message}, or with --log_every 1 to find the step and its images"
-    all_gather_objects(None)  # the first process that ends stops all others
+    distributed.all_gather_objects(None)  # the first process that ends stops all others
     raise FloatingPointError(message)
 
 
 def write_step_images(path, step, images, args):
     """Write the (epoch, index) keys of a step's images, and their files where there are any."""
-    keys = [key for rank in range(get_world_size()) for batch in iter_batch_keys(
-        step, step + 1, len(images), args.seed, args.batch_size_per_gpu, args.accum_steps, rank, get_world_size())
-        for key in batch]
+    world_size = distributed.get_world_size()
+    batches = (iter_batch_keys(step, step + 1, len(images), args.seed, args.batch_size_per_gpu, args.accum_steps, rank,
+                               world_size) for rank in range(world_size))
+    keys = [key for batch in itertools.chain.from_iterable(batches) for key in batch]
     files = getattr(images, "files", None)
     write_json(path, dict(step=step, images=[dict(epoch=epoch, index=index) | ({"file": files[index]} if files else {})
                                              for epoch, index in keys]))
@@ -453,16 +446,16 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
 def train(student, run, data, first_step, total_steps, args, device):
     """Train from first_step to total_steps; False if a signal stopped the run, which is then saved."""
     teacher, dino_loss, optimizer, scaler = (run.objects[k] for k in ("teacher", "dino_loss", "optimizer", "scaler"))
-    steps_per_epoch, logger, signals = total_steps // args.epochs, run.logger, StopSignals()
+    steps_per_epoch, logger, signals = total_steps // args.epochs, run.logger, distributed.StopSignals()
     finish_epoch(first_step, steps_per_epoch, data, args, run)
     multicrop = build_multicrop(args, args.compile)
     keys = iter_batch_keys(first_step, total_steps, len(data.train), args.seed, args.batch_size_per_gpu,
-                           args.accum_steps, get_rank(), get_world_size())
+                           args.accum_steps, distributed.get_rank(), distributed.get_world_size())
     loader = build_train_loader(data.train, multicrop, keys, args.seed, args.num_workers, device.type == "cuda")
     batches = iter_on_device(loader, multicrop, device)
     finite, unchecked, previous_stats = torch.tensor(True, device=device), first_step, []
     logger.start_progress(first_step, total_steps)
-    if args.profile and is_rank_zero():
+    if args.profile and distributed.is_rank_zero():
         logger.start_profiler(args.profile, run.path.with_name("trace.json"))
 
     for step in range(first_step, total_steps):
@@ -470,7 +463,8 @@ def train(student, run, data, first_step, total_steps, args, device):
         is_log_step = is_epoch_end or (step + 1) % args.log_every == 0
         micro_batches, _, corrupt = zip(*(logger.next_batch(batches) for _ in range(args.accum_steps)))
         logger.log_corrupt(sum(corrupt, []))
-        torch.manual_seed(derive_seed("drop path", args.seed, step, get_rank()))  # after the loader, which draws too
+        # after the loader, which draws too
+        torch.manual_seed(derive_seed("drop path", args.seed, step, distributed.get_rank()))
         schedule = compute_schedule(step, steps_per_epoch, run.fixed["global_batch_size"], args)
 
         stats = train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, schedule, args, finite,
@@ -500,12 +494,12 @@ def train(student, run, data, first_step, total_steps, args, device):
 
 def log_train_step(stats, schedule, step, total_steps, args, run):
     """Average the statistics of a step over the ranks, log and print them."""
-    if get_world_size() > 1:
+    if distributed.get_world_size() > 1:
         dist.all_reduce(stats)
-    loss, entropy, marginal_entropy = (stats / get_world_size()).tolist()
+    loss, entropy, marginal_entropy = (stats / distributed.get_world_size()).tolist()
     kl = loss - entropy if args.loss == "ce" else math.nan
     run.progress["epoch_stats"].append((entropy, marginal_entropy, kl))
-    run.logger.corrupt_images = set().union(*all_gather_objects(run.logger.corrupt_images))
+    run.logger.corrupt_images = set().union(*distributed.all_gather_objects(run.logger.corrupt_images))
     record = dict(epoch=step * args.epochs // total_steps, step=step, loss=loss, ln_k=math.log(args.out_dim),
                   teacher_entropy=entropy, teacher_marginal_entropy=marginal_entropy, kl=kl, lr=schedule.lr,
                   wd=schedule.weight_decay, momentum=schedule.momentum, teacher_temp=schedule.teacher_temp,
@@ -518,10 +512,10 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
 # ---- the whole run ----
 
 def main(args):
-    rank, world_size, device = init_distributed(args.device, args.timeout_minutes)
+    rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0)
-    data = run_on_rank_zero_first(lambda: open_data(args.data_path))
-    check_same_on_all_ranks("images:", len(data.train))
+    data = distributed.run_on_rank_zero_first(lambda: open_data(args.data_path))
+    distributed.check_same_on_all_ranks("images:", len(data.train))
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     total_steps = args.epochs * (len(data.train) // global_batch_size)
     if total_steps == 0:
@@ -551,7 +545,7 @@ def print_setup(student, data, global_batch_size, total_steps, args, world_size,
     logger.print(f"{args.epochs} epochs of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
-    if is_rank_zero():  # the other ranks need not decode images for it
+    if distributed.is_rank_zero():  # the other ranks need not decode images for it
         for note in advise_on_flags(args, len(data.train), typical_side(data.train), total_steps):
             logger.print(f"NOTE: {note}")
 
@@ -563,7 +557,7 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
     run = Run(Path(args.output_dir), "pretraining", objects, fixed, vars(args), dict(knn={}, epoch_stats=[]), logger,
               args.keep, extra=dict(info=model_info(args, data)))
     first_step, found = run.start(args)
-    if is_rank_zero():
+    if distributed.is_rank_zero():
         write_flags(run.path.with_name("flags.txt"), args)
     if found:
         save_models(run)  # they may be older or newer than the checkpoint
