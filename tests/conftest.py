@@ -15,7 +15,7 @@ TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow: many kills, fuzzing, browser")
-    parser.addoption("--kills", type=int, default=12, help="how often the killed run is killed (default: 12)")
+    parser.addoption("--kills", type=int, help="how often the killed run is killed (default: 3, with --slow 12)")
     parser.addoption("--reference", help="checkout of facebookresearch/dino, for tests beside it (default: none)")
     parser.addoption("--images", help="folder of real images for tests of crops and copies (default: generated)")
 

@@ -118,7 +118,7 @@ json.dump(problems, sys.stdout)
 
 def find_independent_files():
     """The repository's Python files that import nothing local."""
-    folders = [path.parent for path in ROOT.glob("*/*.py") if path.parent.name != "tests"]
+    folders = [path.parent for path in ROOT.glob("[!.]*/*.py") if path.parent.name not in ("tests", "runs")]
     local = {path.stem for path in ROOT.glob("*.py")} | {folder.name for folder in folders}
     files = [path for folder in {ROOT, *folders} for path in folder.glob("*.py") if path.name != "__init__.py"]
     return sorted(str(path.relative_to(ROOT)) for path in files if not local & imported_packages(path))

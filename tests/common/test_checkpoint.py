@@ -141,7 +141,7 @@ def assert_identical(whole, parts):
 
 def test_killed_at_random_steps(flags, tmp_path, request):
     """SIGKILL after a random number of steps; each start has another number of workers."""
-    kills = request.config.getoption("--kills")
+    kills = request.config.getoption("--kills") or (12 if request.config.getoption("--slow") else 3)
     more = f"--epochs {1 + kills} --save_every_steps 4"
     run(flags("whole", more))
     rng, done, parts = random.Random(0), 0, tmp_path / "parts"
