@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_BYTES = (2**26, 2**22)  # student logits processed at once: on a GPU, on a CPU (its cache)
+LOGIT_CHUNK_BYTES = (2**26, 2**22)  # student logits processed at once: on a GPU, on a CPU (its cache)
 
 
 # ---- networks ----
@@ -281,7 +281,7 @@ class CrossEntropy(torch.autograd.Function):
         V = len(student)
         gradient = student if overwrite else torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = student.new_zeros(())
-        chunk = max(1, CHUNK_BYTES[student.device.type == "cpu"] // (4 * V * K))
+        chunk = max(1, LOGIT_CHUNK_BYTES[student.device.type == "cpu"] // (4 * V * K))
         for first in range(0, B, chunk):
             images = slice(first, first + chunk)
             q = to_target(teacher[:, images])  # [2, b, K]

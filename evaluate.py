@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
 
 from common import cli, distributed
-from common.checkpoint import CheckpointError, check_writable, write_json
+from common.checkpoint import MODEL_FILES, CheckpointError, check_writable, first_line, write_json
 from common.distributed import get_rank, get_world_size, is_rank_zero
 from common.precision import PRECISIONS, autocast, resolve_precision
 from common.weights import open_backbone, output_file, output_folder, read_weights, resolve_image_size, save_model
@@ -142,7 +142,9 @@ class EvalSetup:
         log(self.data.note)
         self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size)
         self.output = output_folder(self.origin, args, args.task + "_quick" * args.quick)
-        self.classes = None if args.task == "knn" else list_class_names(self.data)
+        self.classes = None
+        if args.task != "knn":  # on rank 0 only: a dataset that does not name its classes is decoded for it
+            self.classes = distributed.all_gather_objects(list_class_names(self.data) if is_rank_zero() else None)[0]
 
 
 def log(text):
@@ -282,11 +284,16 @@ def train_and_test(network, optimizer, grid, hparams, setup):
 def train_on_features(network, grid, setup):
     """Train and test on features that are extracted once; heads[0] becomes the best classifier of the grid."""
     args = setup.args
+    for name in ("checkpoint.pth", *MODEL_FILES["pretraining"]):
+        if (setup.output / name).exists():
+            raise CheckpointError(f"{setup.output} holds {name} of a training run: choose another --output_dir")
     if is_rank_zero():
         setup.output.mkdir(parents=True, exist_ok=True)
         check_writable(setup.output)
     features = load_or_extract_features(setup, network.tokens)
     x, y, test_x = (features[name].to(setup.device) for name in ("train_features", "train_labels", "test_features"))
+    if len(x) < 2:
+        raise DataError(f"{setup.data.path}: one labeled image is too few to hold out a part, add images")
     log_grid(network, grid, min(1024, len(x)))
     # disable=None: the bar is shown on a terminal only
     with tqdm(total=2 * args.epochs * len(x), unit="img", leave=False, disable=None if is_rank_zero() else True) as bar:
@@ -302,8 +309,8 @@ def train_on_features(network, grid, setup):
 
 def log_grid(network, grid, batch_size):
     lrs = ", ".join(f"{lr * batch_size / 256:.3g}" for lr in sorted({lr for lr, _ in grid}))
-    log(f"linear classifiers: {len(grid)}, on {network.tokens.dim} features; effective lr {lrs} = lr * {batch_size} / "
-        f"256 (linear scaling rule)")
+    log(f"{len(grid)} linear classifier{'s' * (len(grid) > 1)} on {network.tokens.dim} features; effective lr {lrs} "
+        f"= lr * {batch_size} / 256 (linear scaling rule)")
 
 
 def measure_top1(network, images, setup):
@@ -357,7 +364,10 @@ def load_classifier(network, setup):
     for name, value in get_fixed_settings(setup).items():
         if info.get(name) != value:
             raise CheckpointError(f"{path}: trained with {name} {str(info.get(name))[:200]}, not {str(value)[:200]}")
-    get_trained_modules(network).load_state_dict(weights)
+    try:
+        get_trained_modules(network).load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: not the classifier of this task ({first_line(error)})") from None
     return info["hparams"]
 
 

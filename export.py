@@ -90,6 +90,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.image_size and (len(args.image_size) > 2 or args.check or args.dynamic == "size"):
         parser.error("--image_size takes H [W]; leave it out with --check, and with --dynamic size, which is any")
+    if args.check and args.output or args.format == "dino_full" and args.checkpoint_key:
+        parser.error("leave out --output with --check, which writes nothing, and --checkpoint_key with dino_full")
     if args.format != "onnx" and (args.check or args.benchmark):
         parser.error(f"--format {args.format}: only ONNX files are checked and timed")
     return args
@@ -336,6 +338,8 @@ def main(args):
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
         if os.path.exists(output) and os.path.samefile(output, ckpt):
             raise CheckpointError(f"--output {output}: is the model itself")
+        if not os.path.isdir(os.path.dirname(output) or "."):
+            raise CheckpointError(f"--output {output}: its folder does not exist")
         if save:
             save(output, backbone, info, ckpt)
             return print(f"written to {output}")
@@ -350,6 +354,8 @@ def main(args):
 
 def load_exported(path, args):
     """An exported file as bytes, the backbone that it was made from, or --ckpt, and its metadata."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"--check {path}: no such file")
     model = Path(path).read_bytes()
     try:
         metadata = {item.key: json.loads(item.value) for item in onnx.load_from_string(model).metadata_props}

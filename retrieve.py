@@ -89,7 +89,7 @@ class ImageEncoder:
         try:
             return extract_features(partial(self.extract, self.backbone), loader, self.device, total=len(paths))
         except NoImagesError as error:
-            return torch.empty(0), torch.empty(0, dtype=torch.int64), error.unreadable
+            return torch.empty(0), torch.empty(0, dtype=torch.int64), error.corrupt
 
     def encode_all(self, paths, boxes=None):
         """Features of images of which none may be missing; raises DataError if one is corrupt."""

@@ -265,6 +265,7 @@ def save_run(run, step):
 
 
 def save_models(run):
+    """Write student and teacher as model files, on rank 0."""
     if distributed.is_rank_zero():
         for name in ("student", "teacher"):
             save_model(run.path.with_name(f"{name}.safetensors"), run.objects[name].state_dict(),
@@ -315,7 +316,7 @@ def warn_if_collapsed(run, previous_stats, epoch, args):
     stats = run.progress["epoch_stats"].copy()
     run.progress["epoch_stats"].clear()
     problem = detect_collapse(stats, args.out_dim, previous_stats)
-    # the mean output of a few images has a low entropy anyway
+    # below 8 images the mean output has a low entropy without any collapse
     if problem and args.batch_size_per_gpu >= 8 and epoch >= max(args.warmup_epochs, args.freeze_last_layer):
         run.logger.print(f"WARNING: {problem}")
     return stats
@@ -463,14 +464,14 @@ def train(student, run, data, first_step, total_steps, args, device):
         is_log_step = is_epoch_end or (step + 1) % args.log_every == 0
         micro_batches, _, corrupt = zip(*(logger.next_batch(batches) for _ in range(args.accum_steps)))
         logger.log_corrupt(sum(corrupt, []))
-        # after the loader, which draws too
+        # reseed here, because the loader consumes torch's global generator too
         torch.manual_seed(derive_seed("drop path", args.seed, step, distributed.get_rank()))
         schedule = compute_schedule(step, steps_per_epoch, run.fixed["global_batch_size"], args)
 
         stats = train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, schedule, args, finite,
                            log=is_log_step)
 
-        logger.step_done()
+        logger.count_step()
         stop_signal, is_save_step = signals.poll(run.is_save_due(args.save_every_minutes))
         is_save_step |= is_epoch_end or bool(stop_signal) or (step + 1) % (args.save_every_steps or math.inf) == 0
         if is_log_step or is_save_step:

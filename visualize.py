@@ -27,6 +27,7 @@ from data.datasets import DataError, ImageFolder, open_data
 from data.images import ImageReadError, read_image
 from data.video import VideoWriter, open_video
 from evaluation.features import extract_features
+from evaluation.masks import threshold_attention
 from plotting import attention, curves, draw, embedding, sheet
 
 sheet_width = cli.bounded_number(int, lambda x: 200 <= x <= 20_000, "a number of pixels from 200 to 20000")
@@ -76,7 +77,7 @@ def parse_args(argv=None):
 
 # ---- images ----
 
-def list_images(name):
+def expand_images(name):
     """(name, function that decodes it) of each image of a file, a folder or shapes[:PIXELS]."""
     if os.path.isdir(name):
         return [(file, lambda file=file: read_image(os.path.join(name, file))) for file in ImageFolder(name).files]
@@ -86,10 +87,10 @@ def list_images(name):
     return [(os.path.basename(name), lambda: read_image(name))]
 
 
-def iter_images(names, errors):
+def iter_readable_images(names, errors):
     """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
     taken = []
-    for name, read in sum(map(list_images, names), []):
+    for name, read in sum(map(expand_images, names), []):
         name = name.replace(os.sep, "_")[-60:]  # the name and an ending, in bytes, are within what file systems allow
         taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
         try:
@@ -105,9 +106,11 @@ def visualize_attention(args, errors):
     extract_attention, origin = attention.open_attention(args)
     folder = output_folder(origin, args, "attention")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in iter_images(args.images, errors):
+    for name, image in iter_readable_images(args.images, errors):
         view, maps = extract_attention(image)
-        sheet.draw_attention(name, view, maps, args.mass, args.width).save(folder / f"{name}.png")
+        x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
+        masks = threshold_attention(x, args.mass).view(-1, *maps.shape[1:]).numpy()
+        sheet.draw_attention_sheet(name, view, maps, masks, args.mass, args.width).save(folder / f"{name}.png")
         if args.raw:
             np.save(folder / f"{name}.npy", maps)
         for head, values in enumerate(maps if args.separate else [], start=1):
@@ -147,7 +150,9 @@ def visualize_features(args, errors):
     path, p = output_file(origin, args, "features.png"), model.patch_size
     shorter_side = args.image_size or loaders.default_attention_size(model.grid[0] * p, p)
     images, tokens, patch = [], [], None
-    for name, image in iter_images(args.images, errors):
+    for name, image in iter_readable_images(args.images, errors):
+        if args.point and not images and errors:
+            raise DataError(f"--point lies in the first image, which cannot be read: {errors[0]}")
         x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p))[None].to(args.device)
         tokens.append(model.get_intermediate_layers(x)[0][0, 1:].unflatten(0, (x.shape[2] // p, -1)).cpu())  # [h, w, D]
         if args.point and not images:
@@ -212,7 +217,7 @@ def visualize_crops(args, errors):
     cli.check_crop_flags(parser, flags)
     multicrop = loaders.build_multicrop(flags)
     os.makedirs(args.output_dir, exist_ok=True)
-    for name, image in iter_images(args.images, errors):
+    for name, image in iter_readable_images(args.images, errors):
         path = Path(args.output_dir, f"{name}.crops.png")
         sheet.draw_crops(multicrop, image, (args.seed, name), args.width).save(path)
         print(f"{2 + flags.local_crops_number} crops -> {path}")

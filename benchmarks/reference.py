@@ -106,7 +106,7 @@ def log_every(metrics, loader, *_, flags, data, run):
     batches = iter(loader)
     for step in range(first_step, first_step + len(loader)):
         yield logger.next_batch(batches)
-        logger.step_done()
+        logger.count_step()
         if (step + 1) % flags.log_every == 0 or (step + 1) % len(loader) == 0:
             record = dict(epoch=step // len(loader), step=step,
                           **{name: metrics.meters[name].value for name in ("loss", "lr", "wd")},

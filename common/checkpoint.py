@@ -1,7 +1,7 @@
 """Checkpoints: atomic writes, checked loads, and runs that resume exactly where they were interrupted.
 
     run = Run(Path("runs/dino"), "pretraining", objects, fixed, flags, progress, logger)
-    first_step = run.start(args)                        # resumes from the newest intact checkpoint
+    first_step, found = run.start(args)                 # resumes from the newest intact checkpoint
     for step in range(first_step, total_steps):
         ...
         run.save(step + 1)
@@ -126,7 +126,7 @@ def load_checkpoint(path):
     except Exception as error:  # unpickling raises nearly anything on corrupt files
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the file itself may be intact
             raise
-        reason = "pickled objects" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        reason = "no tensors and plain values" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(f"{path}: not a checkpoint, or corrupt ({reason})") from None
     for section in ("fixed", "progress"):
         if isinstance(state, dict) and isinstance(state.get(section), dict):
@@ -277,7 +277,7 @@ class Run:
         optimizer, scaler = objects.pop("optimizer"), objects.pop("scaler")
         for name, thing in objects.items():
             thing.load_state_dict(state[name])
-        if scaler.is_enabled() and state["scaler"]:  # empty unless saved under fp16
+        if scaler.is_enabled() and state["scaler"].get("scale", 0) >= 1:  # below 1 an older version had given up
             scaler.load_state_dict(state["scaler"])
         ours, theirs = optimizer.state_dict(), state["optimizer"]["state"]
         shapes, saved_shapes = ([(name, x.shape) for name, x in iter_tensors(x)] for x in (ours["state"], theirs))
@@ -285,7 +285,7 @@ class Run:
             raise ValueError("its optimizer does not fit the network")
         optimizer.load_state_dict(ours | {"state": theirs})  # hyperparameters follow the flags and schedules
         for name, value in self.flags.items():
-            if state["flags"].get(name, value) != value:
+            if name not in ("output_dir", "resume", "overwrite") and state["flags"].get(name, value) != value:
                 self.logger.print(f"changed since {path} was saved: --{name} {state['flags'][name]} -> {value}")
         self.progress.update(state["progress"])
 

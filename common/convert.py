@@ -58,7 +58,13 @@ def plain_weights(backbone):
 
 
 def save_timm(path, backbone, info, ckpt):
-    """For timm.create_model("vit_small_patch16_224", num_classes=0, checkpoint_path=path) and the like."""
+    """For timm.create_model("vit_small_patch16_224", num_classes=0, checkpoint_path=path) and the like.
+
+    Raises:
+        CheckpointError: a torchvision model, whose names timm does not have.
+    """
+    if not getattr(backbone, "arch", "timm:").startswith("timm:"):
+        raise CheckpointError(f"--format timm: {backbone.arch} is no timm model, use --format safetensors or dino")
     atomic_write(path, lambda temporary: save_file(plain_weights(backbone), temporary, {"format": "pt"}))
 
 

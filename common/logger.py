@@ -5,7 +5,7 @@
     for step in range(1000):
         crops = logger.next_batch(batches)
         ...
-        logger.step_done()
+        logger.count_step()
         logger.log_step(dict(epoch=0, step=step, loss=2.3) | logger.throughput(64, 999 - step), "loss {loss:.3f}", ...)
     logger.close()
 
@@ -77,7 +77,7 @@ class Logger:
         self.waited += time.monotonic() - start
         return batch
 
-    def step_done(self):
+    def count_step(self):
         self.steps += 1
         self.progress.update()
         if self.profiler:

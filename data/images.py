@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's others may start programs
+DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's others may start programs
 MAX_ASPECT = 100  # resizing the shorter side to the crop would make the longer one of such an image huge
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # cameras have 108 million pixels
 
@@ -34,7 +34,7 @@ def read_image(path: str, reduction: Callable[[int, int], int] | None = None, up
     with wrap_decode_errors(path):
         if not os.path.isfile(path):  # opening a named pipe would block
             raise ValueError("not a file")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=DECODERS) as image:
             width, height = check_aspect(image).size
             factor = reduction(width, height) if reduction else 1
             image.draft(None, (width // factor, height // factor))  # JPEG only, by 8 at most, to no smaller than this

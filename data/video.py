@@ -86,6 +86,8 @@ class VideoWriter:
     def __init__(self, path, rate):
         self.path, self.rate, self.container = Path(path), Fraction(rate).limit_denominator(1001), None
         self.is_folder = self.path.is_dir() or not self.path.suffix
+        if self.path.is_file() and self.is_folder:
+            raise DataError(f"{path}: is a file, expected a folder or {' '.join(WRITABLE)}")
         if self.is_folder:
             self.path.mkdir(exist_ok=True)
         elif self.path.suffix.lower() not in WRITABLE:

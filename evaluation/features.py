@@ -14,11 +14,11 @@ from common.weights import read_weights
 
 
 class NoImagesError(OSError):
-    """No image of a loader can be read; the messages on corrupt images are in `unreadable`."""
+    """No image of a loader can be read; `corrupt` has the messages."""
 
-    def __init__(self, unreadable):
-        super().__init__(f"no image can be read, the last: {unreadable[-1]}" if unreadable else "no images")
-        self.unreadable = unreadable
+    def __init__(self, corrupt):
+        super().__init__(f"no image can be read, the last: {corrupt[-1]}" if corrupt else "no images")
+        self.corrupt = corrupt
 
 
 @torch.no_grad()
@@ -68,4 +68,6 @@ def load_features(path, origin):
         if found.get(name) != origin.get(name):
             raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {origin.get(name)}: "
                                   f"delete it, or choose another --features")
+    if features.keys() != {"train_features", "train_labels", "test_features", "test_labels"}:
+        raise CheckpointError(f"{path}: not a features file, choose another --features")
     return features

@@ -20,7 +20,7 @@ def update_index(path, root, names, extract, log=print, save_every=10_000):
     """Update an index file; all ranks must call this.
 
     Args:
-        path: index file, created if missing or damaged. Rank 0 writes it every `save_every` new images, or every half
+        path: index file, created if missing or corrupt. Rank 0 writes it every `save_every` new images, or every half
             as many as it holds; all ranks read it.
         names: images, as paths below `root`.
         extract: paths -> (features [M, D], their indices among the paths [M], messages on corrupt images), the same
@@ -66,7 +66,7 @@ def save_index(path, features, files, corrupt):
 
 
 def load_index(path):
-    """Features, files and corrupt images of `save_index`; empty if the file is missing or damaged."""
+    """Features, files and corrupt images of `save_index`; empty if the file is missing or corrupt."""
     try:
         with safe_open(path, "pt") as file:
             files, corrupt = json.loads(bytes(file.get_tensor("files").numpy()))

@@ -22,8 +22,8 @@ def evaluate_online(model, data, args, rank=0, world_size=1):
     Args:
         model: images [B, 3, H, W] -> features [B, D], in eval mode.
         data: see `open_data`.
-        args: global_crops_size, the side of the center crop; knn_images, the largest number of train images, five
-            times that of test images; linear_probe, whether to train linear classifiers on the same features;
+        args: global_crops_size, the side of the center crop; knn_images, at most so many train images and a fifth as
+            many test images; linear_probe, whether to train linear classifiers on the same features;
             batch_size_per_gpu, num_workers, device, precision.
 
     Returns:
@@ -41,7 +41,8 @@ def evaluate_online(model, data, args, rank=0, world_size=1):
         corrupt += messages
     (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
     scores = dict(knn_top1=top1, knn_top5=top5)
-    if args.linear_probe and model is not pixel_features:  # which has thousands of features and takes minutes
+    # not on pixels, which are thousands of features and take minutes; nor on one image, of which none can be held out
+    if args.linear_probe and model is not pixel_features and len(features[0]) > 1:
         epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
         scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
     return scores, corrupt

@@ -208,7 +208,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
         is_last = step + 1 == total_steps
         (crops,), labels, corrupt = logger.next_batch(batches)
         logger.log_corrupt(corrupt)
-        torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # mixup draws after it too
+        torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # here, because mixup consumes it too
         if mixup:
             crops, labels = mixup(crops, labels)
         rate = cosine_schedule(step, total_steps, 1.0, 0.0, args.warmup_epochs * steps_per_epoch)
@@ -216,7 +216,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
         losses = supervised_step(model, optimizer, scaler, crops, labels, rate * global_batch_size / 256,
                                  args.precision, args.label_smoothing)
 
-        logger.step_done()
+        logger.count_step()
         stop_signal, is_save_step = signals.poll(run.is_save_due(args.save_every_minutes))
         if is_epoch_end or (step + 1) % args.log_every == 0:
             if world_size > 1:

@@ -1,7 +1,7 @@
 """Contact sheets: images with captions in a grid; attention maps, patch features and crops of images.
 
     contact_sheet([(image, "query"), (other, "0.873  dog.jpg")], legend="cosine similarity").save("sheet.png")
-    draw_attention("dog.jpg", image, maps, mass=0.6, width=1000)        # maps [heads, h, w]
+    draw_attention_sheet("dog.jpg", image, maps, masks, mass=0.6, width=1000)    # maps [heads, h, w]
     draw_features([(image, "dog.jpg")], [tokens], width=1000)           # tokens [h, w, D]
     draw_crops(multicrop, image, key=(seed, "dog.jpg"), width=1000)
 
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from evaluation.masks import threshold_attention
 from plotting.draw import COLORS, SIGNED, colorize, colorize_heads, components_to_rgb, highlight_mask, resize_to_fit
 from plotting.embedding import principal_components
 
@@ -77,15 +76,15 @@ def wrap_text(text, font, width):
 
 # ---- attention ----
 
-def draw_attention(name, image, maps, mass, width):
+def draw_attention_sheet(name, image, maps, masks, mass, width):
     """Contact sheet of maps [heads, h, w]: image, mean of the heads, overlay of all; then map and mask of each head.
 
     Args:
+        masks: bool [1 + heads, h, w], of the mean and of each head.
         mass: share of the attention that a mask keeps.
     """
-    side, mean = cell_side(width, 6), maps.mean(axis=0)
-    image, x = resize_to_fit(image, side), torch.from_numpy(np.stack([mean, *maps])).flatten(1)
-    mean_mask, *masks = threshold_attention(x, mass).view(-1, *mean.shape).numpy()
+    side, mean, (mean_mask, *masks) = cell_side(width, 6), maps.mean(axis=0), masks
+    image = resize_to_fit(image, side)
     cells = [(image, name), (colorize(mean, image.size), f"mean, max {mean.max():.1%}"),
              (highlight_mask(image, mean_mask), "mask of the mean"),
              (colorize_heads(image, maps, np.stack(masks)), "masks of all heads"), None, None]

@@ -81,7 +81,7 @@ def all_pairs(student, q, student_temp, V):
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_loss_is_the_sum_over_pairs(monkeypatch, V, B, K, chunk, overwrite, scale):
     torch.manual_seed(0)
-    monkeypatch.setattr(dino_loss, "CHUNK_BYTES", (chunk, chunk))
+    monkeypatch.setattr(dino_loss, "LOGIT_CHUNK_BYTES", (chunk, chunk))
     x, teacher = torch.randn(V * B, K) * scale, torch.randn(2 * B, K) * scale
     leaf = x.clone().requires_grad_()
     loss = DINOLoss(K)
@@ -262,7 +262,7 @@ def test_sinkhorn_ends_doubly_stochastic():
 @pytest.mark.parametrize("centering, iterations", [("batch", 1), ("sinkhorn", 3)])
 def test_loss_with_balanced_prototypes(monkeypatch, centering, iterations):
     torch.manual_seed(0)
-    monkeypatch.setattr(dino_loss, "CHUNK_BYTES", (1, 1))  # image by image
+    monkeypatch.setattr(dino_loss, "LOGIT_CHUNK_BYTES", (1, 1))  # image by image
     student, teacher = torch.randn(4 * 6, 20), torch.randn(2 * 6, 20) / 4
     leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     loss = DINOLoss(20, centering=centering)

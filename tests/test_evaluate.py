@@ -437,3 +437,10 @@ def test_a_classifier_of_the_version_before_the_redesign_is_resumed_and_tested(s
     assert "resuming at step 4 of 4" in capsys.readouterr().out
     resumed = json.loads((tmp_path / "linear" / "result.json").read_text())
     assert tested["top1"] == resumed["top1"] and tested["confusions"] == resumed["confusions"]
+
+
+def test_quick_classifiers_do_not_go_into_the_folder_of_a_run(trained):
+    folder, path, _ = trained
+    with pytest.raises(CheckpointError, match="holds teacher.safetensors of a training run: choose another --output_dir"):
+        run("linear", *CPU, "--quick", "--ckpt", str(path), "--data_path", "images", "--output_dir", str(path.parent))
+    assert not (path.parent / "classifier.safetensors").exists()

@@ -260,6 +260,15 @@ def test_frames_are_not_kept_in_memory(model, tmp_path, monkeypatch):
     assert len(most) == 40 and max(most) <= 4
 
 
+def test_a_point_in_a_corrupt_first_image_is_refused(photos, model, tmp_path, exit_message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corrupt.png").write_bytes(b"no image")
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    line = exit_message(run, "features", "corrupt.png", "good.png", "--point", 3, 3, "--ckpt", model[1], "--device", "cpu")
+    assert "--point lies in the first image, which cannot be read: corrupt.png" in line
+    assert not model[1].with_name("teacher.features.png").exists()
+
+
 def test_errors_of_videos(model, tmp_path, exit_message, monkeypatch):
     clip = write_video(tmp_path / "in.mp4", 3)
     flags = "--ckpt", model[1]
@@ -270,7 +279,7 @@ def test_errors_of_videos(model, tmp_path, exit_message, monkeypatch):
     assert "ends with .mp4" in exit_message(run, "video", clip, tmp_path / "x.doc", *flags)
     assert "x.mp4: its folder does not exist" in exit_message(run, "video", clip, tmp_path / "no" / "x.mp4", *flags)
     (tmp_path / "file").write_text("")
-    assert "File exists" in exit_message(run, "video", clip, tmp_path / "file", *flags)
+    assert "is a file, expected a folder" in exit_message(run, "video", clip, tmp_path / "file", *flags)
     assert clip.stat().st_size > 500 and not (tmp_path / "x.mp4").exists()
     monkeypatch.setitem(sys.modules, "av", None)
     line = exit_message(run, "video", clip, tmp_path / "x.mp4", *flags)

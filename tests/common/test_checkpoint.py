@@ -451,6 +451,17 @@ def test_fp16_skips_steps_and_stops_when_no_loss_scale_helps(flags, tmp_path, mo
     assert records(tmp_path / "run")[-1]["step"] == 59 and math.isfinite(records(tmp_path / "run")[-1]["loss"])
 
 
+def test_a_loss_scale_that_an_older_version_gave_up_with_is_not_loaded(flags, tmp_path):
+    more = "--precision fp16 --knn_every 0 --log_every 3"
+    run(flags("run", f"--epochs 1 {more}"))
+    path = tmp_path / "run" / "checkpoint.pth"
+    state = load_checkpoint(path)
+    state["scaler"]["scale"] = 0.5
+    save_checkpoint(path, **state)
+    run(flags("run", f"--epochs 2 {more}"))
+    assert records(tmp_path / "run")[-1]["step"] == 11 and records(tmp_path / "run")[-1]["loss_scale"] > 1
+
+
 def test_no_nan_is_ever_written(tmp_path):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, weights={"a": torch.ones(3)})
@@ -526,10 +537,13 @@ def test_keep_can_be_lowered(flags, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoint.pth")][-1] == "checkpoint.pth.1"
 
 
-def test_a_complete_run_is_not_evaluated_again(flags, capsys):
+def test_a_complete_run_is_evaluated_if_it_was_not(flags, capsys):
     run(flags("run", "--epochs 2 --knn_every 0"))
     run(flags("run", "--epochs 1 --knn_every 1"))
-    assert "complete run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "complete run" in out and out.count("k-NN of epoch 1") == 1
+    run(flags("run", "--epochs 1 --knn_every 1"))
+    assert "k-NN of" not in capsys.readouterr().out
 
 
 def models_of(folder):

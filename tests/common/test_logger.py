@@ -27,7 +27,7 @@ def test_throughput_separates_waiting_for_data(logger):
     batches = slow()
     for _ in range(3):
         assert logger.next_batch(batches) == "batch"
-        logger.step_done()
+        logger.count_step()
     throughput = logger.throughput(images_per_step=8, steps_left=5)
     assert 0.05 <= throughput["data_time"] <= throughput["step_time"]
     assert throughput["images_per_sec"] == pytest.approx(8 / throughput["step_time"])

@@ -49,6 +49,11 @@ def test_raw_pixels_have_no_linear_probe():
     assert pixel_features(torch.ones(2, 3, 40, 48)).shape == (2, 3 * 32 * 32)
 
 
+def test_one_train_image_has_no_linear_probe():
+    scores, _ = evaluate(Colors(), linear_probe=True, knn_images=1)
+    assert scores.keys() == {"knn_top1", "knn_top5"}
+
+
 @pytest.mark.parametrize("entropy, of_mean, kl, expected", [
     (6.9, 6.93, 0.01, "collapse to uniform: teacher entropy 6.90 of ln K 6.93 and KL near zero"),
     (0.0, 0.01, 0.0, "collapse to one prototype: the entropy of the mean teacher output is 0.010 of ln K 6.93"),

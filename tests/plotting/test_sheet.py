@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFont
 
 from augment import MultiCrop
 from data.shapes import Shapes
+from evaluation.masks import threshold_attention
 from plotting import sheet
 from plotting.draw import COLORS, colorize, colorize_heads, highlight_mask
-from plotting.sheet import cell_side, contact_sheet, describe_view, draw_attention, wrap_text
+from plotting.sheet import cell_side, contact_sheet, describe_view, draw_attention_sheet, wrap_text
 
 FILLS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 0)]
 LINE = 18  # pixels of a line of text in a small sheet
@@ -57,7 +59,8 @@ def test_every_head_is_on_the_sheet(heads, monkeypatch):
     cells = []
     monkeypatch.setattr(sheet, "contact_sheet", lambda new, *args, **kwargs: cells.extend(new))
     maps = np.random.default_rng(0).random((heads, 3, 4), dtype=np.float32)
-    draw_attention("a.png", Shapes("train", 8, 40)[0][0], maps, 0.6, 1000)
+    all_masks = threshold_attention(torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1), 0.6)
+    draw_attention_sheet("a.png", Shapes("train", 8, 40)[0][0], maps, all_masks.view(-1, 3, 4).numpy(), 0.6, 1000)
     captions = [cell and cell[1] for cell in cells]
     image, drawn = cells[0][0], [cell and np.asarray(cell[0], int) for cell in cells]
 
