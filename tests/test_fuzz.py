@@ -267,7 +267,10 @@ def test_corrupt_checkpoints(tmp_path, count):
     print(f"loaded of {count / 5:.0f} each: {num_loaded}, memory grew by {grown / 2**20:.0f} MiB")
     # safetensors and old files have no checksums, so flipped bits in their weights go unnoticed
     assert num_loaded["checkpoint.pth"] <= 0.02 * count and grown < GIB
-    assert 0 < num_loaded["model.safetensors"] <= 0.15 * count and 0 < num_loaded["values"] <= 0.175 * count
+    assert num_loaded["model.safetensors"] <= 0.15 * count and 0 < num_loaded["values"] <= 0.175 * count
+    # the order of a safetensors header is random, and so is whether any of a small sample can be loaded
+    assert num_loaded["model.safetensors"] > 0 or count < 1000
+    assert num_loaded["model.safetensors"] + num_loaded["legacy.pth"] > 0
 
 
 def test_zip_bomb_is_rejected(tmp_path):
