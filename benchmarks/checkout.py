@@ -30,14 +30,14 @@ class ReferenceImplementationError(ValueError):
     """The checkout is missing, or the reference implementation does not support what is asked for."""
 
 
-def import_reference(checkout, device, names=MODULES):
-    """List of the named modules of a checkout; starts a process group of one process, which its loss needs."""
+def import_reference(checkout, device, *more):
+    """List of MODULES and more of a checkout; starts a process group of one process, which its loss needs."""
     if not os.path.isfile(os.path.join(checkout, "main_dino.py")):
         raise ReferenceImplementationError(f"{checkout}: no checkout of facebookresearch/dino (no main_dino.py)")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     with mock.patch.object(sys, "path", [checkout, *sys.path]):
-        return [importlib.import_module(name) for name in names]
+        return [importlib.import_module(name) for name in (*MODULES, *more)]
 
 
 def check_flags(flags, num_processes=1):

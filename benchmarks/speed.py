@@ -33,7 +33,7 @@ import train
 from backbones import build_backbone
 from benchmarks import checkout
 from common import cli
-from common.precision import DTYPES, autocast, reset_matmul_precision, set_matmul_precision
+from common.precision import DTYPES, autocast, reset_matmul_precision, resolve_precision, set_matmul_precision
 from data.datasets import DataError, open_data
 from data.loaders import MultiCropDataset, build_multicrop
 from dino_loss import update_teacher
@@ -117,8 +117,7 @@ class Reference:
     def __init__(self, args):
         checkout.check_flags(args)
         sys.modules.setdefault("cv2", argparse.Namespace())  # its evaluation imports it to read frames
-        *modules, self.video = checkout.import_reference(
-            args.reference, args.device, (*checkout.MODULES, "eval_video_segmentation"))
+        *modules, self.video = checkout.import_reference(args.reference, args.device, "eval_video_segmentation")
         self.main_dino, self.utils, self.vision_transformer = modules
         use_fp16 = args.device == "cuda" and args.task == "step"
         self.args = replace_flags(args, freeze_last_layer=0, precision="fp16" if use_fp16 else "fp32")
@@ -319,7 +318,9 @@ def main(args):
             code.set_precision()
             calls[name], memory[name] = measure_memory(builders[name], args.device)
         flops = count_flops(args) if args.task in ("step", "features") else None
-        peaks = {code.args.precision: 0.0 for code in rows.values()} if flops else {}
+        # no peaks of precisions that a CPU emulates, where a single product may take a minute
+        native = ("fp32", resolve_precision("auto", "cpu")) if args.device == "cpu" else tuple(DTYPES)
+        peaks = {p: 0.0 for p in native if flops and p in {code.args.precision for code in rows.values()}}
         for i in range(args.warmup + args.runs):
             for name, code in rows.items():
                 code.set_precision()

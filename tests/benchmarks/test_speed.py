@@ -31,7 +31,7 @@ def test_rows_of_a_task(run, task, settings):
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"] and f"\n{row['row']}" in table
         assert row["images_per_sec"] == pytest.approx(2000 / row["ms"])
         assert row["batch_size_per_gpu"] == 2 and row["out_dim"] == 300 and row["peak_mib"] > 0
-        if task in ("step", "features"):
+        if task in ("step", "features") and row["row"] == "fp32":
             assert row["mfu"] == pytest.approx(row["gflops_per_image"] * row["images_per_sec"] / row["peak_gflops"])
         if task in ("loss", "update"):
             assert row["mfu"] is None and row["gflops_per_image"] is None
@@ -41,6 +41,14 @@ def test_checkpointing_takes_less_memory(run):
     rows, _ = run("step", "--settings", "fp32", "fp32+checkpointing", "--runs", "1", "--batch_size_per_gpu", "8",
                   "--global_crops_size", "64", "--patch_size", "8", "--depth", "8")
     assert rows[1]["peak_mib"] < rows[0]["peak_mib"]
+
+
+def test_no_mfu_where_half_precision_is_emulated(run, monkeypatch):
+    monkeypatch.setattr(speed, "resolve_precision", lambda precision, device: "fp32")
+    monkeypatch.setattr(speed, "measure_peak_flops", lambda device, precision: {"fp32": 1e12}[precision])
+    rows, table = run("features", "--settings", "fp32", "bf16")
+    assert rows[0]["mfu"] > 0 and rows[1]["mfu"] is None and rows[1]["peak_gflops"] is None
+    assert rows[0]["peak_gflops"] == 1000 and "1000" in table
 
 
 def test_views_from_files(run, tmp_path, scene, monkeypatch):
