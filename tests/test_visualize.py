@@ -264,7 +264,7 @@ def test_a_point_in_a_corrupt_first_image_is_refused(photos, model, tmp_path, ex
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corrupt.png").write_bytes(b"no image")
     Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
-    line = exit_message(run, "features", "corrupt.png", "good.png", "--point", 3, 3, "--ckpt", model[1], "--device", "cpu")
+    line = exit_message(run, "features", "corrupt.png", "good.png", "--point", 3, 3, "--ckpt", model[1])
     assert "--point lies in the first image, which cannot be read: corrupt.png" in line
     assert not model[1].with_name("teacher.features.png").exists()
 
