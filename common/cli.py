@@ -172,6 +172,7 @@ def run_command(main, parse_args, *errors):
     """
     for stream in (sys.stdout, sys.stderr):  # file names may hold characters that a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
+    sys.unraisablehook = hide_worker_death
     status = 2
     try:
         main(parse_args())
@@ -196,6 +197,12 @@ def run_command(main, parse_args, *errors):
         return
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())[:1000]}", file=sys.stderr)
     sys.exit(status)
+
+
+def hide_worker_death(unraisable):
+    """sys.unraisablehook: torch raises the death of a loader worker anywhere, also in a __del__, which prints it."""
+    if "DataLoader worker" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def explain_runtime_error(error):

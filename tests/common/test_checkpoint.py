@@ -678,6 +678,21 @@ def test_every_way_a_worker_dies_is_recognized(error):
     assert received == [1] and "a data loader worker died" in cli.explain_runtime_error(caught.value)
 
 
+def test_a_worker_death_in_a_destructor_is_not_printed(capsys, monkeypatch):
+    class Dies:
+        def __init__(self, message):
+            self.message = message
+
+        def __del__(self):
+            raise RuntimeError(self.message)
+
+    monkeypatch.setattr(sys, "unraisablehook", cli.hide_worker_death)
+    Dies("DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert capsys.readouterr().err == ""
+    Dies("something else")
+    assert "something else" in capsys.readouterr().err
+
+
 def test_locks_end_with_their_file(tmp_path):
     with checkpoint.acquire_lock(tmp_path / "lock"):
         child = start(checkpoint.acquire_lock, tmp_path / "lock", output=tmp_path / "output")

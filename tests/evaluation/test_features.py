@@ -35,7 +35,8 @@ def test_batches_of_loader_workers_keep_no_files_open():
 
 def test_saved_features_are_loaded_for_the_same_origin_only(tmp_path):
     path = tmp_path / "features.safetensors"
-    features = dict(train_features=torch.randn(6, 4), train_labels=torch.arange(6))
+    features = dict(train_features=torch.randn(6, 4), train_labels=torch.arange(6), test_features=torch.randn(2, 4),
+                    test_labels=torch.arange(2))
     save_model(path, features, dict(backbone={}, ckpt="a.pth", image_size=32))
     loaded = load_features(path, dict(ckpt="moved.pth", image_size=32))
     assert loaded.keys() == features.keys() and all(torch.equal(loaded[name], features[name]) for name in features)
@@ -43,6 +44,9 @@ def test_saved_features_are_loaded_for_the_same_origin_only(tmp_path):
         load_features(path, dict(ckpt="a.pth", image_size=40))
     with pytest.raises(CheckpointError, match="holds features with avgpool None, not True"):
         load_features(path, dict(ckpt="a.pth", image_size=32, avgpool=True))
+    save_model(tmp_path / "other.safetensors", dict(x=torch.ones(2)), dict(backbone={}, ckpt="a.pth", image_size=32))
+    with pytest.raises(CheckpointError, match="other.safetensors: not a features file"):
+        load_features(tmp_path / "other.safetensors", dict(ckpt="a.pth", image_size=32))
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(path.read_bytes()[:300])
     with pytest.raises(CheckpointError, match="not a safetensors file, or corrupt"):
