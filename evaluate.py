@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from common import cli, distributed
 from common.checkpoint import MODEL_FILES, CheckpointError, check_writable, first_line, write_json
-from common.distributed import get_rank, get_world_size, is_rank_zero
-from common.precision import PRECISIONS, autocast, resolve_precision
+from common.cli import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
+from common.distributed import get_world_size, is_rank_zero
+from common.precision import autocast
 from common.weights import open_backbone, output_file, output_folder, read_weights, resolve_image_size, save_model
 from data.datasets import DataError, open_data
 from data.loaders import build_eval_loader
@@ -40,54 +41,42 @@ from optim import build_optimizer
 
 def parse_args(argv=None):
     parser = cli.build_parser("evaluate.py", __doc__)
-    tasks = cli.add_subcommands(parser, TASKS)
-    for subparser in tasks.values():
-        add = subparser.add_argument
-        cli.add_model_flags(subparser)
-        add("--data_path", help="labeled images, named as for train.py (default: the data of the newest run)")
-        add("--image_size", type=cli.positive_int, help="side of the center crop (default: the size in training)")
-        add("--batch_size_per_gpu", type=cli.positive_int, default=128, help="images per GPU")
-        add("--output_dir", metavar="DIR", help="folder of the results (default: beside the model file)")
-        cli.add_device_flags(subparser)
+    knn, linear, finetune = cli.add_subcommands(parser, TASKS).values()
+    add = cli.add_flag
+    for task in (knn, linear, finetune):
+        cli.add_model_flags(task)
+        add(task, "--data_path", None, "labeled images, named as for train.py (default: the data of the newest run)")
+        add(task, "--image_size", None, "side of the center crop (default: the size in training)", positive_int)
+        add(task, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
+    for task in (knn, linear):
+        add(task, "--features", None, "safetensors file that caches the features; linear: with --quick", metavar="FILE")
 
-    add = tasks["knn"].add_argument
-    add("--nb_knn", type=cli.positive_int, default=[10, 20, 100, 200], nargs="+", help="numbers of neighbors")
-    add("--temperature", type=cli.positive_float, default=0.07, help="temperature of the votes")
-    add("--knn_memory_mb", type=cli.positive_int, default=1024, help="memory for similarities")
-    add("--features", metavar="FILE", help="safetensors file that caches the features, written if missing")
+    add(knn, "--nb_knn", [10, 20, 100, 200], "numbers of neighbors", positive_int, nargs="+")
+    add(knn, "--temperature", 0.07, "temperature of the votes", positive_float)
+    add(knn, "--knn_memory_mb", 1024, "memory for similarities", positive_int)
 
-    add = tasks["linear"].add_argument
-    add("--n_last_blocks", type=cli.positive_int, default=4, help="blocks whose CLS tokens to concatenate; ViT-B: 1")
-    add("--avgpool_patchtokens", type=cli.boolean, default=False, nargs="?", const=True,
-        help="append the mean patch token of the last block; true for ViT-B")
-    add("--lr", type=cli.positive_float, default=LRS, nargs="+",
-        help="peak for a global batch size of 256, scaled linearly; a held-out tenth selects the best")
-    add("--weight_decay", type=cli.nonnegative_float, nargs="+", help="one or several (default: 0; five with --quick)")
-    add("--quick", action="store_true", help="train on features extracted once, from center crops in fp32")
-    add("--features", metavar="FILE", help="with --quick: safetensors file that caches the features")
+    add(linear, "--n_last_blocks", 4, "blocks whose CLS tokens to concatenate; ViT-B: 1", positive_int)
+    add(linear, "--avgpool_patchtokens", False, "append the last block's mean patch token; true for ViT-B", cli.boolean,
+        nargs="?", const=True)
+    add(linear, "--lr", LRS, "peak for batch size 256; a held-out tenth selects the best", positive_float, nargs="+")
+    add(linear, "--weight_decay", None, "one or several (default: 0; five with --quick)", nonnegative_float, nargs="+")
+    linear.add_argument("--quick", action="store_true", help="train on features extracted once: center crops, fp32")
 
-    add = tasks["finetune"].add_argument
-    add("--lr", type=cli.positive_float, default=0.0005, help="peak for a global batch size of 256, scaled linearly")
-    add("--warmup_epochs", type=cli.nonnegative_int, default=5, help="epochs of linear learning-rate warm-up")
-    add("--layer_decay", type=cli.fraction, default=0.75, help="lr factor per block, from the top down")
-    add("--weight_decay", type=cli.nonnegative_float, default=0.05, help="weight decay, of matrices only")
-    add("--drop_path_rate", type=cli.fraction_below_one, help="stochastic depth (default: 0.1 for vit_*, else 0)")
-    add("--label_smoothing", type=cli.fraction, default=0.1, help="label smoothing")
-    add("--mixup", type=cli.nonnegative_float, default=0.0, help="alpha, 0 disables; 0.8 for long runs")
-    add("--cutmix", type=cli.nonnegative_float, default=0.0, help="alpha, 0 disables; 1 for long runs")
+    add(finetune, "--lr", 0.0005, "peak for a global batch size of 256, scaled linearly", positive_float)
+    add(finetune, "--warmup_epochs", 5, "epochs of linear learning-rate warm-up", nonnegative_int)
+    add(finetune, "--layer_decay", 0.75, "lr factor per block, from the top down", fraction)
+    add(finetune, "--weight_decay", 0.05, "weight decay, of matrices only", nonnegative_float)
+    add(finetune, "--drop_path_rate", None, "stochastic depth (default: 0.1 for vit_*, else 0)", cli.fraction_below_one)
+    add(finetune, "--label_smoothing", 0.1, "label smoothing", fraction)
+    add(finetune, "--mixup", 0.0, "alpha, 0 disables; 0.8 for long runs", nonnegative_float)
+    add(finetune, "--cutmix", 0.0, "alpha, 0 disables; 1 for long runs", nonnegative_float)
 
-    for task in ("linear", "finetune"):
-        add = tasks[task].add_argument
-        add("--epochs", type=cli.positive_int, default=100, help="training epochs")
-        add("--crop_scale", type=cli.fraction, default=(0.08, 1.0), nargs=2, help="crop area relative to the image")
-        add("--precision", default="auto", choices=PRECISIONS, help="autocast dtype; auto: bf16 where it is fast")
-        add("--val_freq", type=cli.nonnegative_int, default=10, help="epochs between evaluations, 0 for none")
-        add("--resume", default="auto", choices=["auto", "none"], help="auto: continue the run in output_dir")
-        add("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir")
-        add("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run")
-        add("--save_every_minutes", type=cli.positive_float, default=10.0, help="minutes between checkpoints")
-        add("--log_every", type=cli.positive_int, default=50, help="steps between log lines")
-        add("--seed", type=cli.seed, default=0, help="of weights, order, crops and stochastic depth")
+    for task in (linear, finetune):
+        add(task, "--epochs", 100, "training epochs", positive_int)
+        add(task, "--crop_scale", (0.08, 1.0), "crop area relative to the image", fraction, nargs=2)
+        add(task, "--val_freq", 10, "epochs between evaluations, 0 for none", nonnegative_int)
+        task.add_argument("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run")
+        cli.add_run_flags(task)
 
     # the tasks that lack one of these flags need its value
     parser.set_defaults(features=None, quick=False, warmup_epochs=0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
@@ -97,14 +86,12 @@ def parse_args(argv=None):
     if args.task == "knn":
         args.precision = "fp32"
         return args
-    args.precision = "fp32" if args.quick else resolve_precision(args.precision, args.device)
     cli.check_range(parser, args, "crop_scale")
-    if args.overwrite and args.resume != "none":
-        parser.error("--overwrite deletes a run and starts anew: add --resume none")
+    cli.check_run_flags(parser, args)
+    if args.quick:
+        args.precision = "fp32"
     if args.features and not args.quick:
         parser.error("--features keeps what --quick extracts; without --quick features depend on random crops")
-    if args.warmup_epochs > args.epochs and not args.test_only:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     return args
 
 
@@ -167,10 +154,8 @@ def list_class_names(data):
 def extract(setup, model, images):
     """model(center crop) of each image, over all processes: [M, ...] float32 and labels [M]."""
     args = setup.args
-    loader = build_eval_loader(images, args.image_size, args.batch_size_per_gpu, args.num_workers, get_rank(),
-                               get_world_size())
     with autocast(setup.device, args.precision):
-        outputs, labels, corrupt = extract_features(model, loader, setup.device, total=len(images))
+        outputs, labels, _, corrupt = extract_features(model, images, args.image_size, args, setup.device)
     for message in sorted(set(corrupt) - setup.corrupt):
         log(f"skipped corrupt image {message}")
     setup.corrupt.update(corrupt)

@@ -41,9 +41,7 @@ def parse_args(argv=None):
     search, copies, landmarks = cli.add_subcommands(parser, TASKS).values()
     for task in (search, copies, landmarks):
         cli.add_model_flags(task)
-        cli.add_device_flags(task)
         task.add_argument("--data_path", required=True, metavar="DIR", help="folder of images, or of the benchmark")
-        task.add_argument("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
     search.add_argument("query", nargs="+", help="query images; one that lies in the folder is not its own result")
     search.add_argument("--image_size", type=cli.positive_int, help="side of the center crop (default: as in training)")
     search.add_argument("--nearest", type=cli.positive_int, default=11, help="number of results")
@@ -74,7 +72,7 @@ class ImageEncoder:
     """
 
     def __init__(self, args, extract, view, square=True, upright=True, needs=""):
-        self.rank, self.world_size, self.device = distributed.init_distributed(args.device)
+        self.rank, _, self.device = distributed.init_distributed(args.device)
         self.backbone, _, self.origin = open_backbone(args, self.device, needs)
         self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
         self.args, self.extract, self.view, self.upright = args, extract, view, upright
@@ -83,11 +81,10 @@ class ImageEncoder:
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
-        images = retrieval.ImageFiles(paths, boxes, self.upright)
-        loader = loaders.build_eval_loader(images, self.size, self.args.batch_size_per_gpu, self.args.num_workers,
-                                           self.rank, self.world_size, self.view)
+        model, images = partial(self.extract, self.backbone), retrieval.ImageFiles(paths, boxes, self.upright)
         try:
-            return extract_features(partial(self.extract, self.backbone), loader, self.device, total=len(paths))
+            features, _, *rest = extract_features(model, images, self.size, self.args, self.device, self.view)
+            return features, *rest
         except NoImagesError as error:
             return torch.empty(0), torch.empty(0, dtype=torch.int64), error.corrupt
 

@@ -38,8 +38,6 @@ def parse_args(argv=None):
     masks, video = cli.add_subcommands(parser, TASKS).values()
     for task in (masks, video):
         cli.add_model_flags(task)
-        cli.add_device_flags(task)
-        task.add_argument("--output_dir", metavar="DIR", help="folder for the results (default: beside the model file)")
     masks.add_argument("--data_path", default="shapes", help="shapes[:PIXELS], or the folder of VOC2012 or DAVIS")
     masks.add_argument("--image_size", type=cli.positive_int, help="shorter side (default: 480/224 of that as trained)")
     masks.add_argument("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")

@@ -29,7 +29,7 @@ from common import cli, distributed
 from common.checkpoint import CheckpointError, Run, atomic_write, write_json
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.logger import Logger
-from common.precision import PRECISIONS, autocast, resolve_precision, set_matmul_precision
+from common.precision import autocast, set_matmul_precision
 from common.weights import save_model
 from data.datasets import DataError, open_data
 from data.loaders import build_multicrop, build_train_loader, derive_seed, iter_batch_keys, iter_on_device
@@ -48,10 +48,7 @@ FIXED_FLAGS = (  # a resumed run must have the same
 
 def parse_args(argv=None):
     """Flags with the reference implementation's names and defaults, checked against each other."""
-    parser = cli.build_parser("train.py", __doc__)
-
-    def add(group, name, default, help, type=None, **kwargs):
-        group.add_argument(name, default=default, type=type, help=help, **kwargs)
+    parser, add = cli.build_parser("train.py", __doc__), cli.add_flag
 
     def add_switch(group, name, help):
         add(group, name, False, help, boolean, nargs="?", const=True)
@@ -62,8 +59,7 @@ def parse_args(argv=None):
     add(model, "--embed_dim", None, "vit_*: width (default: the arch's)", positive_int)
     add(model, "--depth", None, "vit_*: number of blocks (default: the arch's)", positive_int)
     add(model, "--num_heads", None, "vit_*: attention heads (default: the arch's)", positive_int)
-    add(model, "--drop_path_rate", None, "stochastic depth of the student (default: 0.1 for vit_*, else 0)",
-        cli.fraction_below_one)
+    add(model, "--drop_path_rate", None, "stochastic depth (default: 0.1 for vit_*, else 0)", cli.fraction_below_one)
     add(model, "--out_dim", 65536, "prototypes K; 1024 to 4096 for some ten thousand images", positive_int)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive_int)
     add(model, "--norm_last_layer", True, "fix the weight norm of the last layer; false: better, less stable", boolean)
@@ -71,8 +67,7 @@ def parse_args(argv=None):
 
     teacher = parser.add_argument_group("teacher")
     add(teacher, "--momentum_teacher", 0.996, "initial EMA momentum, rises to 1; 0.9995 for small batches", fraction)
-    add(teacher, "--warmup_teacher_temp", 0.04, "initial temperature; lower it if the loss stays at ln(out_dim)",
-        positive_float)
+    add(teacher, "--warmup_teacher_temp", 0.04, "initial; lower it if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after warm-up; above 0.07 is mostly unstable", positive_float)
     add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of temperature warm-up; 30 for long runs", nonnegative_int)
     add(teacher, "--centering", "mean", "of the teacher's output: EMA of its mean logits (paper), softmax over the "
@@ -90,24 +85,19 @@ def parse_args(argv=None):
     add(optim, "--weight_decay_end", 0.4, "final weight decay, cosine schedule", nonnegative_float)
     add(optim, "--clip_grad", 3.0, "maximal gradient norm, 0 disables clipping", nonnegative_float)
     add(optim, "--freeze_last_layer", 1, "epochs with the last layer frozen; raise if unstable", nonnegative_int)
-    add(optim, "--precision", "auto", "autocast dtype; auto: bf16 where the device is fast at it", choices=PRECISIONS)
 
     cli.add_crop_flags(parser.add_argument_group("crops"))
 
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "image folder, torchvision dataset as NAME:ROOT, or shapes[:PIXELS]")
     add(run, "--output_dir", "runs/dino", "folder of the run")
-    add(run, "--resume", "auto", "auto: continue the run in output_dir; none: start anew", choices=["auto", "none"])
-    run.add_argument("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir")
-    add(run, "--save_every_minutes", 10.0, "minutes between checkpoints within an epoch, 0 for none", nonnegative_float)
+    cli.add_run_flags(run)
     add(run, "--save_every_steps", 0, "steps between checkpoints within an epoch, 0 for none", nonnegative_int)
     add(run, "--keep", 2, "recent checkpoints to keep", positive_int)
     add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, which are kept, 0 for none", nonnegative_int)
     add(run, "--knn_every", 10, "epochs between k-NN evaluations if there are labels, 0 for none", nonnegative_int)
     add(run, "--knn_images", 20000, "at most so many train images for k-NN, a fifth for validation", positive_int)
     add_switch(run, "--linear_probe", "evaluate linear classifiers on the k-NN features too")
-    add(run, "--log_every", 50, "steps between log lines", positive_int)
-    add(run, "--seed", 0, "of weights, order, crops and stochastic depth", cli.seed)
     add_switch(run, "--compile", "torch.compile the blocks: a minute or more at first, then faster steps")
     add_switch(run, "--activation_checkpointing", "recompute the student's blocks in backward: slower, less memory")
     add(run, "--profile", 0, "steps to record in trace.json for Perfetto, 0 for none", nonnegative_int)
@@ -131,11 +121,7 @@ def parse_args(argv=None):
     cli.check_crop_flags(parser, args)
     if args.loss == "mse" and args.centering != "mean":
         parser.error(f"--centering {args.centering} gives probabilities, --loss mse compares logits")
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
-    if args.overwrite and args.resume != "none":
-        parser.error("--overwrite deletes a run and starts anew: add --resume none")
-    args.precision = resolve_precision(args.precision, args.device)
+    cli.check_run_flags(parser, args)
     if args.views == "auto":
         args.views = "device" if args.device == "cuda" else "cpu"
     return args
@@ -229,11 +215,10 @@ def build_networks(backbone_args, head_args, drop_path_rate=0.0, seed=0, predict
     return student, teacher.requires_grad_(False)
 
 
-def compile_blocks(student, teacher):
-    """torch.compile the blocks of both backbones, or a whole backbone without blocks, once per crop size."""
-    for network in (student, teacher):
-        for module in network.backbone.blocks or [network.backbone]:
-            module.compile(dynamic=False)
+def compile_blocks(backbone):
+    """torch.compile the blocks of a backbone, or all of a backbone without blocks, once per crop size."""
+    for module in backbone.blocks or [backbone]:
+        module.compile(dynamic=False)
 
 
 def build_training(args, device, world_size):
@@ -279,7 +264,7 @@ def evaluate_and_log(name, model, data, args, run):
     knn, teacher = run.progress["knn"], run.objects["teacher"]
     best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
     broadcast_buffers(teacher.eval())
-    metrics, corrupt = evaluate_online(model, data, args, distributed.get_rank(), distributed.get_world_size())
+    metrics, corrupt = evaluate_online(model, data, args)
     teacher.train()
     knn[name] = metrics["knn_top1"], metrics["knn_top5"]
     run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
@@ -332,10 +317,7 @@ def check_finite(finite, scaler, first, last, images, args, run):
     Raises:
         FloatingPointError: on all ranks.
     """
-    if distributed.get_world_size() > 1:
-        all_finite = finite.int()
-        dist.all_reduce(all_finite, dist.ReduceOp.MIN)
-        finite.copy_(all_finite)
+    finite = all(distributed.all_gather_objects(bool(finite)))
     if finite and scaler.get_scale() >= 1:
         return
     problem = "the loss scale fell below 1" if finite else "the loss or a gradient is not finite"
@@ -557,13 +539,11 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
     fixed |= {"global_batch_size": global_batch_size, "num_images": len(data.train)}
     run = Run(Path(args.output_dir), "pretraining", objects, fixed, vars(args), dict(knn={}, epoch_stats=[]), logger,
               args.keep, extra=dict(info=model_info(args, data)))
-    first_step, found = run.start(args)
+    first_step = run.start(args, total_steps)
     if distributed.is_rank_zero():
         write_flags(run.path.with_name("flags.txt"), args)
-    if found:
+    if first_step:
         save_models(run)  # they may be older or newer than the checkpoint
-        logger.print(f"resuming at step {first_step} of {total_steps} from {found}" if first_step < total_steps else
-                     f"{args.output_dir} holds a complete run, choose another --output_dir to train anew")
     return run, first_step
 
 
@@ -572,7 +552,8 @@ def wrap_student(student, teacher, args, device, world_size):
     set_matmul_precision(args.device, args.precision, student.backbone.embed_dim)
     student.backbone.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        compile_blocks(student, teacher)
+        compile_blocks(student.backbone)
+        compile_blocks(teacher.backbone)
     if world_size == 1:
         return student
     return nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None,

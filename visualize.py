@@ -37,15 +37,12 @@ def parse_args(argv=None):
     parser = cli.build_parser("visualize.py", __doc__)
     attention, video, features, embedding, run, crops = cli.add_subcommands(parser, TASKS).values()
     for task in (attention, video, features, embedding):
-        cli.add_model_flags(task)
-        cli.add_device_flags(task, workers=task is embedding)
+        cli.add_model_flags(task, workers=task is embedding, output_dir=task is not video)
         size = "center crop (default: as trained)" if task is embedding else "shorter side (default: 480/224 of that)"
         task.add_argument("--image_size", type=cli.positive_int, help=size)
     for task in (attention, features, crops):
         task.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or shapes[:PIXELS], four shapes")
         task.add_argument("--width", type=sheet_width, default=1000, help="width of a contact sheet in pixels")
-    for task in (attention, features, embedding):
-        task.add_argument("--output_dir", metavar="DIR", help="output folder (default: beside the model file)")
 
     attention.add_argument("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
     attention.add_argument("--separate", action="store_true", help="also write each map as an image of input size")
@@ -166,23 +163,13 @@ def visualize_features(args, errors):
         print(f"{len(images)} images -> {path}")
 
 
-class IndexedImages(torch.utils.data.ConcatDataset):
-    """index -> (image, (label, index)): the indices show which images extract_features left out as corrupt."""
-
-    def __getitem__(self, index):
-        image, label = super().__getitem__(index)
-        return image, (label, index)
-
-
 def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
     model, _, origin = open_backbone(args)
     size, data = resolve_image_size(args.image_size, model), open_data(args.data_path)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
-    loader = loaders.build_eval_loader(IndexedImages([images]), size, args.batch_size_per_gpu, args.num_workers)
-    features, labels_and_indices, corrupt = extract_features(model, loader, args.device, total=len(images))
-    labels, indices = labels_and_indices.T
+    features, labels, indices, corrupt = extract_features(model, images, size, args, args.device)
     points, method = embedding.embed_2d(features, args.seed)
     names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
     colors = getattr(data.train, "colors", None) or embedding.class_colors(len(names))

@@ -84,8 +84,8 @@ class Ours:
 
     def build_backbone(self):
         model = build_backbone(train.model_arguments(self.args)[0]).to(self.args.device).eval()
-        for block in model.blocks if self.args.compile else ():
-            block.compile(dynamic=False)
+        if self.args.compile:
+            train.compile_blocks(model)
         return model
 
     def build_training(self):

@@ -1,7 +1,7 @@
 """Checkpoints: atomic writes, checked loads, and runs that resume exactly where they were interrupted.
 
     run = Run(Path("runs/dino"), "pretraining", objects, fixed, flags, progress, logger)
-    first_step, found = run.start(args)                 # resumes from the newest intact checkpoint
+    first_step = run.start(args, total_steps)           # resumes from the newest intact checkpoint
     for step in range(first_step, total_steps):
         ...
         run.save(step + 1)
@@ -203,8 +203,8 @@ class Run:
         self.fixed, self.flags, self.keep, self.extra = fixed, flags, keep, extra or {}
         self.progress, self.saved_at = progress | dict(step=0, corrupt_images=[], log_bytes=0), time.monotonic()
 
-    def start(self, args):
-        """Resume, or make the folder ready for a new run; returns the step to start at, and the checkpoint or None.
+    def start(self, args, total_steps):
+        """Resume, or make the folder ready for a new run; returns the step to start at, above 0 if the run is resumed.
 
         Args:
             args: resume ("auto" or "none") and overwrite. A process that torchrun or Slurm restarted resumes anyway.
@@ -218,7 +218,11 @@ class Run:
         if is_rank_zero():
             self.lock = prepare_output_dir(self.path.parent, self.kind, found, args.overwrite)
         self.logger.resume(self.progress["log_bytes"], self.progress["corrupt_images"])
-        return self.progress["step"], found
+        step = self.progress["step"]
+        if found:
+            self.logger.print(f"resuming at step {step} of {total_steps} from {found}" if step < total_steps else
+                              f"{self.path.parent} holds a complete run, choose another --output_dir to train anew")
+        return step
 
     def is_save_due(self, minutes):
         """Whether more than so many minutes have passed since the last save; 0 for never."""

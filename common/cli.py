@@ -12,6 +12,7 @@ repository runs through `run_command`, so an error is always one line: what fail
 """
 
 import argparse
+import functools
 import math
 import os
 import re
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from common.distributed import DistributedError
+from common.precision import PRECISIONS, resolve_precision
 
 # ---- parsers ----
 
@@ -113,12 +115,20 @@ def check_range(parser, args, name, allow_zero=False):
 
 # ---- flags shared by several commands ----
 
-def add_model_flags(group):
-    """Add --ckpt, --checkpoint_key and --untrained, which `common.weights.open_backbone` reads."""
+def add_flag(group, name, default, help, type=None, **kwargs):
+    """Add a flag with a default value; `kwargs` as for add_argument."""
+    group.add_argument(name, default=default, help=help, type=type, **kwargs)
+
+
+def add_model_flags(group, workers=True, output_dir=True):
+    """Add the flags that `common.weights.open_backbone` reads, those of the device and, if wanted, --output_dir."""
     group.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     group.add_argument("--checkpoint_key", choices=["teacher", "student"],
                        help="network of a full checkpoint (default: teacher)")
     group.add_argument("--untrained", action="store_true", help="random weights of the same shapes, as a baseline")
+    if output_dir:
+        group.add_argument("--output_dir", metavar="DIR", help="folder of the results (default: beside the model file)")
+    add_device_flags(group, workers)
 
 
 def add_device_flags(group, workers=True):
@@ -132,22 +142,37 @@ def add_device_flags(group, workers=True):
 
 def add_crop_flags(group):
     """Add the flags of multi-crop augmentation, which `data.loaders.build_multicrop` reads."""
-    add = group.add_argument
-    add("--global_crops_size", default=224, type=positive_int, help="side of a global crop in pixels")
-    add("--global_crops_scale", default=(0.4, 1.0), type=fraction, nargs=2,
-        help="area of a global crop relative to the image; 0.14 1 without local crops")
-    add("--local_crops_number", default=8, type=nonnegative_int, help="0 disables multi-crop")
-    add("--local_crops_size", default=96, type=positive_int, help="side of a local crop in pixels")
-    add("--local_crops_scale", default=(0.05, 0.4), type=fraction, nargs=2,
-        help="area of a local crop relative to the image")
-    add("--color_jitter", default=(0.4, 0.4, 0.2, 0.1), type=fraction, nargs=4,
-        help="brightness, contrast, saturation, hue")
-    add("--blur", default=(1.0, 0.1, 0.5), type=fraction, nargs=3,
-        help="probability for the first global, second global and local crops")
-    add("--blur_radius", default=(0.1, 2.0), type=nonnegative_float, nargs=2,
-        help="range of the sigma in pixels; less for small images")
-    add("--views", default="auto", choices=["auto", "cpu", "device"],
-        help="where crops are made: loader workers (cpu) or batched (device); auto: device on CUDA")
+    add = functools.partial(add_flag, group)
+    add("--global_crops_size", 224, "side of a global crop in pixels", positive_int)
+    add("--global_crops_scale", (0.4, 1.0), "area relative to the image; 0.14 1 without local crops", fraction, nargs=2)
+    add("--local_crops_number", 8, "0 disables multi-crop", nonnegative_int)
+    add("--local_crops_size", 96, "side of a local crop in pixels", positive_int)
+    add("--local_crops_scale", (0.05, 0.4), "area relative to the image", fraction, nargs=2)
+    add("--color_jitter", (0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue", fraction, nargs=4)
+    add("--blur", (1.0, 0.1, 0.5), "probability for first global, second global, local crops", fraction, nargs=3)
+    add("--blur_radius", (0.1, 2.0), "range of the sigma, pixels; less for small images", nonnegative_float, nargs=2)
+    add("--views", "auto", "where crops are made: loader workers (cpu) or batched (device); auto: device on CUDA",
+        choices=["auto", "cpu", "device"])
+
+
+def add_run_flags(group):
+    """Add the flags of an interruptible run, which `common.checkpoint.Run` and the training loops read."""
+    add = functools.partial(add_flag, group)
+    add("--precision", "auto", "autocast dtype; auto: bf16 where the device is fast at it", choices=PRECISIONS)
+    add("--resume", "auto", "auto: continue the run in output_dir; none: start anew", choices=["auto", "none"])
+    group.add_argument("--overwrite", action="store_true", help="with --resume none: delete the run in output_dir")
+    add("--save_every_minutes", 10.0, "minutes between checkpoints within an epoch, 0 for none", nonnegative_float)
+    add("--log_every", 50, "steps between log lines", positive_int)
+    add("--seed", 0, "of weights, order, crops and stochastic depth", seed)
+
+
+def check_run_flags(parser, args):
+    """End with a parser error unless the run flags are consistent; resolve --precision auto."""
+    if args.overwrite and args.resume != "none":
+        parser.error("--overwrite deletes a run and starts anew: add --resume none")
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    args.precision = resolve_precision(args.precision, args.device)
 
 
 def check_crop_flags(parser, args):

@@ -2,7 +2,7 @@
 
     originals, blocks = read_copydays("/data/copydays")            # paths, {"strong": (queries, positives), ...}
     database, queries, boxes, relevance = read_landmarks("/data/roxford5k/gnd_roxford5k.pkl")
-    image, i = ImageFiles(queries, boxes)[0]                       # cropped to the landmark
+    image, _ = ImageFiles(queries, boxes)[0]                       # cropped to the landmark
 """
 
 import os
@@ -17,7 +17,7 @@ from data.images import ImageReadError, read_image
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """(RGB image, index) of image files.
+    """(RGB image, -1 in place of a label) of image files.
 
     Args:
         boxes: crop of each image (left, top, right, bottom), pixels.
@@ -38,7 +38,7 @@ class ImageFiles(torch.utils.data.Dataset):
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise ImageReadError(f"{self.paths[i]}: the box {self.boxes[i]} is empty or outside of {image.size}")
             image = image.crop(box)
-        return image, i
+        return image, -1
 
 
 def list_images(folder):

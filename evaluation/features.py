@@ -1,6 +1,6 @@
 """Extraction of frozen features over all processes, and the file that caches them.
 
-    features, labels, corrupt = extract_features(model, loader)
+    features, labels, indices, corrupt = extract_features(model, images, 224, args)
     save_model("features.safetensors", dict(train_features=..., ...), dict(backbone=...) | origin)
     load_features("features.safetensors", origin)          # raises CheckpointError if `origin` differs
 """
@@ -9,8 +9,9 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError
-from common.distributed import all_gather_objects, get_world_size, is_rank_zero
+from common.distributed import all_gather_objects, get_rank, get_world_size
 from common.weights import read_weights
+from data.loaders import build_eval_loader, center_crop_view
 
 
 class NoImagesError(OSError):
@@ -22,27 +23,28 @@ class NoImagesError(OSError):
 
 
 @torch.no_grad()
-def extract_features(model, loader, device="cpu", total=None):
-    """Features of all images of a loader, in the order of their indices.
+def extract_features(model, images, size, args, device="cpu", view=center_crop_view):
+    """Features of all images that can be read, in the order of their indices; each process of a group does a share.
 
     Args:
-        model: images [B, C, H, W] -> features [B, D].
-        loader: yields (images, labels, indices, messages on corrupt images), see `build_eval_loader`. Under a process
-            group each process has a loader over its own share, of any length.
-        total: number of images of all processes, for a progress bar on rank 0; None for no bar.
+        model: views [B, C, H, W] -> features [B, D].
+        images, size, view: see `build_eval_loader`.
+        args: batch_size_per_gpu and num_workers.
 
     Returns:
-        features [M, D] float32, labels [M] int64, list of messages on corrupt images; the same on every process.
+        features [M, D] float32, labels [M], indices [M], list of messages on corrupt images; the same on every process.
 
     Raises:
         NoImagesError: on every process.
     """
     features, labels, indices, corrupt = [], [], [], []
+    loader = build_eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, get_rank(), get_world_size(),
+                               view)
     # disable=None: the bar is shown on a terminal only
-    with tqdm(total=total, unit="img", leave=False, disable=None if total and is_rank_zero() else True) as bar:
-        for images, y, i, messages in loader:
-            if len(images):
-                features.append(model(images.to(device, non_blocking=images.is_pinned())).float())
+    with tqdm(total=len(images), unit="img", leave=False, disable=None if get_rank() == 0 else True) as bar:
+        for views, y, i, messages in loader:
+            if len(views):
+                features.append(model(views.to(device, non_blocking=views.is_pinned())).float())
                 # copies, because each tensor of a loader worker keeps a file open
                 labels.append(y.clone())
                 indices.append(i.clone())
@@ -53,8 +55,8 @@ def extract_features(model, loader, device="cpu", total=None):
     features, labels, indices, corrupt = (sum(parts, []) for parts in zip(*shares))
     if not features:
         raise NoImagesError(corrupt)
-    order = torch.cat(indices).argsort()
-    return torch.cat(features)[order], torch.cat(labels)[order], corrupt
+    indices, order = torch.cat(indices).sort()
+    return torch.cat(features)[order], torch.cat(labels)[order], indices, corrupt
 
 
 def load_features(path, origin):

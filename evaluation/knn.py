@@ -6,7 +6,6 @@ Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discr
 2021, section 4. Nothing is trained and nothing is tuned, so the accuracy measures the features alone. Needs torch only.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -72,29 +71,10 @@ def find_neighbors(features: Tensor, train_features: Tensor, k: int, buffer: Ten
     for start in range(0, len(train_features), buffer.shape[1]):
         chunk = train_features[start:start + buffer.shape[1]]
         block = torch.mm(features, chunk.T, out=buffer[:, :len(chunk)])
-        s, i = grouped_topk(block, min(k, len(chunk)))
+        s, i = block.topk(min(k, len(chunk)), dim=1)
         i += start
         if start:
             s, order = torch.cat((similarity, s), dim=1).topk(k, dim=1)
             i = torch.cat((indices, i), dim=1).gather(1, order)
         similarity, indices = s, i
     return similarity, indices
-
-
-def grouped_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk of the rows of x [R, N], faster: first the top k groups of columns by their maxima, then within them.
-
-    A group whose maximum is not among the top k maxima holds none of the top k values.
-    """
-    size = math.isqrt(x.shape[1] // k)
-    if size < 2:
-        return x.topk(k, dim=1)
-    count = x.shape[1] // size
-    # group j holds columns j, j + count, j + 2 count, ...; the columns beyond size * count are in no group
-    maxima = x[:, :size * count].unflatten(1, (size, count)).amax(dim=1)
-    groups = maxima.topk(k, dim=1, sorted=False).indices.unsqueeze(1)  # [R, 1, k]
-    columns = (groups + count * torch.arange(size, device=x.device).view(-1, 1)).flatten(1)
-    rest = torch.arange(size * count, x.shape[1], device=x.device).expand(len(x), -1)
-    columns = torch.cat((columns, rest), dim=1)
-    values, positions = x.gather(1, columns).topk(k, dim=1)
-    return values, columns.gather(1, positions)

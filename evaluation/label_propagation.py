@@ -66,7 +66,8 @@ def propagate_to_frame(frame: torch.Tensor, context: torch.Tensor, context_label
             far = (rows[y, None] - rows[near_y]).abs()[:, None, None, :, None] > radius  # [y, 1, 1, near_y, 1]
             far = far | ((cols[x, None] - cols[near_x]).abs()[:, None, None, :] > radius)  # [y, x, 1, near_y, near_x]
             cosine = (queries @ keys.T).view(*far.shape[:2], T, *far.shape[3:]).masked_fill_(far, -math.inf)
-            values, indices = topk_by_runs(cosine.view(len(queries), -1), topk)
+            cosine = cosine.view(len(queries), -1)
+            values, indices = cosine.topk(min(topk, cosine.shape[1]))
             labels = context_labels[:, :, near_y, near_x].permute(1, 0, 2, 3).reshape(C, -1)[:, indices]
             weights = (values / temperature).softmax(dim=-1)  # [queries, topk]; labels [C, queries, topk]
             result[:, y, x] = (labels * weights).sum(dim=-1).view(C, *far.shape[:2])
@@ -78,24 +79,6 @@ def iter_tiles(length, step, radius):
     for start in range(0, length, step):
         stop = min(start + step, length)
         yield slice(start, stop), slice(max(0, start - radius), min(length, stop + radius))
-
-
-def topk_by_runs(x, k, run=32):
-    """Top k of each row, [Q, M] -> values and indices [Q, k], faster than torch.topk for long rows.
-
-    They lie in the k runs of adjacent elements with the largest maxima, so only those are searched.
-    """
-    Q, M = x.shape
-    k = min(k, M)
-    if 2 * k * run > M:
-        return x.topk(k)
-    whole = M - M % run
-    runs = x[:, :whole].view(Q, -1, run).amax(dim=-1).topk(k).indices
-    candidates = (runs.unsqueeze(-1) * run + torch.arange(run, device=x.device)).flatten(1)  # [Q, k * run]
-    rest = torch.arange(whole, M, device=x.device).expand(Q, -1)
-    candidates = torch.cat((candidates, rest), dim=1)
-    values, found = x.gather(1, candidates).topk(k)
-    return values, candidates.gather(1, found)
 
 
 def mask_to_labels(mask: torch.Tensor, num_classes: int, rows: int, cols: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Evaluation during training: k-NN and linear accuracy of the teacher, and detection of collapse.
 
-    scores, corrupt = evaluate_online(teacher.backbone, data, args, rank, world_size)   # {"knn_top1": ..., ...}
-    warning = detect_collapse(stats, out_dim, previous)                                 # a sentence, or None
+    scores, corrupt = evaluate_online(teacher.backbone, data, args)         # {"knn_top1": ..., ...}
+    warning = detect_collapse(stats, out_dim, previous)                     # a sentence, or None
 """
 
 import math
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from common.precision import autocast
-from data.loaders import build_eval_loader, random_subset
+from data.loaders import random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
 from evaluation.linear import linear_probe_accuracy
 
 
-def evaluate_online(model, data, args, rank=0, world_size=1):
+def evaluate_online(model, data, args):
     """Accuracy of a model's features on the held-out labeled images, and messages on corrupt images.
 
     Args:
@@ -32,11 +32,10 @@ def evaluate_online(model, data, args, rank=0, world_size=1):
     """
     features, corrupt = [], []
     for images, max_images in ((data.train_labeled, args.knn_images), (data.val, max(1, args.knn_images // 5))):
-        loader = build_eval_loader(random_subset(images, max_images), args.global_crops_size, args.batch_size_per_gpu,
-                                   args.num_workers, rank, world_size)
         # the last batch is smaller, which would compile again
         with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
-            x, labels, messages = extract_features(model, loader, args.device)
+            images = random_subset(images, max_images)
+            x, labels, _, messages = extract_features(model, images, args.global_crops_size, args, args.device)
         features += [x, labels]
         corrupt += messages
     (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()

@@ -186,9 +186,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
     fixed = fixed | dict(epochs=args.epochs, seed=args.seed, crop_scale=list(args.crop_scale), num_images=len(images),
                          global_batch_size=global_batch_size, image_size=args.image_size)
     run = Run(output, "classification", objects, fixed, dict(precision=args.precision), {}, logger)
-    first_step, found = run.start(args)
-    if found:
-        logger.print(f"resuming at step {first_step} of {total_steps} from {found}")
+    first_step = run.start(args, total_steps)
 
     model = network.train()
     if device.type == "cuda" and world_size > 1 and not network.frozen:

@@ -64,7 +64,8 @@ def test_24_steps_equal_the_reference(golden, image, name, flags, variant):
     optimizer = build_optimizer(args.optimizer, groups)
     student.backbone.activation_checkpointing = variant == "checkpointed"
     if variant == "compiled":
-        compile_blocks(student, teacher)
+        compile_blocks(student.backbone)
+        compile_blocks(teacher.backbone)
     losses, finite = [], torch.tensor(True)
     for step in range(24):
         crops = [image(4, s, s, 0.3 * step + 1.1 * v) for v, s in enumerate((32, 32, 16, 16, 16))]
@@ -371,8 +372,9 @@ def test_precisions_and_optimizers_train(small_shapes, tmp_path, flags):
     assert len(losses(tmp_path)) == 4 and all(math.isfinite(loss) for loss in losses(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, steps, recorded", [
-    ("--profile 2 --epochs 2", 8, 2), pytest.param("--profile 9 --epochs 1 --compile", 4, 2, marks=pytest.mark.slow)])
+    ("--profile 2 --epochs 2", 8, 2), ("--profile 9 --epochs 1 --compile", 4, 2)])
 def test_a_trace_is_recorded(small_shapes, tmp_path, flags, steps, recorded):
     """Of the steps asked for or, in a shorter run, of all after two."""
     run(tmp_path, f"{flags} --activation_checkpointing")
@@ -383,6 +385,7 @@ def test_a_trace_is_recorded(small_shapes, tmp_path, flags, steps, recorded):
     assert len(losses(tmp_path)) == steps
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler_is_one_line(tmp_path):
     command = [sys.executable, "train.py", *TINY, "--compile", "--output_dir", str(tmp_path / "run")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {
@@ -403,17 +406,20 @@ NO_CENTERING = "--epochs 8 --lr 0.02 --teacher_temp 0.01 --warmup_teacher_temp 0
     "--center_momentum 1"
 
 
+@pytest.mark.slow
 def test_collapse_to_one_prototype_is_reported(small_shapes, tmp_path, capsys):
     run(tmp_path, NO_CENTERING)
     assert "WARNING: collapse to one prototype" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sinkhorn_prevents_that_collapse(small_shapes, tmp_path, capsys):
     run(tmp_path, f"{NO_CENTERING} --centering sinkhorn")
     assert "collapse" not in capsys.readouterr().out
     assert min(line["teacher_marginal_entropy"] for line in lines(tmp_path) if "loss" in line) > 0.5 * math.log(64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["student", "momentum"])
 def test_a_teacher_without_momentum_is_reported(small_shapes, tmp_path, capsys, teacher):
     run(tmp_path, f"--epochs 4 --lr 0.002 --momentum_teacher 0.99 --teacher {teacher}")

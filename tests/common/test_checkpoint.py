@@ -190,6 +190,7 @@ def die_within_a_save(args, save, point):
     train.main(args)
 
 
+@pytest.mark.slow
 def test_killed_within_a_save(flags, tmp_path):
     more = "--epochs 6 --save_every_steps 2 --knn_every 0"
     run(flags("whole", more))
@@ -314,6 +315,7 @@ def test_a_signal_before_the_first_step_loses_nothing(flags, tmp_path):
     assert child.exitcode == 0 and "stopped by SIGTERM after step 1 of 12" in (tmp_path / "output").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     """SIGTERM to torchrun; then a killed process, and torchrun's restart; then another number of processes."""
     folder = tmp_path / "two"
@@ -339,6 +341,7 @@ def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     assert [record["step"] for record in records(folder)] == list(range(126))
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_times_out(flags, tmp_path):
     process = torchrun(flags("two", "--batch_size_per_gpu 8 --epochs 400 --knn_every 0 --timeout_minutes 0.15"))
     wait_for_steps(process, tmp_path / "two", 3)

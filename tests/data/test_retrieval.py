@@ -97,8 +97,8 @@ def test_boxes_ignore_the_exif_orientation(tmp_path):
     path = str(tmp_path / "rotated.png")
     image.save(path, exif=exif)
     assert Image.open(path).getexif()[0x0112] == 6 and read_image(path).size == (40, 90)
-    crop, index = ImageFiles([path], [(60, 10, 80, 30)], upright=False)[0]
-    assert crop.size == (20, 20) and crop.getextrema() == ((255, 255),) * 3 and index == 0
+    crop, label = ImageFiles([path], [(60, 10, 80, 30)], upright=False)[0]
+    assert crop.size == (20, 20) and crop.getextrema() == ((255, 255),) * 3 and label == -1
     assert ImageFiles([path], [(80, 30, 200, 99)], upright=False)[0][0].size == (10, 10)  # clipped to the image
     for box in ((95, 0, 99, 9), (50, 5, 10, 30), (5, 5, 5, 30)):  # outside, reversed, empty
         with pytest.raises(OSError, match=r"rotated.png: the box \(.*\) is empty or outside of \(90, 40\)"):

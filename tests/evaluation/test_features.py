@@ -1,35 +1,46 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.checkpoint import CheckpointError
 from common.weights import save_model
-from data.loaders import build_eval_loader
 from data.shapes import Shapes
 from evaluation.features import extract_features, load_features
 
-NONE = torch.empty(0, dtype=torch.int64)
+ARGS = SimpleNamespace(batch_size_per_gpu=2, num_workers=0)
+
+
+class Images(list):
+    """Numbers in place of images; None cannot be read."""
+
+    def __getitem__(self, i):
+        if super().__getitem__(i) is None:
+            raise OSError(f"image {i} is bad")
+        return super().__getitem__(i), 10 * i
+
+
+def extract(images):
+    return extract_features(lambda x: x * 2, Images(images), 32, ARGS, view=lambda image, size: torch.tensor([image]))
 
 
 def test_no_readable_image():
-    with pytest.raises(OSError, match="no image can be read, the last: bad"):
-        extract_features(lambda x: x, [(torch.empty(0), NONE, NONE, ["bad"])])
+    with pytest.raises(OSError, match="no image can be read, the last: image 2 is bad"):
+        extract([None, None, None])
 
 
-def test_features_are_ordered_by_index():
-    batches = [(torch.tensor([[3.0], [1.0]]), torch.tensor([30, 10]), torch.tensor([3, 1]), ["bad image"]),
-               (torch.empty(0), NONE, NONE, []),
-               (torch.tensor([[2.0]]), torch.tensor([20]), torch.tensor([2]), [])]
-    features, labels, corrupt = extract_features(lambda x: x * 2, batches)
-    assert features.tolist() == [[2], [4], [6]] and labels.tolist() == [10, 20, 30] and corrupt == ["bad image"]
+def test_corrupt_images_are_left_out():
+    features, labels, indices, corrupt = extract([1.0, None, None, None, 2.0, 3.0])  # the second batch is empty
+    assert features.tolist() == [[2], [4], [6]] and labels.tolist() == [0, 40, 50] and indices.tolist() == [0, 4, 5]
+    assert corrupt == ["image 1 is bad", "image 2 is bad", "image 3 is bad"]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
 def test_batches_of_loader_workers_keep_no_files_open():
-    loader = build_eval_loader(Shapes("train", 200, 32), 32, batch_size=1, num_workers=1)
-    counts = []
-    extract_features(lambda x: counts.append(len(os.listdir("/proc/self/fd"))) or x.mean(dim=(2, 3)), loader)
+    counts, args = [], SimpleNamespace(batch_size_per_gpu=1, num_workers=1)
+    extract_features(lambda x: counts.append(len(os.listdir("/proc/self/fd"))) or x.mean(dim=(2, 3)),
+                     Shapes("train", 200, 32), 32, args)
     assert counts[-1] < counts[0] + 100
 
 
@@ -55,7 +66,8 @@ def test_saved_features_are_loaded_for_the_same_origin_only(tmp_path):
 
 SCRIPT = """
 import torch, torch.distributed as dist
-from data.loaders import build_eval_loader, center_crop_view
+from types import SimpleNamespace
+from data.loaders import center_crop_view
 from data.shapes import Shapes
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
@@ -64,9 +76,10 @@ x, y = torch.stack([center_crop_view(images[i][0], 32) for i in range(7)]).flatt
 accuracies = [knn_classifier(x, y, x[:count], y[:count] + 1, ks=(3,)) for count in (7, 1)]
 dist.init_process_group("gloo")
 for count, expected in zip((7, 1), accuracies):  # one image leaves a process without any
-    loader = build_eval_loader(Shapes("train", count, 32), 32, 2, 0, dist.get_rank(), 2)
-    features, labels, corrupt = extract_features(lambda x: x.flatten(1), loader)
-    assert torch.equal(features, x[:count]) and labels.tolist() == list(range(count)) and corrupt == []
+    args = SimpleNamespace(batch_size_per_gpu=2, num_workers=0)
+    features, labels, indices, corrupt = extract_features(lambda x: x.flatten(1), Shapes("train", count, 32), 32, args)
+    assert torch.equal(features, x[:count]) and labels.tolist() == indices.tolist() == list(range(count))
+    assert corrupt == []
     assert knn_classifier(x, y, features, labels + 1, ks=(3,)) == expected
 dist.destroy_process_group()
 """

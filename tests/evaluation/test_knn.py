@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluation.knn import find_neighbors, grouped_topk, knn_classifier
+from evaluation.knn import find_neighbors, knn_classifier
 
 
 @pytest.fixture
@@ -34,14 +34,6 @@ def test_neighbors_do_not_depend_on_the_chunk_size():
         assert torch.equal(i, indices) and torch.allclose(s, similarity)
     expected = (x @ train.T).sort(dim=1, descending=True)
     assert torch.equal(indices, expected.indices[:, :6])
-
-
-@pytest.mark.parametrize("rows, columns, k", [(5, 1000, 7), (3, 4097, 200), (4, 50, 50), (2, 9, 2), (1, 8, 1)])
-def test_grouped_topk_equals_topk(rows, columns, k):
-    x = torch.randn(rows, columns, generator=torch.manual_seed(0))
-    values, indices = grouped_topk(x, k)
-    expected = x.topk(k, dim=1)
-    assert torch.equal(values, expected.values) and torch.equal(indices, expected.indices)
 
 
 def test_k_is_clamped_and_classes_may_be_few_or_unknown():

@@ -10,7 +10,6 @@ from evaluation.label_propagation import (
     mask_to_labels,
     propagate_labels,
     propagate_to_frame,
-    topk_by_runs,
 )
 
 
@@ -54,17 +53,6 @@ def test_no_radius_and_topk_above_the_number_of_patches():
     assert_close(unbounded.double(), by_definition(frame, sources, known, 5, 99, 0.1), atol=1e-5, rtol=0)
     everything = propagate_to_frame(frame, sources, known, 1000, 0)
     assert_close(everything.double(), by_definition(frame, sources, known, 48, 99, 0.1), atol=1e-5, rtol=0)
-
-
-def test_topk_by_runs_equals_torch_topk():
-    x = torch.randn(50, 2011, generator=torch.Generator().manual_seed(0))
-    x[:, -3:] += torch.tensor([0.0, 9.0, 0.0])  # behind the last whole run
-    x[0, 64:69] = torch.arange(5.0) + 20  # all in one run
-    for k in (1, 5, 9):
-        values, indices = topk_by_runs(x, k)
-        expected = x.topk(k)
-        assert values.equal(expected.values) and indices.equal(expected.indices)
-    assert topk_by_runs(x[:, :3], 5)[0].shape == (50, 3)
 
 
 def test_each_frame_is_read_once():
