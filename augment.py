@@ -6,7 +6,7 @@
 
     multicrop = BatchMultiCrop()                            # the same crops for a whole batch, on any device
     pixels, params = zip(*(multicrop.prepare(image) for image in images))
-    crops = multicrop([p.cuda() for p in pixels], torch.stack(params))    # 2 x [B, 3, 224, 224] + 8 x [B, 3, 96, 96]
+    crops = multicrop(torch.cat(pixels).cuda(), torch.stack(params))      # 2 x [B, 3, 224, 224] + 8 x [B, 3, 96, 96]
 
 Caron et al. 2021, section 3.1 and appendix C; color augmentation of BYOL (Grill et al. 2020, appendix B). `sample`
 draws all crop parameters from the key, the rest is a function of image and parameters. The operations are Pillow's, on
@@ -24,7 +24,7 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CHUNK_BYTES = 2**30  # memory for padded images and intermediate results of BatchMultiCrop
+CHUNK_BYTES = 2**30  # memory for intermediate results of BatchMultiCrop
 
 Range = tuple[float, float]
 
@@ -151,7 +151,7 @@ def render(pixels, view):
     if view.grayscale:
         x = to_grayscale(x)
     if view.blur:
-        x = gaussian_blur(x, torch.tensor(box_weights(view.blur)))
+        x = gaussian_blur(x, torch.tensor(box_weights(view.blur)).unbind())
     if view.solarize:
         x = solarize(x)
     return x.expand(1, 3, view.size, view.size)
@@ -164,13 +164,19 @@ def adjust_brightness(x, factor):
 
 
 def adjust_contrast(x, factor):
-    mean = to_grayscale(x).mean(dim=(-2, -1), keepdim=True).add_(0.5).floor_()
-    return x.sub_(mean).mul_(factor).add_(mean).clamp_(0, 255).floor_()
+    return blend(x, mean_luminance(to_grayscale(x)), factor)
 
 
 def adjust_saturation(x, factor):
-    luminance = to_grayscale(x)
-    return x.sub_(luminance).mul_(factor).add_(luminance).clamp_(0, 255).floor_()
+    return blend(x, to_grayscale(x), factor)
+
+
+def blend(x, base, factor):
+    return x.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
+
+
+def mean_luminance(luminance):
+    return luminance.mean(dim=(-2, -1), keepdim=True).add_(0.5).floor_()
 
 
 def to_grayscale(x):
@@ -193,10 +199,8 @@ def adjust_hue(x, turn):
     hue = hue.sub_((hue - 255).clamp_(0, 1), alpha=256)
     chroma = chroma.mul_(255).div_(value.clamp(min=1)).floor_().mul_(value).div_(255)
     # Each channel is value - chroma * clamp(distance - 1, 0, 1), with the distance on the color circle in sixths.
-    hue.mul_(6 / 255)
-    for channel, opposite in ((r, 3), (g, 5), (b, 1)):
-        torch.sub(hue, opposite, out=channel)
-    fall = x.abs_().sub_(3).abs_().clamp_(1, 2)
+    opposite = torch.arange(3.0, 8.0, 2.0, device=x.device).remainder_(6).view(3, 1, 1)  # 3, 5, 1 for r, g, b
+    fall = (hue.mul_(6 / 255) - opposite).abs_().sub_(3).abs_().clamp_(1, 2)
     return torch.addcmul(value + chroma, fall, chroma, value=-1).round_()
 
 
@@ -205,18 +209,20 @@ def solarize(x):
 
 
 def gaussian_blur(x, weights):
-    """Blur by three box filters with `box_weights`, [T] or [S, T], replicating the edges each time."""
-    weights = weights.view(-1, weights.shape[-1], 1, 1, 1).unbind(1)  # T of [1 or S, 1, 1, 1]
-    reach = len(weights) - 1
-    for dim in (-1, -1, -1, -2, -2, -2):
-        length = x.shape[dim]
-        padded = F.pad(x, (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach), mode="replicate")
-        x = padded.narrow(dim, reach, length) * weights[0]
-        for i in range(1, reach + 1):
-            x.addcmul_(padded.narrow(dim, reach - i, length), weights[i])
-            x.addcmul_(padded.narrow(dim, reach + i, length), weights[i])
-        x.round_()
+    for dim in BLUR_DIMS:
+        x = box_blur(x, weights, dim)
     return x
+
+
+def box_blur(x, weights, dim):
+    """Blur [S, 3, H, W] along one dimension by `box_weights`, T of [] or [S, 1, 1, 1], replicating the edges."""
+    reach, length = len(weights) - 1, x.shape[dim]
+    padded = F.pad(x, (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach), mode="replicate")
+    x = padded.narrow(dim, reach, length) * weights[0]
+    for i in range(1, reach + 1):
+        x.addcmul_(padded.narrow(dim, reach - i, length), weights[i])
+        x.addcmul_(padded.narrow(dim, reach + i, length), weights[i])
+    return x.round_()
 
 
 def box_weights(sigma):
@@ -233,19 +239,23 @@ def box_weights(sigma):
 
 
 JITTER = dict(brightness=adjust_brightness, contrast=adjust_contrast, saturation=adjust_saturation, hue=adjust_hue)
+BLUR_DIMS = (-1, -1, -1, -2, -2, -2)  # a Gaussian is three box filters in each direction
 
 
 # ---- all crops of a batch ----
 
-compile_operation = functools.cache(functools.partial(torch.compile, dynamic=True))
+@functools.cache
+def compile_operation(op):
+    return torch.compile(op, dynamic=op is crop_and_resize)  # others have the same shapes in every batch
 
 
 class BatchMultiCrop(MultiCrop):
     """All crops of a batch of images, on any device: those of MultiCrop, up to rounding.
 
-    Crop, resize and flip are two matrix products per image, in float32 (or in TF32 if that is allowed: it holds the
-    pixels exactly and the weights to 10 bits). The operations run on all crops of a size at once. Memory beyond the
-    crops themselves stays below CHUNK_BYTES, or what a single image needs.
+    Images of any sizes lie one after another. Crop, resize and flip gather the few pixels that each pixel of a crop
+    depends on. Then each operation runs on all crops of a size, in uint8, and changes nothing where it does not apply:
+    shapes stay the same, and nothing waits for the device. Intermediate results take at most CHUNK_BYTES, or what a
+    single crop needs.
 
     Args:
         args, kwargs: as for MultiCrop.
@@ -257,105 +267,137 @@ class BatchMultiCrop(MultiCrop):
         self.compile, self.max_weights = compile, len(box_weights(self.blur_radius[1]))
 
     def prepare(self, image, key=None) -> tuple[Tensor, Tensor]:
-        """RGB image -> pixels [H, W, 3] uint8 and crop parameters [V, P], the worker's part."""
-        return to_pixels(image), torch.tensor([self.pack_view(view) for view in self.sample(*image.size, key)])
+        """RGB image -> pixels [H * W, 3] uint8 and crop parameters [V, P], the worker's part."""
+        params = [self.pack_view(view, image.size) for view in self.sample(*image.size, key)]
+        return to_pixels(image).view(-1, 3), torch.tensor(params)
 
-    def pack_view(self, view):
-        """View -> P floats: 0-4 box and flip, 5-8 jitter operations, 9-12 amounts, 13, 14, from 15 blur weights."""
-        operations = [list(JITTER).index(name) for name, _ in view.jitter] or [-1.0] * 4
-        amounts = [amount for _, amount in view.jitter] or [0.0] * 4
-        weights = box_weights(view.blur) if view.blur else []
-        return [*view.box, view.flip, *operations, *amounts, view.grayscale, view.solarize,
-                *weights, *[0.0] * (self.max_weights - len(weights))]
+    def pack_view(self, view, image_size):
+        """View -> P floats, which change nothing if it has no jitter or blur.
+
+        0, 1 image size, 2-6 box and flip, 7-10 jitter operations, 11-14 amounts, 15 grayscale, 16 solarize, from 17
+        blur weights.
+        """
+        operations, amounts = zip(*view.jitter or [("brightness", 1.0)] * 4)
+        weights = box_weights(view.blur) if view.blur else [1.0]
+        return [*image_size, *view.box, view.flip, *map(list(JITTER).index, operations), *amounts,
+                view.grayscale, view.solarize, *weights, *[0.0] * (self.max_weights - len(weights))]
 
     @torch.no_grad()
-    def __call__(self, pixels: list[Tensor], params: Tensor) -> list[Tensor]:
-        """B images [H, W, 3] uint8 on one device and crop parameters [B, V, P] -> V normalized tensors [B, 3, s, s].
+    def __call__(self, pixels: Tensor, params: Tensor) -> list[Tensor]:
+        """Pixels [N, 3] uint8 of B images and crop parameters [B, V, P] -> V normalized tensors [B, 3, s, s].
 
         Args:
-            params: on the CPU, where choosing the crops for each operation needs no device sync.
+            pixels: those of `prepare`, concatenated, on the device of the crops.
+            params: those of `prepare`, stacked, on the CPU, because shapes depend on them; best in pinned memory.
         """
-        device = pixels[0].device
-        crops = [torch.empty(len(pixels), 3, size, size, device=device) for size in self.crop_sizes]
+        device, crops = pixels.device, []
         self.mean, self.std = self.mean.to(device), self.std.to(device)
-        for chunk in self.iter_chunks([p.shape[:2] for p in pixels]):
-            images, index = pad_images([pixels[i] for i in chunk]), torch.tensor(chunk, device=device)
-            for size in set(self.crop_sizes):
-                views = [v for v, s in enumerate(self.crop_sizes) if s == size]
-                chosen = params[chunk][:, views].flatten(0, 1)
-                values = chosen.to(device)
-                with torch.autocast(device.type, enabled=False):
-                    x = crop_and_resize(images, values[:, :5].view(len(chunk), len(views), 5), size)  # [b, v, 3, s, s]
-                    result = self.normalize(self.apply_operations(x.flatten(0, 1), chosen, values)).view(x.shape)
-                for i, v in enumerate(views):
-                    crops[v][index] = result[:, i]
+        values = params.to(device, non_blocking=True).permute(2, 1, 0)  # [P, V, B]
+        areas = values[0].long() * values[1].long()
+        offsets = areas.cumsum(dim=1) - areas  # of the first pixel of each image, [V, B]
+        sides = (params[..., 4:6] - params[..., 2:4]).amax(dim=0)  # of the largest boxes, [V, 2]
+        taps = [4 * max(1, math.ceil(side / size)) for side, size in zip(sides.amax(dim=1).tolist(), self.crop_sizes)]
+        pixels = F.pad(pixels, (0, 0, 0, max(taps)))
+        for size in dict.fromkeys(self.crop_sizes):
+            first, number = self.crop_sizes.index(size), self.crop_sizes.count(size)
+            views = slice(first, first + number)
+            rows = max(int(sides[views, 1].max()), *taps[views])
+            chunk = 2 ** max(0, int(math.log2(CHUNK_BYTES / (size * max(32 * rows, 80 * size)))))  # as measured
+            chunks = zip(offsets[views].flatten().split(chunk), values[:, views].flatten(1).split(chunk, dim=1))
+            x = []
+            for start, chosen in chunks:
+                resized = self.run(crop_and_resize, pixels, start, chosen[:7], size, rows, max(taps[views]))
+                x.append(self.apply_operations(resized, chosen, self.kinds[views]))
+            crops += self.run(MultiCrop.normalize, self, torch.cat(x)).unflatten(0, (number, -1)).unbind(0)
         return crops
 
-    def iter_chunks(self, sizes):
-        """Yield lists of indices of a batch; the images of each, padded to the largest of them, fit CHUNK_BYTES."""
-        rows = max(size * self.crop_sizes.count(size) for size in self.crop_sizes)
-        area = sum(size**2 for size in self.crop_sizes)
-        chunk = []
-        for i in sorted(range(len(sizes)), key=lambda i: math.prod(sizes[i])):
-            height, width = map(max, zip(*(sizes[j] for j in (*chunk, i))))
-            floats = 3 * height * width + (8 * height + 8 * width) * rows + 8 * area  # per image, as measured
-            if chunk and 4 * floats * (len(chunk) + 1) > CHUNK_BYTES:
-                yield chunk
-                chunk = []
-            chunk.append(i)
-        yield chunk
+    def apply_operations(self, x, params, kinds):
+        """Color jitter, grayscale, blur and solarization of crops [S, 3, s, s] uint8, by parameters [P, S]."""
+        _, _, blurs, solarizes = zip(*kinds)
+        columns = params.view(*params.shape, 1, 1, 1)
+        if self.jitter:
+            for operation, amount in zip(columns[7:11], columns[11:15]):
+                x = self.run(jitter_crops, x, operation, amount)
+        if self.grayscale:
+            x = self.run(grayscale_crops, x, columns[15])
+        if any(blurs):
+            for dim in BLUR_DIMS:
+                x = self.run(blur_crops, x, columns[17:].unbind(), dim)
+        return self.run(solarize_crops, x, columns[16]) if any(solarizes) else x
 
-    def apply_operations(self, x, params, values):
-        """Color jitter, grayscale, blur and solarization of crops [S, 3, s, s], by parameters [S, P].
-
-        Args:
-            params, values: the same parameters on the CPU and on the device of x.
-        """
-        amounts, weights = values[:, 9:13].view(-1, 4, 1, 1, 1).unbind(1), values[:, 15:]
-        # (operation, which crops it applies to, its arguments for all crops) in order of application
-        steps = [(op, names == i, [amount])
-                 for names, amount in zip(params[:, 5:9].T, amounts) for i, op in enumerate(JITTER.values())]
-        steps += [(to_grayscale, params[:, 13], []), (gaussian_blur, params[:, 15], [weights]),
-                  (solarize, params[:, 14], [])]
-        indices = [selected.nonzero().flatten() for _, selected, _ in steps]
-        indices = torch.cat(indices).to(x.device).split([len(index) for index in indices])  # one transfer for all
-        for (op, _, arguments), index in zip(steps, indices):
-            if len(index):
-                x[index] = (compile_operation(op) if self.compile else op)(x[index], *(a[index] for a in arguments))
-        return x
+    def run(self, op, *args):
+        return (compile_operation(op) if self.compile else op)(*args)
 
 
-def pad_images(pixels):
-    """B images [H, W, 3] uint8 of several sizes -> [B, 3, H, W] float32, zero-padded."""
-    height, width = (max(p.shape[side] for p in pixels) for side in (0, 1))
-    padded = [F.pad(p.permute(2, 0, 1), (0, width - p.shape[1], 0, height - p.shape[0])) for p in pixels]
-    return torch.stack(padded).float()
-
-
-def crop_and_resize(images, boxes, size):
-    """[B, 3, H, W] and (left, top, right, bottom, flip) [B, V, 5] -> crops [B, V, 3, size, size], flipped."""
-    left, top, right, bottom, flip = boxes.unbind(-1)
-    columns = bicubic_weights(left, right, size, images.shape[3])  # [B, V, size, W]
-    columns = torch.where(flip.view(*flip.shape, 1, 1) > 0, columns.flip(-2), columns)
-    rows = bicubic_weights(top, bottom, size, images.shape[2])
-    x = torch.einsum("bchw,bvxw->bvhcx", images, columns).round_().clamp_(0, 255)  # Pillow rounds after each direction
-    return torch.einsum("bvyh,bvhcx->bvcyx", rows, x).round_().clamp_(0, 255).contiguous()
-
-
-def bicubic_weights(start, end, size, length):
-    """Weights of the antialiased bicubic filter (Keys 1981, a = -0.5), from [start, end) of `length` pixels to `size`.
+def crop_and_resize(pixels, offsets, params, size, rows, taps):
+    """Boxes of images, resized and flipped as by Pillow: [S, 3, size, size] uint8.
 
     Args:
-        start, end: [...] float, pixels.
+        pixels: [N, 3] uint8 of all images, with `taps` more at the end.
+        offsets: [S], of the first pixel of the image that the crop is of.
+        params: [7, S], width and height of that image, box and flip.
+        rows: at least the height of every box, and taps.
+        taps: at least 4, and 4 * side of the box / size.
+    """
+    width, _, left, top, right, bottom, flip = params.unsqueeze(-1)  # [S, 1]
+    place = torch.arange(size, device=pixels.device)
+    first, weights = bicubic_taps(right - left, torch.where(flip > 0, size - 1 - place, place), size, taps)
+    row = (top + torch.arange(rows, device=pixels.device)).minimum(bottom - 1)
+    start = offsets.unsqueeze(-1) + row.long() * width.long() + left.long()  # of each row of the box, [S, rows]
+    weights = weights[:, :, None, :, None].repeat(1, 1, 1, 1, 3)
+    x = sum_taps(pixels, start.unsqueeze(-1) + first.unsqueeze(1), weights)  # [S, rows, size, 3]
+    first, weights = bicubic_taps(bottom - top, place, size, taps)
+    start = rows * torch.arange(len(first), device=pixels.device).unsqueeze(-1)
+    x = sum_taps(x.view(-1, size * 3), start + first, weights.unsqueeze(-1))  # [S, size, size * 3]
+    return x.view(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
+
+
+def bicubic_taps(length, place, size, taps):
+    """Antialiased bicubic filter (Keys 1981, a = -0.5) for pixels `place` of `size`, from `length` pixels.
+
+    Args:
+        length: [S, 1]
+        place: [size] or [S, size]
 
     Returns:
-        [..., size, length]; each row sums to 1 and is 0 outside of [start, end).
+        The first of the pixels to sum [S, size], and weights of it and the following ones [taps, S, size]; they sum to
+        1 and are 0 beyond the last pixel.
     """
-    start, end = start.view(*start.shape, 1, 1), end.view(*end.shape, 1, 1)
-    scale = (end - start) / size
-    center = (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * scale
-    position = torch.arange(length, device=start.device) + 0.5 - start  # relative to start, for float32 precision
-    x = ((position - center) / scale.clamp(min=1)).abs_()
+    scale = length / size
+    center, width = (place + 0.5) * scale, scale.clamp(min=1)
+    first = (center - 2 * width + 0.5).floor().minimum(length - taps).clamp(min=0)
+    position = first + torch.arange(taps, device=length.device).view(-1, 1, 1) + 0.5
+    x = ((position - center) / width).abs()
     inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0)) * ((position > 0) & (position < end - start))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    weights = torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0)) * (position < length)
+    return first.long(), weights / weights.sum(dim=0)
+
+
+def sum_taps(table, index, weights):
+    """Sum of weights[t] * table[index + t] over all T taps, uint8; rows of the table are the last dimension."""
+    x = F.embedding(index, table) * weights[0]
+    for t in range(1, len(weights)):
+        x.addcmul_(F.embedding(index, table[t:]), weights[t])
+    return x.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def jitter_crops(x, operation, amount):
+    """Apply to each crop [S, 3, s, s] uint8 an operation of JITTER, by its number [S, 1, 1, 1]."""
+    x = x.float()
+    luminance, names = to_grayscale(x), list(JITTER)
+    base = torch.where(operation == names.index("contrast"), mean_luminance(luminance), 0.0)
+    base = torch.where(operation == names.index("saturation"), luminance, base)
+    hue = adjust_hue(x, amount)
+    return torch.where(operation == names.index("hue"), hue, blend(x, base, amount)).to(torch.uint8)
+
+
+def grayscale_crops(x, selected):
+    return torch.where(selected > 0, to_grayscale(x.float()), x).to(torch.uint8)
+
+
+def blur_crops(x, weights, dim):
+    return box_blur(x.float(), weights, dim).to(torch.uint8)
+
+
+def solarize_crops(x, selected):
+    return torch.where(selected > 0, solarize(x.float()), x).to(torch.uint8)

@@ -242,7 +242,7 @@ def list_view_rows(args, reference=None):
     def render(multicrop):
         for keys in batches:
             pixels, params = zip(*(decoder[key][0] for key in keys))
-            yield functools.partial(multicrop, [x.to(args.device) for x in pixels], torch.stack(params))
+            yield functools.partial(multicrop, torch.cat(pixels).to(args.device), torch.stack(params))
 
     rows = {name: functools.partial(load, dataset) for name, dataset in datasets.items()}
     rows[f"pixels on {args.device}"] = functools.partial(render, decoder.multicrop)

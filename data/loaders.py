@@ -103,12 +103,10 @@ def collate_crops(samples):
 
 
 def collate_pixels(samples):
-    """B samples for BatchMultiCrop -> (concatenated uint8 pixels, sizes [B, 3], crop parameters), labels, messages."""
+    """B samples for BatchMultiCrop -> (pixels of all images [N, 3], crop parameters [B, V, P]), labels, messages."""
     prepared, labels, messages = zip(*samples)
     pixels, params = zip(*prepared)  # concatenated, because every tensor that a worker sends takes a file descriptor
-    sizes = torch.tensor([p.shape for p in pixels])
-    batch = (torch.cat([p.flatten() for p in pixels]), sizes, torch.stack(params))
-    return batch, torch.tensor(labels), sum(messages, [])
+    return (torch.cat(pixels), torch.stack(params)), torch.tensor(labels), sum(messages, [])
 
 
 def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False):
@@ -131,9 +129,8 @@ def iter_on_device(loader, multicrop, device):
     def make_crops(batch):
         if not isinstance(multicrop, BatchMultiCrop):
             return [to_device(view) for view in batch]
-        pixels, sizes, params = batch
-        parts = to_device(pixels).split(sizes.prod(dim=1).tolist())
-        return multicrop([part.view(size) for part, size in zip(parts, sizes.tolist())], params)
+        pixels, params = batch
+        return multicrop(to_device(pixels), params)
 
     stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
     for batch, labels, messages in reraise_worker_death(loader):

@@ -1,10 +1,12 @@
 import functools
+import itertools
 import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -120,7 +122,7 @@ def test_crops_equal_pillow_on_workers_and_in_batches(images):
     for first in range(0, len(images), 8):
         some = images[first:first + 8]
         pixels, params = zip(*(batch.prepare(image, key=first + i) for i, image in enumerate(some)))
-        crops = batch(pixels, torch.stack(params))
+        crops = batch(torch.cat(pixels), torch.stack(params))
         for i, image in enumerate(some):
             for v, view in enumerate(multicrop.sample(*image.size, key=first + i)):
                 expected = render_pillow(image, view)
@@ -141,7 +143,7 @@ def test_normalization_equals_torchvision(scene):
 
 def crop_in_batch_and_one_by_one(multicrop, batch, images):
     pixels, params = zip(*(batch.prepare(image, key=i) for i, image in enumerate(images)))
-    together = batch(pixels, torch.stack(params))
+    together = batch(torch.cat(pixels), torch.stack(params))
     each = [torch.stack(view) for view in zip(*(multicrop(image, key=i) for i, image in enumerate(images)))]
     return together, each
 
@@ -157,28 +159,34 @@ def test_batch_equals_images_one_by_one(scene, monkeypatch, chunk_bytes, compile
     arguments = dict(global_size=48, local_size=32, local_number=3, solarize=0.5, blur=(1.0, 0.5, 0.5))
     batch = BatchMultiCrop(**arguments, compile=bool(compile))
     images = [scene.resize((60 + 37 * (i % 5), 300 - 20 * i)) for i in range(12)] + [Image.new("RGB", (1, 1), "red")]
-    assert (len(list(batch.iter_chunks([image.size[::-1] for image in images]))) > 1) == (chunk_bytes < 2**30)
+    operations, run = [], batch.run
+    batch.run = lambda op, *args: operations.append(op) or run(op, *args)
     together, each = crop_in_batch_and_one_by_one(MultiCrop(**arguments), batch, images)
     assert [x.shape for x in together] == [x.shape for x in each]
     for a, b in zip(together, each):
         difference = (a - b).abs() * 58  # about, of 255
         assert difference.mean() < 0.05 and (difference > 4).float().mean() < 1e-3
+    assert (operations.count(augment.crop_and_resize) > 2) == (chunk_bytes < 2**30)  # of two sizes
 
 
 def test_autocast_does_not_change_batches(scene):
     batch = BatchMultiCrop(32, local_size=16, local_number=2)
     pixels, params = batch.prepare(scene, key=0)
-    expected = batch([pixels], params[None])
+    expected = batch(pixels, params[None])
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, batch([pixels], params[None]), expected))
+        assert all(map(torch.equal, batch(pixels, params[None]), expected))
 
 
 def test_crop_at_large_coordinates_loses_no_precision(scene):
-    """The same content 17,000 pixels further to the right gives the same crop."""
-    x = to_pixels(scene).permute(2, 0, 1)[None].float()
-    near, far = (torch.tensor([[[left + 10.0, 5.0, left + 70.0, 50.0, 0.0]]]) for left in (0, 17_000))
-    padded = torch.nn.functional.pad(x, (17_000, 0))
-    assert torch.equal(augment.crop_and_resize(x, near, 32), augment.crop_and_resize(padded, far, 32))
+    """The same content 17,000 pixels further to the right, or after 2^24 + 1 pixels of others, gives the same crop."""
+    def crop(x, offset, width, left):
+        params = torch.tensor([width, 61.0, left, 5.0, left + 60, 50.0, 0.0]).view(7, 1)
+        return augment.crop_and_resize(x.reshape(-1, 3), torch.tensor([offset]), params, 32, 45, 8)
+
+    x = to_pixels(scene)  # [61, 97, 3]
+    near, far = crop(x, 0, 97, 10), crop(torch.nn.functional.pad(x, (0, 0, 17_000, 0)), 0, 17_097, 17_010)
+    last = crop(torch.cat((torch.zeros(2**24 + 1, 3, dtype=torch.uint8), x.view(-1, 3))), 2**24 + 1, 97, 10)
+    assert torch.equal(near, far) and torch.equal(near, last) and near.float().std() > 10
 
 
 def test_global_and_local_crops_of_one_size(scene):
@@ -188,15 +196,31 @@ def test_global_and_local_crops_of_one_size(scene):
     assert len(together) == 4 and all((a - b).abs().mean() < 0.002 for a, b in zip(together, each))
 
 
-def test_chunks_hold_every_image_once_within_the_memory_limit():
-    batch = BatchMultiCrop()
-    sizes = [(300 + 17 * (i % 13), 500 - 11 * (i % 7)) for i in range(64)] + [(2250, 3000), (80, 4000)]
-    chunks = list(batch.iter_chunks(sizes))
-    assert sorted(i for chunk in chunks for i in chunk) == list(range(66))
-    for chunk in chunks:
-        height, width = (max(sizes[i][side] for i in chunk) for side in (0, 1))
-        assert len(chunk) == 1 or 12 * height * width * len(chunk) < augment.CHUNK_BYTES / 2
-    assert len(chunks) < 6
+def test_memory_stays_below_the_limit(scene, monkeypatch):
+    """Beyond the crops, as floats and as bytes, and two copies of the pixels."""
+    batch, images = BatchMultiCrop(96, local_size=48, local_number=4), [scene.resize((300, 250))] * 40
+    pixels, params = zip(*(batch.prepare(image, key=i) for i, image in enumerate(images)))
+    pixels, params = torch.cat(pixels), torch.stack(params)
+    for limit in (2**30, 2**25, 2**23):
+        monkeypatch.setattr(augment, "CHUNK_BYTES", limit)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            crops = batch(pixels, params)
+        events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        peak = max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+        peak -= 5 * sum(x.numel() for x in crops) + 2 * pixels.numel()
+        assert peak < limit and (peak > 2**25 or limit < 2**30)
+
+
+def test_images_of_other_sizes_compile_nothing_new(scene, monkeypatch):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(augment, "compile_operation", functools.cache(augment.compile_operation.__wrapped__))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    batch = BatchMultiCrop(48, local_size=32, local_number=3, compile=True)
+    for width in (30, 17, 25):
+        images = [scene.resize((width + i, 31 - i)) for i in range(4)]
+        crop_in_batch_and_one_by_one(MultiCrop(32, local_size=16, local_number=3), batch, images)
+        assert counter.frame_count == 1 + 5 + 6, width  # the crop, 5 operations of global and 6 of local crops
 
 
 @pytest.mark.parametrize("width, height, factor", [

@@ -349,7 +349,7 @@ def test_batched_crops_train_the_same(small_shapes, tmp_path, monkeypatch):
     """To rounding: each crop has the same parameters."""
     class Counted(loaders.BatchMultiCrop):
         def __call__(self, pixels, params):
-            batches.append(len(pixels))
+            batches.append(len(params))
             return super().__call__(pixels, params)
 
     batches = []
