@@ -58,7 +58,7 @@ class WeightNormProduct(torch.autograd.Function):
         x, weight_g, weight_v, norm = ctx.saved_tensors
         grad_x = (grad * (weight_g / norm).T) @ weight_v if ctx.needs_input_grad[0] else None
         grad_v = grad.T @ x  # its part along the row changes the row's norm, the rest its direction
-        grad_g = (grad_v.unsqueeze(1) @ weight_v.unsqueeze(2)).squeeze(2) / norm  # [K, 1]
+        grad_g = torch.linalg.vecdot(grad_v, weight_v).unsqueeze(1) / norm  # [K, 1]
         grad_v.addcmul_(weight_v, grad_g / norm, value=-1).mul_(weight_g / norm)
         return grad_x, grad_g if ctx.needs_input_grad[1] else None, grad_v
 

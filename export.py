@@ -296,6 +296,8 @@ def benchmark(backbone, model, metadata, batch, rounds=15):
     providers = [("CUDAExecutionProvider", {"use_tf32": 0})] if torch.cuda.is_available() else []  # as torch in fp32
     session = onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
     provider = session.get_providers()[0]
+    if providers and provider == "CPUExecutionProvider":
+        print("ONNX Runtime has no CUDA provider here: timed on the CPU")
     device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
     precision = "fp16" if device == "cuda" and metadata["precision"] != "fp32" else "fp32"
     height, width = metadata["image_size"] or [side * backbone.patch_size for side in backbone.grid]

@@ -24,6 +24,8 @@ def open_model(file: str | bytes, provider: str = "CPUExecutionProvider") -> tup
     Raises:
         RuntimeError: ONNX Runtime falls back to another provider.
     """
+    if provider != "CPUExecutionProvider":
+        onnxruntime.preload_dlls()  # CUDA and cuDNN from their pip packages, which importing torch would load too
     session = onnxruntime.InferenceSession(file, providers=[provider])
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"ONNX Runtime runs it on {session.get_providers()[0]}, not {provider}")

@@ -69,7 +69,12 @@ def clip_gradients(parameters, max_norm: float, per_parameter: bool) -> torch.Te
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
-    if max_norm:
-        scales = (max_norm / ((norms if per_parameter else norms.norm()) + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, list(scales.expand(len(grads))))
+    if max_norm and not per_parameter:
+        torch._foreach_mul_(grads, (max_norm / (norms.norm() + 1e-6)).clamp(max=1.0))
+    elif max_norm:
+        scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        factors = [scale.expand(grad.numel()) for scale, grad in zip(scales, grads)]
+        if norms.is_cuda:  # a factor per element: a list of scalars would launch a kernel for each gradient
+            factors = torch.cat(factors).split([grad.numel() for grad in grads])
+        torch._foreach_mul_(grads, [factor.view_as(grad) for factor, grad in zip(factors, grads)])
     return norms

@@ -11,6 +11,7 @@ falls while the KL divergence between teacher and student stays above zero.
 """
 
 import contextlib
+import importlib.util
 import itertools
 import math
 import shlex
@@ -98,7 +99,8 @@ def parse_args(argv=None):
     add(run, "--knn_every", 10, "epochs between k-NN evaluations if there are labels, 0 for none", nonnegative_int)
     add(run, "--knn_images", 20000, "at most so many train images for k-NN, a fifth for validation", positive_int)
     add_switch(run, "--linear_probe", "evaluate linear classifiers on the k-NN features too")
-    add_switch(run, "--compile", "torch.compile the blocks: a minute or more at first, then faster steps")
+    add(run, "--compile", "auto", "torch.compile the blocks: slow first steps, then faster; auto: vit_* on CUDA",
+        auto_or_boolean, nargs="?", const=True)
     add_switch(run, "--activation_checkpointing", "recompute the student's blocks in backward: slower, less memory")
     add(run, "--profile", 0, "steps to record in trace.json for Perfetto, 0 for none", nonnegative_int)
     add(run, "--timeout_minutes", 30.0, "how long a rank waits for the others", positive_float)
@@ -122,9 +124,16 @@ def parse_args(argv=None):
     if args.loss == "mse" and args.centering != "mean":
         parser.error(f"--centering {args.centering} gives probabilities, --loss mse compares logits")
     cli.check_run_flags(parser, args)
+    if args.compile == "auto":  # Triton comes with torch for CUDA on Linux only
+        args.compile = args.device == "cuda" and args.arch in SIZES and bool(importlib.util.find_spec("triton"))
     if args.views == "auto":
         args.views = "device" if args.device == "cuda" else "cpu"
     return args
+
+
+def auto_or_boolean(text):
+    """Argument type: "auto", true or false."""
+    return text if text == "auto" else boolean(text)
 
 
 def fill_in_arch(parser, args):
@@ -496,7 +505,7 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
 
 def main(args):
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
-    logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0)
+    logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
     data = distributed.run_on_rank_zero_first(lambda: open_data(args.data_path))
     distributed.check_same_on_all_ranks("images:", len(data.train))
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
@@ -507,6 +516,7 @@ def main(args):
     objects = build_training(args, device, world_size)
     print_setup(objects["student"], data, global_batch_size, total_steps, args, world_size, logger)
     run, first_step = start_run(objects, data, global_batch_size, total_steps, args, logger)
+    set_matmul_precision(args.device, args.precision, objects["student"].backbone.embed_dim)
     student = wrap_student(objects["student"], objects["teacher"], args, device, world_size)
     is_complete = train(student, run, data, first_step, total_steps, args, device)
     knn = run.progress["knn"]
@@ -528,6 +538,8 @@ def print_setup(student, data, global_batch_size, total_steps, args, world_size,
     logger.print(f"{args.epochs} epochs of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
+    if args.compile:
+        logger.print("compiling: the first steps take a minute or more, --compile false avoids it")
     if distributed.is_rank_zero():  # the other ranks need not decode images for it
         for note in advise_on_flags(args, len(data.train), typical_side(data.train), total_steps):
             logger.print(f"NOTE: {note}")
@@ -548,8 +560,7 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
 
 
 def wrap_student(student, teacher, args, device, world_size):
-    """Set matmul precision and activation checkpointing, compile, and wrap the student in DDP if there are ranks."""
-    set_matmul_precision(args.device, args.precision, student.backbone.embed_dim)
+    """Set activation checkpointing, compile, and wrap the student in DDP if there are ranks."""
     student.backbone.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         compile_blocks(student.backbone)

@@ -11,13 +11,11 @@ weights load unchanged. Needs torch only.
 Shapes: B images of C channels and H x W pixels, patches of p x p pixels, N = H/p * W/p patches, width D.
 """
 
-import contextlib
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 SIZES = {
@@ -45,17 +43,23 @@ class Attention(nn.Module):
     def forward(self, x, queries=None):
         """[B, 1+N, D] -> [B, queries, D]: the outputs of the first `queries` tokens, None for all."""
         q, k, v = self.split_heads(x)
-        # On CPU, in half precision and for few tokens, the fused kernel's backward is four times slower than matmuls.
-        unfused = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] < 128 and torch.is_grad_enabled()
-        with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
-            x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # [B, heads, queries, D/heads]
+        # On a CPU, in half precision and for few tokens, the fused kernel's backward is four times slower.
+        is_slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] < 128 and torch.is_grad_enabled()
+        if queries or is_slow:  # cuDNN's fused kernel for a single query gives NaN gradients on Hopper GPUs
+            x = attention_weights(q[:, :, :queries], k) @ v  # [B, heads, queries, D/heads]
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def attention_map(self, x, queries=None):
         """[B, 1+N, D] -> attention of the first `queries` tokens, [B, heads, queries, 1+N]; each row sums to 1."""
         q, k, _ = self.split_heads(x)
-        scale = q.shape[-1] ** -0.5
-        return ((q[:, :, :queries] * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        return attention_weights(q[:, :, :queries], k)
+
+
+def attention_weights(q, k):
+    """Queries [B, heads, Q, d] and keys [B, heads, 1+N, d] -> [B, heads, Q, 1+N]; each row sums to 1."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Block(nn.Module):

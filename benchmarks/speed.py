@@ -121,7 +121,7 @@ class Reference:
         self.main_dino, self.utils, self.vision_transformer = modules
         use_fp16 = args.device == "cuda" and args.task == "step"
         self.args = replace_flags(args, freeze_last_layer=0, precision="fp16" if use_fp16 else "fp32")
-        self.set_precision = functools.partial(reset_matmul_precision, args.device)
+        self.set_precision = reset_matmul_precision
         self.patches = [*checkout.list_patches(*modules, args),
                         (self.utils.MetricLogger, "log_every", lambda self, loader, *_: loader)]
         self.video.args, self.neighborhood = argparse.Namespace(size_mask_neighborhood=12, topk=5), None

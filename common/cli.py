@@ -239,7 +239,7 @@ def explain_runtime_error(error):
     if "more than 1 value per channel" in text:
         return "batch norm needs more than one image per GPU: raise --batch_size_per_gpu"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"torch.compile failed, remove --compile or fix this: {text.strip().splitlines()[0]}"
+        return f"torch.compile failed, use --compile false or fix this: {text.strip().splitlines()[0]}"
     if "DataLoader worker" in text:
         return f"a data loader worker died, often out of memory: lower --num_workers ({text})"
     if "LOCAL_RANK" in os.environ and re.search("gloo|nccl|timed out|timeout|connection|socket", text, re.IGNORECASE):

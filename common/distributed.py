@@ -89,6 +89,23 @@ def all_gather_objects(value):
     return values
 
 
+def all_gather_rows(tensor):
+    """Tensors [M, ...] of all ranks, concatenated in the order of ranks, on the CPU of every rank.
+
+    M may differ between ranks; where it is 0, the other dimensions may be missing.
+    """
+    if get_world_size() == 1:
+        return tensor.cpu()
+    shapes = all_gather_objects(tensor.shape)
+    rows = torch.empty(sum(shape[0] for shape in shapes), *max(shapes, key=len)[1:], dtype=tensor.dtype)
+    for rank, part in enumerate(rows.split([shape[0] for shape in shapes])):  # in place: no copy for each rank
+        if rank == get_rank():
+            part.copy_(tensor.view(part.shape))
+        if len(part):
+            dist.broadcast(part, rank)
+    return rows
+
+
 def check_same_on_all_ranks(name, value):
     """Check that all ranks have the same value, since ranks that disagree deadlock or train different models.
 

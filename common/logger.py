@@ -28,10 +28,12 @@ class Logger:
     Args:
         path: log file, one JSON object per line.
         is_silent: print and log nothing but corrupt images: on all ranks but 0.
+        device: where the steps run.
     """
 
-    def __init__(self, path, is_silent=False):
+    def __init__(self, path, is_silent=False, device="cpu"):
         self.path, self.is_silent, self.progress, self.profiler = path, is_silent, None, None
+        self.times_events = torch.device(device).type == "cuda"
         self.corrupt_images = set()  # messages
         self.reset_timer()
 
@@ -68,14 +70,22 @@ class Logger:
 
     def reset_timer(self):
         """Start measuring throughput here; what came before (evaluation, saving) does not count."""
-        self.since, self.steps, self.waited = time.monotonic(), 0, 0.0
+        self.since, self.steps, self.waits = time.monotonic(), 0, []
 
     def next_batch(self, batches):
-        """next(batches), timed as waiting for data."""
-        start = time.monotonic()
+        """next(batches), timed as waiting for data: by the host or, on CUDA, by the stream that runs the steps."""
+        start = self.read_clock()
         batch = next(batches)
-        self.waited += time.monotonic() - start
+        self.waits.append((start, self.read_clock()))
         return batch
+
+    def read_clock(self):
+        """Seconds, or on CUDA an event of the current stream, which also waits for crops from a side stream."""
+        if not self.times_events:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def count_step(self):
         self.steps += 1
@@ -85,7 +95,10 @@ class Logger:
 
     def throughput(self, images_per_step, steps_left):
         """Since the last call: images per second, seconds per step waiting for data and in all, seconds left."""
-        step_time, data_time = (time.monotonic() - self.since) / self.steps, self.waited / self.steps
+        if self.times_events:
+            torch.cuda.current_stream().synchronize()
+        waited = sum(a.elapsed_time(b) / 1000 if self.times_events else b - a for a, b in self.waits)
+        step_time, data_time = (time.monotonic() - self.since) / self.steps, waited / self.steps
         self.reset_timer()
         return dict(images_per_sec=images_per_step / step_time, data_time=data_time, step_time=step_time,
                     eta=steps_left * step_time)

@@ -40,16 +40,16 @@ def set_matmul_precision(device, precision, width=128):
         width: embedding dimension of the model; below 128 a call of oneDNN costs more than it saves.
     """
     if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif torch.device(device).type == "cpu":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if width >= 128 and is_onednn_exact() else "none"
+        torch.set_float32_matmul_precision("medium" if width >= 128 and is_onednn_exact() else "highest")
 
 
-def reset_matmul_precision(device):
+def reset_matmul_precision():
     """Undo `set_matmul_precision`: torch's own defaults."""
-    if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
 
 
 @functools.cache
@@ -62,7 +62,8 @@ def is_onednn_exact():
         return False
     a, b = torch.sin(torch.arange(2 * 384 * 384.0)).view(2, 384, 384)
     exact = a.double() @ b.double()
-    before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     product = a @ b
-    torch.backends.mkldnn.matmul.fp32_precision = before
+    torch.set_float32_matmul_precision(before)
     return ((product.double() - exact).norm() / exact.norm()).item() < 1e-5

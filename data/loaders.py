@@ -132,7 +132,7 @@ def iter_on_device(loader, multicrop, device):
         pixels, params = batch
         return multicrop(to_device(pixels), params)
 
-    stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch, labels, messages in reraise_worker_death(loader):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             crops, labels = make_crops(batch), to_device(labels)

@@ -9,9 +9,11 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError
-from common.distributed import all_gather_objects, get_rank, get_world_size
+from common.distributed import all_gather_objects, all_gather_rows, get_rank, get_world_size
 from common.weights import read_weights
 from data.loaders import build_eval_loader, center_crop_view
+
+NO_INDICES = torch.empty(0, dtype=torch.int64)
 
 
 class NoImagesError(OSError):
@@ -37,7 +39,7 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
     Raises:
         NoImagesError: on every process.
     """
-    features, labels, indices, corrupt = [], [], [], []
+    features, labels, indices, corrupt = [torch.empty(0, device=device)], [NO_INDICES], [NO_INDICES], []
     loader = build_eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, get_rank(), get_world_size(),
                                view)
     # disable=None: the bar is shown on a terminal only
@@ -50,13 +52,12 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
                 indices.append(i.clone())
             corrupt += messages
             bar.update((len(i) + len(messages)) * get_world_size())
-    share = [[torch.cat(parts).cpu()] if parts else [] for parts in (features, labels, indices)]
-    shares = all_gather_objects((*share, corrupt))
-    features, labels, indices, corrupt = (sum(parts, []) for parts in zip(*shares))
-    if not features:
+    features, labels, indices = (all_gather_rows(torch.cat(parts)) for parts in (features, labels, indices))
+    corrupt = sum(all_gather_objects(corrupt), [])
+    if not len(features):
         raise NoImagesError(corrupt)
-    indices, order = torch.cat(indices).sort()
-    return torch.cat(features)[order], torch.cat(labels)[order], indices, corrupt
+    indices, order = indices.sort()
+    return features[order], labels[order], indices, corrupt
 
 
 def load_features(path, origin):

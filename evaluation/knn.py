@@ -28,14 +28,13 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
         test_features, test_labels: [Q, D] and [Q], the features to classify and their true classes.
         ks: numbers of neighbors, clamped to M.
         memory_mb: bound on the similarities held at once; a normalized copy of the train features comes on top.
-        device: on CUDA similarities are computed in float16.
+        device: where similarities are computed, in float32.
 
     Returns:
         {k: (top-1, top-5)} in percent. Classes without a vote rank behind the others, in the order of their indices;
         for k < 5, top-5 counts the first k classes only.
     """
-    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    train_features = F.normalize(train_features.float(), dim=1).to(device, dtype)
+    train_features = F.normalize(train_features.float(), dim=1).to(device)
     train_labels = train_labels.to(device)
     num_classes, num_test = int(max(train_labels.max(), test_labels.max())) + 1, len(test_labels)
     distributed = dist.is_available() and dist.is_initialized()
@@ -45,12 +44,12 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
     # a block of similarities [rows, columns] takes about three times its size: itself, and the copies of its top k
     rows = min(len(test_features), 1024)
     columns = min(max(ks[-1], memory_mb * 2**20 // (12 * rows)), len(train_features))
-    buffer = torch.empty(rows, columns, dtype=dtype, device=device)  # allocated once, which saves time
+    buffer = torch.empty(rows, columns, device=device)  # allocated once, which saves time
     for features, labels in zip(test_features[share].split(rows), test_labels[share].split(rows)):
-        features, labels = F.normalize(features.float(), dim=1).to(device, dtype), labels.to(device).view(-1, 1)
+        features, labels = F.normalize(features.float(), dim=1).to(device), labels.to(device).view(-1, 1)
         similarity, neighbors = find_neighbors(features, train_features, ks[-1], buffer[:len(features)])
         # relative to the nearest neighbor, so that no temperature overflows
-        weights = ((similarity - similarity[:, :1]).float() / temperature).exp()  # [rows, k]
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # [rows, k]
         for k in ks:
             votes = torch.zeros(len(features), num_classes, device=device)
             votes.scatter_add_(1, train_labels[neighbors[:, :k]], weights[:, :k])
@@ -67,7 +66,9 @@ def find_neighbors(features: Tensor, train_features: Tensor, k: int, buffer: Ten
 
     Returns similarities [R, k], descending, and indices [R, k].
     """
-    similarity = indices = None
+    similarity, indices, precision = None, None, torch.get_float32_matmul_precision()
+    if features.is_cuda:  # TF32 would give other neighbors
+        torch.set_float32_matmul_precision("highest")
     for start in range(0, len(train_features), buffer.shape[1]):
         chunk = train_features[start:start + buffer.shape[1]]
         block = torch.mm(features, chunk.T, out=buffer[:, :len(chunk)])
@@ -77,4 +78,5 @@ def find_neighbors(features: Tensor, train_features: Tensor, k: int, buffer: Ten
             s, order = torch.cat((similarity, s), dim=1).topk(k, dim=1)
             i = torch.cat((indices, i), dim=1).gather(1, order)
         similarity, indices = s, i
+    torch.set_float32_matmul_precision(precision)
     return similarity, indices

@@ -180,7 +180,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
     if steps_per_epoch == 0:
         raise DataError(f"{len(images)} labeled images are fewer than the global batch size {global_batch_size} "
                         f"(batch_size_per_gpu x GPUs), lower --batch_size_per_gpu")
-    logger = Logger(output / "log.jsonl", is_silent=rank != 0)
+    logger = Logger(output / "log.jsonl", is_silent=rank != 0, device=device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16" and not network.frozen)
     objects = dict(network=network.heads if network.frozen else network, optimizer=optimizer, scaler=scaler)
     fixed = fixed | dict(epochs=args.epochs, seed=args.seed, crop_scale=list(args.crop_scale), num_images=len(images),

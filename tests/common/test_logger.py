@@ -32,7 +32,7 @@ def test_throughput_separates_waiting_for_data(logger):
     assert 0.05 <= throughput["data_time"] <= throughput["step_time"]
     assert throughput["images_per_sec"] == pytest.approx(8 / throughput["step_time"])
     assert throughput["eta"] == pytest.approx(5 * throughput["step_time"])
-    assert logger.steps == 0 and logger.waited == 0
+    assert logger.steps == 0 and logger.waits == []
 
 
 def test_a_step_is_a_line_and_a_record(logger, capsys):

@@ -22,13 +22,13 @@ def test_auto_is_bf16_on_processors_with_bf16_instructions():
 
 
 def test_tf32_is_allowed_next_to_half_precision_only():
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.get_float32_matmul_precision()
     for precision, is_allowed in (("bf16", True), ("fp32", False), ("fp16", True)):
         set_matmul_precision("cuda", precision)
         assert torch.backends.cuda.matmul.allow_tf32 == is_allowed
-    reset_matmul_precision("cuda")
+    reset_matmul_precision()
     assert not torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("shape", [(8, 384, 1536), (1561, 384, 384), (2000, 64, 50), (3, 4097, 5)])
@@ -37,10 +37,10 @@ def test_products_on_a_cpu_keep_float32_accuracy(shape):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*size, generator=generator).requires_grad_() for size in ((m, k), (n, k)))
     exact = a.detach().double(), b.detach().double()
-    reset_matmul_precision("cpu")
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    reset_matmul_precision()
+    assert torch.get_float32_matmul_precision() == "highest"
     set_matmul_precision("cpu", "fp32", width=64)
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
     set_matmul_precision("cpu", "fp32")
     product = torch.nn.functional.linear(a, b)
     product.sum().backward()
@@ -55,10 +55,10 @@ def test_onednn_is_not_used_where_it_rounds_to_bfloat16(monkeypatch):
     product = torch.Tensor.__matmul__
 
     def round_if_allowed(a, b):
-        if a.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+        if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
             a, b = (x.bfloat16().float() for x in (a, b))  # a product in bfloat16 is slow on processors without it
         return product(a, b)
     monkeypatch.setattr(torch.Tensor, "__matmul__", round_if_allowed)
     set_matmul_precision("cpu", "fp32")
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
     is_onednn_exact.cache_clear()
