@@ -26,6 +26,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -255,11 +256,15 @@ def list_view_rows(args, reference=None):
 # ---- measuring ----
 
 def count_flops(args):
-    """FLOPs per image of one call: matrix products, convolutions and attention, without recomputation."""
-    args = replace_flags(args, batch_size_per_gpu=1)
+    """FLOPs per image of one call: matrix products, convolutions and attention, without recomputation.
+
+    Counted on tensors without data, so nothing is computed.
+    """
+    args = replace_flags(args, batch_size_per_gpu=1, device="cpu")
     call = next(TASKS[args.task](Ours(args), args))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            call()
     return counter.get_total_flops()
 
 
