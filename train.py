@@ -30,7 +30,7 @@ from common import cli, distributed
 from common.checkpoint import CheckpointError, Run, atomic_write, write_json
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.logger import Logger
-from common.precision import autocast, set_matmul_precision
+from common.precision import autocast, cast_weights, set_matmul_precision
 from common.weights import save_model
 from data.datasets import DataError, open_data
 from data.loaders import build_multicrop, build_train_loader, derive_seed, iter_batch_keys, iter_on_device
@@ -399,20 +399,22 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
         [1] or [3] on the device, of this rank, in nats: the loss, and the two of DINOLoss.teacher_entropy.
     """
     network, stats = getattr(student, "module", student), []
-    for i, crops in enumerate(micro_batches):
-        is_last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if is_last or student is network else student.no_sync():
-            with autocast(crops[0].device, args.precision):
-                with torch.no_grad():
-                    teacher_logits = teacher(crops[:2])
-                student_logits = student(crops)
-            entropies = dino_loss.teacher_entropy(teacher_logits, schedule.teacher_temp) if log else ()
-            loss = dino_loss(student_logits, teacher_logits, schedule.teacher_temp, update_center=False, overwrite=True)
-            if is_last:
-                dino_loss.reduce_center()  # overlaps with backward
-            scaler.scale(loss / len(micro_batches)).backward()
-        stats.append(torch.stack((loss.detach(), *entropies)))
-        finite &= loss.detach().isfinite()
+    with cast_weights(teacher, args.precision), cast_weights(network, args.precision):
+        for i, crops in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last or student is network else student.no_sync():
+                with autocast(crops[0].device, args.precision):
+                    with torch.no_grad():
+                        teacher_logits = teacher(crops[:2])
+                    student_logits = student(crops)
+                entropies = dino_loss.teacher_entropy(teacher_logits, schedule.teacher_temp) if log else ()
+                loss = dino_loss(student_logits, teacher_logits, schedule.teacher_temp, update_center=False,
+                                 overwrite=True)
+                if is_last:
+                    dino_loss.reduce_center()  # overlaps with backward
+                scaler.scale(loss / len(micro_batches)).backward()
+            stats.append(torch.stack((loss.detach(), *entropies)))
+            finite &= loss.detach().isfinite()
 
     for group in optimizer.param_groups:
         group["lr"] = schedule.lr

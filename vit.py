@@ -81,9 +81,9 @@ class Block(nn.Module):
             keep: [2, B, 1, 1], factors of the two branches for each sample (stochastic depth).
         """
         branch, x = self.attn(self.norm1(x), queries), x[:, :queries]
-        x = x + branch if keep is None else torch.addcmul(x, branch, keep[0])
+        x = x + (branch if keep is None else branch * keep[0])
         branch = self.mlp(self.norm2(x))
-        return x + branch if keep is None else torch.addcmul(x, branch, keep[1])
+        return x + (branch if keep is None else branch * keep[1])
 
 
 class VisionTransformer(nn.Module):
@@ -186,9 +186,18 @@ class VisionTransformer(nn.Module):
         B, _, H, W = x.shape
         if H % self.patch_size or W % self.patch_size:
             raise ValueError(f"image size {H}x{W} is not a multiple of patch_size {self.patch_size}")
-        patches = self.patch_embed(x).flatten(2).transpose(1, 2)  # [B, N, D]
+        patches = self.embed_patches(x)  # [B, N, D]
         tokens = torch.cat((self.cls_token.expand(B, -1, -1), patches), dim=1)
         return tokens + self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size)
+
+    def embed_patches(self, x):
+        """Images [B, C, H, W] -> patch embeddings [B, N, D]: the convolution `patch_embed.proj` as one product.
+
+        A GPU is slow at a convolution with such a kernel in half precision.
+        """
+        p, proj = self.patch_size, self.patch_embed.proj
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
+        return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
     def interpolate_pos_encoding(self, rows: int, cols: int) -> Tensor:
         """Position embedding for a grid of rows x cols patches, [1, 1 + rows*cols, D]; bicubic, not antialiased."""

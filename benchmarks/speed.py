@@ -262,9 +262,9 @@ def count_flops(args):
     """
     args = replace_flags(args, batch_size_per_gpu=1, device="cpu")
     call = next(TASKS[args.task](Ours(args), args))
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter:
-            call()
+    without_data, unfused = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
+    with without_data, unfused, FlopCounterMode(display=False) as counter:
+        call()
     return counter.get_total_flops()
 
 

@@ -1,9 +1,20 @@
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.precision import autocast, is_onednn_exact, reset_matmul_precision, resolve_precision, set_matmul_precision
+from common.precision import (
+    autocast,
+    cast_weights,
+    is_onednn_exact,
+    reset_matmul_precision,
+    resolve_precision,
+    set_matmul_precision,
+)
+from dino_loss import DINOHead, MultiCropWrapper
+from train import compile_blocks
+from vit import VisionTransformer
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -62,3 +73,44 @@ def test_onednn_is_not_used_where_it_rounds_to_bfloat16(monkeypatch):
     set_matmul_precision("cpu", "fp32")
     assert torch.get_float32_matmul_precision() == "highest"
     is_onednn_exact.cache_clear()
+
+
+def half_precision_gradients(cast, compiled=False, checkpointing=False):
+    """Loss and gradients of two micro-batches in bfloat16, with and without cast_weights."""
+    torch.manual_seed(0)
+    backbone = VisionTransformer(32, 8, embed_dim=32, depth=3, num_heads=2)
+    network = MultiCropWrapper(backbone, DINOHead(32, 16, hidden_dim=8))
+    network.backbone.activation_checkpointing = checkpointing
+    if compiled:
+        compile_blocks(network.backbone)
+    crops = [torch.randn(2, 3, side, side) for side in (32, 32, 16)]
+    with cast_weights(network, "bf16") if cast else contextlib.nullcontext():
+        for _ in range(2):
+            with autocast("cpu", "bf16"):
+                logits = network(crops)
+            logits.square().sum().backward()
+    assert all("weight" not in vars(module) for module in network.modules())
+    return {"logits": logits.detach()} | {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"checkpointing": True}, pytest.param({"compiled": True}, marks=pytest.mark.slow)], ids=str)
+def test_cast_weights_computes_what_autocast_computes(flags):
+    expected, found = half_precision_gradients(False, **flags), half_precision_gradients(True, **flags)
+    assert found.keys() == expected.keys() and all(x.dtype == torch.float32 for x in found.values())
+    for name, value in expected.items():  # autocast sums the patch embedding's gradients of two crop sizes in float32
+        rtol = 2**-7 if name.endswith("patch_embed.proj.weight") else 0
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * value.abs().max().item(), msg=name)
+
+
+def test_cast_weights_leaves_parameters_alone():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    before = [(name, p, p.clone()) for name, p in network.named_parameters()]
+    with cast_weights(network, "fp16"):
+        assert network[0].weight.dtype == network[2].bias.dtype == torch.float16
+        assert network[1].weight.dtype == torch.float32
+        after = list(network.named_parameters())
+        assert all(p is q and torch.equal(p, copy) for (_, p, copy), (_, q) in zip(before, after, strict=True))
+        assert all(tensor.dtype == torch.float32 for tensor in network.state_dict().values())
+    with cast_weights(network, "fp32"):
+        assert network[2].weight is before[4][1]
