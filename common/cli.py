@@ -240,6 +240,9 @@ def explain_runtime_error(error):
         return "batch norm needs more than one image per GPU: raise --batch_size_per_gpu"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"torch.compile failed, use --compile false or fix this: {text.strip().splitlines()[0]}"
+    if "file </torch_" in text:  # a file in shared memory
+        return (f"/dev/shm is too small for the batches of data loader workers: start the container with a larger "
+                f"--shm-size (Docker's default is 64 MB), or lower --num_workers ({text.strip().splitlines()[-1]})")
     if "DataLoader worker" in text:
         return f"a data loader worker died, often out of memory: lower --num_workers ({text})"
     if "LOCAL_RANK" in os.environ and re.search("gloo|nccl|timed out|timeout|connection|socket", text, re.IGNORECASE):

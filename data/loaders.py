@@ -23,6 +23,7 @@ import torch
 from torchvision.transforms import functional as TF
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, MultiCrop
+from common.checkpoint import iter_tensors
 
 MAX_CORRUPT_IN_A_ROW = 1000  # images; more means that the storage fails, not the images
 
@@ -113,8 +114,8 @@ def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=
     """DataLoader with one batch of collate_crops (or collate_pixels, see iter_on_device) per list of keys."""
     return torch.utils.data.DataLoader(
         MultiCropDataset(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers,
-        collate_fn=collate_pixels if isinstance(multicrop, BatchMultiCrop) else collate_crops, pin_memory=pin_memory,
-        worker_init_fn=ignore_job_signals)
+        collate_fn=share_memory(collate_pixels if isinstance(multicrop, BatchMultiCrop) else collate_crops),
+        pin_memory=pin_memory, worker_init_fn=ignore_job_signals)
 
 
 def iter_on_device(loader, multicrop, device):
@@ -215,10 +216,27 @@ def build_eval_loader(images, size, batch_size, num_workers=0, rank=0, world_siz
     """
     return torch.utils.data.DataLoader(
         range(rank, len(images), world_size), batch_size, num_workers=num_workers, worker_init_fn=ignore_job_signals,
-        collate_fn=functools.partial(collate_views, images, size, view), pin_memory=torch.cuda.is_available())
+        collate_fn=share_memory(collate_views, images, size, view), pin_memory=torch.cuda.is_available())
 
 
 # ---- workers ----
+
+def share_memory(collate, *args):
+    """The function samples -> collate(*args, samples), with its tensors in shared memory if this is a worker.
+
+    Raises there, and so in the main process, if /dev/shm is full. The thread that sends a batch would print the error
+    and the main process would wait for ever.
+    """
+    return functools.partial(collate_shared, functools.partial(collate, *args))
+
+
+def collate_shared(collate, samples):
+    batch = collate(samples)
+    if torch.utils.data.get_worker_info():
+        for _, tensor in iter_tensors(batch):
+            tensor.share_memory_()
+    return batch
+
 
 def ignore_job_signals(worker_id):
     """Let a worker stop only when its parent stops it, not on signals to the whole job (Ctrl-C, preemption).

@@ -1,9 +1,13 @@
+import resource
+import signal
+
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
 from augment import BatchMultiCrop, MultiCrop
+from common.cli import explain_runtime_error
 from data import loaders
 from data.datasets import ImageFolder
 from data.loaders import (
@@ -135,3 +139,26 @@ def test_ranks_share_the_images_and_skip_corrupt_ones(tmp_path):
             seen += indices.tolist()
             bad += corrupt
     assert sorted(seen) == [i for i in range(10) if i != 8] and len(bad) == 1 and "3.png" in bad[0]
+
+
+class LimitedShapes(Shapes):
+    """Shapes whose worker can create files of 16 KB at most, in shared memory too."""
+
+    def __getitem__(self, i):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
+        return super().__getitem__(i)
+
+
+def test_full_shared_memory_is_one_line_and_no_hang():
+    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("still waiting for a batch"))
+    signal.alarm(60)
+    images = LimitedShapes("train", 8, 64)
+    multicrop = MultiCrop(64, local_number=0)
+    try:
+        for loader in (build_train_loader(images, multicrop, [[(0, 0), (0, 1)]], seed=0, num_workers=1),
+                       build_eval_loader(images, 64, batch_size=2, num_workers=1)):
+            with pytest.raises(RuntimeError, match="file </torch_") as error:
+                next(iter(loader))
+            assert "larger --shm-size" in explain_runtime_error(error.value)
+    finally:
+        signal.alarm(0)
