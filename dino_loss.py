@@ -1,6 +1,7 @@
 """DINO objective: projection head, multi-crop forward, loss with centering, EMA teacher, schedules.
 
     student = MultiCropWrapper(backbone, DINOHead(in_dim=384, out_dim=65536))
+    teacher = copy.deepcopy(student).requires_grad_(False)
     dino_loss = DINOLoss(out_dim=65536)
     loss = dino_loss(student(crops), teacher(crops[:2]), teacher_temp=0.04)
     update_teacher(teacher, student, momentum=0.996)

@@ -46,7 +46,7 @@ def parse_args(argv=None):
     for task in (knn, linear, finetune):
         cli.add_model_flags(task)
         add(task, "--data_path", None, "labeled images, named as for train.py (default: the data of the newest run)")
-        add(task, "--image_size", None, "side of the center crop (default: the size in training)", positive_int)
+        add(task, "--image_size", None, "side of the center crop (default: the size in training)", cli.image_side)
         add(task, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
     for task in (knn, linear):
         add(task, "--features", None, "safetensors file that caches the features; linear: with --quick", metavar="FILE")

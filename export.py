@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--format", choices=["onnx", *FORMATS], default="onnx", help="ONNX, or weights under another library's names")
     add("--output", metavar="FILE", help="output path (default: the model file's name with the format's ending)")
     add = parser.add_argument_group("ONNX").add_argument
-    add("--image_size", type=positive_int, nargs="+", help="H W, or side of a square (default: that of training)")
+    add("--image_size", type=cli.image_side, nargs="+", help="H W, or side of a square (default: that of training)")
     add("--dynamic", choices=["batch", "size", "none"], default="batch", help="dynamic axes; size: batch, H and W")
     add("--batch_size", type=positive_int, default=1, help="batch size of --dynamic none and --benchmark")
     add("--precision", choices=list(LIMITS), default="fp32", help="mixed: matrix products in fp16, the rest in fp32")
@@ -344,7 +344,11 @@ def main(args):
             raise CheckpointError(f"--output {output}: its folder does not exist")
         if save:
             save(output, backbone, info, ckpt)
-            return print(f"written to {output}")
+            print(f"written to {output}")
+            assumed = backbone.embed_dim // 64  # heads, by readers of formats without their number
+            if args.format in ("timm", "dino", "dino_full") and getattr(backbone, "num_heads", assumed) != assumed:
+                print(f"NOTE: the number of heads, {backbone.num_heads}, is not in the file: readers assume {assumed}")
+            return
         metadata = build_metadata(backbone, info, ckpt, args)
         model = build_onnx(backbone, metadata, args)
         report = verify(backbone, model, metadata, images)

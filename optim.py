@@ -2,6 +2,9 @@
 
     optimizer = build_optimizer("adamw", build_param_groups(network))
     norms = clip_gradients(network.parameters(), 3.0, per_parameter=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0005                                    # 0 until it is set
+    optimizer.step()
 
 Needs torch only.
 """

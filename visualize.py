@@ -39,7 +39,7 @@ def parse_args(argv=None):
     for task in (attention, video, features, embedding):
         cli.add_model_flags(task, workers=task is embedding, output_dir=task is not video)
         size = "center crop (default: as trained)" if task is embedding else "shorter side (default: 480/224 of that)"
-        task.add_argument("--image_size", type=cli.positive_int, help=size)
+        task.add_argument("--image_size", type=cli.image_side, help=size)
     for task in (attention, features, crops):
         task.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or shapes[:PIXELS], four shapes")
         task.add_argument("--width", type=sheet_width, default=1000, help="width of a contact sheet in pixels")

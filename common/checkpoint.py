@@ -55,6 +55,9 @@ def atomic_write(path, write, keep=1):
     temporary = f"{path}.tmp"
     try:
         write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files that only their owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         names = [f"{path}", *(f"{path}.{age}" for age in range(1, keep))]

@@ -41,10 +41,21 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Refuses empty arguments, which an unset shell variable leaves: an empty path would be another folder."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for i, argument in enumerate(args):
+            if argument == "" or re.fullmatch("--[a-z_]+=", argument):
+                self.error(f"empty argument after {' '.join([*args[:i], argument]).strip()}")
+        return super().parse_known_args(args, namespace)
+
+
 def build_parser(prog, description):
     """ArgumentParser with one-line errors, `@FILE` and defaults in its help."""
-    parser = argparse.ArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=description,
-                                     fromfile_prefix_chars="@", formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=description,
+                            fromfile_prefix_chars="@", formatter_class=HelpFormatter, allow_abbrev=False)
 
     def split_line(line):
         try:
@@ -79,8 +90,10 @@ def bounded_number(kind, is_allowed, description):
     return parse
 
 
-positive_int = bounded_number(int, lambda x: x > 0, "an integer above 0")
-nonnegative_int = bounded_number(int, lambda x: x >= 0, "an integer of 0 or more")
+positive_int = bounded_number(int, lambda x: 0 < x < 2**31, "an integer above 0 and below 2^31")
+nonnegative_int = bounded_number(int, lambda x: 0 <= x < 2**31, "an integer of 0 or more and below 2^31")
+image_side = bounded_number(int, lambda x: 0 < x <= 8192, "a number of pixels from 1 to 8192")
+num_workers = bounded_number(int, lambda x: 0 <= x <= 256, "a number of processes from 0 to 256")
 positive_float = bounded_number(float, lambda x: x > 0, "a number above 0")
 nonnegative_float = bounded_number(float, lambda x: x >= 0, "a number of 0 or more")
 fraction = bounded_number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
@@ -136,7 +149,7 @@ def add_device_flags(group, workers=True):
     group.add_argument("--device", type=device_name, default="auto", help="cuda, mps or cpu; auto: the first available")
     if workers:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        group.add_argument("--num_workers", type=nonnegative_int, default=min(10, cores),
+        group.add_argument("--num_workers", type=num_workers, default=min(10, cores),
                            help="data loader workers per process")
 
 
@@ -181,6 +194,8 @@ def check_crop_flags(parser, args):
         setattr(args, name, tuple(getattr(args, name)))
     for name in ("global_crops_scale", "local_crops_scale", "blur_radius"):
         check_range(parser, args, name, allow_zero=name == "blur_radius")
+    if args.blur_radius[1] > args.global_crops_size:
+        parser.error(f"--blur_radius {args.blur_radius[1]} is more than --global_crops_size {args.global_crops_size}")
     if args.color_jitter[3] > 0.5:
         parser.error(f"--color_jitter hue {args.color_jitter[3]} is above 0.5, half a turn of the color wheel")
 

@@ -74,6 +74,8 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
         if re.match(r"blocks\.|norm_pre|reg|storage", name):  # layer scale, registers: they would change the features
             raise CheckpointError(f"{path}: {name} has no place in vit.py, the features would be wrong without it")
     left = unused + outside
+    if "num_heads" in arguments and not info.get("backbone") and not read_num_heads(path):
+        log(f"{path}: does not hold the number of heads, assuming {arguments['num_heads']} of 64 channels")
     log(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
     return model.eval(), info | {"backbone": arguments, "network": network}
@@ -133,6 +135,8 @@ def read_weights(path, key):
         network = info.get("network")
     else:
         weights = state = checkpoint.load_checkpoint(path)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
         info, network = json.loads(json.dumps(state.get("info"))), None  # lists for tuples, as in safetensors metadata
         for level in (key or "teacher", "state_dict", "model"):
             if isinstance(weights.get(level), dict):

@@ -67,10 +67,10 @@ def load_features(path, origin):
         CheckpointError: not a features file, corrupt, or of another origin (the path of the checkpoint may differ).
     """
     features, found, _ = read_weights(str(path), None)
+    if features.keys() != {"train_features", "train_labels", "test_features", "test_labels"}:
+        raise CheckpointError(f"{path}: not a features file, choose another --features")
     for name in sorted((origin.keys() | found.keys()) - {"ckpt", "backbone"}):
         if found.get(name) != origin.get(name):
             raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {origin.get(name)}: "
                                   f"delete it, or choose another --features")
-    if features.keys() != {"train_features", "train_labels", "test_features", "test_labels"}:
-        raise CheckpointError(f"{path}: not a features file, choose another --features")
     return features

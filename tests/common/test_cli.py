@@ -133,7 +133,11 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("train --keep 0", "--keep: '0' is not an integer above 0"),
     ("train --save_every_minutes -1", "'-1' is not a number of 0 or more"),
     ("train --timeout_minutes 0", "--timeout_minutes: '0' is not a number above 0"),
-    ("train --out_dim 100000000000000", "out of memory"),
+    ("train --out_dim 2000000000", "out of memory"),
+    ("train --epochs 99999999999999999999", "is not an integer above 0 and below 2^31"),
+    ("train --num_workers 100000", "--num_workers: '100000' is not a number of processes from 0 to 256"),
+    ("train --blur_radius 0 1000", "--blur_radius 1000.0 is more than --global_crops_size 224"),
+    ("segment masks --image_size 99999", "--image_size: '99999' is not a number of pixels from 1 to 8192"),
     ("train --embed_dim 10000000 --num_heads 1", "out of memory"),
     ("train --data_path {}/pipes", "none of its 1 images can be read; the last: {}/pipes/a.jpg: not a file"),
     ("train --data_path {}/bombs", "decompression bomb"),
@@ -253,3 +257,13 @@ def test_flag_files_take_comments_and_later_flags_win(tmp_path):
     (tmp_path / "f.txt").write_text("# a recipe\n--epochs 20  # short\n--arch vit_tiny --lr 0.1\n\n")
     args = train.parse_args([f"@{tmp_path}/f.txt", "--lr", "0.2"])
     assert (args.epochs, args.arch, args.lr, args.embed_dim) == (20, "vit_tiny", 0.2, 192)
+
+
+@pytest.mark.parametrize("flags", [["--output_dir", ""], ["--data_path="], ["--arch", "vit_tiny", "--output_dir", ""]])
+def test_an_empty_path_of_an_unset_variable_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.parse_args(flags)
+    assert error.value.code == 2 and "empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        evaluate.parse_args(["knn", "--ckpt", ""])
+    assert error.value.code == 2 and "empty argument after knn --ckpt" in capsys.readouterr().err
