@@ -344,11 +344,10 @@ def main(args):
             raise CheckpointError(f"--output {output}: its folder does not exist")
         if save:
             save(output, backbone, info, ckpt)
-            print(f"written to {output}")
             assumed = backbone.embed_dim // 64  # heads, by readers of formats without their number
             if args.format in ("timm", "dino", "dino_full") and getattr(backbone, "num_heads", assumed) != assumed:
                 print(f"NOTE: the number of heads, {backbone.num_heads}, is not in the file: readers assume {assumed}")
-            return
+            return print(f"written to {output}")
         metadata = build_metadata(backbone, info, ckpt, args)
         model = build_onnx(backbone, metadata, args)
         report = verify(backbone, model, metadata, images)

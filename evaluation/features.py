@@ -39,7 +39,7 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
     Raises:
         NoImagesError: on every process.
     """
-    features, labels, indices, corrupt = [torch.empty(0, device=device)], [NO_INDICES], [NO_INDICES], []
+    features, labels, indices, corrupt = [], [NO_INDICES], [NO_INDICES], []
     loader = build_eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, get_rank(), get_world_size(),
                                view)
     # disable=None: the bar is shown on a terminal only
@@ -52,6 +52,7 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
                 indices.append(i.clone())
             corrupt += messages
             bar.update((len(i) + len(messages)) * get_world_size())
+    features = features or [torch.empty(0)]  # of the model, which may leave `device`
     features, labels, indices = (all_gather_rows(torch.cat(parts)) for parts in (features, labels, indices))
     corrupt = sum(all_gather_objects(corrupt), [])
     if not len(features):
