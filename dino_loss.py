@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOGIT_CHUNK_BYTES = (2**26, 2**22)  # student logits processed at once: on a GPU, on a CPU (its cache)
+LOGIT_CHUNK_BYTES = (2**28, 2**22)  # student logits processed at once: on a GPU, on a CPU (its cache)
 
 
 # ---- networks ----

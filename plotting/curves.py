@@ -168,7 +168,8 @@ def plot_curves(runs, against="step"):
             axes.set_ylim(low, low + (high - low) / (0.95 - 0.09 * ((len(legend) + 1) // 2)))
             if unit == "%":
                 axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= 100])
-            axes.legend(legend.values(), legend, loc="upper center", ncols=2, fontsize=10, handlelength=3)
+            axes.legend(legend.values(), legend, loc="upper center", ncols=2, fontsize=10, handlelength=3,
+                        columnspacing=1)
             for handle in axes.get_legend().legend_handles:
                 handle.set(color="0.3", linewidth=1.5)  # it explains dashes; colors are explained below the panels
     for axes in panels[-1]:

@@ -3,7 +3,7 @@
 import pytest
 
 pytestmark = pytest.mark.slow
-LAUNCHES = 1760  # of a step of ViT-S/16 in bf16 with 2 x 224 and 8 x 96 pixels, not compiled
+LAUNCHES = 1700  # of a step of ViT-S/16 in bf16 with 2 x 224 and 8 x 96 pixels, not compiled
 
 
 @pytest.mark.parametrize("flags", [
@@ -60,7 +60,7 @@ def test_knn_is_in_ieee_float32_where_tf32_is_allowed(measure, needs_stub):
 
 
 @pytest.mark.parametrize("arch, batch_size, bound", [
-    ("vit_small", 64, 8.05), ("vit_base", 32, 9.1), ("vit_large", 16, 15.6)])
+    ("vit_small", 64, 8.15), ("vit_base", 32, 9.1), ("vit_large", 16, 15.6)])
 def test_peak_memory_of_a_step(measure, arch, batch_size, bound):
     """With 65,536 prototypes, in GiB."""
     peak = measure("measure_memory", flags=f"--arch {arch} --batch_size_per_gpu {batch_size} --precision bf16")
