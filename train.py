@@ -398,7 +398,7 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
     Returns:
         [1] or [3] on the device, of this rank, in nats: the loss, and the two of DINOLoss.teacher_entropy.
     """
-    network, stats = getattr(student, "module", student), []
+    network, stats, temp = getattr(student, "module", student), [], schedule.teacher_temp
     with cast_weights(teacher, args.precision), cast_weights(network, args.precision):
         for i, crops in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -407,9 +407,8 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
                     with torch.no_grad():
                         teacher_logits = teacher(crops[:2])
                     student_logits = student(crops)
-                entropies = dino_loss.teacher_entropy(teacher_logits, schedule.teacher_temp) if log else ()
-                loss = dino_loss(student_logits, teacher_logits, schedule.teacher_temp, update_center=False,
-                                 overwrite=True)
+                entropies = dino_loss.teacher_entropy(teacher_logits, temp) if log else ()
+                loss = dino_loss(student_logits, teacher_logits, temp, update_center=False, overwrite=True)
                 if is_last:
                     dino_loss.reduce_center()  # overlaps with backward
                 scaler.scale(loss / len(micro_batches)).backward()
