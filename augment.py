@@ -292,23 +292,25 @@ class BatchMultiCrop(MultiCrop):
         """
         device, crops = pixels.device, []
         self.mean, self.std = self.mean.to(device), self.std.to(device)
-        values = params.to(device, non_blocking=True).permute(2, 1, 0)  # [P, V, B]
+        values = params.to(device, non_blocking=params.is_pinned()).permute(2, 1, 0)  # [P, V, B]
         areas = values[0].long() * values[1].long()
         offsets = areas.cumsum(dim=1) - areas  # of the first pixel of each image, [V, B]
         sides = (params[..., 4:6] - params[..., 2:4]).amax(dim=0)  # of the largest boxes, [V, 2]
-        taps = [4 * max(1, math.ceil(side / size)) for side, size in zip(sides.amax(dim=1).tolist(), self.crop_sizes)]
+        shrinking = (max(1, side / size) for side, size in zip(sides.amax(dim=1).tolist(), self.crop_sizes))
+        taps = [4 * 2 ** math.ceil(math.log2(factor)) for factor in shrinking]  # few values, each compiled once
         pixels = F.pad(pixels, (0, 0, 0, max(taps)))
         for size in dict.fromkeys(self.crop_sizes):
             first, number = self.crop_sizes.index(size), self.crop_sizes.count(size)
             views = slice(first, first + number)
-            rows = max(int(sides[views, 1].max()), *taps[views])
-            chunk = 2 ** max(0, int(math.log2(CHUNK_BYTES / (size * max(32 * rows, 80 * size)))))  # as measured
-            chunks = zip(offsets[views].flatten().split(chunk), values[:, views].flatten(1).split(chunk, dim=1))
-            x = []
-            for start, chosen in chunks:
-                resized = self.run(crop_and_resize, pixels, start, chosen[:7], size, rows, max(taps[views]))
-                x.append(self.apply_operations(resized, chosen, self.kinds[views]))
-            crops += self.run(MultiCrop.normalize, self, torch.cat(x)).unflatten(0, (number, -1)).unbind(0)
+            rows, chosen = max(int(sides[views, 1].max()), *taps[views]), values[:, views].flatten(1)  # [P, S]
+            # 32 bytes for each value between the two passes of the resize, 80 for each pixel of an operation
+            chunk = max(1, CHUNK_BYTES // (32 * size * rows))
+            x = torch.cat([self.run(crop_and_resize, pixels, *part, size, rows, max(taps[views])) for part in zip(
+                offsets[views].flatten().split(chunk), chosen[:7].split(chunk, dim=1))])
+            chunk = max(1, CHUNK_BYTES // (80 * size**2))  # the same in every batch
+            x = torch.cat([self.apply_operations(*part, self.kinds[views])
+                           for part in zip(x.split(chunk), chosen.split(chunk, dim=1))])
+            crops += self.run(MultiCrop.normalize, self, x).unflatten(0, (number, -1)).unbind(0)
         return crops
 
     def apply_operations(self, x, params, kinds):

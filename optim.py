@@ -77,7 +77,7 @@ def clip_gradients(parameters, max_norm: float, per_parameter: bool) -> torch.Te
     elif max_norm:
         scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         factors = [scale.expand(grad.numel()) for scale, grad in zip(scales, grads)]
-        if norms.is_cuda:  # a factor per element: a list of scalars would launch a kernel for each gradient
+        if norms.is_cuda:  # a factor per element, as large as the gradients: scalars would be a launch for each of them
             factors = torch.cat(factors).split([grad.numel() for grad in grads])
         torch._foreach_mul_(grads, [factor.view_as(grad) for factor, grad in zip(factors, grads)])
     return norms

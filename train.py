@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import itertools
 import math
+import os
 import shlex
 import shutil
 import statistics
@@ -124,11 +125,17 @@ def parse_args(argv=None):
     if args.loss == "mse" and args.centering != "mean":
         parser.error(f"--centering {args.centering} gives probabilities, --loss mse compares logits")
     cli.check_run_flags(parser, args)
-    if args.compile == "auto":  # Triton comes with torch for CUDA on Linux only
-        args.compile = args.device == "cuda" and args.arch in SIZES and bool(importlib.util.find_spec("triton"))
+    if args.compile == "auto":
+        args.compile = args.device == "cuda" and args.arch in SIZES and can_compile()
     if args.views == "auto":
         args.views = "device" if args.device == "cuda" else "cpu"
     return args
+
+
+def can_compile():
+    """Whether torch.compile works on CUDA here: Triton, and the C compiler that it calls."""
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(importlib.util.find_spec("triton") and has_compiler) and torch.cuda.get_device_capability()[0] >= 7
 
 
 def auto_or_boolean(text):

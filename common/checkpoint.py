@@ -33,6 +33,9 @@ RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
 MODEL_FILES = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "student.safetensors"),
                "classification": ("classifier.safetensors",)}  # kind of run -> what it leaves behind
 
+UMASK = os.umask(0)  # which can be read by setting it only, and so for all threads
+os.umask(UMASK)
+
 
 class CheckpointError(ValueError):
     """A file that cannot be used; the message names it, what is wrong and the fix."""
@@ -55,9 +58,8 @@ def atomic_write(path, write, keep=1):
     temporary = f"{path}.tmp"
     try:
         write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files that only their owner can read
+        with contextlib.suppress(OSError):  # on file systems without modes
+            os.chmod(temporary, 0o666 & ~UMASK)  # safetensors writes files that only their owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         names = [f"{path}", *(f"{path}.{age}" for age in range(1, keep))]

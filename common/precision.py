@@ -46,6 +46,7 @@ class CastTensors(torch.autograd.Function):
 
 
 def cast_tensors(tensors, dtype):
+    """Copies of tensors in another dtype, in one launch."""
     copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
     torch._foreach_copy_(copies, tensors)
     return copies
@@ -59,12 +60,12 @@ def cast_weights(network, precision):
     """
     layers = [module for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
     layers = [] if precision == "fp32" else layers
-    for i in range(0, len(layers), 8):  # some blocks at a time, so that DDP sends gradients while backward still runs
-        weights = [(layer, name, p) for layer in layers[i:i + 8] for name, p in layer.named_parameters()]
-        copies = CastTensors.apply(DTYPES[precision], *(p for _, _, p in weights))
-        for (layer, name, _), copy in zip(weights, copies):
-            vars(layer)[name] = copy  # found before the parameter, which optimizer and state dict keep
     try:
+        for i in range(0, len(layers), 8):  # some blocks at a time, so that DDP sends gradients during backward
+            weights = [(layer, name, p) for layer in layers[i:i + 8] for name, p in layer.named_parameters()]
+            copies = CastTensors.apply(DTYPES[precision], *(p for _, _, p in weights))
+            for (layer, name, _), copy in zip(weights, copies):
+                vars(layer)[name] = copy  # found before the parameter, which optimizer and state dict keep
         yield
     finally:
         for layer in layers:

@@ -6,6 +6,7 @@ Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discr
 2021, section 4. Nothing is trained and nothing is tuned, so the accuracy measures the features alone. Needs torch only.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -47,7 +48,8 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
     buffer = torch.empty(rows, columns, device=device)  # allocated once, which saves time
     for features, labels in zip(test_features[share].split(rows), test_labels[share].split(rows)):
         features, labels = F.normalize(features.float(), dim=1).to(device), labels.to(device).view(-1, 1)
-        similarity, neighbors = find_neighbors(features, train_features, ks[-1], buffer[:len(features)])
+        with disable_tf32() if features.is_cuda else contextlib.nullcontext():
+            similarity, neighbors = find_neighbors(features, train_features, ks[-1], buffer[:len(features)])
         # relative to the nearest neighbor, so that no temperature overflows
         weights = ((similarity - similarity[:, :1]) / temperature).exp()  # [rows, k]
         for k in ks:
@@ -61,14 +63,23 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
     return {k: tuple((100 * counts / num_test).tolist()) for k, counts in correct.items()}
 
 
+@contextlib.contextmanager
+def disable_tf32():
+    """Products in full float32 on CUDA: TF32 gives other neighbors."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def find_neighbors(features: Tensor, train_features: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """The k most similar train features [M, D] of each feature [R, D], in chunks that fit `buffer` [R, columns >= k].
 
     Returns similarities [R, k], descending, and indices [R, k].
     """
-    similarity, indices, precision = None, None, torch.get_float32_matmul_precision()
-    if features.is_cuda:  # TF32 would give other neighbors
-        torch.set_float32_matmul_precision("highest")
+    similarity = indices = None
     for start in range(0, len(train_features), buffer.shape[1]):
         chunk = train_features[start:start + buffer.shape[1]]
         block = torch.mm(features, chunk.T, out=buffer[:, :len(chunk)])
@@ -78,5 +89,4 @@ def find_neighbors(features: Tensor, train_features: Tensor, k: int, buffer: Ten
             s, order = torch.cat((similarity, s), dim=1).topk(k, dim=1)
             i = torch.cat((indices, i), dim=1).gather(1, order)
         similarity, indices = s, i
-    torch.set_float32_matmul_precision(precision)
     return similarity, indices

@@ -149,7 +149,7 @@ def crop_in_batch_and_one_by_one(multicrop, batch, images):
 
 
 @pytest.mark.parametrize("chunk_bytes, compile", [
-    (2**30, False), (2**23, False), (2**30, "aot_eager"), pytest.param(2**30, True, marks=pytest.mark.slow)])
+    (2**30, False), (2**21, False), (2**30, "aot_eager"), pytest.param(2**30, True, marks=pytest.mark.slow)])
 def test_batch_equals_images_one_by_one(scene, monkeypatch, chunk_bytes, compile):
     """Images of different sizes and shapes, in one chunk or several, eager or compiled."""
     monkeypatch.setattr(augment, "CHUNK_BYTES", chunk_bytes)
@@ -221,6 +221,14 @@ def test_images_of_other_sizes_compile_nothing_new(scene, monkeypatch):
         images = [scene.resize((width + i, 31 - i)) for i in range(4)]
         crop_in_batch_and_one_by_one(MultiCrop(32, local_size=16, local_number=3), batch, images)
         assert counter.frame_count == 1 + 5 + 6, width  # the crop, 5 operations of global and 6 of local crops
+    monkeypatch.setattr(augment, "CHUNK_BYTES", 2**21)  # the resize in parts
+    frames = []
+    for widths in ((80, 300, 900), (90, 320, 1000)):
+        for width in widths:
+            crop_in_batch_and_one_by_one(MultiCrop(32, local_size=16, local_number=3), batch, [
+                scene.resize((width + i, width - i)) for i in range(4)])
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1] <= 12 + 2 * 3  # crops of each size, for images that shrink by up to 2, 8, 32
 
 
 @pytest.mark.parametrize("width, height, factor", [

@@ -122,10 +122,9 @@ def count_crops(flags):
     """
     args = train.parse_args(["--device", "cuda", *flags.split()])
     multicrop = build_multicrop(args, args.compile)
-    sizes = [(500, 375 + i) if i % 3 else (375 + i, 500) for i in range(16)]
-    images = [(Shapes("train", 16, 64)[i][0].resize(size), 0) for i, size in enumerate(sizes)]
-    images *= -(-args.batch_size_per_gpu // len(images))
-    keys = iter_batch_keys(0, 3, args.batch_size_per_gpu, args.seed, args.batch_size_per_gpu)
+    sizes = [(500, 350 + i) if i % 3 else (350 + i, 500) for i in range(3 * args.batch_size_per_gpu)]
+    images = [(Shapes("train", 1, 64)[0][0].resize(size), 0) for size in sizes]
+    keys = iter_batch_keys(0, 3, len(images), args.seed, args.batch_size_per_gpu)
     loader = build_train_loader(images, multicrop, keys, args.seed, pin_memory=True)
     batches = iter_on_device(loader, multicrop, torch.device("cuda"))
     for _ in range(2):
