@@ -344,9 +344,10 @@ def main(args):
             raise CheckpointError(f"--output {output}: its folder does not exist")
         if save:
             save(output, backbone, info, ckpt)
-            assumed = backbone.embed_dim // 64  # heads, by readers of formats without their number
+            assumed = backbone.embed_dim // 64  # heads, by the models that other libraries build
             if args.format in ("timm", "dino", "dino_full") and getattr(backbone, "num_heads", assumed) != assumed:
-                print(f"NOTE: the number of heads, {backbone.num_heads}, is not in the file: readers assume {assumed}")
+                print(f"NOTE: load_backbone reads the number of heads from the file, others need to be given "
+                      f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, ckpt, args)
         model = build_onnx(backbone, metadata, args)

@@ -6,8 +6,10 @@
 timm uses the names of vit.py, so it needs no table. Files are written atomically.
 """
 
+import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -26,6 +28,9 @@ TRANSFORMERS_5_NAMES = [  # the modules of version 5, where they are named diffe
     ("blocks.", "layers."), (".attn.proj.", ".attention.o_proj."), (".attn.", ".attention."),
     (".query.", ".q_proj."), (".key.", ".k_proj."), (".value.", ".v_proj.")]
 
+SUPPORTED = {"hidden_act": ("gelu",), "act_layer": ("gelu", "GELU", None),  # of config.json: what vit.py computes
+             "global_pool": ("token", "", None), "use_mean_pooling": (False, None)}
+
 
 # ---- reading ----
 
@@ -35,18 +40,31 @@ def to_vit_names(weights):
     for name, tensor in weights.items():
         for our, their in TRANSFORMERS_NAMES + TRANSFORMERS_5_NAMES:
             name = name.replace(their, our)
-        ours[name] = tensor
+        ours[re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name)] = tensor  # DINOv2's chunks of blocks
     for name in [name for name in ours if ".attn.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         ours[name.replace("query", "qkv")] = torch.cat([ours.pop(part) for part in parts])
     return ours
 
 
-def read_num_heads(path):
-    """{"num_heads": N} from the config.json of a transformers folder, {} elsewhere; weights do not determine it."""
-    config = Path(path).with_name("config.json")
-    is_folder = os.path.basename(path) == "model.safetensors" and config.is_file()
-    num_heads = json.loads(config.read_text()).get("num_attention_heads") if is_folder else None  # timm's has none
+def read_config(path, embed_dim):
+    """{"num_heads": N} from a config.json beside a file of weights, which do not determine it; {} without one.
+
+    Reads those of transformers and timm, whose "model_args" are in the hub's files, for this width.
+
+    Raises:
+        CheckpointError: the model has another activation than GELU, or its feature is not the CLS token.
+    """
+    file, config = Path(path).with_name("config.json"), None
+    with contextlib.suppress(OSError, ValueError):  # absent, or any program's
+        config = json.loads(file.read_text(encoding="utf-8"))
+    config = config | (config.get("model_args") or {}) if isinstance(config, dict) else {}
+    if config.get("hidden_size", config.get("embed_dim", embed_dim)) != embed_dim:  # of another model
+        return {}
+    for name, supported in SUPPORTED.items():
+        if config.get(name, supported[0]) not in supported:
+            raise CheckpointError(f"{path}: {file} has {name} {config[name]}, vit.py computes {supported[0]} alone")
+    num_heads = config.get("num_attention_heads", config.get("num_heads"))
     return {"num_heads": num_heads} if num_heads else {}
 
 
@@ -65,7 +83,8 @@ def save_timm(path, backbone, info, ckpt):
     """
     if not getattr(backbone, "arch", "timm:").startswith("timm:"):
         raise CheckpointError(f"--format timm: {backbone.arch} is no timm model, use --format safetensors or dino")
-    atomic_write(path, lambda temporary: save_file(plain_weights(backbone), temporary, {"format": "pt"}))
+    heads = {"num_heads": str(backbone.num_heads)} if backbone.blocks else {}  # for load_backbone
+    atomic_write(path, lambda temporary: save_file(plain_weights(backbone), temporary, {"format": "pt"} | heads))
 
 
 def save_transformers(folder, backbone, info, ckpt):
@@ -95,11 +114,16 @@ def save_transformers(folder, backbone, info, ckpt):
 
 def save_dino(path, backbone, info, ckpt):
     """The released layout of a backbone alone (dino_deitsmall16_pretrain.pth)."""
-    atomic_write(path, lambda temporary: torch.save(plain_weights(backbone), temporary))
+    weights = plain_weights(backbone)
+    if backbone.blocks:  # for load_backbone, in torch's own metadata of a state dict, which load_state_dict ignores
+        weights._metadata[""]["num_heads"] = backbone.num_heads
+    atomic_write(path, lambda temporary: torch.save(weights, temporary))
 
 
 def save_dino_full(path, backbone, info, ckpt):
-    """The released layout of a full checkpoint: student, teacher and center, without optimizer and flags.
+    """The released layout of a full checkpoint without optimizer: student, teacher, center, and flags as "args".
+
+    The flags are a dict, since torch.load refuses the reference's Namespace by default.
 
     Raises:
         CheckpointError: `ckpt` is not the checkpoint.pth of a run.
@@ -108,7 +132,8 @@ def save_dino_full(path, backbone, info, ckpt):
     if not {"student", "teacher", "dino_loss"} <= state.keys():
         raise CheckpointError(f"{ckpt}: holds one network; --format dino_full needs a run's --ckpt checkpoint.pth")
     student = {f"module.{name}": tensor for name, tensor in state["student"].items()}
-    full = {"student": student, "teacher": state["teacher"], "dino_loss": state["dino_loss"]}
+    full = {"student": student, "teacher": state["teacher"], "dino_loss": state["dino_loss"],
+            "args": state.get("flags", {}) | ({"num_heads": backbone.num_heads} if backbone.blocks else {})}
     atomic_write(path, lambda temporary: torch.save(full, temporary))
 
 

@@ -22,9 +22,16 @@ from torchvision import models
 from backbones import BackboneError, HeadlessClassifier, build_backbone
 from common import checkpoint
 from common.checkpoint import CheckpointError
-from common.convert import read_num_heads, to_vit_names
+from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero
 from common.precision import set_matmul_precision
+
+# names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
+LEVELS = "teacher", "student", "state_dict_ema", "model_ema", "state_dict", "model", "module"
+TEACHER = r"teacher|momentum|target|encoder_k|key_encoder|(^|[._])ema([._]|$)"  # in the name of a network
+WRAPPER = r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."  # what torch puts into names
+ANCHOR = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"  # one per network
+
 
 # ---- saving and loading ----
 
@@ -47,11 +54,13 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
     Takes files of this repository, the released DINO .pth files (backbone or full checkpoint), vision transformers
     with the names of timm or transformers under any common prefix (`module.`, `backbone.`, ...), folders of
     transformers, and ResNets with the names of torchvision. The arguments of a vision transformer are inferred from
-    the shapes of its weights; the number of heads, where the file does not give it, from 64 channels per head.
+    the shapes of its weights; the number of heads is the file's or that of a config.json beside it, else 64 channels
+    per head are assumed.
 
     Args:
-        key: "teacher" or "student", the network of a full checkpoint; None takes the teacher, or the only network.
-        log: called with one line about the tensors that matched and those that were left out.
+        key: "teacher" or "student" of a file with both (lightly, solo-learn, MoCo too); None takes the teacher, which
+            may be named momentum, target or EMA network, or the first network.
+        log: called with lines about the network, the tensors that matched and those that were left out.
 
     Returns:
         the model in eval mode, and its description: "backbone", the arguments of build_backbone; "network", the key
@@ -62,7 +71,7 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
     """
     path = weights_file(path)
     try:
-        weights, info, network = read_weights(path, key)
+        weights, info, network = read_weights(path, key, log)
         inside, outside, arguments = match_weights(weights, info.get("backbone"), path)
         model, matched = build_with_weights(arguments, inside)
     except (CheckpointError, OSError, ModuleNotFoundError):  # the last: timm is not installed
@@ -74,7 +83,7 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
         if re.match(r"blocks\.|norm_pre|reg|storage", name):  # layer scale, registers: they would change the features
             raise CheckpointError(f"{path}: {name} has no place in vit.py, the features would be wrong without it")
     left = unused + outside
-    if "num_heads" in arguments and not info.get("backbone") and not read_num_heads(path):
+    if "num_heads" in arguments and not info.get("backbone") and not read_config(path, arguments["embed_dim"]):
         log(f"{path}: does not hold the number of heads, assuming {arguments['num_heads']} of 64 channels")
     log(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
@@ -119,14 +128,16 @@ def build_untrained(info):
 
 # ---- reading and matching state dicts ----
 
-def read_weights(path, key):
+def read_weights(path, key, log=lambda text: None):
     """Read one network of a file: {name: tensor}, its description ({} without one), its key (None if not known)."""
+    network = None
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
                 info = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             is_ours = info.get("backbone", info.get("vit", "")).startswith("{")
+            heads = info.get("num_heads")  # of save_timm
             info = {name: json.loads(value) for name, value in info.items()} if is_ours else {}
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
@@ -137,15 +148,38 @@ def read_weights(path, key):
         weights = state = checkpoint.load_checkpoint(path)
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
-        info, network = json.loads(json.dumps(state.get("info"))), None  # lists for tuples, as in safetensors metadata
-        for level in (key or "teacher", "state_dict", "model"):
-            if isinstance(weights.get(level), dict):
-                weights, network = weights[level], network or level
+        info = json.loads(json.dumps(state.get("info")))  # lists for tuples, as in safetensors metadata
+        for _ in LEVELS:  # a level may hold another
+            levels = [level for level in LEVELS if isinstance(weights.get(level), dict)]
+            if levels:
+                level, role = choose_network(levels, key, path, log)
+                weights, network = weights[level], network or role
+        args = state.get("args")  # a Namespace in the reference's, a dict in those of save_dino_full
+        heads = args.get("num_heads") if isinstance(args, dict) else getattr(args, "num_heads", None)
+        heads = heads or getattr(weights, "_metadata", {}).get("", {}).get("num_heads")  # the last: of save_dino
+    weights = {re.sub(WRAPPER, "", str(name)): tensor for name, tensor in weights.items()
+               if isinstance(tensor, torch.Tensor)}
+    info = checkpoint.rename_old_keys(info) if isinstance(info, dict) else {}
+    if not isinstance(info.get("backbone"), dict):
+        info = {"backbone": {"num_heads": int(heads)}} if str(heads).isdecimal() else {}
+    prefixes = [match[1] for name in weights if (match := re.fullmatch(ANCHOR, name))]
+    if prefixes and not network and "arch" not in info.get("backbone", ()):  # those have names of other libraries
+        prefix, network = choose_network(prefixes, key, path, log)
+        weights = {name: tensor for name, tensor in weights.items()
+                   if name.startswith(prefix) or not name.startswith(tuple(prefixes))}
     if key and network != key:
         raise CheckpointError(f"{path}: holds no network named {key}, leave --checkpoint_key out")
-    weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    info = checkpoint.rename_old_keys(info) if isinstance(info, dict) else {}
-    return weights, info if isinstance(info.get("backbone"), dict) else {}, network
+    return weights, info, network
+
+
+def choose_network(names, key, path, log):
+    """Of names of networks, that of the teacher or of `key`, else the first, and its role: teacher, student or None."""
+    teachers = [name for name in names if re.search(TEACHER, name)]
+    students = [name for name in names if name not in teachers and (teachers or "student" in name)]
+    taken = ((students if key == "student" else teachers) or names)[0]
+    if len({*names}) > 1:
+        log(f"{path}: took {taken.strip('.')} of the networks {', '.join(name.strip('.') for name in names)}")
+    return taken, "teacher" if taken in teachers else "student" if taken in students else None
 
 
 def match_weights(weights, arguments, path):
@@ -154,8 +188,7 @@ def match_weights(weights, arguments, path):
     Returns:
         {name in our backbone: tensor}, the names of the other tensors, and the arguments of build_backbone.
     """
-    anchor = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
-    anchors = (re.fullmatch(anchor, name) for name in weights)
+    anchors = (re.fullmatch(ANCHOR, name) for name in weights)
     is_headless = arguments and "arch" in arguments  # a file of this repository with the names of another library
     prefix = "backbone." if is_headless else next((match[1] for match in anchors if match), "")
     inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -169,8 +202,9 @@ def match_weights(weights, arguments, path):
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a ViT's (as named by DINO, timm or "
                               f"transformers) or torchvision ResNet's; first: {', '.join(list(weights)[:3]) or 'none'}")
-    heads = {"num_heads": arguments.get("num_heads", 6)} if arguments else read_num_heads(path)
-    return ours, outside, infer_vit_arguments(ours) | heads
+    inferred = infer_vit_arguments(ours)
+    heads = {"num_heads": arguments.get("num_heads", 6)} if arguments else read_config(path, inferred["embed_dim"])
+    return ours, outside, inferred | heads
 
 
 def identify_resnet(weights):

@@ -1,5 +1,6 @@
 """Round trips through timm and transformers: their model loads our file and gives our features, and back."""
 
+import pytest
 import timm
 import torch
 import transformers
@@ -37,6 +38,7 @@ def test_timm(tmp_path, capsys):
     path, model = saved(tmp_path, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3)
     images = torch.randn(2, 3, 224, 224)
     file = exported(path, "timm", capsys)
+    assert load_backbone(file)[0].num_heads == 3
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=file).eval()
     torch.testing.assert_close(theirs(images), model(images), rtol=0, atol=1e-5)
     torch.nn.init.normal_(theirs.norm.bias)
@@ -93,8 +95,39 @@ def test_full_checkpoint_in_the_released_layout(tmp_path, capsys):
     save_checkpoint(tmp_path / "checkpoint.pth", **networks, dino_loss={"center": torch.zeros(1, 3)},
                     info={"vit": SMALL}, progress={"step": 7}, flags={"arch": "vit_tiny", "patch_size": 8})
     full = torch.load(exported(tmp_path / "checkpoint.pth", "dino_full", capsys))  # as the released scripts do
-    assert set(full) == {"student", "teacher", "dino_loss"}
+    assert set(full) == {"student", "teacher", "dino_loss", "args"}
+    assert full["args"] == {"arch": "vit_tiny", "patch_size": 8, "num_heads": 2}
     assert set(full["student"]) == {f"module.{name}" for name in networks["student"]}
     for i, name in enumerate(("student", "teacher")):
         weights = load_checkpoint(tmp_path / "checkpoint.dino_full.pth")[name]
         torch.testing.assert_close(weights["module." * (i == 0) + "backbone.norm.bias"], model.norm.bias.detach() + i)
+
+
+@pytest.mark.parametrize("name", ["timm", "dino", "dino_full", "transformers", "safetensors"])
+@torch.no_grad()
+def test_every_format_holds_the_number_of_heads(tmp_path, capsys, name):
+    """The demo's backbone has 8 heads of 16; from its width of 128 alone they would be 2 of 64."""
+    path, model = saved(tmp_path, img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=8)
+    if name == "dino_full":
+        weights = {f"backbone.{key}": tensor for key, tensor in model.state_dict().items()}
+        path = tmp_path / "checkpoint.pth"
+        save_checkpoint(path, student=weights, teacher=weights, dino_loss={}, flags={"arch": "vit_tiny"}, info={
+            "backbone": dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=8)})
+    ours, _ = load_backbone(exported(path, name, capsys))
+    assert ours.num_heads == 8 and "assuming" not in capsys.readouterr().out
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), model(images), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_files_with_their_number_of_heads_load_elsewhere(tmp_path, capsys):
+    path, model = saved(tmp_path, img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=8)
+    images = torch.randn(2, 3, 32, 32)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=128,
+                               depth=4, num_heads=8, checkpoint_path=exported(path, "timm", capsys)).eval()
+    torch.testing.assert_close(theirs(images), model(images), rtol=0, atol=1e-5)
+    released = torch.load(exported(path, "dino", capsys), weights_only=True)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=128,
+                               depth=4, num_heads=8).eval()
+    theirs.load_state_dict(released, strict=True)
+    torch.testing.assert_close(theirs(images), model(images), rtol=0, atol=1e-5)

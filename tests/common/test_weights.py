@@ -1,6 +1,8 @@
 import argparse
+import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -100,6 +103,102 @@ def test_common_prefixes(tmp_path, model, prefix):
     weights = {prefix + name: value for name, value in model.state_dict().items()} | {"fc.weight": torch.ones(2)}
     save_file(weights, tmp_path / "p.safetensors", metadata={"author": "someone"})
     assert equal(load_backbone(tmp_path / "p.safetensors")[0], model)
+
+
+@pytest.mark.parametrize("student, teacher", [
+    ("student_backbone.", "teacher_backbone."), ("backbone.", "momentum_backbone."),
+    ("module.base_encoder.", "module.momentum_encoder."), ("online_network.", "target_network."),
+    ("module.encoder_q.", "module.encoder_k."), ("model.", "ema.")])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_two_networks_under_one_level(tmp_path, model, capsys, student, teacher, suffix):
+    """lightly, solo-learn, MoCo v3, BYOL, MoCo, and averages."""
+    other, path = VisionTransformer(**SMALL), tmp_path / f"last.{suffix}"
+    weights = {student + name: tensor for name, tensor in other.state_dict().items()}
+    weights |= {teacher + name: tensor for name, tensor in model.state_dict().items()} | {"fc.bias": torch.ones(2)}
+    save_file(weights, path) if suffix == "safetensors" else torch.save({"epoch": 3, "state_dict": weights}, path)
+    for key, expected, name in ((None, model, teacher), ("teacher", model, teacher), ("student", other, student)):
+        loaded, info = load_backbone(path, key)
+        assert equal(loaded, expected) and info["network"] == (key or "teacher")
+        output = capsys.readouterr().out
+        taken, networks = re.search("took (.*) of the networks (.*)", output).groups()
+        assert taken == name[:-1] and {*networks.split(", ")} == {student[:-1], teacher[:-1]}
+        assert "all 30 backbone tensors matched, 1 others left out (fc.bias)" in output
+
+
+def test_two_networks_under_two_levels(tmp_path, model, capsys):
+    other, path = VisionTransformer(**SMALL), tmp_path / "last.pth"
+    for plain, averaged in (("state_dict", "state_dict_ema"), ("model", "model_ema"), ("student", "teacher")):
+        torch.save({plain: other.state_dict(), averaged: model.state_dict(), "epoch": 3}, path)
+        for key, expected, name in ((None, model, averaged), ("teacher", model, averaged), ("student", other, plain)):
+            assert equal(load_backbone(path, key)[0], expected)
+            assert f"took {name} of the networks " in capsys.readouterr().out
+    torch.save({"state_dict": model.state_dict()}, path)
+    with pytest.raises(CheckpointError, match="holds no network named teacher"):
+        load_backbone(path, "teacher")
+
+
+def test_names_of_wrappers_and_levels(tmp_path, model):
+    """torch.compile, FSDP, activation checkpointing, DINOv2's block chunks; DeepSpeed, Lightning, nested levels."""
+    plain, path = model.state_dict(), tmp_path / "w.pth"
+    block = {name: name.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod.")
+             .replace("patch_embed.", "patch_embed._orig_mod.") for name in plain}
+    chunk = {name: name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0.") for name in plain}
+    assert [sum(new != name for name, new in names.items()) for names in (block, chunk)] == [14, 24]
+    for names in (block, chunk):
+        torch.save({f"backbone.{names[name]}": tensor for name, tensor in plain.items()}, path)
+        assert equal(load_backbone(path)[0], model)
+    for state in ({"module": plain, "ds_version": "0.17"}, {"state_dict": {f"model.{k}": v for k, v in plain.items()}},
+                  {"state_dict": {"module": {f"module.model.{k}": v for k, v in plain.items()}}}):
+        torch.save(state, path)
+        assert equal(load_backbone(path)[0], model)
+
+
+@torch.no_grad()
+def test_config_beside_any_file_gives_the_heads(tmp_path, capsys):
+    config = transformers.ViTConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
+                                    image_size=32, patch_size=8, layer_norm_eps=1e-6)
+    theirs, x = transformers.ViTModel(config).eval(), torch.randn(2, 3, 32, 32)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    ours, _ = load_backbone(tmp_path / "pytorch_model.bin")
+    assert ours.num_heads == 4 and "assuming" not in capsys.readouterr().out
+    expected = theirs(x).last_hidden_state
+    torch.testing.assert_close(ours.get_intermediate_layers(x)[0], expected, rtol=0, atol=1e-5)
+    for text in ("", "[1]", json.dumps({"hidden_size": 768, "num_attention_heads": 12, "hidden_act": "relu"})):
+        (tmp_path / "config.json").write_text(text)  # of another program or model
+        assert load_backbone(tmp_path / "pytorch_model.bin")[0].num_heads == 2
+        assert "assuming 2 of 64 channels" in capsys.readouterr().out
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=128, depth=2,
+                               num_heads=8).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    (tmp_path / "config.json").write_text('{"architecture": "vit", "model_args": {"num_heads": 8}}')
+    torch.testing.assert_close(load_backbone(tmp_path / "timm.pth")[0](x), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_flags_of_reference_checkpoints_give_the_heads(tmp_path, model):
+    for args in (argparse.Namespace(arch="vit_tiny", num_heads=8), {"num_heads": 8}):
+        torch.save({"teacher": model.state_dict(), "args": args}, tmp_path / "full.pth")
+        assert load_backbone(tmp_path / "full.pth")[0].num_heads == 8
+    for args in (argparse.Namespace(arch="vit_tiny"), None, "--arch vit_tiny"):
+        torch.save({"teacher": model.state_dict(), "args": args}, tmp_path / "full.pth")
+        assert load_backbone(tmp_path / "full.pth")[0].num_heads == 2
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"hidden_act": "relu"}, "hidden_act relu"), ({"hidden_act": "quick_gelu"}, "hidden_act quick_gelu"),
+    ({"use_mean_pooling": True}, "use_mean_pooling True"), ({"global_pool": "avg"}, "global_pool avg"),
+    ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer quick_gelu")])
+def test_other_activations_and_pooling_are_refused(tmp_path, model, config, words):
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"config.json has {words}, vit.py computes [^\n]*$"):
+        load_backbone(tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_act": "gelu", "global_pool": "token", "act_layer": null}')
+    assert equal(load_backbone(tmp_path)[0], model)
+    resnet = torchvision.models.resnet18()  # features are averages over the image
+    save_file(resnet.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"global_pool": "avg"}')
+    assert torch.equal(load_backbone(tmp_path)[0].model.conv1.weight, resnet.conv1.weight)
 
 
 def test_timm_names(tmp_path):
