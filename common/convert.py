@@ -64,8 +64,7 @@ def read_config(path, embed_dim):
     for name, supported in SUPPORTED.items():
         if config.get(name, supported[0]) not in supported:
             raise CheckpointError(f"{path}: {file} has {name} {config[name]}, vit.py computes {supported[0]} alone")
-    num_heads = config.get("num_attention_heads", config.get("num_heads"))
-    return {"num_heads": num_heads} if num_heads else {}
+    return {"num_heads": config[name] for name in ("num_heads", "num_attention_heads") if config.get(name)}
 
 
 # ---- writing ----

@@ -28,9 +28,8 @@ from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
 LEVELS = "teacher", "student", "state_dict_ema", "model_ema", "state_dict", "model", "module"
-TEACHER = r"teacher|momentum|target|encoder_k|key_encoder|(^|[._])ema([._]|$)"  # in the name of a network
-WRAPPER = r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."  # what torch puts into names
-ANCHOR = r"(.*?)(patch_embed\.proj\.weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"  # one per network
+# a name that each network has once: DINO's and timm's, XCiT's, transformers', torchvision's
+ANCHOR = r"(.*?)(patch_embed\.proj\.(0\.0\.)?weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
 
 
 # ---- saving and loading ----
@@ -53,9 +52,9 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
 
     Takes files of this repository, the released DINO .pth files (backbone or full checkpoint), vision transformers
     with the names of timm or transformers under any common prefix (`module.`, `backbone.`, ...), folders of
-    transformers, and ResNets with the names of torchvision. The arguments of a vision transformer are inferred from
-    the shapes of its weights; the number of heads is the file's or that of a config.json beside it, else 64 channels
-    per head are assumed.
+    transformers, ResNets with the names of torchvision, and XCiTs. The arguments of a vision transformer are inferred
+    from the shapes of its weights; the number of heads is the file's or that of a config.json beside it, else 64
+    channels per head are assumed.
 
     Args:
         key: "teacher" or "student" of a file with both (lightly, solo-learn, MoCo too); None takes the teacher, which
@@ -84,7 +83,8 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
             raise CheckpointError(f"{path}: {name} has no place in vit.py, the features would be wrong without it")
     left = unused + outside
     if "num_heads" in arguments and not info.get("backbone") and not read_config(path, arguments["embed_dim"]):
-        log(f"{path}: does not hold the number of heads, assuming {arguments['num_heads']} of 64 channels")
+        log(f"{path}: does not hold the number of heads, assuming {arguments['num_heads']} of 64 channels; "
+            f'if it has others, write {{"num_heads": N}} to a config.json beside it')
     log(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
     return model.eval(), info | {"backbone": arguments, "network": network}
@@ -130,7 +130,6 @@ def build_untrained(info):
 
 def read_weights(path, key, log=lambda text: None):
     """Read one network of a file: {name: tensor}, its description ({} without one), its key (None if not known)."""
-    network = None
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
@@ -148,17 +147,16 @@ def read_weights(path, key, log=lambda text: None):
         weights = state = checkpoint.load_checkpoint(path)
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
-        info = json.loads(json.dumps(state.get("info")))  # lists for tuples, as in safetensors metadata
+        info, network = json.loads(json.dumps(state.get("info"))), None  # lists for tuples, as in safetensors metadata
         for _ in LEVELS:  # a level may hold another
-            levels = [level for level in LEVELS if isinstance(weights.get(level), dict)]
-            if levels:
+            if levels := [level for level in LEVELS if isinstance(weights.get(level), dict)]:
                 level, role = choose_network(levels, key, path, log)
                 weights, network = weights[level], network or role
         args = state.get("args")  # a Namespace in the reference's, a dict in those of save_dino_full
         heads = args.get("num_heads") if isinstance(args, dict) else getattr(args, "num_heads", None)
         heads = heads or getattr(weights, "_metadata", {}).get("", {}).get("num_heads")  # the last: of save_dino
-    weights = {re.sub(WRAPPER, "", str(name)): tensor for name, tensor in weights.items()
-               if isinstance(tensor, torch.Tensor)}
+    weights = {re.sub(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.", "", str(name)): tensor
+               for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
     info = checkpoint.rename_old_keys(info) if isinstance(info, dict) else {}
     if not isinstance(info.get("backbone"), dict):
         info = {"backbone": {"num_heads": int(heads)}} if str(heads).isdecimal() else {}
@@ -174,7 +172,7 @@ def read_weights(path, key, log=lambda text: None):
 
 def choose_network(names, key, path, log):
     """Of names of networks, that of the teacher or of `key`, else the first, and its role: teacher, student or None."""
-    teachers = [name for name in names if re.search(TEACHER, name)]
+    teachers = [name for name in names if re.search(r"teacher|momentum|target|encoder_k|(^|[._])ema([._]|$)", name)]
     students = [name for name in names if name not in teachers and (teachers or "student" in name)]
     taken = ((students if key == "student" else teachers) or names)[0]
     if len({*names}) > 1:
@@ -195,29 +193,38 @@ def match_weights(weights, arguments, path):
     outside = [name for name in weights if not name.startswith(prefix)]
     if is_headless:
         return inside, outside, arguments
-    if "layer1.0.conv1.weight" in inside:
-        arch, ours = identify_resnet(inside)
-        return ours, [name for name in weights if f"model.{name.removeprefix(prefix)}" not in ours], dict(arch=arch)
+    if "layer1.0.conv1.weight" in inside or "patch_embed.proj.0.0.weight" in inside:
+        arch, ours = identify_classifier(inside)
+        parts = {name.split(".")[1] for name in ours} | {"pos_embeder"}  # the last: of the released XCiT files
+        return ours, outside + [name for name in inside if name.split(".")[0] not in parts], dict(arch=arch)
     ours = to_vit_names(inside)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a ViT's (as named by DINO, timm or "
-                              f"transformers) or torchvision ResNet's; first: {', '.join(list(weights)[:3]) or 'none'}")
+                              f"transformers), XCiT's or ResNet's; first: {', '.join(list(weights)[:3]) or 'none'}")
     inferred = infer_vit_arguments(ours)
     heads = {"num_heads": arguments.get("num_heads", 6)} if arguments else read_config(path, inferred["embed_dim"])
     return ours, outside, inferred | heads
 
 
-def identify_resnet(weights):
-    """The torchvision ResNet with tensors of these shapes: its name, and the weights as of a HeadlessClassifier."""
-    inside = {name: tensor for name, tensor in weights.items() if re.match(r"(conv1|bn1|layer\d)\.", name)}
-    for arch in models.list_models(module=models, include=["resne*", "wide_resnet*"]):
+def identify_classifier(weights):
+    """The torchvision ResNet or timm XCiT with tensors of these shapes: its name, and weights of a HeadlessClassifier.
+    """
+    archs = models.list_models(module=models, include=["resne*", "wide_resnet*"])
+    if "patch_embed.proj.0.0.weight" in weights:
+        from timm.models import xcit
+
+        archs = [f"timm:{name}" for name in vars(xcit) if re.fullmatch(r"xcit_\w+_224", name)]
+    for arch in archs:
         with torch.device("meta"):
-            theirs = {name: tensor for name, tensor in models.get_model(arch).state_dict().items() if name[:3] != "fc."}
+            model = build_backbone(dict(arch=arch)).model
+        theirs = model.state_dict()
+        found = xcit.checkpoint_filter_fn(dict(weights), model) if arch.startswith("timm:") else weights
+        parts = {name.split(".")[0] for name in theirs}  # without a head or projector
         counters = {name: torch.tensor(0) for name in theirs if name.endswith(".num_batches_tracked")}  # old files lack
-        ours = counters | inside
+        ours = counters | {name: tensor for name, tensor in found.items() if name.split(".")[0] in parts}
         if ours.keys() == theirs.keys() and all(ours[name].shape == theirs[name].shape for name in ours):
             return arch, {f"model.{name}": tensor for name, tensor in ours.items()}
-    raise ValueError("not the tensors of a ResNet of torchvision")
+    raise ValueError("not the tensors of a ResNet of torchvision or an XCiT of timm")
 
 
 def infer_vit_arguments(weights):

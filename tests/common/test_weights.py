@@ -171,8 +171,9 @@ def test_config_beside_any_file_gives_the_heads(tmp_path, capsys):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=128, depth=2,
                                num_heads=8).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
-    (tmp_path / "config.json").write_text('{"architecture": "vit", "model_args": {"num_heads": 8}}')
-    torch.testing.assert_close(load_backbone(tmp_path / "timm.pth")[0](x), theirs(x), rtol=0, atol=1e-5)
+    for text in ('{"architecture": "vit", "model_args": {"num_heads": 8}}', '{"num_heads": 8}'):
+        (tmp_path / "config.json").write_text(text)
+        torch.testing.assert_close(load_backbone(tmp_path / "timm.pth")[0](x), theirs(x), rtol=0, atol=1e-5)
 
 
 def test_flags_of_reference_checkpoints_give_the_heads(tmp_path, model):
@@ -211,6 +212,24 @@ def test_timm_names(tmp_path):
     with torch.no_grad():
         expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
         torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_xcit(tmp_path, capsys):
+    """The released DINO files of XCiT have names that timm does not: pos_embeder, q, k and v of class attention in one.
+    """
+    theirs, x = timm.create_model("xcit_nano_12_p16_224", num_classes=0).eval(), torch.randn(2, 3, 64, 64)
+    weights = theirs.state_dict()
+    released = {name.replace("pos_embed.", "pos_embeder."): tensor for name, tensor in weights.items()}
+    for name in [name for name in released if ".attn.q." in name]:
+        parts = [released.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        released[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    assert len(released) == len(weights) - 8  # weights and biases of two blocks
+    for state in (weights, {f"module.backbone.{name}": tensor for name, tensor in released.items()}):
+        torch.save(state | {"head.bias": torch.ones(2)}, tmp_path / "xcit.pth")
+        ours, info = load_backbone(tmp_path / "xcit.pth")
+        assert info["backbone"] == {"arch": "timm:xcit_nano_12_p16_224"} and torch.equal(ours(x), theirs(x))
+        assert "matched, 1 others left out (head.bias)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrap", [transformers.ViTModel, transformers.ViTForImageClassification])
