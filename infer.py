@@ -1,6 +1,7 @@
 """ONNX Runtime inference of an exported backbone: features and attention maps of images, without torch.
 
-    python infer.py teacher.onnx dog.jpg cat.jpg       # prints output shapes, writes dog.jpg.attention.png
+    python infer.py teacher.onnx dog.jpg cat.jpg       # prints output shapes, writes ./dog.jpg.attention.png
+    python infer.py teacher.onnx photos/*.jpg --output maps    # writes maps/*.attention.png
 
     session, metadata = open_model("teacher.onnx")
     features, attention = infer(session, metadata, prepare(image, metadata))    # [D], [heads, H/p, W/p] or [H/p, W/p]
@@ -8,13 +9,21 @@
 Image size, layout and normalization come from the metadata of the file. This file needs onnxruntime, numpy and Pillow.
 """
 
+import contextlib
 import json
+import os
 import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+Image.init()
+with contextlib.suppress(ImportError):
+    __import__("pillow_heif").register_heif_opener()  # HEIC, where it is installed
+# Pillow's others may start programs
+DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF QOI".split() if name in Image.OPEN]
 MAX_PATCHES = 4096  # attention takes heads * MAX_PATCHES**2 * 4 bytes
 
 
@@ -95,26 +104,29 @@ def draw_attention(image: Image.Image, attention: np.ndarray) -> Image.Image:
 
 def main(argv: list[str]) -> int:
     """Run inference on every image; returns the exit status, 2 if the model or any image failed."""
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    if len(argv) < 2:
-        return print_error("takes FILE.onnx IMAGE [IMAGE ...]")
+    parser = ArgumentParser("infer.py", SUPPRESS, __doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="FILE.onnx", help="exported file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="images of any size")
+    parser.add_argument("--output", metavar="DIR", default=".", help="folder for attention maps (default: current)")
+    args = parser.parse_intermixed_args(argv)
     try:
-        session, metadata = open_model(argv[0])
+        session, metadata = open_model(args.model)
     except Exception as error:  # ONNX Runtime has exception types of its own
-        return print_error(f"{argv[0]}: not a file of export.py that can be run here ({error})")
-    status = 0
-    for path in argv[1:]:
+        return print_error(f"{args.model}: not a file of export.py that can be run here ({error})")
+    status, taken = 0, []
+    for path in args.images:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=DECODERS) as image:
                 image = prepare(image, metadata)
             features, attention = infer(session, metadata, image)
-            line = f"{path}: features {list(features.shape)}"
+            print(f"{path}: features {list(features.shape)}")
             if attention is not None:
-                draw_attention(image, attention).save(f"{path}.attention.png")
-                line += f", attention {list(attention.shape)} -> {path}.attention.png"
-            print(line)
+                name = os.path.basename(path)[-60:]  # in bytes, within what file systems allow
+                taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
+                os.makedirs(args.output, exist_ok=True)
+                file = os.path.join(args.output, f"{taken[-1]}.attention.png")
+                draw_attention(image, attention).save(file)
+                print(f"  attention {list(attention.shape)} -> {file}")
         except Exception as error:  # decoders raise nearly anything on corrupt files
             status = print_error(f"{path}: {error}")
     return status

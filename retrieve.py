@@ -209,15 +209,15 @@ def search(args):
 
 def index_folder(encoder, folder, output):
     """Features and paths of the images of a folder; the index is one file per model, folder and image size."""
-    root, written = os.path.realpath(folder), os.path.join(os.path.realpath(output), "")
-    names = [name for name in ImageFolder(folder).files if not os.path.join(root, name).startswith(written)]
+    root, images = os.path.realpath(folder), ImageFolder(folder, output)
+    encoder.log(f"{len(images):,} images in {folder}{images.passed_over}")
     key = [encoder.origin[name] for name in ("sha256", "network", "untrained")] + [root, encoder.size]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     output.mkdir(exist_ok=True)
-    features, names = update_index(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, names,
+    features, names = update_index(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, images.files,
                                    encoder.encode, encoder.log)
     if not names:
-        raise DataError(f"{folder}: no readable images, apart from those in the output folder {output}")
+        raise DataError(f"{folder}: no readable images")
     return features, [os.path.join(folder, name) for name in names]
 
 

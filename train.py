@@ -514,7 +514,7 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
 def main(args):
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
-    data = distributed.run_on_rank_zero_first(lambda: open_data(args.data_path))
+    data = distributed.run_on_rank_zero_first(lambda: open_data(args.data_path, output_dir=args.output_dir))
     distributed.check_same_on_all_ranks("images:", len(data.train))
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     total_steps = args.epochs * (len(data.train) // global_batch_size)

@@ -74,20 +74,21 @@ def parse_args(argv=None):
 
 # ---- images ----
 
-def expand_images(name):
+def expand_images(name, output_dir):
     """(name, function that decodes it) of each image of a file, a folder or shapes[:PIXELS]."""
     if os.path.isdir(name):
-        return [(file, lambda file=file: read_image(os.path.join(name, file))) for file in ImageFolder(name).files]
+        files = ImageFolder(name, output_dir).files
+        return [(file, lambda file=file: read_image(os.path.join(name, file))) for file in files]
     if name.partition(":")[0] == "shapes" and not os.path.exists(name):
         shapes = open_data(name).val
         return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]
     return [(os.path.basename(name), lambda: read_image(name))]
 
 
-def iter_readable_images(names, errors):
+def iter_readable_images(names, errors, output_dir):
     """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
     taken = []
-    for name, read in sum(map(expand_images, names), []):
+    for name, read in sum((expand_images(name, output_dir) for name in names), []):
         name = name.replace(os.sep, "_")[-60:]  # the name and an ending, in bytes, are within what file systems allow
         taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
         try:
@@ -103,7 +104,7 @@ def visualize_attention(args, errors):
     extract_attention, origin = attention.open_attention(args)
     folder = output_folder(origin, args, "attention")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in iter_readable_images(args.images, errors):
+    for name, image in iter_readable_images(args.images, errors, folder):
         view, maps = extract_attention(image)
         x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
         masks = threshold_attention(x, args.mass).view(-1, *maps.shape[1:]).numpy()
@@ -147,7 +148,7 @@ def visualize_features(args, errors):
     path, p = output_file(origin, args, "features.png"), model.patch_size
     shorter_side = args.image_size or loaders.default_attention_size(model.grid[0] * p, p)
     images, tokens, patch = [], [], None
-    for name, image in iter_readable_images(args.images, errors):
+    for name, image in iter_readable_images(args.images, errors, path.parent):
         if args.point and not images and errors:
             raise DataError(f"--point lies in the first image, which cannot be read: {errors[0]}")
         x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p))[None].to(args.device)
@@ -166,7 +167,7 @@ def visualize_features(args, errors):
 def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
     model, _, origin = open_backbone(args)
-    size, data = resolve_image_size(args.image_size, model), open_data(args.data_path)
+    size, data = resolve_image_size(args.image_size, model), open_data(args.data_path, output_dir=args.output_dir)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
     features, labels, indices, corrupt = extract_features(model, images, size, args, args.device)
@@ -204,7 +205,7 @@ def visualize_crops(args, errors):
     cli.check_crop_flags(parser, flags)
     multicrop = loaders.build_multicrop(flags)
     os.makedirs(args.output_dir, exist_ok=True)
-    for name, image in iter_readable_images(args.images, errors):
+    for name, image in iter_readable_images(args.images, errors, args.output_dir):
         path = Path(args.output_dir, f"{name}.crops.png")
         sheet.draw_crops(multicrop, image, (args.seed, name), args.width).save(path)
         print(f"{2 + flags.local_crops_number} crops -> {path}")

@@ -11,13 +11,14 @@ Indexing a corrupt image raises `ImageReadError`; data/loaders.py skips such ima
 
 import inspect
 import os
+from collections import Counter
 from typing import NamedTuple
 
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from data.images import EXTENSIONS, check_aspect, read_image, read_or_message, to_rgb, wrap_decode_errors
+from data.images import DECODERS, check_aspect, is_image, read_image, read_or_message, to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 
 
@@ -38,18 +39,19 @@ class Data(NamedTuple):
     note: str  # "50,000 images of 10 classes in /data/train, 10,000 held out in /data/val"
 
 
-def open_data(data_path: str, download: bool = True) -> Data:
+def open_data(data_path: str, download: bool = True, output_dir: str | None = None) -> Data:
     """Open the dataset that --data_path names.
 
     Args:
         download: allow torchvision to download; False for a data_path that comes from a file.
+        output_dir: folder to which the command writes; not searched for images.
 
     Raises:
         DataError: there is no such dataset, or no image in it can be read.
     """
     name, _, argument = data_path.partition(":")
     if os.path.exists(data_path):
-        return open_folder(data_path)
+        return open_folder(data_path, output_dir)
     if name == "shapes":
         return open_shapes(argument)
     if argument:
@@ -65,45 +67,65 @@ def hold_out_every_tenth(train, path, note):
 
 # ---- folders ----
 
-def open_folder(root):
-    """A folder of images; `train` beside `val` or `test` is found whether root is that folder or the one above."""
+TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "dev", "test", "testing")  # in lower case
+SYSTEM_FOLDERS = ("@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "lost+found", "__macosx")
+OUTPUT_ENDINGS = (".attention.png", ".nearest.png", ".crops.png")  # of infer.py, retrieve.py and visualize.py
+
+
+def open_folder(root, output_dir=None):
+    """A folder of images; `train` beside `val` or the like is found whether root is that folder or the one above."""
     root = os.path.abspath(root)
-    parent = os.path.dirname(root) if os.path.basename(root) == "train" else root
-    splits = [path for name in ("train", "val", "test") if os.path.isdir(path := os.path.join(parent, name))]
-    has_splits = len(splits) > 1 and os.path.basename(splits[0]) == "train"
-    train_root, *val_roots = splits if has_splits else [root]
-    train = ImageFolder(train_root)
+    parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
+    parts = {name.lower(): os.path.join(parent, name) for name in next(os.walk(parent), ("", [], []))[1]}
+    held_out = [parts[name] for name in HELD_OUT if name in parts]
+    train_root = parts.get("train", parts.get("training", root)) if held_out and parent == root else root
+    held_out = held_out if train_root != parent else []  # they are not parts without one for training
+    train = ImageFolder(train_root, output_dir)
     if train.classes is None:
-        return Data(train, None, None, root, f"{len(train):,} images in {train_root}, no labels")
-    note = f"{len(train):,} images of {len(train.classes)} classes in {train_root}"
-    for val in map(ImageFolder, val_roots):
-        if val.classes == train.classes:
-            return Data(train, train, val, root, f"{note}, {len(val):,} held out in {val.root}")
-        note += f", {val.root} not used (other classes)"
+        note = f"{len(train):,} images in {train_root}{train.passed_over}, no labels"
+        return Data(train, None, None, root, ", not used: ".join([note, *held_out]))
+    note = f"{len(train):,} images of {len(train.classes)} classes in {train_root}{train.passed_over}"
+    for path in held_out:
+        try:
+            val = ImageFolder(path, output_dir, train.classes)
+            return Data(train, train, val, root, f"{note}, {len(val):,} held out in {path}{val.passed_over}")
+        except DataError as error:
+            note += f", not used: {error}"
     return hold_out_every_tenth(train, root, note)
 
 
 class ImageFolder(Dataset):
     """All images below a folder, sorted by path; its direct subfolders are the classes.
 
-    There are no labels (-1 for every image) if images lie outside of subfolders, or in fewer than two of them. Hidden
-    files and folders are skipped.
+    There are no labels (-1 for every image) if images lie outside of subfolders, in fewer than two of them, or only in
+    some that are named like parts of a dataset (train, test). Hidden files and folders, folders of systems and runs,
+    files that are no images, and outputs of other commands are skipped and counted in `passed_over`.
+
+    Args:
+        output_dir: folder to which the command writes; not searched.
+        classes: the classes, if they are those of another folder; this one may lack some, but have no others.
 
     Raises:
-        DataError: no such folder, no images in it, or none that can be read.
+        DataError: no such folder, no images in it, none that can be read, some outside of the given classes, or
+            outputs would be written among them.
     """
 
-    def __init__(self, root: str):
-        self.root, self.files = root, sorted(iter_images(root))
+    def __init__(self, root: str, output_dir: str | None = None, classes: list[str] | None = None):
+        if output_dir and os.path.realpath(output_dir) == os.path.realpath(root):
+            raise DataError(f"{root}: outputs would be written among the images, choose another --output_dir")
+        self.root, self.files = root, sorted(iter_images(root, passed_over := Counter(), output_dir))
+        self.passed_over = describe_passed_over(passed_over)
         if not self.files:
-            raise DataError(f"{root}: no such folder, or no image found in it or below ({' '.join(EXTENSIONS)})")
-        folders = [file.partition(os.sep)[0] for file in self.files]
+            raise DataError(f"{root}: no such folder, or no image found in it or below{self.passed_over}")
+        folders = [file[:max(file.find(os.sep), 0)] for file in self.files]  # "" for images outside of subfolders
         names = sorted(set(folders))
-        self.classes = names if len(names) > 1 and all(os.sep in file for file in self.files) else None
-        class_index = {name: i for i, name in enumerate(self.classes or [])}
+        if not classes and len(names) > 1 and names[0] and set(map(str.lower, names)) - {*TRAIN, *HELD_OUT}:
+            classes = names
+        elif classes and not set(names) <= set(classes):
+            raise DataError(f"{root}: holds images outside of the folders of the training classes")
+        self.classes, class_index = classes, {name: i for i, name in enumerate(classes or [])}
         self.labels = [class_index.get(name, -1) for name in folders]
-        if all(isinstance(read_or_message(self.__getitem__, i), str) for i in range(len(self))):
-            last = read_or_message(self.__getitem__, -1)
+        if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in range(len(self))):
             raise DataError(f"{root}: none of its {len(self)} images can be read; the last: {last}")
 
     def __len__(self):
@@ -117,15 +139,33 @@ class ImageFolder(Dataset):
         return read_image(os.path.join(self.root, self.files[i]), reduction), self.labels[i]
 
 
-def iter_images(root):
-    """Yield the path of each image below root, relative to it; links to folders that were found before are skipped."""
-    seen = {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
+def iter_images(root, passed_over, output_dir=None):
+    """Yield the path of each image below root, relative to it, and count what is passed over: {kind: number}.
+
+    Links to folders that were found before are skipped.
+    """
+    seen = {os.path.realpath(path) for path in (root, output_dir) if path}
+    for parent, folders, names in os.walk(root, True, lambda _: passed_over.update(["unreadable folder(s)"]), True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders
+                if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
+                and not os.path.isfile(os.path.join(parent, name, "log.jsonl"))}  # a run, which may hold plots
+        passed_over.update(f"{name}/" for name in folders if name not in real)
         folders[:] = [name for name, path in real.items() if path not in seen]
         seen.update(real.values())
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names
-                    if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        for name in names:
+            path, is_output = os.path.join(parent, name), name.lower().endswith(OUTPUT_ENDINGS)
+            if not name.startswith(".") and not is_output and is_image(path):
+                yield os.path.relpath(path, root)
+            else:
+                ending = "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "without ending"
+                passed_over["output(s) of other commands" if is_output else ending] += 1
+
+
+def describe_passed_over(counts):
+    """" (passed over 102: 100 .heic, 2 hidden)", the most frequent kinds first; "" if there is nothing."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(8))
+    hint = "; pip install pillow-heif for .heic" * (".heic" in counts and "HEIF" not in DECODERS)
+    return f" (passed over {counts.total():,}: {kinds}{hint})" if counts else ""
 
 
 # ---- torchvision and built-in shapes ----

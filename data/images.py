@@ -8,11 +8,14 @@ import os
 import warnings
 from collections.abc import Callable
 
-import torchvision
 from PIL import Image, ImageOps
 
-EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
-DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's others may start programs
+Image.init()
+with contextlib.suppress(ImportError):
+    __import__("pillow_heif").register_heif_opener()  # HEIC, where it is installed
+# Pillow's others may start programs
+DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF QOI".split() if name in Image.OPEN]
+EXTENSIONS = frozenset(ending for ending, name in Image.registered_extensions().items() if name in DECODERS)
 MAX_ASPECT = 100  # resizing the shorter side to the crop would make the longer one of such an image huge
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # cameras have 108 million pixels
 
@@ -44,6 +47,17 @@ def read_image(path: str, reduction: Callable[[int, int], int] | None = None, up
                 ImageOps.exif_transpose(image, in_place=True)
             image = to_rgb(image)
             return image.reduce(factor) if factor > 1 else image
+
+
+def is_image(path: str) -> bool:
+    """Whether read_image takes a file: by its ending or, if that is unknown, by its first bytes and header."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in EXTENSIONS or ending in (".txt", ".json", ".xml", ".csv") or not os.path.isfile(path):
+        return ending in EXTENSIONS
+    formats = [name for name in DECODERS if name != "TIFF" or not ending]  # raw files of cameras are TIFFs
+    with contextlib.suppress(Exception), Image.open(path, formats=formats):  # raises nearly anything on corrupt files
+        return True
+    return False
 
 
 def read_or_message(read, *args):

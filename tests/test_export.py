@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import export
 import infer
 from common.weights import CheckpointError, save_model
-from data.images import to_rgb
+from data.images import DECODERS, to_rgb
 from data.loaders import center_crop_view
 from vit import VisionTransformer
 
@@ -328,7 +328,7 @@ def test_inference_needs_infer_py_alone(saved, tmp_path, scene, script, flags):
     result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *script, file.name, "dog.png"], cwd=place, text=True,
                             capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "dog.png: features [64], attention [" in result.stdout
+    assert "dog.png: features [64]\n  attention [" in result.stdout
     sheet = Image.open(place / "dog.png.attention.png")
     side = (96, 56) if "size" in flags else (32, 32)
     assert sheet.size == (side[0] * (2 if "mean" in flags else 3), side[1])
@@ -349,7 +349,7 @@ def test_inference_needs_infer_py_alone(saved, tmp_path, scene, script, flags):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "takes FILE.onnx IMAGE"), (["missing.onnx", "dog.png"], "missing.onnx: not a file of export.py"),
+    (["missing.onnx", "dog.png"], "missing.onnx: not a file of export.py"),
     (["dog.png", "dog.png"], "dog.png: not a file of export.py"), (["teacher.onnx", "missing.png"], "missing.png"),
     (["teacher.onnx", "teacher.onnx"], "cannot identify image file")])
 def test_errors_are_one_line_and_status_2(saved, scene, monkeypatch, capfd, argv, words):
@@ -361,6 +361,52 @@ def test_errors_are_one_line_and_status_2(saved, scene, monkeypatch, capfd, argv
     assert infer.main(argv) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("infer.py: ") and words in lines[0]
+
+
+def test_missing_arguments_are_one_line_and_status_2(capsys):
+    for argv in ([], ["teacher.onnx"], ["teacher.onnx", "a.png", "--output"]):
+        with pytest.raises(SystemExit) as stop:
+            infer.main(argv)
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("infer.py: error: ")
+
+
+def test_outputs_go_to_the_current_or_the_given_folder(saved, scene, tmp_path, monkeypatch, capsys):
+    """Under names that are unique, never beside the image; without a folder to write to, features are printed."""
+    file, place = str(make(saved[0])), tmp_path / "place"
+    images = [tmp_path / "data" / folder / "dog.png" for folder in "abc"]
+    for folder in (place, *(image.parent for image in images)):
+        folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        scene.rotate(90 * i, expand=True).save(image)
+    monkeypatch.chdir(place)
+    assert infer.main([file, *map(str, images)]) == 0
+    names = ["dog.png.2.attention.png", "dog.png.3.attention.png", "dog.png.attention.png"]
+    assert sorted(path.name for path in place.iterdir()) == names
+    assert infer.main([file, str(images[0]), "--output", "new/maps", str(images[2])]) == 0
+    assert sorted(path.name for path in (place / "new" / "maps").iterdir()) == [names[0], names[2]]
+    for written, alone in (("dog.png", 0), ("dog.png.2", 2)):
+        assert infer.main([file, str(images[alone]), "--output", "alone"]) == 0
+        expected = (place / "alone" / "dog.png.attention.png").read_bytes()
+        assert (place / "new" / "maps" / f"{written}.attention.png").read_bytes() == expected
+    capsys.readouterr()
+    assert infer.main([file, str(images[0]), "--output", file]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == f"{images[0]}: features [64]\n" and "File exists" in captured.err
+    assert sorted(tmp_path.glob("data/**/*.*")) == images
+
+
+def test_formats_are_those_of_training(saved, scene, tmp_path, monkeypatch, capsys):
+    """Pillow alone would start Ghostscript for EPS, whatever the file is called."""
+    assert infer.DECODERS == DECODERS and {"JPEG", "GIF", "AVIF"} <= {*DECODERS} and "EPS" not in DECODERS
+    monkeypatch.chdir(tmp_path)
+    file = str(make(saved[0]))
+    for name, kind in (("a.eps", "EPS"), ("b.jpg", "EPS"), ("c.pdf", "PDF"), ("noending", "JPEG2000")):
+        scene.save(name, kind)
+    capsys.readouterr()
+    assert infer.main([file, "a.eps", "b.jpg", "c.pdf", "noending"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("cannot identify image file") == 3 and captured.out.startswith("noending: features")
 
 
 def test_corrupt_and_missing_images_are_skipped(saved, scene, monkeypatch, capsys):

@@ -266,10 +266,12 @@ def test_contact_sheets_are_not_indexed(model, photos, capsys, exit_message):
         run("search", "--ckpt", model[1], "--data_path", photos, photos / "a" / "0.png", "--output_dir", photos / "out")
         assert "of 9 images" in capsys.readouterr().out
     run("search", "--ckpt", model[1], "--data_path", photos, "--nearest", 100, photos / "a" / "0.png")
-    assert capsys.readouterr().out.count(str(photos)) == 1 + 8 + 1  # query, others, and the sheet of another output_dir
+    out = capsys.readouterr().out
+    assert f"9 images in {photos} (passed over 2: " in out and "1 .safetensors" in out and "1 output(s) of other" in out
+    assert out.partition("indexed")[2].count(str(photos)) == 1 + 8  # query and others
     line = exit_message(run, "search", "--ckpt", model[1], "--data_path", photos, photos / "a" / "0.png",
                         "--output_dir", photos)
-    assert "no readable images, apart from those in the output folder" in line
+    assert "outputs would be written among the images, choose another --output_dir" in line
 
 
 def test_corrupt_queries_are_skipped(model, photos, tmp_path, exit_message):

@@ -1,14 +1,16 @@
+import io
+import os
 import struct
 
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import EpsImagePlugin, Image, features
 from torchvision.transforms import functional as TF
 
 from augment import MultiCrop
 from data.datasets import DataError, ImageFolder, TorchvisionDataset, open_data
-from data.images import ImageReadError, read_image
+from data.images import DECODERS, ImageReadError, is_image, read_image
 from data.shapes import Shapes
 from evaluation.knn import knn_classifier
 
@@ -50,9 +52,53 @@ def test_flat_and_nested_folders_have_no_labels(tmp_path):
         assert data.train[0][1] == -1
 
 
-def test_val_folder_with_other_classes_is_not_used(tmp_path):
-    save_images(tmp_path, "train/cat/1.jpg", "train/dog/3.png", "val/flat1.jpg", "val/flat2.jpg")
-    assert "val not used (other classes), every tenth held out" in open_data(str(tmp_path)).note
+@pytest.mark.parametrize("train, val", [
+    ("train", "val"), ("train", "valid"), ("train", "validation"), ("train", "dev"), ("Train", "Test"),
+    ("Training", "Testing"), ("TRAIN", "VALID")])
+def test_names_of_held_out_parts(tmp_path, train, val):
+    save_images(tmp_path, *(f"{train}/{c}/{i}.png" for c in ("cat", "dog") for i in range(3)), f"{val}/cat/1.png",
+                f"{val}/dog/2.png")
+    for root in (tmp_path, tmp_path / train):
+        data = open_data(str(root))
+        assert data.train.classes == data.val.classes == ["cat", "dog"] and data.train_labeled is data.train
+        assert [data.val[i][1] for i in range(2)] == [0, 1]
+        assert data.note == f"6 images of 2 classes in {tmp_path / train}, 2 held out in {tmp_path / val}"
+
+
+@pytest.mark.parametrize("files, labels", [(["b/1.png", "c/2.png"], [1, 2]), (["c/1.png", "c/2.png"], [2, 2])])
+def test_held_out_part_may_lack_classes(tmp_path, files, labels):
+    """Labels are those of the training images' class names, also where a single class is left."""
+    save_images(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", *(f"val/{file}" for file in files))
+    data = open_data(str(tmp_path))
+    assert [data.val[i][1] for i in range(2)] == labels and data.val.classes == ["a", "b", "c"]
+    assert data.note.endswith(f"2 held out in {tmp_path / 'val'}")
+
+
+@pytest.mark.parametrize("files, reason", [
+    (["1.jpg", "2.jpg"], "images outside of the folders of the training classes"),
+    (["cat/1.jpg", "fish/2.jpg"], "images outside of the folders of the training classes"),
+    (["cat/1.jpg", "2.jpg"], "images outside of the folders of the training classes"),
+    ([], "no image found in it or below (passed over 1: 1 .csv)")])
+def test_unusable_held_out_part_is_noted(tmp_path, files, reason):
+    save_images(tmp_path, "train/cat/1.jpg", "train/dog/3.png", *(f"val/{file}" for file in files))
+    (tmp_path / "val").mkdir(exist_ok=True)
+    (tmp_path / "val" / "labels.csv").write_text("file,label")
+    data = open_data(str(tmp_path))
+    assert f", not used: {tmp_path / 'val'}: " in data.note and reason in data.note
+    assert data.note.endswith("every tenth held out for evaluation") and len(data.val) == 1
+    save_images(tmp_path, "Test/dog/1.jpg")
+    data = open_data(str(tmp_path))
+    assert reason in data.note and data.note.endswith(f"1 held out in {tmp_path / 'Test'}") and data.val[0][1] == 1
+
+
+def test_names_of_parts_are_never_all_classes(tmp_path):
+    save_images(tmp_path / "flat", "train/1.jpg", "valid/2.jpg")
+    data = open_data(str(tmp_path / "flat"))
+    assert data.train.classes is None and data.train.files == ["1.jpg"]
+    assert data.note == f"1 images in {tmp_path}/flat/train, no labels, not used: {tmp_path}/flat/valid"
+    save_images(tmp_path / "held_out", "valid/cat/1.jpg", "Test/cat/2.jpg", "Test/dog/3.jpg")
+    for images in (open_data(str(tmp_path / "held_out")).train, ImageFolder(str(tmp_path / "held_out"))):
+        assert images.classes is None and len(images) == 3 and images[0][1] == -1
 
 
 def test_class_named_train_is_a_class(tmp_path):
@@ -69,10 +115,111 @@ def test_symbolic_links_and_hidden_folders(tmp_path):
     assert images.files == ["bird/5.jpg", "cat/1.jpg", "dog/2.jpg"] and images.classes == ["bird", "cat", "dog"]
 
 
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("a.gif", "GIF"), ("a.JFIF", "JPEG"), ("a.avif", "AVIF"), ("a.jp2", "JPEG2000"), ("a.j2k", "JPEG2000"),
+    ("a.qoi", "QOI"), ("a.mpo", "MPO"), ("none", "JPEG"), ("none", "TIFF"), ("none", "AVIF"), ("none", "PPM"),
+    ("a.jpg_large", "JPEG"), ("a.jpg~", "PNG"), ("IMG.2024", "WEBP"), ("a.jpg", "AVIF")])
+def test_images_are_recognized_by_their_content(tmp_path, scene, name, kind):
+    feature = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(kind)
+    if feature and not features.check(feature):
+        pytest.skip(f"Pillow without {kind}")
+    smooth = scene.resize((9, 6)).resize(scene.size)
+    (tmp_path / name).write_bytes(encoded(smooth, kind))
+    images = ImageFolder(str(tmp_path))
+    assert images.files == [name] and images.passed_over == ""
+    difference = TF.pil_to_tensor(images[0][0]).int() - TF.pil_to_tensor(smooth).int()
+    assert difference.abs().float().mean() < 10
+
+
+def test_heic(tmp_path, scene):
+    (tmp_path / "b.jpg").write_bytes(encoded(scene, "JPEG"))
+    if "HEIF" not in DECODERS:
+        (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+        assert ImageFolder(str(tmp_path)).passed_over == " (passed over 1: 1 .heic; pip install pillow-heif for .heic)"
+        return
+    for name in ("a.HEIC", "none"):
+        (tmp_path / name).write_bytes(encoded(scene, "HEIF"))
+    images = ImageFolder(str(tmp_path))
+    assert images.files == ["a.HEIC", "b.jpg", "none"] and images[0][0].size == images[2][0].size == scene.size
+
+
+def test_interpreted_formats_raw_and_text_files_are_no_images(tmp_path, scene):
+    eps = encoded(scene, "EPS")
+    assert Image.open(io.BytesIO(eps)).format == EpsImagePlugin.EpsImageFile.format  # Pillow alone would open it
+    contents = {"a.eps": eps, "none": eps, "b.pdf": encoded(scene, "PDF"), "photo.nef": encoded(scene, "TIFF"),
+                "Python.md": b"Python and other words", "BM.bin": b"BM" + bytes(50), "empty": b"", "a.txt": b"P1 1 1 0"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert not is_image(str(tmp_path / name)), name
+    (tmp_path / "a.jpg").write_bytes(eps)
+    with pytest.raises(DataError, match="none of its 1 images can be read; the last: .*cannot identify image file"):
+        ImageFolder(str(tmp_path))
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    save_images(tmp_path, "cat/1.jpg", "dog/2.jpg", "cat/@eaDir/1.jpg/thumb.jpg", "@eaDir/x.jpg", ".hidden.jpg",
+                "$RECYCLE.BIN/y/1.jpg", "lost+found/z.jpg", "dog/.cache/1.jpg")
+    for name in [f"cat/{i}.RAW" for i in range(12)] + ["cat/a.raw", "dog/LICENSE", "readme.txt"]:
+        (tmp_path / name).write_text("x")
+    data = open_data(str(tmp_path))
+    assert data.train.files == ["cat/1.jpg", "dog/2.jpg"] and data.train.classes == ["cat", "dog"]
+    assert data.note.startswith(f"2 images of 2 classes in {tmp_path} (passed over 21: 13 .raw, 2 @eaDir/, ")
+    for kind in ("1 $RECYCLE.BIN/", "1 lost+found/", "1 hidden", "1 .cache/", "1 without ending", "1 .txt"):
+        assert kind in data.note
+    for i in range(30):
+        (tmp_path / f"x.{i}").write_text("x")
+    assert "(passed over 51: 13 .raw, 2 @eaDir/, " in open_data(str(tmp_path)).note
+    assert len(open_data(str(tmp_path)).train.passed_over) < 150
+
+
+def test_folders_that_cannot_be_opened_are_counted(tmp_path):
+    """One whose path is longer than systems allow, which root cannot open either."""
+    save_images(tmp_path, "a.jpg")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(25):
+        os.mkdir("d" * 200, dir_fd=folder)
+        deeper = os.open("d" * 200, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = deeper
+    os.close(folder)
+    data = open_data(str(tmp_path))
+    assert data.note == f"1 images in {tmp_path} (passed over 1: 1 unreadable folder(s)), no labels"
+
+
+def test_files_of_known_endings_are_not_opened_by_the_scan(tmp_path):
+    """Opening a named pipe would block; one of unknown ending is no image."""
+    save_images(tmp_path, "a.jpg")
+    for name in ("b.jpg", "c.gif", "d.txt", "e.json", "pipe"):
+        os.mkfifo(tmp_path / name)
+    images = ImageFolder(str(tmp_path))
+    assert images.files == ["a.jpg", "b.jpg", "c.gif"]
+    assert sorted(images.passed_over[17:-1].split(", ")) == ["1 .json", "1 .txt", "1 without ending"]
+
+
+def test_outputs_do_not_become_inputs(tmp_path):
+    save_images(tmp_path, "a.jpg", "a.jpg.attention.png", "b/a.nearest.png", "b/A.Crops.PNG", "out/maps/a.jpg.png",
+                "runs/one/curves.png", "runs/one/teacher.attention/a.jpg.png")
+    (tmp_path / "runs" / "one" / "log.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for output_dir in (tmp_path / "out", tmp_path / "link"):
+        data = open_data(str(tmp_path), output_dir=str(output_dir))
+        assert data.train.files == ["a.jpg"]
+        assert data.note.endswith("(passed over 4: 3 output(s) of other commands, 1 one/), no labels")
+    assert len(open_data(str(tmp_path), output_dir=str(tmp_path.parent)).train) == 2
+    with pytest.raises(DataError, match="outputs would be written among the images, choose another --output_dir"):
+        open_data(str(tmp_path), output_dir=f"{tmp_path}/out/..")
+
+
 @pytest.mark.parametrize("make, data_path, message", [
     (lambda p: None, "{}/missing", "no such folder"),
-    (lambda p: None, "{}", "no image found.*\\.jpg"),
-    (lambda p: (p / "notes.txt").write_text("x"), "{}", "no image found"),
+    (lambda p: None, "{}", "no image found in it or below$"),
+    (lambda p: (p / "notes.txt").write_text("x"), "{}", "no image found.*passed over 1: 1 .txt"),
     (lambda p: None, "cifar9:{}", "no dataset 'cifar9'"),
     (lambda p: None, "imagenet:{}", "torchvision cannot open it"),
     (lambda p: None, "shapes:3", "from 16 to 1024"),
