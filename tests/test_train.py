@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from data import loaders
+from data.datasets import DataError
 from data.shapes import Shapes
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper
 from optim import build_optimizer, build_param_groups
@@ -246,6 +247,18 @@ def restore_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_an_output_folder_among_the_images_is_not_searched(tmp_path, capsys):
+    shapes, folder = Shapes("train", 40, 32), tmp_path / "images" / "run"
+    folder.mkdir(parents=True)
+    for i in range(40):
+        shapes[i][0].save(folder.parent / f"{i:02}.png")
+    shapes[0][0].save(folder / "curves.png")
+    run(folder, f"--epochs 1 --batch_size_per_gpu 8 --data_path {folder.parent}")
+    assert f"40 images in {folder.parent}, no labels" in capsys.readouterr().out
+    with pytest.raises(DataError, match="choose another --output_dir"):
+        run(folder.parent, f"--epochs 1 --data_path {folder.parent}")
 
 
 def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):

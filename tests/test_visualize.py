@@ -147,6 +147,17 @@ def test_corrupt_images_are_skipped(model, photos, exit_message, capsys):
     assert "shapes:5: SIZE must be" in exit_message(run, "attention", "shapes:5", *flags)
 
 
+def test_outputs_do_not_become_inputs(model, photos, exit_message):
+    flags = "--ckpt", model[1], "--image_size", 16
+    for _ in range(2):
+        run("attention", photos, *flags, "--output_dir", photos / "out")
+        run("crops", photos, "--output_dir", photos / "out")
+        assert {path.name for path in (photos / "out").iterdir()} == {
+            "a.png.png", "below_b.png.png", "a.png.crops.png", "below_b.png.crops.png"}
+    for task in (["attention", photos, *flags], ["crops", photos]):
+        assert "choose another --output_dir" in exit_message(run, *task, "--output_dir", photos)
+
+
 def test_long_file_names(model, tmp_path):
     name = "\u3042" * 80 + ".png"  # 244 bytes, and no ending fits
     Image.new("RGB", (16, 16)).save(tmp_path / name)
