@@ -105,7 +105,8 @@ def encode_all(scene):
         encoded(scene, "WEBP"), encoded(scene.convert("RGBA"), "WEBP", lossless=True), encoded(scene, "BMP"),
         encoded(scene.convert("P"), "GIF", save_all=True, append_images=[scene.convert("P")]),
         encoded(scene, "TIFF"), encoded(scene, "TIFF", compression="tiff_lzw"),
-        encoded(scene, "TIFF", compression="jpeg"), encoded(scene.convert("F"), "TIFF"), encoded(scene, "PPM")]
+        encoded(scene, "TIFF", compression="jpeg"), encoded(scene.convert("F"), "TIFF"), encoded(scene, "PPM"),
+        *(encoded(scene, kind) for kind in ("AVIF", "JPEG2000", "QOI") if kind in Image.SAVE)]
 
 
 def read_mutated_images(contents, path, count):

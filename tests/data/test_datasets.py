@@ -99,6 +99,7 @@ def test_names_of_parts_are_never_all_classes(tmp_path):
     save_images(tmp_path / "held_out", "valid/cat/1.jpg", "Test/cat/2.jpg", "Test/dog/3.jpg")
     for images in (open_data(str(tmp_path / "held_out")).train, ImageFolder(str(tmp_path / "held_out"))):
         assert images.classes is None and len(images) == 3 and images[0][1] == -1
+    assert open_data(str(tmp_path / "held_out")).note == f"3 images in {tmp_path}/held_out, no labels"
 
 
 def test_class_named_train_is_a_class(tmp_path):
