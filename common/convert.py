@@ -64,7 +64,7 @@ def read_config(path, embed_dim):
     for name, supported in SUPPORTED.items():
         if config.get(name, supported[0]) not in supported:
             raise CheckpointError(f"{path}: {file} has {name} {config[name]}, vit.py computes {supported[0]} alone")
-    return {"num_heads": config[name] for name in ("num_heads", "num_attention_heads") if config.get(name)}
+    return {"num_heads": heads} if (heads := config.get("num_attention_heads", config.get("num_heads"))) else {}
 
 
 # ---- writing ----
