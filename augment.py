@@ -10,7 +10,8 @@
 
 Caron et al. 2021, section 3.1 and appendix C; color augmentation of BYOL (Grill et al. 2020, appendix B). `sample`
 draws all crop parameters from the key, the rest is a function of image and parameters. The operations are Pillow's, on
-whole numbers from 0 to 255: resize, hue and blur are equal up to rounding, the others to the bit. Needs torch only.
+whole numbers from 0 to 255: resize, hue and blur are equal up to rounding, the others to the bit. The resize begins
+horizontally; Pillow does so since version 13 only where that is less work. Needs torch only.
 """
 
 import functools
