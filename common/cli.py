@@ -41,7 +41,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
-class ArgumentParser(argparse.ArgumentParser):
+class StrictArgumentParser(argparse.ArgumentParser):
     """Refuses empty arguments, which an unset shell variable leaves: an empty path would be another folder."""
 
     def parse_known_args(self, args=None, namespace=None):
@@ -54,8 +54,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def build_parser(prog, description):
     """ArgumentParser with one-line errors, `@FILE` and defaults in its help."""
-    parser = ArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=description,
-                            fromfile_prefix_chars="@", formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = StrictArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=description,
+                                  fromfile_prefix_chars="@", formatter_class=HelpFormatter, allow_abbrev=False)
 
     def split_line(line):
         try:

@@ -33,7 +33,7 @@ class Logger:
 
     def __init__(self, path, is_silent=False, device="cpu"):
         self.path, self.is_silent, self.progress, self.profiler = path, is_silent, None, None
-        self.times_events = torch.device(device).type == "cuda"
+        self.uses_events = torch.device(device).type == "cuda"
         self.corrupt_images = set()  # messages
         self.reset_timer()
 
@@ -81,7 +81,7 @@ class Logger:
 
     def read_clock(self):
         """Seconds, or on CUDA an event of the current stream, which also waits for crops from a side stream."""
-        if not self.times_events:
+        if not self.uses_events:
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -95,9 +95,9 @@ class Logger:
 
     def throughput(self, images_per_step, steps_left):
         """Since the last call: images per second, seconds per step waiting for data and in all, seconds left."""
-        if self.times_events:
+        if self.uses_events:
             torch.cuda.current_stream().synchronize()
-        waited = sum(a.elapsed_time(b) / 1000 if self.times_events else b - a for a, b in self.waits)
+        waited = sum(a.elapsed_time(b) / 1000 if self.uses_events else b - a for a, b in self.waits)
         step_time, data_time = (time.monotonic() - self.since) / self.steps, waited / self.steps
         self.reset_timer()
         return dict(images_per_sec=images_per_step / step_time, data_time=data_time, step_time=step_time,

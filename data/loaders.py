@@ -114,7 +114,7 @@ def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=
     """DataLoader with one batch of collate_crops (or collate_pixels, see iter_on_device) per list of keys."""
     return torch.utils.data.DataLoader(
         MultiCropDataset(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers,
-        collate_fn=share_memory(collate_pixels if isinstance(multicrop, BatchMultiCrop) else collate_crops),
+        collate_fn=share_batches(collate_pixels if isinstance(multicrop, BatchMultiCrop) else collate_crops),
         pin_memory=pin_memory, worker_init_fn=ignore_job_signals)
 
 
@@ -216,12 +216,12 @@ def build_eval_loader(images, size, batch_size, num_workers=0, rank=0, world_siz
     """
     return torch.utils.data.DataLoader(
         range(rank, len(images), world_size), batch_size, num_workers=num_workers, worker_init_fn=ignore_job_signals,
-        collate_fn=share_memory(collate_views, images, size, view), pin_memory=torch.cuda.is_available())
+        collate_fn=share_batches(collate_views, images, size, view), pin_memory=torch.cuda.is_available())
 
 
 # ---- workers ----
 
-def share_memory(collate, *args):
+def share_batches(collate, *args):
     """The function samples -> collate(*args, samples), with its tensors in shared memory if this is a worker.
 
     Raises there, and so in the main process, if /dev/shm is full. The thread that sends a batch would print the error

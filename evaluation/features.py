@@ -13,7 +13,7 @@ from common.distributed import all_gather_objects, all_gather_rows, get_rank, ge
 from common.weights import read_weights
 from data.loaders import build_eval_loader, center_crop_view
 
-NO_INDICES = torch.empty(0, dtype=torch.int64)
+NO_INTEGERS = torch.empty(0, dtype=torch.int64)
 
 
 class NoImagesError(OSError):
@@ -39,7 +39,7 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
     Raises:
         NoImagesError: on every process.
     """
-    features, labels, indices, corrupt = [], [NO_INDICES], [NO_INDICES], []
+    features, labels, indices, corrupt = [], [NO_INTEGERS], [NO_INTEGERS], []
     loader = build_eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, get_rank(), get_world_size(),
                                view)
     # disable=None: the bar is shown on a terminal only

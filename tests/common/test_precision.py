@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from backbones import build_backbone
 from common.precision import (
     autocast,
     cast_weights,
@@ -101,6 +102,17 @@ def test_cast_weights_computes_what_autocast_computes(flags):
     for name, value in expected.items():  # autocast sums the patch embedding's gradients of two crop sizes in float32
         rtol = 2**-7 if name.endswith("patch_embed.proj.weight") else 0
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * value.abs().max().item(), msg=name)
+
+
+def test_cast_weights_of_convolutions_computes_what_autocast_computes():
+    images, gradients = torch.randn(2, 3, 32, 32), []
+    for context in (lambda network: contextlib.nullcontext(), lambda network: cast_weights(network, "bf16")):
+        torch.manual_seed(0)
+        network = build_backbone(dict(arch="shufflenet_v2_x0_5", img_size=32)).train()
+        with context(network), autocast("cpu", "bf16"):
+            network(images).float().square().sum().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters()})
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
 
 
 def test_cast_weights_leaves_parameters_alone():

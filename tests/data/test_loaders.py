@@ -150,7 +150,7 @@ class LimitedShapes(Shapes):
 
 
 def test_full_shared_memory_is_one_line_and_no_hang():
-    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("still waiting for a batch"))
+    before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("still waiting for a batch"))
     signal.alarm(60)
     images = LimitedShapes("train", 8, 64)
     multicrop = MultiCrop(64, local_number=0)
@@ -162,3 +162,4 @@ def test_full_shared_memory_is_one_line_and_no_hang():
             assert "larger --shm-size" in explain_runtime_error(error.value)
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
