@@ -104,10 +104,15 @@ def exit_message(capsys):
 
 @pytest.fixture
 def run_torchrun():
-    """run_torchrun(count, script): run a script in `count` processes, from the root; all must exit with status 0."""
+    """run_torchrun(count, script): run a script in `count` processes, from the root; all must exit with status 0.
+
+    As at the end of a command, the process group is destroyed: without that its threads sometimes abort the process.
+    """
+    end = "\nimport torch.distributed as dist\nif dist.is_initialized(): dist.destroy_process_group()\n"
+
     def run_torchrun(count, script):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-                   "--no-python", sys.executable, "-c", script]
+                   "--no-python", sys.executable, "-c", script + end]
         result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
                                 capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
