@@ -149,7 +149,8 @@ def crop_in_batch_and_one_by_one(multicrop, batch, images):
 
 
 @pytest.mark.parametrize("chunk_bytes, compile", [
-    (2**30, False), (2**21, False), (2**30, "aot_eager"), pytest.param(2**30, True, marks=pytest.mark.slow)])
+    (2**30, False), (2**21, False), pytest.param(2**30, "aot_eager", marks=pytest.mark.slow),
+    pytest.param(2**30, True, marks=pytest.mark.slow)])
 def test_batch_equals_images_one_by_one(scene, monkeypatch, chunk_bytes, compile):
     """Images of different sizes and shapes, in one chunk or several, eager or compiled."""
     monkeypatch.setattr(augment, "CHUNK_BYTES", chunk_bytes)
@@ -211,6 +212,7 @@ def test_memory_stays_below_the_limit(scene, monkeypatch):
         assert peak < limit and (peak > 2**25 or limit < 2**30)
 
 
+@pytest.mark.slow
 def test_images_of_other_sizes_compile_nothing_new(scene, monkeypatch):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
