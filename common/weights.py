@@ -71,7 +71,7 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
     path = weights_file(path)
     try:
         weights, info, network = read_weights(path, key, log)
-        inside, outside, arguments = match_weights(weights, info.get("backbone"), path)
+        inside, outside, arguments = match_weights(weights, info.get("backbone"), path, log)
         model, matched = build_with_weights(arguments, inside)
     except (CheckpointError, OSError, ModuleNotFoundError):  # the last: timm is not installed
         raise
@@ -82,9 +82,6 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
         if re.match(r"blocks\.|norm_pre|reg|storage", name):  # layer scale, registers: they would change the features
             raise CheckpointError(f"{path}: {name} has no place in vit.py, the features would be wrong without it")
     left = unused + outside
-    if "num_heads" in arguments and not info.get("backbone") and not read_config(path, arguments["embed_dim"]):
-        log(f"{path}: does not hold the number of heads, assuming {arguments['num_heads']} of 64 channels; "
-            f'if it has others, write {{"num_heads": N}} to a config.json beside it')
     log(f"{path}: all {len(matched)} backbone tensors matched"
         + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
     return model.eval(), info | {"backbone": arguments, "network": network}
@@ -180,7 +177,7 @@ def choose_network(names, key, path, log):
     return taken, "teacher" if taken in teachers else "student" if taken in students else None
 
 
-def match_weights(weights, arguments, path):
+def match_weights(weights, arguments, path, log):
     """Match the names of a file's weights, and the arguments in its description or None, to a backbone.
 
     Returns:
@@ -203,6 +200,9 @@ def match_weights(weights, arguments, path):
                               f"transformers), XCiT's or ResNet's; first: {', '.join(list(weights)[:3]) or 'none'}")
     inferred = infer_vit_arguments(ours)
     heads = {"num_heads": arguments.get("num_heads", 6)} if arguments else read_config(path, inferred["embed_dim"])
+    if not heads:
+        log(f"{path}: does not hold the number of heads, assuming {inferred['num_heads']} of 64 channels; "
+            f'if it has others, write {{"num_heads": N}} to a config.json beside it')
     return ours, outside, inferred | heads
 
 
