@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import library
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 LIBRARY = "libcuda.so.1"  # the name under which Triton looks for the driver
@@ -67,11 +68,9 @@ def take_counts():
 
 def replace_what_needs_values():
     """Let checks of all values succeed and masks select everything; choose attention that needs no cuDNN graphs."""
-    operators = torch.library.Library("aten", "IMPL")
-    operators.impl("all", lambda values: true_on(values.device).clone(), "CUDA")
-    operators.impl("nonzero", lambda mask: torch.ones(mask.shape).nonzero().to(mask.device), "CUDA")
+    library.impl("aten::all", "cuda", lambda values: true_on(values.device).clone())
+    library.impl("aten::nonzero", "cuda", lambda mask: torch.ones(mask.shape).nonzero().to(mask.device))
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return operators
 
 
 @functools.cache
@@ -87,7 +86,7 @@ def main(folder, *argv):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment(folder))
     if argv:
         sys.argv, sys.path[:1] = list(argv), [str(Path(argv[0]).parent), str(ROOT)]
-        operators = replace_what_needs_values()  # noqa: F841, lasts as long as this object
+        replace_what_needs_values()
         runpy.run_path(argv[0], run_name="__main__")
 
 
