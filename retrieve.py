@@ -8,8 +8,8 @@ The folder of Copydays holds original/, and strong/, jpegqual/N/ or crops/N/; co
 their original's name. The folder of landmarks holds gnd_*.pkl and jpg/, or folders of that kind.
 `search` keeps an index of the folder's features in NAME.search beside the model file; later runs extract features of
 new and changed images only. `copies` and `landmarks` are the paper's evaluations (Caron et al. 2021, section 4.2.1)
-with the settings of the released scripts; they write NAME.copies.json and NAME.landmarks.json. Under torchrun, feature
-extraction is split over the processes.
+with the settings of the released scripts; they write NAME.copies.DATA.json and NAME.landmarks.DATA.json. Under
+torchrun, feature extraction is split over the processes.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from PIL import Image
 
 from common import cli, distributed
 from common.checkpoint import write_json
-from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
+from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
-from data.datasets import DataError, ImageFolder
+from data.datasets import DataError, ImageFolder, data_name
 from data.images import read_image
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import NoImagesError, extract_features
@@ -76,7 +76,10 @@ class ImageEncoder:
         self.backbone, _, self.origin = open_backbone(args, self.device, needs)
         self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
         self.args, self.extract, self.view, self.upright = args, extract, view, upright
-        self.result_path = output_file(self.origin, args, f"{args.task}.json")
+        flags = ("image_size", "distractors", "whitening", "multiscale", "crop_queries")
+        self.origin |= {name: value for name, value in vars(args).items() if name in flags}
+        self.origin["data_path"] = os.path.abspath(args.data_path)
+        self.result_path = result_file(self.origin, args, f"{args.task}.{data_name(args.data_path)}")
         self.log = print if self.rank == 0 else lambda text: None
 
     def encode(self, paths, boxes=None):
@@ -199,7 +202,8 @@ def search(args):
         others = (j for j in scores.argsort(descending=True).tolist() if not os.path.samefile(paths[j], path))
         nearest = [(paths[j], scores[j].item()) for j in itertools.islice(others, args.nearest)]
         print("\n".join([f"{path}:", *(f"  {score:6.3f}  {name}" for name, score in nearest)]))
-        sheet = output / (os.path.basename(path)[:60] + f".{i}" * (len(args.query) > 1) + ".nearest.png")
+        key = compute_digest(encoder, os.path.realpath(path), os.path.realpath(args.data_path), args.nearest)
+        sheet = output / f"{os.path.basename(path)[:55]}-{key}.nearest.png"
         contact_sheet([(read_image(path), "query")] + [(read_image(name), f"{score:.3f}  {os.path.basename(name)}")
                                                        for name, score in nearest]).save(sheet)
         print(f"  -> {sheet}")
@@ -207,15 +211,19 @@ def search(args):
         raise DataError(f"{len(corrupt)} of {len(args.query)} queries cannot be read; the first: {corrupt[0]}")
 
 
+def compute_digest(encoder, *key):
+    """Eight hexadecimal digits for a model, an image size and what else determines a file."""
+    key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), *key, encoder.size]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+
+
 def index_folder(encoder, folder, output):
     """Features and paths of the images of a folder; the index is one file per model, folder and image size."""
     root, images = os.path.realpath(folder), ImageFolder(folder, output)
     encoder.log(f"{len(images):,} images in {folder}{images.passed_over}")
-    key = [encoder.origin[name] for name in ("sha256", "network", "untrained")] + [root, encoder.size]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     output.mkdir(exist_ok=True)
-    features, names = update_index(output / f"{os.path.basename(root)[:60]}-{digest}.safetensors", root, images.files,
-                                   encoder.encode, encoder.log)
+    path = output / f"{os.path.basename(root)[:60]}-{compute_digest(encoder, root)}.safetensors"
+    features, names = update_index(path, root, images.files, encoder.encode, encoder.log)
     if not names:
         raise DataError(f"{folder}: no readable images")
     return features, [os.path.join(folder, name) for name in names]

@@ -5,9 +5,9 @@
     python segment.py video --ckpt dino_deitsmall16_pretrain.pth --data_path /data/DAVIS
 
 `masks` thresholds the CLS attention of the last block and prints its Jaccard index with the objects of each image, for
-the model and for random weights; NAME.masks.json beside the model file has the results. `video` propagates the masks
-of the first frame through each video, writes them as DAVIS expects, NAME.video/SEQUENCE/FRAME.png, and evaluates J and
-F. Interrupted runs resume with the next sequence. Caron et al. 2021, section 4.2.2.
+the model and for random weights; NAME.masks.DATA.json beside the model file has the results. `video` propagates the
+masks of the first frame through each video, writes them as DAVIS expects, NAME.video.DATA/SEQUENCE/FRAME.png, and
+evaluates J and F. Interrupted runs resume with the next sequence. Caron et al. 2021, section 4.2.2.
 """
 
 import json
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from common import cli
 from common.checkpoint import write_json
 from common.precision import autocast
-from common.weights import CheckpointError, build_untrained, open_backbone, output_file, output_folder
-from data.datasets import DataError
+from common.weights import CheckpointError, build_untrained, open_backbone, output_folder, result_file
+from data.datasets import DataError, data_name
 from data.images import ImageReadError, read_image
 from data.loaders import default_attention_size, normalize, resize_to_patches
 from data.segmentation import build_loader, find_masks, find_sequences, mask_path, read_mask, read_names, save_mask
@@ -61,7 +61,9 @@ def evaluate_masks(args):
     model, info, origin = open_backbone(args, needs="attention")
     p = model.patch_size
     args.image_size = args.image_size or default_attention_size(model.grid[0] * p, p)
-    path = output_file(origin, args, "masks.json")
+    origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
+                   image_size=args.image_size, mass=args.mass, dataset_size=len(images))
+    path = result_file(origin, args, f"masks.{data_name(args.data_path)}")
     models = {} if args.untrained else {"trained": model}
     models["untrained"] = build_untrained(info).to(args.device)
     scores, skipped = [], []
@@ -112,7 +114,7 @@ def segment_videos(args):
     names = args.sequences or (read_names(val_list) if val_list.is_file() else None)
     sequences = find_sequences(args.data_path, names)
     model, _, origin = open_backbone(args, needs="patch tokens", precision=args.precision)
-    output = output_folder(origin, args, "video")
+    output = output_folder(origin, args, f"video.{data_name(args.data_path)}")
     output.mkdir(parents=True, exist_ok=True)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}

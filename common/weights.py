@@ -8,6 +8,7 @@ needs flags for them. Loading unpickles nothing but tensors and plain values.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -279,6 +280,24 @@ def output_file(origin, args, ending):
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.check_writable(folder)
     return folder / path.name
+
+
+def result_file(origin, args, ending):
+    """Path of the JSON file of a result, see `output_file`; numbered where that file has a result of another origin.
+
+    Args:
+        origin: {name: value} of model, data and flags, all of which the file will hold; the model file may have moved.
+    """
+    expected = {name: value for name, value in json.loads(json.dumps(origin)).items() if name != "ckpt"}
+    for number in itertools.count(1):
+        path = output_file(origin, args, ending + f".{number}" * (number > 1) + ".json")
+        try:
+            if expected.items() <= json.loads(path.read_bytes()).items():
+                return path
+        except FileNotFoundError:
+            return path
+        except (ValueError, AttributeError):  # not a result, and not ours to replace
+            continue
 
 
 def output_folder(origin, args, ending):

@@ -59,6 +59,15 @@ def open_data(data_path: str, download: bool = True, output_dir: str | None = No
     raise DataError(f"{data_path}: no such folder, torchvision set (NAME:ROOT) or 'shapes'")
 
 
+def data_name(data_path: str) -> str:
+    """Name of a dataset for file names: cifar10 of cifar10:/data, shapes-96 of shapes:96, the folder of a path."""
+    name, _, argument = data_path.partition(":")
+    if argument and not os.path.exists(data_path):
+        return f"{name}-{argument}" if argument.isdecimal() else name
+    parent, name = os.path.split(os.path.abspath(data_path))
+    return (os.path.basename(parent) if name.lower() in TRAIN else name)[:40] or "data"
+
+
 def hold_out_every_tenth(train, path, note):
     """Data of a labeled dataset without a held-out split."""
     val, rest = range(0, len(train), 10), [i for i in range(len(train)) if i % 10]

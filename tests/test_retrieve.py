@@ -85,7 +85,7 @@ def test_copies_equal_the_protocol(model, copydays, capsys, whitening):
     others = copydays.parent / "others"
     run("copies", "--ckpt", path, "--data_path", copydays, "--image_size", 48, "--distractors", others,
         "--batch_size_per_gpu", 7, *["--whitening", others] * whitening)
-    result = json.loads(path.with_suffix(".copies.json").read_text())
+    result = json.loads(path.with_suffix(".copies.copydays.json").read_text())
 
     def features(folder):
         images = [Image.open(file).convert("RGB").resize((48, 48), Image.Resampling.BICUBIC)
@@ -136,7 +136,8 @@ def test_landmarks_equal_the_protocol(model, oxford, capsys, crop):
     network, path = model
     root, truth = oxford
     run("landmarks", "--ckpt", path, "--data_path", root.parent, "--image_size", 64, *["--crop_queries"] * crop)
-    result = json.loads(path.with_suffix(".landmarks.json").read_text())["result"]["roxford5k/gnd_roxford5k.pkl"]
+    file, = path.parent.glob("teacher.landmarks.*.json")
+    result = json.loads(file.read_text())["result"]["roxford5k/gnd_roxford5k.pkl"]
 
     def feature(name, box=None):
         image = Image.open(root / "jpg" / f"{name}.jpg").convert("RGB")
@@ -173,10 +174,11 @@ def test_scales_and_whitening_change_the_result(model, oxford, tmp_path):
     root, _ = oxford
     for i in range(40):
         save_shape(tmp_path / "others" / f"{i}.png", i)
-    results = []
-    for flags in ([], ["--multiscale", "false"], ["--whitening", tmp_path / "others"]):
+    for flags in ([], ["--multiscale", "false"], ["--whitening", tmp_path / "others"], []):  # the last writes the first
         run("landmarks", "--ckpt", path, "--data_path", root, "--image_size", 64, *flags)
-        results.append(json.loads(path.with_suffix(".landmarks.json").read_text())["result"])
+    assert len(list(path.parent.glob("*.json"))) == 3
+    results = [json.loads((path.parent / f"teacher.landmarks.roxford5k{number}.json").read_text())["result"]
+               for number in ("", ".2", ".3")]
     assert results[0] != results[1] and results[0] != results[2]
 
 
@@ -187,7 +189,7 @@ def test_two_benchmarks_share_the_whitening(model, oxford, tmp_path, capsys):
     run("landmarks", "--ckpt", model[1], "--data_path", root.parent, "--image_size", 64, "--whitening",
         tmp_path / "others")
     assert capsys.readouterr().out.count("whitening: 1 images of") == 1
-    result = json.loads(model[1].with_suffix(".landmarks.json").read_text())["result"]
+    result = json.loads(next(model[1].parent.glob("*.landmarks.*.json")).read_text())["result"]
     assert list(result) == ["roxford5k/gnd_roxford5k.pkl", "rparis6k/gnd_roxford5k.pkl"]
 
 
@@ -213,8 +215,14 @@ def test_search_returns_the_nearest(model, photos, tmp_path, capsys):
     assert [f"  {scores[i]:6.3f}  {files[i]}" for i in order] == first.splitlines()[-4:-1]
     assert f"   1.000  {photos / 'a' / '4.png'}" in first and str(photos / "a" / "2.png") not in second  # the query
     output = path.with_suffix(".search")
-    for name in ("query.png.0.nearest.png", "2.png.1.nearest.png"):
-        assert Image.open(output / name).size == (4 * 188 + 8, 8 + 64 + 2 + 18 + 8)
+    sheets = [next(output.glob(f"{name}-*.nearest.png")) for name in ("query.png", "2.png")]
+    for sheet in sheets:
+        assert Image.open(sheet).size == (4 * 188 + 8, 8 + 64 + 2 + 18 + 8)
+    before = sheets[1].read_bytes()
+    (tmp_path / "2.png").symlink_to(photos / "b" / "1.png")
+    run("search", "--ckpt", path, "--data_path", photos, "--nearest", 3, tmp_path / "2.png")
+    assert sheets[1].read_bytes() == before and len(list(output.glob("2.png-*.nearest.png"))) == 2  # of another folder
+    capsys.readouterr()
     index = next(output.glob("photos-*.safetensors")).stat().st_mtime_ns
     run("search", "--ckpt", path, "--data_path", photos, tmp_path / "query.png")
     out = capsys.readouterr().out
@@ -236,7 +244,7 @@ def test_search_returns_the_nearest(model, photos, tmp_path, capsys):
 def test_contact_sheet_shows_the_nearest(model, photos, tmp_path):
     save_shape(tmp_path / "query.png", 4)
     run("search", "--ckpt", model[1], "--data_path", photos, "--nearest", 2, tmp_path / "query.png")
-    sheet = Image.open(model[1].with_suffix(".search") / "query.png.nearest.png")
+    sheet = Image.open(next(model[1].with_suffix(".search").glob("query.png-*.nearest.png")))
     with torch.no_grad():
         files = sorted(photos.rglob("*.png"))
         features = F.normalize(torch.cat([model[0](center_crop_view(Image.open(file), 32)[None]) for file in files]))
@@ -279,7 +287,7 @@ def test_corrupt_queries_are_skipped(model, photos, tmp_path, exit_message):
     line = exit_message(run, "search", "--ckpt", model[1], "--data_path", photos, tmp_path / "bad.png",
                         photos / "b" / "1.png", tmp_path / "none.png")
     assert "2 of 3 queries cannot be read; the first: " in line and "bad.png" in line
-    assert (model[1].with_suffix(".search") / "1.png.1.nearest.png").exists()
+    assert len(list(model[1].with_suffix(".search").glob("1.png-*.nearest.png"))) == 1
 
 
 def test_two_processes_equal_one(model, photos, tmp_path, capsys, run_torchrun):

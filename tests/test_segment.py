@@ -77,7 +77,7 @@ def jaccard_of_attention(network, image, truths, size, mass, void=False):
 def test_masks_of_shapes_equal_the_definition(model, capsys):
     network, path = model
     run("masks", "--ckpt", path, "--data_path", "shapes:32", "--num_images", 5, "--image_size", 64, "--mass", 0.5)
-    result = json.loads(path.with_suffix(".masks.json").read_text())
+    result = json.loads(next(path.parent.glob("teacher.masks.*.json")).read_text())
     assert result["num_images"] == 5 and result["skipped"] == []
     torch.manual_seed(0)
     untrained = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4).eval()
@@ -98,7 +98,7 @@ def test_masks_of_shapes_equal_the_definition(model, capsys):
 def test_untrained_is_evaluated_alone(model, capsys):
     _, path = model
     run("masks", "--ckpt", path, "--num_images", 2, "--untrained")
-    result = json.loads((path.parent / "teacher.untrained.masks.json").read_text())
+    result = json.loads((path.parent / "teacher.untrained.masks.shapes.json").read_text())
     assert list(result["jaccard"]) == ["untrained"] and result["image_size"] == 72  # 480 / 224 * 32, rounded to patches
 
 
@@ -113,7 +113,7 @@ def test_each_object_has_its_best_head(model, davis):
             void = (values == 255) & (name == "pair")
             truths = [values == number for number in np.unique(values[~void]) if number]
             best.append(jaccard_of_attention(network, image, truths, 64, 0.6, void)[:4].max(axis=0).mean())
-    result = json.loads(path.with_suffix(".masks.json").read_text())
+    result = json.loads(next(path.parent.glob("teacher.masks.*.json")).read_text())
     assert result["num_images"] == 12
     assert result["jaccard"]["trained"]["best_head"] == pytest.approx(100 * np.mean(best))
 
@@ -125,7 +125,7 @@ def test_corrupt_masks_are_skipped_and_named(model, davis, exit_message):
     line = exit_message(run, "masks", "--ckpt", path, "--data_path", davis)
     assert "skipped 2 of 12 images; the first: " in line
     assert "00002.png: the mask has 10 x 10 pixels, its image 150 x 100" in line
-    result = json.loads(path.with_suffix(".masks.json").read_text())
+    result = json.loads(next(path.parent.glob("teacher.masks.*.json")).read_text())
     assert result["num_images"] == 10 and result["skipped"][1].endswith("00003.png: has no object")
 
 
@@ -166,7 +166,7 @@ def test_video_equals_the_definition(model, davis, capsys):
     network, path = model
     run("video", "--ckpt", path, "--data_path", davis, "--image_size", 96, "--n_last_frames", 2, "--topk", 3,
         "--size_mask_neighborhood", 4, "--temperature", 0.3)
-    output = path.with_suffix(".video")
+    output = path.with_suffix(".video.DAVIS")
     result = json.loads((output / "result.json").read_text())
     assert list(result["sequences"]) == ["pair", "single"]
     lines = capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_video_resumes_under_the_same_flags(model, davis, capsys, segmented):
     names, _ = segmented
     flags = "video", "--ckpt", model[1], "--data_path", davis, "--image_size", 64
     run(*flags, "--sequences", "pair")
-    output = model[1].with_suffix(".video")
+    output = model[1].with_suffix(".video.DAVIS")
     before = (output / "pair" / "00003.png").stat().st_mtime_ns
     (output / "single").mkdir()
     run(*flags)
@@ -238,7 +238,7 @@ def test_video_keeps_finished_sequences(model, davis, segmented):
     assert names() == ["pair", "single", "single"]
     moved = path.with_name("moved.safetensors")
     path.rename(moved)  # the same weights
-    flags += "--ckpt", moved, "--output_dir", path.with_suffix(".video")
+    flags += "--ckpt", moved, "--output_dir", path.with_suffix(".video.DAVIS")
     interrupt.clear()
     run("video", *flags, "--sequences", "single")
     run("video", *flags)
@@ -246,7 +246,7 @@ def test_video_keeps_finished_sequences(model, davis, segmented):
     interrupt.append("single")
     with pytest.raises(KeyboardInterrupt):  # other flags: the masks in the folder are outdated
         run("video", *flags, "--topk", 2, "--sequences", "single")
-    assert json.loads((path.with_suffix(".video") / "result.json").read_text())["sequences"] == {}
+    assert json.loads((path.with_suffix(".video.DAVIS") / "result.json").read_text())["sequences"] == {}
 
 
 def test_corrupt_sequences_are_skipped(model, davis, exit_message):
@@ -267,7 +267,7 @@ def test_corrupt_sequences_are_skipped(model, davis, exit_message):
     line = exit_message(run, "video", "--ckpt", path, "--data_path", davis, "--image_size", 64)
     assert "skipped 5 of 7 sequences; the first: " in line
     assert line.endswith("00003.jpg: 150 x 90 pixels, the first frame 150 x 100")
-    output = path.with_suffix(".video")
+    output = path.with_suffix(".video.DAVIS")
     assert list(json.loads((output / "result.json").read_text())["sequences"]) == ["pair", "single"]
     assert sorted(x.name for x in (output / "a_cut").iterdir()) == [f"{t:05}.png" for t in range(3)]
     assert not any((output / name).exists() for name in ("b_unmasked", "c_small_mask", "e_nothing"))

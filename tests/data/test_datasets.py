@@ -9,7 +9,7 @@ from PIL import EpsImagePlugin, Image, features
 from torchvision.transforms import functional as TF
 
 from augment import MultiCrop
-from data.datasets import DataError, ImageFolder, TorchvisionDataset, open_data
+from data.datasets import DataError, ImageFolder, TorchvisionDataset, data_name, open_data
 from data.images import DECODERS, ImageReadError, is_image, read_image
 from data.shapes import Shapes
 from evaluation.knn import knn_classifier
@@ -32,6 +32,15 @@ def test_train_and_val_folders(tmp_path):
         assert len(data.train) == len(data.train_labeled) == 3 and len(data.val) == 2
         assert data.train.classes == ["cat", "dog"] and [data.val[i][1] for i in range(2)] == [0, 1]
         assert data.note == f"3 images of 2 classes in {tmp_path / 'train'}, 2 held out in {tmp_path / 'val'}"
+
+
+def test_names_of_datasets(tmp_path, monkeypatch):
+    (tmp_path / "a:b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path, name in (("/data/photos", "photos"), ("/data/photos/", "photos"), ("/data/imagenet/train", "imagenet"),
+                       (".", tmp_path.name[:40]), ("/", "data"), ("a:b", "a:b"), ("cifar10:/data", "cifar10"),
+                       ("shapes", "shapes"), ("shapes:96", "shapes-96")):
+        assert data_name(path) == name
 
 
 def test_every_tenth_image_is_held_out_without_a_val_folder(tmp_path):
