@@ -1,4 +1,4 @@
-"""Evaluate the features of a backbone: k-NN, linear classification, fine-tuning.
+"""Evaluate the features of a backbone: k-NN, linear classification, fine-tuning; classify images.
 
     python evaluate.py knn                        # the newest run, on the data it was trained on
     python evaluate.py linear                     # linear classifiers on frozen features, the paper's protocol
@@ -6,14 +6,18 @@
     python evaluate.py finetune                   # backbone and classifier are trained with labels
     python evaluate.py knn --ckpt dino_deitsmall16_pretrain.pth --data_path /data/imagenet
     torchrun --nproc_per_node=8 evaluate.py linear --ckpt runs/vits16/teacher.safetensors --data_path /data/imagenet
+    python evaluate.py predict --ckpt runs/demo/teacher.linear.photos/classifier.safetensors /more_photos dog.jpg
 
 Flags of a task: `python evaluate.py linear --help`. `--untrained` evaluates random weights as a baseline.
 
-knn writes its accuracies beside the model file, as NAME.knn.json. linear and finetune write a folder, NAME.linear or
-NAME.finetune, with result.json, classifier.safetensors, log.jsonl and checkpoint.pth. Interrupted runs resume
-automatically, and `--test_only` evaluates classifier.safetensors again.
+knn writes its accuracies beside the model file, as NAME.knn.DATA.json. linear and finetune write a folder,
+NAME.linear.DATA or NAME.finetune.DATA, with result.json, classifier.safetensors, log.jsonl and checkpoint.pth.
+Interrupted runs resume automatically, and `--test_only` evaluates classifier.safetensors again. predict writes the
+class of each image to predictions.csv.
 """
 
+import csv
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -24,13 +28,14 @@ from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
 
 from common import cli, distributed
-from common.checkpoint import MODEL_FILES, CheckpointError, check_writable, first_line, write_json
+from common.checkpoint import MODEL_FILES, CheckpointError, atomic_write, check_writable, first_line, write_json
 from common.cli import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.distributed import get_world_size, is_rank_zero
-from common.precision import autocast
-from common.weights import open_backbone, output_file, output_folder, read_weights, resolve_image_size, save_model
-from data.datasets import DataError, open_data
+from common.precision import autocast, set_matmul_precision
+from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
+from data.datasets import DataError, data_name, open_data
 from data.loaders import build_eval_loader
+from data.retrieval import ImageFiles, list_images
 from evaluation import supervised
 from evaluation.features import extract_features, load_features
 from evaluation.knn import knn_classifier
@@ -41,13 +46,15 @@ from optim import build_optimizer
 
 def parse_args(argv=None):
     parser = cli.build_parser("evaluate.py", __doc__)
-    knn, linear, finetune = cli.add_subcommands(parser, TASKS).values()
+    knn, linear, finetune, predict = cli.add_subcommands(parser, TASKS).values()
     add = cli.add_flag
     for task in (knn, linear, finetune):
         cli.add_model_flags(task)
         add(task, "--data_path", None, "labeled images, named as for train.py (default: the data of the newest run)")
         add(task, "--image_size", None, "side of the center crop (default: the size in training)", cli.image_side)
         add(task, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
+        task.add_argument("--save_predictions", action="store_true",
+                          help="add the class of each image and the confusion matrix to the result")
     for task in (knn, linear):
         add(task, "--features", None, "safetensors file that caches the features; linear: with --quick", metavar="FILE")
 
@@ -55,7 +62,8 @@ def parse_args(argv=None):
     add(knn, "--temperature", 0.07, "temperature of the votes", positive_float)
     add(knn, "--knn_memory_mb", 1024, "memory for similarities", positive_int)
 
-    add(linear, "--n_last_blocks", 4, "blocks whose CLS tokens to concatenate; ViT-B: 1", positive_int)
+    add(linear, "--n_last_blocks", None, "blocks whose CLS tokens to concatenate; ViT-B: 1 (default: 4, or all)",
+        positive_int)
     add(linear, "--avgpool_patchtokens", False, "append the last block's mean patch token; true for ViT-B", cli.boolean,
         nargs="?", const=True)
     add(linear, "--lr", LRS, "peak for batch size 256; a held-out tenth selects the best", positive_float, nargs="+")
@@ -78,9 +86,20 @@ def parse_args(argv=None):
         task.add_argument("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run")
         cli.add_run_flags(task)
 
+    predict.add_argument("images", nargs="+", metavar="PATH", help="images, or folders of images")
+    predict.add_argument("--ckpt", required=True, help="classifier.safetensors of linear or finetune, or its folder")
+    predict.add_argument("--output", default="predictions.csv", metavar="FILE.csv", help="file, class, probability")
+    add(predict, "--topk", 1, "classes of each image, the most probable first", positive_int)
+    add(predict, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
+    cli.add_device_flags(predict)
+
     # the tasks that lack one of these flags need its value
     parser.set_defaults(features=None, quick=False, warmup_epochs=0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
     args = parser.parse_args(argv)
+    if args.task == "predict":
+        return args
+    if args.save_predictions and args.features:
+        parser.error("--features holds no file names, leave it out with --save_predictions")
     if args.features and not args.features.endswith(".safetensors"):
         parser.error(f"--features {args.features} does not end in .safetensors")
     if args.task == "knn":
@@ -103,9 +122,10 @@ class EvalSetup:
     Attributes:
         backbone, info: see `load_backbone`.
         origin: {name: plain value} that the features depend on, written to every output file.
-        data: see data.datasets.Data.
+        data, name: see data.datasets.Data and data_name.
         output: Path of the folder of a classifier.
-        classes: unique names, None for k-NN.
+        classes: unique names, None for k-NN without --save_predictions.
+        images: indices of the images that `extract` read last.
         corrupt: set of messages on corrupt images.
     """
 
@@ -128,9 +148,10 @@ class EvalSetup:
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)
         self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size)
-        self.output = output_folder(self.origin, args, args.task + "_quick" * args.quick)
-        self.classes = None
-        if args.task != "knn":  # on rank 0 only: a dataset that does not name its classes is decoded for it
+        self.name = data_name(self.data.path)
+        self.output = output_folder(self.origin, args, f"{args.task}{'_quick' * args.quick}.{self.name}")
+        self.classes = self.images = None
+        if args.task != "knn" or args.save_predictions:  # on rank 0: datasets without class names are decoded
             self.classes = distributed.all_gather_objects(list_class_names(self.data) if is_rank_zero() else None)[0]
 
 
@@ -155,7 +176,7 @@ def extract(setup, model, images):
     """model(center crop) of each image, over all processes: [M, ...] float32 and labels [M]."""
     args = setup.args
     with autocast(setup.device, args.precision):
-        outputs, labels, _, corrupt = extract_features(model, images, args.image_size, args, setup.device)
+        outputs, labels, setup.images, corrupt = extract_features(model, images, args.image_size, args, setup.device)
     for message in sorted(set(corrupt) - setup.corrupt):
         log(f"skipped corrupt image {message}")
     setup.corrupt.update(corrupt)
@@ -186,25 +207,26 @@ def load_or_extract_features(setup, model):
 def knn(args):
     """Weighted k-NN classification of frozen features."""
     setup = EvalSetup(args)
-    path = output_file(setup.origin, args, "knn.json")
+    flags = dict(temperature=args.temperature, nb_knn=args.nb_knn, save_predictions=args.save_predictions)
+    path = result_file(setup.origin | flags, args, f"knn.{setup.name}")
     features = load_or_extract_features(setup, setup.backbone)
-    accuracies = knn_classifier(**features, ks=args.nb_knn, temperature=args.temperature, memory_mb=args.knn_memory_mb,
-                                device=setup.device)
+    accuracies, predicted = knn_classifier(**features, ks=args.nb_knn, temperature=args.temperature,
+                                           memory_mb=args.knn_memory_mb, device=setup.device, return_predictions=True)
     num_test, num_train = len(features["test_labels"]), len(features["train_labels"])
     log(f"k-NN of {setup.origin['ckpt']}{' untrained' * args.untrained}: {num_test} test images, {num_train} train "
         f"images, {args.image_size} pixels, temperature {args.temperature}\n     k   top-1   top-5")
     for k, (top1, top5) in accuracies.items():
         log(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
-    write_result(path, setup, temperature=args.temperature, num_images=num_test, num_train_images=num_train,
-                 knn={k: dict(top1=top1, top5=top5) for k, (top1, top5) in accuracies.items()})
+    write_result(path, setup, **flags, num_images=num_test, num_train_images=num_train,
+                 knn={k: dict(top1=top1, top5=top5) | list_predictions(setup, features["test_labels"], predicted[k])
+                      for k, (top1, top5) in accuracies.items()})
 
 
 def linear(args):
     """Linear classifiers on frozen features: SGD on random crops and flips, or with --quick on features once."""
     setup = EvalSetup(args)
-    if args.avgpool_patchtokens and not setup.backbone.blocks:
-        raise CheckpointError(f"{setup.backbone.arch} has no patch tokens, leave --avgpool_patchtokens out")
-    extractor = supervised.FeatureExtractor(setup.backbone, args.n_last_blocks, args.avgpool_patchtokens)
+    n_last_blocks = args.n_last_blocks or max(1, min(4, len(setup.backbone.blocks)))
+    extractor = supervised.FeatureExtractor(setup.backbone, n_last_blocks, args.avgpool_patchtokens)
     setup.origin.update(n_last_blocks=extractor.n_last_blocks, avgpool_patchtokens=extractor.avgpool)
     weight_decays = args.weight_decay or (WEIGHT_DECAYS if args.quick else [0])
     grid = [(lr, weight_decay) for lr in args.lr for weight_decay in weight_decays]
@@ -247,12 +269,16 @@ def train_and_test(network, optimizer, grid, hparams, setup):
     """
     args = setup.args
     if args.test_only:
-        hparams = load_classifier(network, setup)
+        hparams = restore_classifier(network, setup)
     else:
         train_images, val_images, metric = setup.data.train_labeled, setup.data.val, "test_top1"
         if len(grid) > 1:
             mask, metric = holdout_mask(len(train_images)), "held_out_top1"
             train_images, val_images = (Subset(train_images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
+        if 0 < (largest := len(train_images) // get_world_size()) < args.batch_size_per_gpu:
+            log(f"NOTE: --batch_size_per_gpu {largest} for {args.batch_size_per_gpu}, as there are {len(train_images)} "
+                f"training images")
+            args.batch_size_per_gpu = largest
         log_grid(network, grid, args.batch_size_per_gpu * get_world_size())
         completed = supervised.train_classifiers(
             network, optimizer, train_images, get_fixed_settings(setup) | hparams | {"grid": grid},
@@ -313,13 +339,13 @@ def get_fixed_settings(setup):
 
 
 def get_trained_modules(network):
-    """What classifier.safetensors holds: the first classifier, and the backbone if it is fine-tuned."""
+    """What --test_only reads of classifier.safetensors: the first classifier, and the backbone if it is fine-tuned."""
     backbone = {} if network.frozen else {"backbone": network.tokens.backbone}
     return nn.ModuleDict({"classifier": network.heads[0]} | backbone)
 
 
 def save_classifier(network, grid, best, accuracies, hparams, setup):
-    """Write classifier.safetensors: trained weights, description of the backbone, origin, hyperparameters.
+    """Write classifier.safetensors: classifier and backbone, description of the backbone, origin, hyperparameters.
 
     Args:
         accuracies: held-out accuracy of each (lr, weight decay) of the grid, used if there are several.
@@ -333,12 +359,13 @@ def save_classifier(network, grid, best, accuracies, hparams, setup):
         log(f"best on a held-out tenth ({accuracies[best]:.2f}%): lr {lr:g}, weight decay {weight_decay:g}")
         hparams |= dict(held_out_top1=accuracies[best], grid=[(*pair, top1) for pair, top1 in zip(grid, accuracies)])
     if is_rank_zero():
-        save_model(setup.output / "classifier.safetensors", get_trained_modules(network).state_dict(),
+        modules = nn.ModuleDict({"classifier": network.heads[0], "backbone": network.tokens.backbone})
+        save_model(setup.output / "classifier.safetensors", modules.state_dict(),
                    setup.info | setup.origin | dict(hparams=hparams, classes=setup.classes))
     return hparams
 
 
-def load_classifier(network, setup):
+def restore_classifier(network, setup):
     """Load what `save_classifier` wrote; returns the hyperparameters.
 
     Raises:
@@ -350,7 +377,8 @@ def load_classifier(network, setup):
         if info.get(name) != value:
             raise CheckpointError(f"{path}: trained with {name} {str(info.get(name))[:200]}, not {str(value)[:200]}")
     try:
-        get_trained_modules(network).load_state_dict(weights)
+        modules = get_trained_modules(network)
+        modules.load_state_dict({name: tensor for name, tensor in weights.items() if name.partition(".")[0] in modules})
     except RuntimeError as error:
         raise CheckpointError(f"{path}: not the classifier of this task ({first_line(error)})") from None
     return info["hparams"]
@@ -369,7 +397,26 @@ def report_accuracy(logits, labels, setup, hparams):
     log("lowest per-class accuracy: " + ", ".join(f"{name} {accuracy:.1f}%" for name, accuracy in lowest))
     log("most frequent confusions: " + ", ".join(f"{a} as {b} ({count})" for (a, b), count in confusions[:5]))
     write_result(setup.output / "result.json", setup, **hparams, top1=top1, top5=top5, num_images=len(labels),
-                 per_class=per_class, confusions=[[*pair, count] for pair, count in confusions])
+                 per_class=per_class, confusions=[[*pair, count] for pair, count in confusions],
+                 **list_predictions(setup, labels, predicted[:, 0]))
+
+
+def list_predictions(setup, labels, predicted):
+    """With --save_predictions, {"predictions": one row per image, "confusion_matrix": [true][predicted]}, else {}."""
+    if not setup.args.save_predictions:
+        return {}
+    classes, count = setup.classes, len(setup.classes)
+    rows = [{"file": name_image(setup.data.val, i), "class": classes[label], "predicted": classes[other]}
+            for i, label, other in zip(setup.images.tolist(), labels.tolist(), predicted.tolist())]
+    matrix = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
+    return dict(classes=classes, predictions=rows, confusion_matrix=matrix.tolist())
+
+
+def name_image(images, i):
+    """Path of image i of a folder; its index in a dataset that has no files."""
+    while isinstance(images, Subset):
+        images, i = images.dataset, images.indices[i]
+    return os.path.join(images.root, images.files[i]) if hasattr(images, "files") else i
 
 
 def write_result(path, setup, **result):
@@ -378,7 +425,45 @@ def write_result(path, setup, **result):
         log(f"written to {path}")
 
 
-TASKS = {"knn": knn, "linear": linear, "finetune": finetune}
+# ---- classifying images ----
+
+def predict(args):
+    """Classify images with classifier.safetensors of linear or finetune; writes file, class and probability as CSV."""
+    device = distributed.init_distributed(args.device)[2]
+    network, info = supervised.load_classifier(args.ckpt)
+    set_matmul_precision(device, "fp32", network.tokens.backbone.embed_dim)
+    network.to(device)
+    classes, paths, output = info["classes"], [], Path(args.output)
+    for path in args.images:
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such image or folder")
+        paths += list_images(path) if os.path.isdir(path) else [path]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output.parent)
+    k = min(args.topk, len(classes))
+    top, _, indices, corrupt = extract_features(
+        lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), ImageFiles(paths), info["image_size"], args,
+        device)
+    for message in corrupt:
+        log(f"skipped corrupt image {message}")
+    rows = [["file", *(name + f"_{i}" * (i > 1) for i in range(1, k + 1) for name in ("class", "probability"))]]
+    for i, numbers in zip(indices.tolist(), top.tolist()):
+        pairs = ((classes[int(c)], f"{probability:.6f}") for probability, c in zip(numbers[:k], numbers[k:]))
+        rows.append([paths[i], *(value for pair in pairs for value in pair)])
+    counts = Counter(row[1] for row in rows[1:]).most_common()
+    log(f"{len(top)} images, {len(corrupt)} corrupt; most frequent: "
+        + ", ".join(f"{name} {count}" for name, count in counts[:10]))
+    if is_rank_zero():
+        atomic_write(output, lambda temporary: write_csv(temporary, rows), keep=2)
+        log(f"written to {output}")
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows(rows)
+
+
+TASKS = {"knn": knn, "linear": linear, "finetune": finetune, "predict": predict}
 
 
 def main(args):

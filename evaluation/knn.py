@@ -18,7 +18,7 @@ from torch import Tensor
 @torch.no_grad()
 def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
                    ks: Iterable[int] = (10, 20, 100, 200), temperature: float = 0.07, memory_mb: int = 1024,
-                   device: str | torch.device = "cpu") -> dict[int, tuple[float, float]]:
+                   device: str | torch.device = "cpu", return_predictions: bool = False):
     """Weighted k-NN accuracy: each neighbor votes for its class with weight exp(cosine similarity / temperature).
 
     Under a process group all processes must call this with the same features; each classifies its share of the test
@@ -30,6 +30,7 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
         ks: numbers of neighbors, clamped to M.
         memory_mb: bound on the similarities held at once; a normalized copy of the train features comes on top.
         device: where similarities are computed, in float32.
+        return_predictions: also return {k: class of each test feature [Q], on the CPU}.
 
     Returns:
         {k: (top-1, top-5)} in percent. Classes without a vote rank behind the others, in the order of their indices;
@@ -42,11 +43,13 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
     share = slice(dist.get_rank(), None, dist.get_world_size()) if distributed else slice(None)
     ks = sorted({min(k, len(train_features)) for k in ks})
     correct = {k: torch.zeros(2, dtype=torch.int64, device=device) for k in ks}
+    predicted = {k: torch.zeros(num_test, dtype=torch.int64, device=device) for k in ks}
     # a block of similarities [rows, columns] takes about three times its size: itself, and the copies of its top k
     rows = min(len(test_features), 1024)
     columns = min(max(ks[-1], memory_mb * 2**20 // (12 * rows)), len(train_features))
     buffer = torch.empty(rows, columns, device=device)  # allocated once, which saves time
-    for features, labels in zip(test_features[share].split(rows), test_labels[share].split(rows)):
+    parts = (x[share].split(rows) for x in (test_features, test_labels, torch.arange(num_test, device=device)))
+    for features, labels, indices in zip(*parts):
         features, labels = F.normalize(features.float(), dim=1).to(device), labels.to(device).view(-1, 1)
         with disable_tf32() if features.is_cuda else contextlib.nullcontext():
             similarity, neighbors = find_neighbors(features, train_features, ks[-1], buffer[:len(features)])
@@ -56,11 +59,13 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
             votes = torch.zeros(len(features), num_classes, device=device)
             votes.scatter_add_(1, train_labels[neighbors[:, :k]], weights[:, :k])
             predictions = votes.argsort(dim=1, descending=True, stable=True)[:, :min(5, k)]
+            predicted[k][indices] = predictions[:, 0]
             correct[k] += torch.stack(((predictions[:, :1] == labels).sum(), (predictions == labels).sum()))
     if distributed:
-        for counts in correct.values():
-            dist.all_reduce(counts)
-    return {k: tuple((100 * counts / num_test).tolist()) for k, counts in correct.items()}
+        for sums in (*correct.values(), *predicted.values()):
+            dist.all_reduce(sums)
+    accuracies = {k: tuple((100 * counts / num_test).tolist()) for k, counts in correct.items()}
+    return (accuracies, {k: x.cpu() for k, x in predicted.items()}) if return_predictions else accuracies
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted
 """
 
 import contextlib
+import os
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,12 @@ from torchvision.transforms import v2
 
 from augment import BatchMultiCrop, MultiCrop
 from backbones import broadcast_buffers, convert_sync_batchnorm
-from common.checkpoint import Run
+from common.checkpoint import CheckpointError, Run, find_fault
+from common.cli import image_side
 from common.distributed import StopSignals, all_gather_objects, get_rank, get_world_size
 from common.logger import Logger
 from common.precision import autocast
+from common.weights import check_image_size, load_backbone, read_weights
 from data.datasets import DataError
 from data.loaders import build_train_loader, derive_seed, iter_batch_keys, iter_on_device
 from dino_loss import cosine_schedule
@@ -36,14 +39,21 @@ class FeatureExtractor(nn.Module):
     """Input of a linear classifier: CLS tokens of the last blocks, optionally with the mean patch token.
 
     Args:
-        n_last_blocks: 4 for ViT-S, 1 for ViT-B; clamped to the number of blocks. Other backbones have one feature.
+        n_last_blocks: 4 for ViT-S, 1 for ViT-B and for other backbones, which have one feature.
         avgpool: append the mean of the last block's patch tokens, as for ViT-B.
+
+    Raises:
+        CheckpointError: more blocks than the backbone has, or no patch tokens.
     """
 
     def __init__(self, backbone, n_last_blocks=1, avgpool=False):
         super().__init__()
-        self.backbone, self.avgpool = backbone, avgpool
-        self.n_last_blocks = min(n_last_blocks, max(1, len(backbone.blocks)))
+        most = max(1, len(backbone.blocks))
+        if not 1 <= n_last_blocks <= most:
+            raise CheckpointError(f"--n_last_blocks {n_last_blocks} is not from 1 to {most}, the model's depth")
+        if avgpool and not backbone.blocks:
+            raise CheckpointError(f"{backbone.arch} has no patch tokens, leave --avgpool_patchtokens out")
+        self.backbone, self.n_last_blocks, self.avgpool = backbone, n_last_blocks, avgpool
         self.dim = backbone.embed_dim * (self.n_last_blocks + avgpool)
 
     def forward(self, x):  # [B, C, H, W] -> [B, dim]
@@ -82,6 +92,36 @@ class Classifiers(nn.Module):
         super().train(mode)
         self.tokens.train(mode and not self.frozen)
         return self
+
+
+def load_classifier(path):
+    """Load classifier.safetensors of evaluate.py, or the one in a folder: Classifiers in eval mode, on the CPU.
+
+    Returns:
+        the network with one head, and the description in the file: "classes", "image_size", ...
+
+    Raises:
+        CheckpointError: no such file, or not a classifier and its backbone.
+    """
+    path = os.path.join(path, "classifier.safetensors") if os.path.isdir(path) else str(path)
+    weights, info, _ = read_weights(path, None)
+    if not {"classes", "image_size"} <= info.keys() or "classifier.weight" not in weights:
+        raise CheckpointError(f"{path}: not classifier.safetensors of evaluate.py linear or finetune")
+    if not any(name.startswith("backbone.") for name in weights):
+        raise CheckpointError(f"{path}: holds no backbone, as those of earlier versions: run evaluate.py linear again")
+    backbone, _ = load_backbone(path, log=lambda text: None)
+    try:
+        extractor = FeatureExtractor(backbone, info.get("n_last_blocks", 1), info.get("avgpool_patchtokens", False))
+        info |= dict(classes=[str(name) for name in info["classes"]], image_size=image_side(info["image_size"]))
+        network = Classifiers(extractor, len(info["classes"]))
+        head = {name: weights[f"classifier.{name}"] for name in ("weight", "bias")}
+        if any(map(find_fault, head.values())):
+            raise ValueError("its weights are not finite")
+        network.heads[0].load_state_dict(head)
+        check_image_size(backbone, info["image_size"])
+    except Exception as error:  # the description may hold anything
+        raise CheckpointError(f"{path}: not a classifier for its backbone and classes: {error}") from None
+    return network.eval(), info
 
 
 # ---- optimization ----

@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import itertools
 import json
 import os
@@ -60,7 +61,7 @@ def run(*argv):
 def train(task, *flags, output=None):
     """Run linear or finetune; returns result.json."""
     run(task, *CPU, "--batch_size_per_gpu", "16", "--val_freq", "0", *flags)
-    output = output or Path("runs", "one", f"teacher.{task}{'_quick' * ('--quick' in flags)}")
+    output = output or Path("runs", "one", f"teacher.{task}{'_quick' * ('--quick' in flags)}.images")
     return json.loads((output / "result.json").read_text())
 
 
@@ -108,7 +109,7 @@ def test_knn_of_a_released_checkpoint_follows_the_papers_protocol(tmp_path, caps
     torch.testing.assert_close(features["test_features"], expected["val"][0], rtol=0, atol=1e-4)
     classifier = KNeighborsClassifier(10, metric="cosine", algorithm="brute",
                                       weights=lambda distance: np.exp((1 - distance) / 0.07)).fit(*expected["train"])
-    result = json.loads((tmp_path / "dino_deitsmall16_pretrain.knn.json").read_text())
+    result = json.loads((tmp_path / "dino_deitsmall16_pretrain.knn.images.json").read_text())
     assert result["knn"]["10"]["top1"] == pytest.approx(100 * classifier.score(*expected["val"]), abs=1e-4)
     assert (result["num_train_images"], result["num_images"], result["temperature"]) == (12, 3, 0.07)
 
@@ -117,7 +118,7 @@ def test_knn_without_arguments_evaluates_the_newest_run(trained, capsys):
     _, path, model = trained
     run("knn", *CPU)
     out = capsys.readouterr().out
-    result = json.loads(path.with_suffix(".knn.json").read_text())
+    result = json.loads(path.with_suffix(".knn.images.json").read_text())
     assert list(result["knn"]) == ["10", "20", "60"] and result["dataset_sizes"] == [60, 23]
     assert "23 test images, 60 train images, 32 pixels, temperature 0.07" in out
 
@@ -154,7 +155,7 @@ def test_cached_features_give_the_same_accuracy(trained, capsys):
     for message in ("features written to", "features loaded from"):
         run("knn", *CPU, "--features", "cache.safetensors")
         assert message in capsys.readouterr().out
-        results.append(json.loads(path.with_suffix(".knn.json").read_text()))
+        results.append(json.loads(path.with_suffix(".knn.images.json").read_text()))
     assert results[0] == results[1]
     features = load_file("cache.safetensors")
     assert features["train_features"].shape == (60, 32) and features["test_features"].shape == (23, 32)
@@ -167,10 +168,56 @@ def test_untrained_evaluates_the_initial_weights_of_train_py(trained, capsys):
     student, _ = build_networks(VIT, dict(out_dim=8, hidden_dim=8), seed=0)
     run("knn", "--untrained", *CPU, "--features", "cache.safetensors")
     assert "teacher.safetensors untrained: 23 test images" in capsys.readouterr().out
-    assert path.with_name("teacher.untrained.knn.json").exists() and not path.with_name("teacher.knn.json").exists()
+    assert [file.name for file in path.parent.glob("*.json")] == ["teacher.untrained.knn.images.json"]
     with torch.no_grad():
         expected = student.backbone.eval()(load_test_images()[0])
     torch.testing.assert_close(load_file("cache.safetensors")["test_features"], expected)
+
+
+def test_results_of_other_data_and_flags_are_kept(trained):
+    """And the same evaluation replaces its own result; names are those of the data."""
+    folder, path, _ = trained
+    shutil.copytree("images", "others")
+    shutil.copytree("images", Path("elsewhere", "images"))
+    written = {}
+    for file, *flags in (["images"], ["others", "--data_path", "others"], ["images.2", "--temperature", "1"],
+                         ["images.3", "--data_path", "elsewhere/images"], ["images"]):
+        run("knn", *CPU, *flags)
+        file = path.with_name(f"teacher.knn.{file}.json")
+        content = file.read_text()
+        assert written.setdefault(file, content) == content
+    assert all(file.read_text() == content for file, content in written.items()) and len(set(written.values())) == 4
+    assert {*path.parent.glob("*.json")} == written.keys()
+    assert json.loads(written[path.with_name("teacher.knn.others.json")])["data_path"] == str(folder / "others")
+    first = train("linear", "--quick", "--epochs", "1")
+    train("linear", "--quick", "--epochs", "1", "--data_path", "others",
+          output=path.with_name("teacher.linear_quick.others"))
+    assert json.loads((path.with_name("teacher.linear_quick.images") / "result.json").read_text()) == first
+
+
+def test_predictions_and_confusion_matrix_on_request(trained):
+    """Of every image that can be read, by the path of its file."""
+    folder, path, model = trained
+    (folder / "images" / "val" / "class1" / "04.png").write_bytes(b"bad")
+    images, labels = (x[torch.arange(23) != 9] for x in load_test_images())  # 8 of class 0, and 1.png before it
+    files = sorted((folder / "images" / "val").rglob("*.png"))
+    del files[9]
+    run("knn", *CPU, "--nb_knn", "5", "60", "--save_predictions")
+    results = json.loads(path.with_suffix(".knn.images.json").read_text())["knn"]
+    assert results.keys() == {"5", "60"}
+    results["linear"] = train("linear", "--quick", "--epochs", "3", "--save_predictions")
+    classifier = load_file(path.with_name("teacher.linear_quick.images") / "classifier.safetensors")
+    with torch.no_grad():
+        logits = model(images) @ classifier["classifier.weight"].T + classifier["classifier.bias"]
+    assert [int(row["predicted"][-1]) for row in results["linear"]["predictions"]] == logits.argmax(dim=1).tolist()
+    for result in results.values():
+        rows, matrix = result["predictions"], np.array(result["confusion_matrix"])
+        assert [row["file"] for row in rows] == list(map(str, files))
+        assert [row["class"] for row in rows] == [f"class{label}" for label in labels] and len(rows) == 22
+        for i, j in itertools.product(range(3), range(3)):
+            assert matrix[i, j] == sum((row["class"], row["predicted"]) == (f"class{i}", f"class{j}") for row in rows)
+        assert 100 * matrix.trace() / 22 == pytest.approx(result["top1"])
+    assert "predictions" not in train("linear", "--quick", "--epochs", "3")
 
 
 def test_unwritable_paths_are_refused_before_extraction(trained, monkeypatch):
@@ -195,7 +242,7 @@ def test_quick_linear(trained, capsys):
         tokens = model.get_intermediate_layers(images, 1)[0]
     x = load_file("cache.safetensors")["test_features"]
     torch.testing.assert_close(x, torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=1))
-    classifier = load_file(folder / "runs" / "one" / "teacher.linear_quick" / "classifier.safetensors")
+    classifier = load_file(folder / "runs" / "one" / "teacher.linear_quick.images" / "classifier.safetensors")
     predictions = (x @ classifier["classifier.weight"].T + classifier["classifier.bias"]).argmax(dim=1)
     assert result["top1"] == pytest.approx(100 * (predictions == labels).double().mean().item())
     assert f"top-1 {result['top1']:.2f}" in out and list(result["per_class"]) == ["class0", "class1", "class2"]
@@ -214,7 +261,7 @@ def test_a_saved_classifier_is_evaluated_again(trained, capsys, task, flags):
     out = capsys.readouterr().out
     assert result["num_images"] == 23 and result["dataset_sizes"] == [60, 23] and "(linear scaling rule)" in out
     assert ("best on a held-out tenth" in out) == (len(flags) == 3)
-    output = path.with_name(f"teacher.{task}")
+    output = path.with_name(f"teacher.{task}.images")
     saved = output / "classifier.safetensors"
     images, labels = load_test_images()
     backbone, _ = load_backbone(saved if task == "finetune" else path)
@@ -233,6 +280,81 @@ def test_a_saved_classifier_is_evaluated_again(trained, capsys, task, flags):
             train(task, *flags)
 
 
+@pytest.mark.parametrize("task, flags", [("linear", ["--quick", "--avgpool_patchtokens"]),
+                                         ("finetune", ["--lr", "0.01", "--warmup_epochs", "0"])])
+def test_predict(trained, capsys, exit_message, task, flags):
+    """Classes and probabilities of images in nested folders, computed again from the weights in the file alone."""
+    folder, path, _ = trained
+    train(task, *flags, "--epochs", "3")
+    output = path.with_name(f"teacher.{task}{'_quick' * (task == 'linear')}.images")
+    ckpt = output / "classifier.safetensors"
+    backbone, _ = load_backbone(ckpt)
+    path.unlink()  # the classifier needs no other file
+    names = ["b.png", "nested/deep/ünï, \"☃\".png", "nested/a.png"]
+    images = [Shapes("test", 40, 32)[i][0] for i in (30, 31, 32)]
+    for name, image in zip(names, images):
+        (folder / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / "new" / name)
+    (folder / "new" / "nested" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Path("new", "notes.txt").write_text("none")
+    capsys.readouterr()
+    run("predict", "--num_workers", "0", "--ckpt", str(ckpt), "--topk", "2", "new", "images/val/class0/00.png")
+    out = capsys.readouterr().out
+    assert "4 images, 1 corrupt; most frequent: class" in out and "skipped corrupt image new/nested/bad.png" in out
+    with open("predictions.csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "class", "probability", "class_2", "probability_2"]
+    order = [0, 2, 1]  # by path
+    assert [row[0] for row in rows] == [*(f"new/{names[i]}" for i in order), "images/val/class0/00.png"]
+    x = torch.stack([center_crop_view(images[i], 32) for i in order] + [load_test_images()[0][0]])
+    weights = load_file(ckpt)
+    with torch.no_grad():
+        tokens = backbone.get_intermediate_layers(x, 1)[0]
+        x = torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=1) if task == "linear" else tokens[:, 0]
+        probabilities = (x @ weights["classifier.weight"].T + weights["classifier.bias"]).softmax(dim=1)
+    for row, values in zip(rows, probabilities):
+        first, second = values.argsort(descending=True)[:2].tolist()
+        assert (row[1], row[3]) == (f"class{first}", f"class{second}")
+        assert [float(row[2]), float(row[4])] == pytest.approx(values[[first, second]].tolist(), abs=1e-5)
+    before = Path("predictions.csv").read_bytes()
+    run("predict", "--num_workers", "0", "--ckpt", str(output), "--output", "out/new.csv", "new/b.png")  # the folder
+    assert len(Path("out/new.csv").read_text().splitlines()) == 2 and Path("predictions.csv").read_bytes() == before
+    for argv, message in (([str(ckpt), "missing.png"], "missing.png: no such image or folder"),
+                          ([str(ckpt), "new/nested/bad.png"], "no image can be read, the last: new/nested/bad.png"),
+                          (["new", "new"], "new/classifier.safetensors: no such file"),
+                          (["none.safetensors", "new"], "none.safetensors: no such file")):
+        assert message in exit_message(run, "predict", "--num_workers", "0", "--ckpt", *argv)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(classes=["a"]), "size mismatch"), (dict(classes=5), "not iterable"), (dict(image_size=30), "not multiples"),
+    (dict(image_size="x"), "not a number of pixels"), (dict(n_last_blocks=2), "--n_last_blocks 2 is not from 1 to 1"),
+    (dict(n_last_blocks="1"), "not supported"), ("weight", "its weights are not finite"),
+    ("classifier", "not classifier.safetensors of evaluate.py"), ("backbone", "holds no backbone")])
+def test_other_files_are_no_classifiers(trained, change, words):
+    _, path, model = trained
+    weights = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights |= {"classifier.weight": torch.zeros(2, 32), "classifier.bias": torch.zeros(2)}
+    if change == "weight":
+        weights["classifier.weight"][1, 1] = float("nan")
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{change}.")}
+    info = dict(backbone=VIT, classes=["a", "b"], image_size=32) | (change if isinstance(change, dict) else {})
+    save_model("other.safetensors", weights, info)
+    with pytest.raises(CheckpointError, match=words):
+        run("predict", "--ckpt", "other.safetensors", "images")
+
+
+def test_small_sets_lower_the_batch_and_blocks_are_counted(trained, capsys):
+    result = train("linear", "--lr", "0.1", "0.3", "--epochs", "2", "--batch_size_per_gpu", "128")
+    out = capsys.readouterr().out
+    assert "NOTE: --batch_size_per_gpu 54 for 128, as there are 54 training images" in out  # 6 of 60 are held out
+    assert "effective lr 0.0211, 0.0633 = lr * 54 / 256" in out and result["num_images"] == 23
+    log = Path("runs", "one", "teacher.linear.images", "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [0, 1]
+    with pytest.raises(CheckpointError, match="--n_last_blocks 99 is not from 1 to 1, the model's depth"):
+        train("linear", "--n_last_blocks", "99")
+
+
 class Killed(BaseException):
     """Not caught by any handler of the program."""
 
@@ -246,7 +368,7 @@ def test_interrupted_training_resumes_exactly(trained, monkeypatch, capsys, task
     folder, path, _ = trained
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     flags = [*flags, "--epochs", "3", "--log_every", "1", "--save_every_minutes", "1e-9"]
-    output = path.with_name(f"teacher.{task}")
+    output = path.with_name(f"teacher.{task}.images")
     train(task, *flags)
     output.rename(folder / "uninterrupted")
     step = supervised.supervised_step
@@ -310,7 +432,7 @@ def test_two_processes_equal_one(trained, run_torchrun):
         else:
             run_torchrun(processes, SCRIPT.format(commands=json.dumps(commands)))
         results.append([json.loads(file.read_text()) for file in (
-            *(output / "result.json" for output in outputs), path.with_name("teacher.knn.json"))])
+            *(output / "result.json" for output in outputs), path.with_name("teacher.knn.images.json"))])
         losses.append([json.loads(line)["loss"] for output in (outputs[0], outputs[2])
                        for line in (output / "log.jsonl").read_text().splitlines()])
     assert results[0] == results[1]
@@ -328,7 +450,7 @@ def test_a_diverged_classifier_does_not_affect_the_others(trained):
     assert train("linear", *flags, "3e38")["lr"] == 0.3
     train("linear", *flags, "0.3", "--output_dir", "alone", output=folder / "alone")
     alone, other = (load_file(output / "classifier.safetensors") for output in (
-        folder / "alone", path.with_name("teacher.linear")))
+        folder / "alone", path.with_name("teacher.linear.images")))
     torch.testing.assert_close(alone, other)
     with pytest.raises(FloatingPointError, match="every classifier of the grid diverged"):
         train("linear", "--quick", "--lr", "10", "--weight_decay", "100", "--epochs", "100")
@@ -368,14 +490,14 @@ def test_files_of_other_features_runs_and_classes_are_refused(trained):
         run(*both, "--checkpoint_key", "student")
     Path("cache.safetensors").unlink()
     run(*both, "--checkpoint_key", "student")
-    assert {p.name for p in folder.glob("*.knn.json")} == {"both.knn.json", "both.student.knn.json"}
+    assert {p.name for p in folder.glob("*.knn.*.json")} == {"both.knn.images.json", "both.student.knn.images.json"}
     before = path.read_bytes()
     for flags in ([], ["--resume", "none", "--overwrite"]):
         with pytest.raises(CheckpointError, match="holds teacher.safetensors,? of another kind of run"):
             train("linear", "--output_dir", str(path.parent), *flags)
     assert path.read_bytes() == before
     train("linear", "--lr", "0.1", "--epochs", "1")
-    output = str(path.with_name("teacher.linear"))
+    output = str(path.with_name("teacher.linear.images"))
     with pytest.raises(CheckpointError, match="another kind of run|was trained with"):
         train("finetune", "--output_dir", output)
     for part in ("train", "val"):
@@ -393,7 +515,8 @@ def test_corrupt_images_are_skipped_and_counted(trained, capsys):
     result = train("linear", "--lr", "0.1", "--epochs", "2", "--val_freq", "1")
     assert result["num_images"] == 22 and len(result["corrupt"]) == 1
     assert capsys.readouterr().out.count(f"skipped corrupt image {corrupt}") == 1
-    log = [json.loads(line) for line in path.with_name("teacher.linear").joinpath("log.jsonl").read_text().splitlines()]
+    lines = (path.with_name("teacher.linear.images") / "log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
     assert log[-1]["corrupt_images"] == 1
 
 
