@@ -9,7 +9,8 @@
     python export.py --format transformers                         # a folder for ViTModel.from_pretrained
 
 The ONNX file takes `image`, [B, 3, H, W] normalized with the mean and std in its metadata or, with --normalize, uint8
-pixels. Its outputs are `features` [B, D] and `attention` [B, heads, H/p, W/p], CLS over patches in the last block.
+pixels. Its outputs are `features` [B, D] and `attention` [B, heads, H/p, W/p], CLS over patches in the last block, and
+of a classifier.safetensors of evaluate.py also `logits` [B, K], with the names of the K classes in the metadata.
 Every file is verified before it is written: ONNX Runtime against torch, on noise and on images, at several batch and
 image sizes. Backbones of torchvision and timm go through torch's exporter and have `features` only.
 """
@@ -46,6 +47,7 @@ from common.precision import DTYPES
 from common.weights import check_image_size, find_newest_model, load_backbone, save_model, sha256, sibling_path
 from data.datasets import DataError, ImageFolder
 from data.shapes import Shapes
+from evaluation.supervised import load_classifier
 from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine
@@ -99,6 +101,12 @@ def parse_args(argv=None):
 
 # ---- building ----
 
+def load_network(ckpt, key):
+    """Backbone of a model file, its description, and its Classifiers, None if it is not of evaluate.py."""
+    backbone, info = load_backbone(ckpt, key)
+    return backbone, info, load_classifier(ckpt)[0] if "classes" in info else None
+
+
 def build_metadata(backbone, info, ckpt, args):
     """Metadata of the ONNX file: {name: JSON value}.
 
@@ -106,7 +114,8 @@ def build_metadata(backbone, info, ckpt, args):
         CheckpointError: the model cannot be exported with these flags.
     """
     p, depth, is_rgb = backbone.patch_size, len(backbone.blocks), backbone.in_chans == 3
-    size = args.image_size or [side * p for side in backbone.grid]
+    trained_size = [info["image_size"]] if "classes" in info else [side * p for side in backbone.grid]
+    size = args.image_size or trained_size
     check_image_size(backbone, *size)
     if args.normalize and not is_rgb:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
@@ -124,8 +133,10 @@ def build_metadata(backbone, info, ckpt, args):
         outputs["patch_tokens"] = "patches after the final norm, rows first, [B, N, D]"
     for i in range(1, args.last_layers + 1):
         outputs[f"layer_{i}"] = f"tokens after block {depth - args.last_layers + i} and the final norm, [B, 1+N, D]"
+    if "classes" in info:
+        outputs["logits"] = "of the classes, [B, K]"
     is_dynamic = args.dynamic == "size"
-    return dict(
+    return ({"classes": info["classes"]} if "classes" in info else {}) | dict(
         arch=info.get("arch", getattr(backbone, "arch", "vision transformer")), patch_size=p,
         trained_size=backbone.grid[0] * p, image_size=None if is_dynamic else [size[0], size[-1]],
         batch_size=args.batch_size if args.dynamic == "none" else None,
@@ -137,52 +148,65 @@ def build_metadata(backbone, info, ckpt, args):
         checkpoint=os.path.abspath(ckpt), checkpoint_key=args.checkpoint_key, sha256=sha256(ckpt), outputs=outputs)
 
 
-def build_onnx(backbone, metadata, args):
+def build_onnx(backbone, metadata, args, classifier=None):
     """The ONNX file as bytes, with each value of its metadata as JSON."""
     if isinstance(backbone, HeadlessClassifier):
-        proto = trace_classifier(backbone, metadata, args)
+        proto = trace_classifier(backbone, metadata, args, classifier)
     else:
+        head = (classifier.heads[0], classifier.tokens.n_last_blocks, classifier.tokens.avgpool) if classifier else ()
         proto = build_graph(
             backbone, *(metadata["image_size"] or (None, None)), metadata["batch_size"], args.precision, args.opset,
-            args.heads, args.patch_tokens, args.last_layers, args.normalize, metadata["mean"], metadata["std"])
+            args.heads, args.patch_tokens, args.last_layers, args.normalize, metadata["mean"], metadata["std"],
+            *head)
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
     with wrap_errors("an ONNX file holds at most 2 GiB, try --precision mixed"):
         return proto.SerializeToString()
 
 
 class PixelInput(torch.nn.Module):
-    """Normalization of uint8 pixels, "nhwc" or "nchw", in front of a backbone."""
+    """Normalization of uint8 pixels, "nhwc" or "nchw", in front of a network."""
 
-    def __init__(self, backbone, layout, mean, std):
+    def __init__(self, network, layout, mean, std):
         super().__init__()
-        self.backbone, self.layout = backbone, layout
+        self.network, self.layout = network, layout
         self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def forward(self, x):
         x = x.permute(0, 3, 1, 2) if self.layout == "nhwc" else x
-        return self.backbone((x.float() - self.mean) / self.std)
+        return self.network((x.float() - self.mean) / self.std)
 
 
-def trace_classifier(backbone, metadata, args):
+class FeaturesAndLogits(torch.nn.Sequential):
+    """A backbone and the linear layer behind it: images -> both their outputs."""
+
+    def forward(self, x):
+        features = self[0](x)
+        return features, self[1](features)
+
+
+def trace_classifier(backbone, metadata, args, classifier):
     """The ONNX model of a HeadlessClassifier, by torch's exporter."""
     batch = metadata["batch_size"]
     _, feed = next(build_inputs(backbone, batch or 2, *metadata["image_size"], metadata))
+    network = FeaturesAndLogits(backbone, classifier.heads[0]) if classifier else backbone
     if args.normalize:
-        backbone = PixelInput(backbone, args.normalize, metadata["mean"], metadata["std"]).eval()
+        network = PixelInput(network, args.normalize, metadata["mean"], metadata["std"])
     with wrap_errors("torch.onnx.export failed"):
         return torch.onnx.export(
-            backbone, (torch.from_numpy(feed),), input_names=["image"], output_names=["features"], verbose=False,
-            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},), opset_version=args.opset).model_proto
+            network.eval(), (torch.from_numpy(feed),), input_names=["image"], output_names=list(metadata["outputs"]),
+            verbose=False, dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+            opset_version=args.opset).model_proto
 
 
 # ---- verification ----
 
-def verify(backbone, model, metadata, images=()):
+def verify(backbone, model, metadata, images=(), classifier=None):
     """Compare a file in ONNX Runtime on the CPU with the model in torch, at several batch sizes and image sizes.
 
     Args:
         model: the file as bytes.
         images: RGB images to compare on, besides noise and the built-in shapes.
+        classifier: Classifiers, if the file has logits.
 
     Returns:
         the report, lines on nodes, inputs, outputs and the largest differences.
@@ -213,12 +237,17 @@ def verify(backbone, model, metadata, images=()):
             if half:
                 check_half_range(half, feed)
             expected = compute_expected(backbone, x, metadata)
+            if classifier:
+                expected["logits"] = classifier(x)[0].detach()
             for name, output in zip(names, outputs):
                 output, target = torch.from_numpy(output).float(), expected[name]
                 difference = (output - target).abs().max().item()
                 cosine = F.cosine_similarity(output.flatten(1), target.flatten(1)).min().item()
                 most, least = LIMITS[precision]
-                most *= 1 if precision == "fp32" else target.abs().max().item()
+                scale = 1 if precision == "fp32" else target.abs().max().item()
+                if name == "logits":  # the weights multiply what features differ by, and may cancel the rest
+                    scale, least = max(scale, 0.1 * classifier.heads[0].weight.norm(dim=1).max().item()), -1
+                most *= scale
                 if not (difference <= most and cosine >= least):
                     raise ExportError(f"{name} differs from torch by {difference:.2g}, cosine {cosine:.6f}, at {batch} "
                                       f"x {height} x {width}; {precision} allows {most:.2g}, {least:g}")
@@ -245,7 +274,7 @@ def open_half_session(proto):
     ONNX Runtime's CPU provider computes most of such a file in float32, which would hide an overflow.
     """
     names = [node.output[0] for node in proto.graph.node if node.op_type in ("Add", "MatMul")
-             and not node.output[0].startswith(("image.", "grid."))]  # these two are in float32
+             and not node.output[0].startswith(("image.", "grid.", "logits"))]  # these are in float32, or outputs
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None)
                               for name in names)
     return infer.open_model(proto.SerializeToString())[0]
@@ -331,11 +360,11 @@ def main(args):
     images = [image for image, _ in itertools.islice(ImageFolder(args.images), 5)] if args.images else []
     if args.check:
         output = args.check
-        model, backbone, metadata = load_exported(output, args)
-        report = verify(backbone, model, metadata, images)
+        model, metadata, (backbone, _, classifier) = load_exported(output, args)
+        report = verify(backbone, model, metadata, images, classifier)
     else:
         ckpt = (args.ckpt or find_newest_model()).rstrip("/")
-        backbone, info = load_backbone(ckpt, args.checkpoint_key)
+        backbone, info, classifier = load_network(ckpt, args.checkpoint_key)
         ending, save = FORMATS.get(args.format, ("onnx", None))
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
         if os.path.exists(output) and os.path.samefile(output, ckpt):
@@ -350,8 +379,8 @@ def main(args):
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, ckpt, args)
-        model = build_onnx(backbone, metadata, args)
-        report = verify(backbone, model, metadata, images)
+        model = build_onnx(backbone, metadata, args, classifier)
+        report = verify(backbone, model, metadata, images, classifier)
         atomic_write(output, lambda temporary: Path(temporary).write_bytes(model))
     print(f"{output}: " + "\n  ".join(report))
     if args.benchmark:
@@ -359,7 +388,7 @@ def main(args):
 
 
 def load_exported(path, args):
-    """An exported file as bytes, the backbone that it was made from, or --ckpt, and its metadata."""
+    """An exported file as bytes, its metadata, and the result of load_network on its model, or on --ckpt."""
     if not os.path.isfile(path):
         raise CheckpointError(f"--check {path}: no such file")
     model = Path(path).read_bytes()
@@ -371,7 +400,7 @@ def load_exported(path, args):
     ckpt = args.ckpt or ckpt
     if not os.path.exists(ckpt) or sha256(ckpt) != expected:
         raise CheckpointError(f"{path}: was not exported from {ckpt} as it is now: name its model with --ckpt")
-    return model, load_backbone(ckpt, args.checkpoint_key or key)[0], metadata
+    return model, metadata, load_network(ckpt, args.checkpoint_key or key)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""ONNX Runtime inference of an exported backbone: features and attention maps of images, without torch.
+"""ONNX Runtime inference of an exported model: features, attention maps and classes of images, without torch.
 
     python infer.py teacher.onnx dog.jpg cat.jpg       # prints output shapes, writes ./dog.jpg.attention.png
     python infer.py teacher.onnx photos/*.jpg --output maps    # writes maps/*.attention.png
+    python infer.py teacher.onnx photos/*.jpg --output features.npy    # [images, D], or .csv; no attention maps
+    python infer.py classifier.onnx dog.jpg            # also prints classes with their probabilities
 
     session, metadata = open_model("teacher.onnx")
     features, attention = infer(session, metadata, prepare(image, metadata))    # [D], [heads, H/p, W/p] or [H/p, W/p]
+    outputs = run_model(session, metadata, prepare(image, metadata))            # {"features": [D], "logits": [K], ...}
 
 Image size, layout and normalization come from the metadata of the file. This file needs onnxruntime, numpy and Pillow.
 """
 
 import contextlib
+import csv
 import json
 import os
 import sys
@@ -81,6 +85,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def infer(session, metadata: dict, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     """Features and attention of one prepared image; attention is None for a model that has no such output."""
+    outputs = run_model(session, metadata, image)
+    return outputs["features"], outputs.get("attention")
+
+
+def run_model(session, metadata: dict, image: Image.Image) -> dict[str, np.ndarray]:
+    """Features, attention and logits of one prepared image, as far as the model has them: {name: output}."""
     pixels, takes = np.asarray(image), session.get_inputs()[0]
     dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}[takes.type]
     if dtype != "uint8":
@@ -88,9 +98,39 @@ def infer(session, metadata: dict, image: Image.Image) -> tuple[np.ndarray, np.n
     if metadata["layout"] == "nchw":
         pixels = pixels.transpose(2, 0, 1)
     batch = np.stack([pixels] * (metadata["batch_size"] or 1)).astype(dtype)
-    outputs = [output for output in ("features", "attention") if output in metadata["outputs"]]
-    features, attention = (*session.run(outputs, {takes.name: batch}), [None])[:2]
-    return features[0], attention[0]
+    names = [name for name in ("features", "attention", "logits") if name in metadata["outputs"]]
+    return {name: output[0] for name, output in zip(names, session.run(names, {takes.name: batch}))}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Logits [K] -> probabilities [K]."""
+    exponentials = np.exp(logits.astype("float64") - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def write_features(path: str, outputs: dict[str, dict[str, np.ndarray]], images: list[str], classes: list[str]):
+    """Write features as .npy [M, D] or .csv.
+
+    Args:
+        outputs: {image: output of run_model}; an image without one is a row of NaN in .npy, and left out of .csv.
+        images: M names.
+        classes: K names, whose probabilities are columns of .csv; empty for a model without logits.
+    """
+    width = len(next(iter(outputs.values()))["features"])
+    if path.lower().endswith(".npy"):
+        missing = {"features": np.full(width, np.nan)}
+        rows = np.stack([outputs.get(name, missing)["features"] for name in images]).astype("float32")
+        with open(path, "wb") as file:
+            return np.save(file, rows)
+    columns = ["class"] * bool(classes) + [f"probability_{name}" for name in classes]
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", *columns, *(f"feature_{i}" for i in range(width))])
+        for name in filter(outputs.__contains__, images):
+            probabilities = softmax(outputs[name]["logits"]) if classes else np.empty(0)
+            best = [classes[probabilities.argmax()]] if classes else []
+            numbers = *probabilities, *outputs[name]["features"]
+            writer.writerow([name, *best, *(f"{number:.9g}" for number in numbers)])
 
 
 def draw_attention(image: Image.Image, attention: np.ndarray) -> Image.Image:
@@ -107,20 +147,27 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser("infer.py", SUPPRESS, __doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="FILE.onnx", help="exported file")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="images of any size")
-    parser.add_argument("--output", metavar="DIR", default=".", help="folder for attention maps (default: current)")
+    parser.add_argument("--output", default=".", help="folder for attention maps (default: current), or FILE.npy or "
+                        "FILE.csv for features")
     args = parser.parse_intermixed_args(argv)
     try:
         session, metadata = open_model(args.model)
     except Exception as error:  # ONNX Runtime has exception types of its own
         return print_error(f"{args.model}: not a file of export.py that can be run here ({error})")
-    status, taken = 0, []
+    status, taken, results, classes = 0, [], {}, metadata.get("classes", [])
+    is_table = args.output.lower().endswith((".npy", ".csv"))
     for path in args.images:
         try:
             with Image.open(path, formats=DECODERS) as image:
                 image = prepare(image, metadata)
-            features, attention = infer(session, metadata, image)
-            print(f"{path}: features {list(features.shape)}")
-            if attention is not None:
+            outputs = run_model(session, metadata, image)
+            attention = outputs.pop("attention", None)
+            print(f"{path}: features {list(outputs['features'].shape)}")
+            if classes:
+                best = sorted(zip(softmax(outputs["logits"]), classes), reverse=True)[:5]
+                print("  " + ", ".join(f"{name} {probability:.1%}" for probability, name in best))
+            results[path] = outputs if is_table else None
+            if attention is not None and not is_table:
                 name = os.path.basename(path)[-60:]  # in bytes, within what file systems allow
                 taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
                 os.makedirs(args.output, exist_ok=True)
@@ -129,6 +176,13 @@ def main(argv: list[str]) -> int:
                 print(f"  attention {list(attention.shape)} -> {file}")
         except Exception as error:  # decoders raise nearly anything on corrupt files
             status = print_error(f"{path}: {error}")
+    if is_table and results:
+        try:
+            os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+            write_features(args.output, results, args.images, classes)
+            print(f"written to {args.output}")
+        except OSError as error:
+            status = print_error(f"--output {args.output}: {error}")
     return status
 
 

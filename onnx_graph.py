@@ -50,10 +50,10 @@ class Graph:
     def cast(self, name, x, dtype, from_dtype):
         return x if dtype == from_dtype else self.node("Cast", name, x, to=TYPES[dtype])
 
-    def linear(self, name, x, weight, bias):
+    def linear(self, name, x, weight, bias, dtype=None):
         """x [..., in] times weight [out, in] plus bias [out]."""
-        product = self.node("MatMul", f"{name}.product", x, self.constant(f"{name}.weight", weight.T))
-        return self.node("Add", name, product, self.constant(f"{name}.bias", bias))
+        product = self.node("MatMul", f"{name}.product", x, self.constant(f"{name}.weight", weight.T, dtype))
+        return self.node("Add", name, product, self.constant(f"{name}.bias", bias, dtype))
 
     def norm(self, name, x, layer, dtype):
         """LayerNorm over the last axis, computed in norm_dtype; its output in dtype."""
@@ -75,9 +75,10 @@ class Graph:
 
 def build_graph(backbone: torch.nn.Module, height: int | None = None, width: int | None = None,
                 batch: int | None = None, precision: str = "fp32", opset: int = 18, heads: str = "each",
-                patch_tokens: bool = False, last_layers: int = 0, pixels: str | None = None, mean=None,
-                std=None) -> onnx.ModelProto:
-    """Build the graph of a VisionTransformer: image -> features, attention and, on request, tokens.
+                patch_tokens: bool = False, last_layers: int = 0, pixels: str | None = None, mean=None, std=None,
+                classifier: torch.nn.Linear | None = None, n_last_blocks: int = 1,
+                avgpool: bool = False) -> onnx.ModelProto:
+    """Build the graph of a VisionTransformer: image -> features, attention and, on request, tokens and logits.
 
     Args:
         height, width: pixels; None for both makes them dynamic.
@@ -89,13 +90,15 @@ def build_graph(backbone: torch.nn.Module, height: int | None = None, width: int
             in their order, the final norm applied.
         pixels: "nchw" or "nhwc" takes uint8 pixels and normalizes them by mean and std; None takes normalized images.
         mean, std: of each channel, of values in [0, 1].
+        classifier: adds the output `logits` [B, K], from the CLS tokens of the last `n_last_blocks` blocks after the
+            final norm and, with `avgpool`, the mean patch token.
     """
     graph, depth, D = Graph(opset, precision), len(backbone.blocks), backbone.embed_dim
     sizes = {"batch": batch, "heads": backbone.num_heads}
     if height:
         rows, cols = height // backbone.patch_size, width // backbone.patch_size
         sizes |= dict(height=height, width=width, rows=rows, cols=cols, patches=rows * cols, tokens=1 + rows * cols)
-    outputs, cls_only = {}, not (patch_tokens or last_layers)
+    outputs, inputs, cls_only = {}, [], not (patch_tokens or last_layers or avgpool)
     x = add_pixels(graph, pixels, mean, std) if pixels else "image"
     x = graph.cast("image.half", x, graph.dtype, np.float32 if pixels else graph.norm_dtype)
     x = add_tokens(graph, backbone, x, sizes)
@@ -104,6 +107,10 @@ def build_graph(backbone: torch.nn.Module, height: int | None = None, width: int
         if i > depth - last_layers:
             final = graph.norm(f"layer_{i - depth + last_layers}", x, backbone.norm, graph.norm_dtype)
             outputs[final] = ["tokens", D]
+        if classifier and depth - n_last_blocks < i < depth:
+            token = graph.node("Slice", f"logits.token_{i}", x, (0,), (1,), (1,))
+            token = graph.norm(f"logits.norm_{i}", token, backbone.norm, graph.norm_dtype)
+            inputs.append(graph.node("Reshape", f"logits.cls_{i}", token, (0, D)))
     if not last_layers:
         final = graph.norm("norm", x, backbone.norm, graph.norm_dtype)
     cls = final if cls_only else graph.node("Slice", "norm.cls", final, (0,), (1,), (1,))
@@ -111,6 +118,14 @@ def build_graph(backbone: torch.nn.Module, height: int | None = None, width: int
     if patch_tokens:
         outputs[graph.node("Slice", "patch_tokens", final, (1,), (END,), (1,))] = ["patches", D]
     outputs[add_attention_maps(graph, softmax, heads, sizes)] = ["heads"] * (heads == "each") + ["rows", "cols"]
+    if classifier:
+        inputs.append("features")
+        if avgpool:
+            patches = graph.node("Slice", "logits.patches", final, (1,), (END,), (1,))
+            inputs.append(graph.node("ReduceMean", "logits.pooled", patches, (1,), keepdims=0))
+        x = graph.node("Concat", "logits.input", *inputs, axis=1)
+        graph.linear("logits", x, classifier.weight, classifier.bias, graph.norm_dtype)
+        outputs["logits"] = [classifier.out_features]
 
     def value_info(name, dtype, shape):  # dynamic sides have a name in place of a size
         return helper.make_tensor_value_info(name, dtype, [sizes.get(side) or side for side in ("batch", *shape)])

@@ -288,6 +288,20 @@ def test_linear_and_finetune(runs, data_path):
     before, _ = load_backbone(folder / "teacher.safetensors")
     assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), before.parameters()))
     assert json.loads((folder / "teacher.finetune.images0" / "result.json").read_text())["num_images"] == 8
+    ckpt, output = folder / "teacher.finetune.images0" / "classifier.safetensors", str(folder / "classifier.onnx")
+    classifier = load_file(ckpt)
+    if runs[0] != ARCHS[0]:
+        return
+    export.main(export.parse_args(["--ckpt", str(ckpt), "--output", output, "--normalize", "nchw"]))
+    session, about = infer.open_model(output)
+    image = infer.prepare(Shapes("test", 1, 48)[0][0], about)
+    outputs = infer.run_model(session, about, image)
+    with torch.no_grad():
+        features = tuned(center_crop_view(image, 32)[None])[0]
+    torch.testing.assert_close(torch.from_numpy(outputs["features"]), features, rtol=0, atol=1e-4)
+    logits = classifier["classifier.weight"] @ features + classifier["classifier.bias"]
+    torch.testing.assert_close(torch.from_numpy(outputs["logits"]), logits, rtol=0, atol=1e-4)
+    assert about["classes"] == ["0", "1"]
 
 
 def test_exported_file_computes_its_features(runs, tmp_path, exit_message):

@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 import subprocess
@@ -297,6 +298,104 @@ def test_sizes_of_images_for_a_model_of_any_size():
     assert infer.prepare(Image.new("RGB", (4000, 3000)), values).size == (584, 440)  # 4015 patches
     with pytest.raises(ValueError, match="less than a patch"):
         infer.prepare(Image.new("RGB", (7, 30)), values)
+
+
+@pytest.fixture
+def classifier(saved):
+    """A function: a classifier.safetensors on CLS tokens of n blocks and, with avgpool, the mean patch token."""
+    path, model = saved
+
+    def save(n=1, avgpool=False):
+        weights = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+        weights |= {"classifier.weight": torch.randn(3, 64 * (n + avgpool)), "classifier.bias": torch.randn(3)}
+        vit = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)
+        save_model(path.with_name("classifier.safetensors"), weights, dict(
+            backbone=vit, mean=(0.1, 0.2, 0.3), classes=["red fox", "☃", "dog"], image_size=40, n_last_blocks=n,
+            avgpool_patchtokens=avgpool))
+        return path.with_name("classifier.safetensors"), weights["classifier.weight"], weights["classifier.bias"]
+    return save
+
+
+@pytest.mark.parametrize("n, avgpool, flags", [
+    (1, False, []), (2, True, ["--precision", "mixed"]), (1, True, ["--precision", "fp16", "--patch_tokens"]),
+    (2, False, ["--dynamic", "size", "--opset", "23", "--last_layers", "2"])])
+def test_logits_of_a_classifier_equal_torch(saved, classifier, capsys, n, avgpool, flags):
+    """At the size of its training, with class names in the metadata."""
+    path, weight, bias = classifier(n, avgpool)
+    file = make(path, *flags)
+    values, x = metadata(file), torch.randn(2, 3, 40, 40)
+    assert values["classes"] == ["red fox", "☃", "dog"] and "logits" in values["outputs"]
+    assert values["image_size"] == (None if "size" in flags else [40, 40])
+    half = torch.float16 if "fp16" in flags else torch.float32
+    logits, = onnxruntime.InferenceSession(file).run(["logits"], {"image": x.to(half).numpy()})
+    with torch.no_grad():
+        tokens = saved[1].get_intermediate_layers(x, n)
+        parts = [t[:, 0] for t in tokens] + [tokens[-1][:, 1:].mean(dim=1)] * avgpool
+    expected = torch.cat(parts, dim=1) @ weight.T + bias
+    atol = 0.02 * expected.abs().max().item() if "--precision" in flags else 1e-4
+    torch.testing.assert_close(torch.from_numpy(logits).float(), expected, rtol=0, atol=atol)
+    capsys.readouterr()
+    export.main(export.parse_args(["--check", str(file)]))
+    assert capsys.readouterr().out.count("logits float") == 1
+
+
+def test_wrong_logits_are_not_written(classifier, monkeypatch):
+    path, _, _ = classifier(2, True)
+    build_onnx = export.build_onnx
+
+    def build(backbone, metadata, args, network):
+        network.heads[0].weight.data[0] = network.heads[0].weight.data[0].roll(64)  # the parts in another order
+        model = build_onnx(backbone, metadata, args, network)
+        network.heads[0].weight.data[0] = network.heads[0].weight.data[0].roll(-64)
+        return model
+
+    monkeypatch.setattr(export, "build_onnx", build)
+    for precision in ("fp32", "mixed"):
+        with pytest.raises(export.ExportError, match="logits differs from torch by"):
+            make(path, "--precision", precision)
+    assert not path.with_suffix(".onnx").exists()
+
+
+def test_classes_and_features_are_printed_and_written(saved, classifier, scene, tmp_path, monkeypatch, capsys):
+    path, weight, bias = classifier()
+    monkeypatch.chdir(tmp_path)
+    make(path)
+    images = ["a.png", "bad.png", "ünï, b.png"]
+    scene.save(images[0])
+    scene.rotate(180).save(images[2])
+    Path("bad.png").write_bytes(b"bad")
+    x = torch.stack([center_crop_view(Image.open(name), 40) for name in images[::2]])
+    shift = (torch.tensor((0.485, 0.456, 0.406)) - torch.tensor((0.1, 0.2, 0.3))) / torch.tensor((0.229, 0.224, 0.225))
+    with torch.no_grad():
+        features = saved[1](x + shift.view(3, 1, 1))  # the model has another mean than center_crop_view
+    probabilities = (features @ weight.T + bias).softmax(dim=1)
+    names, lines = ["red fox", "☃", "dog"], []
+    for values in probabilities:
+        order = values.argsort(descending=True).tolist()
+        lines.append("  " + ", ".join(f"{names[i]} {values[i]:.1%}" for i in order))
+    capsys.readouterr()
+    assert infer.main(["classifier.onnx", *images]) == 2  # of the corrupt image
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1:5:3] == lines and captured.err.startswith("infer.py: bad.png: ")
+    assert len(list(tmp_path.glob("*.attention.png"))) == 2
+    for name in ("new/features.npy", "features.csv"):
+        assert infer.main(["classifier.onnx", *images, "--output", name]) == 2
+    assert len(list(tmp_path.glob("**/*.attention.png"))) == 2  # no more of them
+    array = np.load("new/features.npy")
+    assert array.dtype == np.float32 and np.isnan(array[1]).all()
+    np.testing.assert_allclose(array[::2], features, atol=1e-4)
+    with open("features.csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:5] == ["file", "class", *(f"probability_{name}" for name in names)] and len(header) == 5 + 64
+    assert header[5] == "feature_0" and [row[0] for row in rows] == images[::2]
+    assert [row[1] for row in rows] == [names[i] for i in probabilities.argmax(dim=1)]
+    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), torch.cat((probabilities, features), 1),
+                               atol=1e-4)
+    make(saved[0])
+    assert infer.main(["teacher.onnx", "a.png", "--output", "features.csv"]) == 0  # without classes
+    assert Path("features.csv").read_text().startswith("file,feature_0,")
+    assert infer.main(["teacher.onnx", "a.png", "--output", "a.png/x.npy"]) == 2
+    assert "infer.py: --output a.png/x.npy: " in capsys.readouterr().err
 
 
 WITHOUT_TORCH = """
