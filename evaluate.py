@@ -17,6 +17,7 @@ class of each image to predictions.csv.
 """
 
 import csv
+import itertools
 import os
 import re
 from collections import Counter
@@ -338,10 +339,9 @@ def get_fixed_settings(setup):
     return origin | {"classes": setup.classes}
 
 
-def get_trained_modules(network):
-    """What --test_only reads of classifier.safetensors: the first classifier, and the backbone if it is fine-tuned."""
-    backbone = {} if network.frozen else {"backbone": network.tokens.backbone}
-    return nn.ModuleDict({"classifier": network.heads[0]} | backbone)
+def get_saved_modules(network):
+    """What classifier.safetensors holds: the first classifier, and the backbone."""
+    return nn.ModuleDict({"classifier": network.heads[0], "backbone": network.tokens.backbone})
 
 
 def save_classifier(network, grid, best, accuracies, hparams, setup):
@@ -359,8 +359,7 @@ def save_classifier(network, grid, best, accuracies, hparams, setup):
         log(f"best on a held-out tenth ({accuracies[best]:.2f}%): lr {lr:g}, weight decay {weight_decay:g}")
         hparams |= dict(held_out_top1=accuracies[best], grid=[(*pair, top1) for pair, top1 in zip(grid, accuracies)])
     if is_rank_zero():
-        modules = nn.ModuleDict({"classifier": network.heads[0], "backbone": network.tokens.backbone})
-        save_model(setup.output / "classifier.safetensors", modules.state_dict(),
+        save_model(setup.output / "classifier.safetensors", get_saved_modules(network).state_dict(),
                    setup.info | setup.origin | dict(hparams=hparams, classes=setup.classes))
     return hparams
 
@@ -377,8 +376,8 @@ def restore_classifier(network, setup):
         if info.get(name) != value:
             raise CheckpointError(f"{path}: trained with {name} {str(info.get(name))[:200]}, not {str(value)[:200]}")
     try:
-        modules = get_trained_modules(network)
-        modules.load_state_dict({name: tensor for name, tensor in weights.items() if name.partition(".")[0] in modules})
+        # earlier versions did not save a frozen backbone
+        get_saved_modules(network).load_state_dict(weights, strict=not network.frozen)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: not the classifier of this task ({first_line(error)})") from None
     return info["hparams"]
@@ -448,11 +447,10 @@ def predict(args):
         log(f"skipped corrupt image {message}")
     rows = [["file", *(name + f"_{i}" * (i > 1) for i in range(1, k + 1) for name in ("class", "probability"))]]
     for i, numbers in zip(indices.tolist(), top.tolist()):
-        pairs = ((classes[int(c)], f"{probability:.6f}") for probability, c in zip(numbers[:k], numbers[k:]))
-        rows.append([paths[i], *(value for pair in pairs for value in pair)])
-    counts = Counter(row[1] for row in rows[1:]).most_common()
-    log(f"{len(top)} images, {len(corrupt)} corrupt; most frequent: "
-        + ", ".join(f"{name} {count}" for name, count in counts[:10]))
+        pairs = zip((classes[int(c)] for c in numbers[k:]), (f"{probability:.6f}" for probability in numbers[:k]))
+        rows.append([paths[i], *itertools.chain(*pairs)])
+    counts = ", ".join(f"{name} {count}" for name, count in Counter(row[1] for row in rows[1:]).most_common(10))
+    log(f"{len(top)} images, {len(corrupt)} corrupt; most frequent: {counts}")
     if is_rank_zero():
         atomic_write(output, lambda temporary: write_csv(temporary, rows), keep=2)
         log(f"written to {output}")

@@ -108,29 +108,27 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
-def write_features(path: str, outputs: dict[str, dict[str, np.ndarray]], images: list[str], classes: list[str]):
-    """Write features as .npy [M, D] or .csv.
+def write_features(path: str, images: list[str], rows: list[np.ndarray | None], classes: list[str]):
+    """Write features as .npy [M, D] or, with names, classes and probabilities, as .csv.
 
     Args:
-        outputs: {image: output of run_model}; an image without one is a row of NaN in .npy, and left out of .csv.
         images: M names.
-        classes: K names, whose probabilities are columns of .csv; empty for a model without logits.
+        rows: K probabilities and D features of each; None for one that cannot be read, which is NaN in .npy.
+        classes: K names; none for a model without logits.
     """
-    width = len(next(iter(outputs.values()))["features"])
+    K, width = len(classes), max(len(row) for row in rows if row is not None)
     if path.lower().endswith(".npy"):
-        missing = {"features": np.full(width, np.nan)}
-        rows = np.stack([outputs.get(name, missing)["features"] for name in images]).astype("float32")
+        table = np.stack([np.full(width, np.nan) if row is None else row for row in rows])
         with open(path, "wb") as file:
-            return np.save(file, rows)
-    columns = ["class"] * bool(classes) + [f"probability_{name}" for name in classes]
+            return np.save(file, table[:, K:].astype("float32"))
+    header = "file", *["class"][:K], *(f"probability_{name}" for name in classes)
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", *columns, *(f"feature_{i}" for i in range(width))])
-        for name in filter(outputs.__contains__, images):
-            probabilities = softmax(outputs[name]["logits"]) if classes else np.empty(0)
-            best = [classes[probabilities.argmax()]] if classes else []
-            numbers = *probabilities, *outputs[name]["features"]
-            writer.writerow([name, *best, *(f"{number:.9g}" for number in numbers)])
+        writer.writerow([*header, *(f"feature_{i}" for i in range(width - K))])
+        for name, row in zip(images, rows):
+            if row is not None:
+                best = [classes[row[:K].argmax()]] if K else []
+                writer.writerow([name, *best, *(f"{number:.9g}" for number in row)])
 
 
 def draw_attention(image: Image.Image, attention: np.ndarray) -> Image.Image:
@@ -154,20 +152,23 @@ def main(argv: list[str]) -> int:
         session, metadata = open_model(args.model)
     except Exception as error:  # ONNX Runtime has exception types of its own
         return print_error(f"{args.model}: not a file of export.py that can be run here ({error})")
-    status, taken, results, classes = 0, [], {}, metadata.get("classes", [])
+    status, taken, rows, classes = 0, [], [], metadata.get("classes", [])
     is_table = args.output.lower().endswith((".npy", ".csv"))
     for path in args.images:
+        rows.append(None)
         try:
             with Image.open(path, formats=DECODERS) as image:
                 image = prepare(image, metadata)
             outputs = run_model(session, metadata, image)
-            attention = outputs.pop("attention", None)
-            print(f"{path}: features {list(outputs['features'].shape)}")
+            features, attention = outputs["features"], outputs.get("attention")
+            print(f"{path}: features {list(features.shape)}")
+            probabilities = softmax(outputs["logits"]) if classes else []
             if classes:
-                best = sorted(zip(softmax(outputs["logits"]), classes), reverse=True)[:5]
+                best = sorted(zip(probabilities, classes), reverse=True)[:5]
                 print("  " + ", ".join(f"{name} {probability:.1%}" for probability, name in best))
-            results[path] = outputs if is_table else None
-            if attention is not None and not is_table:
+            if is_table:
+                rows[-1] = np.append(probabilities, features)
+            elif attention is not None:
                 name = os.path.basename(path)[-60:]  # in bytes, within what file systems allow
                 taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
                 os.makedirs(args.output, exist_ok=True)
@@ -176,10 +177,10 @@ def main(argv: list[str]) -> int:
                 print(f"  attention {list(attention.shape)} -> {file}")
         except Exception as error:  # decoders raise nearly anything on corrupt files
             status = print_error(f"{path}: {error}")
-    if is_table and results:
+    if any(row is not None for row in rows):
         try:
             os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-            write_features(args.output, results, args.images, classes)
+            write_features(args.output, args.images, rows, classes)
             print(f"written to {args.output}")
         except OSError as error:
             status = print_error(f"--output {args.output}: {error}")

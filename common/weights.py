@@ -291,13 +291,8 @@ def result_file(origin, args, ending):
     expected = {name: value for name, value in json.loads(json.dumps(origin)).items() if name != "ckpt"}
     for number in itertools.count(1):
         path = output_file(origin, args, ending + f".{number}" * (number > 1) + ".json")
-        try:
-            if expected.items() <= json.loads(path.read_bytes()).items():
-                return path
-        except FileNotFoundError:
+        if not path.exists() or expected.items() <= json.loads(path.read_bytes()).items():
             return path
-        except (ValueError, AttributeError):  # not a result, and not ours to replace
-            continue
 
 
 def output_folder(origin, args, ending):

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from augment import BatchMultiCrop, MultiCrop
 from backbones import broadcast_buffers, convert_sync_batchnorm
-from common.checkpoint import CheckpointError, Run, find_fault
+from common.checkpoint import CheckpointError, Run
 from common.cli import image_side
 from common.distributed import StopSignals, all_gather_objects, get_rank, get_world_size
 from common.logger import Logger
@@ -114,10 +114,7 @@ def load_classifier(path):
         extractor = FeatureExtractor(backbone, info.get("n_last_blocks", 1), info.get("avgpool_patchtokens", False))
         info |= dict(classes=[str(name) for name in info["classes"]], image_size=image_side(info["image_size"]))
         network = Classifiers(extractor, len(info["classes"]))
-        head = {name: weights[f"classifier.{name}"] for name in ("weight", "bias")}
-        if any(map(find_fault, head.values())):
-            raise ValueError("its weights are not finite")
-        network.heads[0].load_state_dict(head)
+        network.heads[0].load_state_dict({name: weights[f"classifier.{name}"] for name in ("weight", "bias")})
         check_image_size(backbone, info["image_size"])
     except Exception as error:  # the description may hold anything
         raise CheckpointError(f"{path}: not a classifier for its backbone and classes: {error}") from None
