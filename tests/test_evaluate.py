@@ -218,6 +218,10 @@ def test_predictions_and_confusion_matrix_on_request(trained):
             assert matrix[i, j] == sum((row["class"], row["predicted"]) == (f"class{i}", f"class{j}") for row in rows)
         assert 100 * matrix.trace() / 22 == pytest.approx(result["top1"])
     assert "predictions" not in train("linear", "--quick", "--epochs", "3")
+    held_out = sorted((folder / "images" / "val").rglob("*.png"))[::10]  # a folder without a held-out part
+    run("knn", *CPU, "--data_path", "images/val", "--save_predictions")
+    rows = json.loads(path.with_suffix(".knn.val.json").read_text())["knn"]["10"]["predictions"]
+    assert [row["file"] for row in rows] == list(map(str, held_out))
 
 
 def test_unwritable_paths_are_refused_before_extraction(trained, monkeypatch):
