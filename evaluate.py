@@ -34,9 +34,9 @@ from common.cli import fraction, nonnegative_float, nonnegative_int, positive_fl
 from common.distributed import get_world_size, is_rank_zero
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
-from data.datasets import DataError, data_name, open_data
+from data.datasets import DataError, ImageFolder, data_name, open_data
 from data.loaders import build_eval_loader
-from data.retrieval import ImageFiles, list_images
+from data.retrieval import ImageFiles
 from evaluation import supervised
 from evaluation.features import extract_features, load_features
 from evaluation.knn import knn_classifier
@@ -436,7 +436,12 @@ def predict(args):
     for path in args.images:
         if not os.path.exists(path):
             raise DataError(f"{path}: no such image or folder")
-        paths += list_images(path) if os.path.isdir(path) else [path]
+        if os.path.isdir(path):
+            folder = ImageFolder(path)
+            log(f"{len(folder):,} images in {path}{folder.passed_over}")
+            paths += [os.path.join(path, name) for name in folder.files]
+        else:
+            paths.append(path)
     output.parent.mkdir(parents=True, exist_ok=True)
     check_writable(output.parent)
     k = min(args.topk, len(classes))

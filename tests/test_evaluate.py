@@ -304,6 +304,7 @@ def test_predict(trained, capsys, exit_message, task, flags):
     capsys.readouterr()
     run("predict", "--num_workers", "0", "--ckpt", str(ckpt), "--topk", "2", "new", "images/val/class0/00.png")
     out = capsys.readouterr().out
+    assert "4 images in new (passed over 1: 1 .txt)\n" in out  # the corrupt one among them
     assert "4 images, 1 corrupt; most frequent: class" in out and "skipped corrupt image new/nested/bad.png" in out
     with open("predictions.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
