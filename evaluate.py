@@ -39,7 +39,7 @@ from data.loaders import build_eval_loader
 from data.retrieval import ImageFiles
 from evaluation import supervised
 from evaluation.features import extract_features, load_features
-from evaluation.knn import knn_classifier
+from evaluation.knn import knn_classifier, knn_predict
 from evaluation.linear import LRS, WEIGHT_DECAYS, fit_best_classifier, holdout_mask
 from optim import build_optimizer
 
@@ -208,19 +208,22 @@ def load_or_extract_features(setup, model):
 def knn(args):
     """Weighted k-NN classification of frozen features."""
     setup = EvalSetup(args)
-    flags = dict(temperature=args.temperature, nb_knn=args.nb_knn, save_predictions=args.save_predictions)
-    path = result_file(setup.origin | flags, args, f"knn.{setup.name}")
+    settings = dict(temperature=args.temperature, nb_knn=args.nb_knn, save_predictions=args.save_predictions)
+    path = result_file(setup.origin | settings, args, f"knn.{setup.name}")
     features = load_or_extract_features(setup, setup.backbone)
-    accuracies, predicted = knn_classifier(**features, ks=args.nb_knn, temperature=args.temperature,
-                                           memory_mb=args.knn_memory_mb, device=setup.device, return_predictions=True)
+    flags = dict(temperature=args.temperature, memory_mb=args.knn_memory_mb, device=setup.device)
+    accuracies = knn_classifier(**features, ks=args.nb_knn, **flags)
+    results = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in accuracies.items()}
+    for k in results if args.save_predictions else ():
+        predicted, _ = knn_predict(features["train_features"], features["train_labels"], features["test_features"], k,
+                                   **flags)
+        results[k] |= list_predictions(setup, features["test_labels"], predicted)
     num_test, num_train = len(features["test_labels"]), len(features["train_labels"])
     log(f"k-NN of {setup.origin['ckpt']}{' untrained' * args.untrained}: {num_test} test images, {num_train} train "
         f"images, {args.image_size} pixels, temperature {args.temperature}\n     k   top-1   top-5")
     for k, (top1, top5) in accuracies.items():
         log(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
-    write_result(path, setup, **flags, num_images=num_test, num_train_images=num_train,
-                 knn={k: dict(top1=top1, top5=top5) | list_predictions(setup, features["test_labels"], predicted[k])
-                      for k, (top1, top5) in accuracies.items()})
+    write_result(path, setup, **settings, num_images=num_test, num_train_images=num_train, knn=results)
 
 
 def linear(args):
@@ -397,13 +400,11 @@ def report_accuracy(logits, labels, setup, hparams):
     log("most frequent confusions: " + ", ".join(f"{a} as {b} ({count})" for (a, b), count in confusions[:5]))
     write_result(setup.output / "result.json", setup, **hparams, top1=top1, top5=top5, num_images=len(labels),
                  per_class=per_class, confusions=[[*pair, count] for pair, count in confusions],
-                 **list_predictions(setup, labels, predicted[:, 0]))
+                 **(list_predictions(setup, labels, predicted[:, 0]) if setup.args.save_predictions else {}))
 
 
 def list_predictions(setup, labels, predicted):
-    """With --save_predictions, {"predictions": one row per image, "confusion_matrix": [true][predicted]}, else {}."""
-    if not setup.args.save_predictions:
-        return {}
+    """{"classes": names, "predictions": one row per image, "confusion_matrix": [true][predicted]}, for JSON."""
     classes, count = setup.classes, len(setup.classes)
     rows = [{"file": name_image(setup.data.val, i), "class": classes[label], "predicted": classes[other]}
             for i, label, other in zip(setup.images.tolist(), labels.tolist(), predicted.tolist())]

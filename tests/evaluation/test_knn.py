@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluation.knn import find_neighbors, knn_classifier
+from evaluation.knn import find_neighbors, knn_classifier, knn_predict
 
 
 @pytest.fixture
@@ -22,9 +22,25 @@ def test_equals_scikit_learn(features):
     for k in (3, 20, 200):
         classifier = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
         expected = 100 * classifier.fit(train, features["train_labels"]).score(test, features["test_labels"])
-        accuracies, predicted = knn_classifier(**features, ks=[k], return_predictions=True)
-        assert accuracies[k][0] == pytest.approx(expected, abs=0.01)
-        assert (predicted[k].numpy() == classifier.predict(test)).mean() > 0.999
+        assert knn_classifier(**features, ks=[k])[k][0] == pytest.approx(expected, abs=0.01)
+
+
+def test_predictions_equal_scikit_learn(features):
+    """More than one block of 1024; the shares of the votes are its probabilities."""
+    train, test = (torch.nn.functional.normalize(features[f"{part}_features"]) for part in ("train", "test"))
+    test = test.repeat(1 + 1500 // len(test), 1)
+    classifier = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
+    expected = classifier.fit(train.numpy(), features["train_labels"]).predict_proba(test.numpy())
+    classes, shares = knn_predict(features["train_features"], features["train_labels"], 3 * test, k=20)
+    np.testing.assert_allclose(shares[:, classifier.classes_], expected, atol=1e-4)
+    assert shares.sum(dim=1).allclose(torch.ones(len(test))) and torch.equal(classes, shares.argmax(dim=1))
+    top1 = 100 * (classes[:len(features["test_labels"])] == features["test_labels"]).double().mean().item()
+    assert top1 == pytest.approx(knn_classifier(**features, ks=[20])[20][0], abs=1e-4)
+
+
+def test_of_tied_classes_the_first_is_predicted():
+    classes, shares = knn_predict(torch.ones(4, 2), torch.tensor([3, 1, 3, 1]), torch.ones(1, 2), k=100)
+    assert classes.tolist() == [1] and shares.tolist() == [[0, 0.5, 0, 0.5]]
 
 
 def test_neighbors_do_not_depend_on_the_chunk_size():
