@@ -21,7 +21,7 @@ from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Image.init()
 with contextlib.suppress(ImportError):
@@ -132,12 +132,25 @@ def write_features(path: str, images: list[str], rows: list[np.ndarray | None], 
 
 
 def draw_attention(image: Image.Image, attention: np.ndarray) -> Image.Image:
-    """The image with its attention maps beside it, each scaled from black to white."""
+    """Grid of the image and its attention maps, each from black (0) to light yellow (the maximum in its caption)."""
     maps = attention.reshape(-1, *attention.shape[-2:]).astype("float32")
-    maps = (maps / maps.max(axis=(1, 2), keepdims=True).clip(1e-12) * 255).astype("uint8")
-    p = image.height // maps.shape[1]
-    maps = maps.repeat(p, axis=1).repeat(p, axis=2)[..., None].repeat(3, axis=3)
-    return Image.fromarray(np.hstack([np.asarray(image), *maps]))
+    levels = maps / maps.max(axis=(1, 2), keepdims=True).clip(1e-12)
+    channels = zip((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # anchors of "inferno"
+    colors = np.stack([np.interp(levels, np.linspace(0, 1, 5), anchors) for anchors in channels], axis=-1).round()
+    patch = -(-240 // max(maps.shape[1:]))  # pixels of a patch; cells have 240 or a little more
+    height, width = (side * patch for side in maps.shape[1:])
+    cells = [("image", image.resize((width, height)))]
+    for i, (values, color) in enumerate(zip(maps, colors.astype("uint8")), start=1):
+        drawn = Image.fromarray(color).resize((width, height), Image.Resampling.NEAREST)
+        name = f"head {i}" if attention.ndim == 3 else "mean of heads"
+        cells.append((f"{name}, max {values.max():.1%}", drawn))
+    columns, step_x, step_y = int(np.ceil(len(cells) ** 0.5)), max(width, 180) + 8, height + 24
+    sheet = Image.new("RGB", (columns * step_x - 8, -(-len(cells) // columns) * step_y), "white")
+    for i, (caption, cell) in enumerate(cells):
+        left, top = i % columns * step_x, i // columns * step_y
+        sheet.paste(cell, (left, top))
+        ImageDraw.Draw(sheet).text((left, top + height + 3), caption, "black", ImageFont.load_default(14))
+    return sheet
 
 
 def main(argv: list[str]) -> int:

@@ -33,7 +33,7 @@ from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, m
 from evaluation.features import NoImagesError, extract_features
 from evaluation.image_index import update_index
 from evaluation.ranking import KS, average_precision, mean_average_precision
-from plotting.sheet import contact_sheet
+from plotting.sheet import describe_model, draw_nearest
 
 
 def parse_args(argv=None):
@@ -73,7 +73,7 @@ class ImageEncoder:
 
     def __init__(self, args, extract, view, square=True, upright=True, needs=""):
         self.rank, _, self.device = distributed.init_distributed(args.device)
-        self.backbone, _, self.origin = open_backbone(args, self.device, needs)
+        self.backbone, self.info, self.origin = open_backbone(args, self.device, needs)
         self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
         self.args, self.extract, self.view, self.upright = args, extract, view, upright
         flags = ("image_size", "distractors", "whitening", "multiscale", "crop_queries")
@@ -204,8 +204,11 @@ def search(args):
         print("\n".join([f"{path}:", *(f"  {score:6.3f}  {name}" for name, score in nearest)]))
         key = compute_digest(encoder, os.path.realpath(path), os.path.realpath(args.data_path), args.nearest)
         sheet = output / f"{os.path.basename(path)[:55]}-{key}.nearest.png"
-        contact_sheet([(read_image(path), "query")] + [(read_image(name), f"{score:.3f}  {os.path.basename(name)}")
-                                                       for name, score in nearest]).save(sheet)
+        captions = [f"query: {os.path.basename(path)}"] + [
+            f"{rank}: cosine {score:.3f} {os.path.relpath(name, args.data_path)}"
+            for rank, (name, score) in enumerate(nearest, start=1)]
+        model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
+        draw_nearest([path, *(name for name, _ in nearest)], captions, read_image, 1200, model).save(sheet)
         print(f"  -> {sheet}")
     if corrupt:
         raise DataError(f"{len(corrupt)} of {len(args.query)} queries cannot be read; the first: {corrupt[0]}")

@@ -5,11 +5,13 @@
     python segment.py video --ckpt dino_deitsmall16_pretrain.pth --data_path /data/DAVIS
 
 `masks` thresholds the CLS attention of the last block and prints its Jaccard index with the objects of each image, for
-the model and for random weights; NAME.masks.DATA.json beside the model file has the results. `video` propagates the
-masks of the first frame through each video, writes them as DAVIS expects, NAME.video.DATA/SEQUENCE/FRAME.png, and
+the model and for random weights; NAME.masks.DATA.json beside the model file has the results, NAME.masks.DATA.png twelve
+of the images with the mask of their best head. `video` propagates the masks of the first frame through each video,
+writes them as DAVIS expects, NAME.video.DATA/SEQUENCE/FRAME.png, with overlays on the frames in SEQUENCE.overlay/, and
 evaluates J and F. Interrupted runs resume with the next sequence. Caron et al. 2021, section 4.2.2.
 """
 
+import itertools
 import json
 import os
 from functools import partial
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from common import cli
@@ -31,6 +34,8 @@ from data.loaders import default_attention_size, normalize, resize_to_patches
 from data.segmentation import build_loader, find_masks, find_sequences, mask_path, read_mask, read_names, save_mask
 from evaluation.label_propagation import labels_to_mask, mask_to_labels, propagate_labels
 from evaluation.masks import boundary_f, jaccard, summarize_over_time, threshold_attention
+from plotting import sheet
+from plotting.draw import COLORS, overlay_mask
 
 
 def parse_args(argv=None):
@@ -66,14 +71,21 @@ def evaluate_masks(args):
     path = result_file(origin, args, f"masks.{data_name(args.data_path)}")
     models = {} if args.untrained else {"trained": model}
     models["untrained"] = build_untrained(info).to(args.device)
-    scores, skipped = [], []
+    scores, skipped, cells, across = [], [], [], sheet.choose_columns(min(12, len(images)), 1000)
     for example in tqdm(build_loader(images, read, args.num_workers), unit="img", leave=False, disable=None):
         if isinstance(example, str):
             skipped.append(example)
             continue
         image, objects, void = example
         x = normalize(resize_to_patches(image, args.image_size, p))[None].to(args.device)
-        scores.append(torch.stack([evaluate_image(m, x, objects, void, args.mass) for m in models.values()]))
+        results, masks = zip(*(evaluate_image(m, x, objects, void, args.mass) for m in models.values()))
+        scores.append(torch.stack(results))
+        if len(scores) > len(cells) * len(images) // 12:  # twelve, evenly spread
+            head = results[0][2:].argmax()
+            drawn = sheet.resize_to_width(to_pil_image(image), sheet.cell_side(1000, across))
+            drawn = overlay_mask(drawn, masks[0][1 + head], COLORS[0])
+            drawn = overlay_mask(drawn, objects.any(dim=0), (255, 255, 255), opacity=0)
+            cells.append((drawn, f"head {head + 1}, Jaccard index {results[0][2 + head]:.1%}"))
     if not scores:
         raise DataError(f"{args.data_path}: none of its images can be used; the last: {skipped[-1]}")
     print(f"Jaccard index (%), {args.mass:.0%} of the attention, {len(scores)} images, shorter side {args.image_size}")
@@ -82,7 +94,11 @@ def evaluate_masks(args):
         print(f"{name:9}  best head {best:.1f}  mean of heads {mean:.1f}  heads", *(f"{head:.1f}" for head in heads))
         result[name] = dict(best_head=best, mean_of_heads=mean, heads=heads)
     write_json(path, vars(args) | origin | dict(num_images=len(scores), skipped=skipped, jaccard=result))
-    print(f"wrote {path}")
+    title = f"Attention masks of {sheet.describe_model(origin, info, p)}"
+    legend = [sheet.draw_swatch(COLORS[0], f"patches with {args.mass:.0%} of the attention of the best head", 1000),
+              "White: outline of the objects."]
+    sheet.contact_sheet([(cells, across)], 1000, title, legend).save(path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
     if skipped:
         raise DataError(f"skipped {len(skipped)} of {len(images)} images; the first: {skipped[0]}")
 
@@ -96,14 +112,15 @@ def evaluate_image(model, x, objects, void, mass):
         objects, void: bool [O, H, W] and [H, W], of the image at any size.
 
     Returns:
-        float64 [2 + heads], means over objects: the best head for each object, the mean of heads, and each head.
+        float64 [2 + heads], means over objects: the best head for each object, the mean of heads, and each head; and
+        masks of the mean and of each head, bool [1 + heads, H, W].
     """
     attention = model.forward_with_attention(x)[1][0].cpu()  # [heads, N]
     attention = torch.cat((attention.mean(dim=0, keepdim=True), attention))
     masks = threshold_attention(attention, mass).view(1, len(attention), x.shape[-2] // model.patch_size, -1)
     masks = F.interpolate(masks.float(), size=objects.shape[-2:], mode="nearest-exact")[0] > 0
     scores = torch.stack([jaccard(mask, objects, void) for mask in masks])  # [1 + heads, O]
-    return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1)
+    return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1), masks
 
 
 # ---- video object segmentation ----
@@ -156,6 +173,7 @@ def segment_sequence(model, frames, folder, args):
     features = (extract_patch_features(model, frame, args) for frame in build_loader(frames, read, args.num_workers))
     folder.mkdir(exist_ok=True)
     save_mask(folder / f"{frames[0].stem}.png", mask, palette)
+    save_overlay(folder, frames[0], mask, classes[1:])
     masks = {}
     bar = tqdm(frames[1:], desc=folder.name, unit="frame", leave=False, disable=None)
     for frame, labels in zip(bar, propagate_labels(features, first, args.n_last_frames, args.topk,
@@ -163,7 +181,17 @@ def segment_sequence(model, frames, folder, args):
         mask = Image.fromarray(labels_to_mask(labels, rows * p, cols * p).byte().cpu().numpy())
         masks[frame] = classes[np.asarray(mask.resize(size, Image.Resampling.NEAREST))]
         save_mask(folder / f"{frame.stem}.png", masks[frame], palette)
+        save_overlay(folder, frame, masks[frame], classes[1:])
     return evaluate_objects(masks, classes[1:].tolist(), size)
+
+
+def save_overlay(folder, frame, mask, indices):
+    """Write a frame with its objects in colors, object indices [H, W], to the folder beside that of its masks."""
+    image, folder = read_image(frame), folder.with_name(f"{folder.name}.overlay")
+    for index, color in zip(indices, itertools.cycle(COLORS)):
+        image = overlay_mask(image, mask == index, color)
+    folder.mkdir(exist_ok=True)
+    image.save(folder / f"{frame.stem}.jpg", quality=90)
 
 
 def compute_grid(width, height, shorter_side, p):

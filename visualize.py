@@ -104,11 +104,15 @@ def visualize_attention(args, errors):
     extract_attention, origin = attention.open_attention(args)
     folder = output_folder(origin, args, "attention")
     folder.mkdir(parents=True, exist_ok=True)
+    noted = False
     for name, image in iter_readable_images(args.images, errors, folder):
         view, maps = extract_attention(image)
+        noted = noted or attention.note_coarse_map(name, image, maps.shape[1:], origin["patch_size"],
+                                                   "set" if view is image else "export with")
         x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
         masks = threshold_attention(x, args.mass).view(-1, *maps.shape[1:]).numpy()
-        sheet.draw_attention_sheet(name, view, maps, masks, args.mass, args.width).save(folder / f"{name}.png")
+        drawn = sheet.draw_attention_sheet(name, view, maps, masks, args.mass, args.width, origin["model"])
+        drawn.save(folder / f"{name}.png")
         if args.raw:
             np.save(folder / f"{name}.npy", maps)
         for head, values in enumerate(maps if args.separate else [], start=1):
@@ -121,7 +125,7 @@ def visualize_video(args, errors):
     video = open_video(args.input)
     if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         raise DataError(f"{args.output}: is the input, choose another output")
-    extract_attention, _ = attention.open_attention(args)
+    extract_attention, origin = attention.open_attention(args)
     draw_frame = draw.draw_side_by_side if args.layout == "side" else draw.draw_overlay
     written, top = 0, 0.0
     with VideoWriter(args.output, video.rate or args.fps) as writer:
@@ -132,6 +136,9 @@ def visualize_video(args, errors):
             view, maps = extract_attention(frame)
             if args.head and args.head > len(maps):
                 raise DataError(f"--head {args.head}: the model has {len(maps)} heads")
+            if not written:
+                attention.note_coarse_map("each frame", frame, maps.shape[1:], origin["patch_size"],
+                                          "set" if view is frame else "export with")
             values = maps[args.head - 1] if args.head else maps.mean(axis=0)
             top = max(values.max(), 0.95 * top)  # the color scale falls slowly, or the video would flicker
             writer.write(name, draw_frame(view, values, top))
@@ -144,29 +151,31 @@ def visualize_video(args, errors):
 @torch.no_grad()
 def visualize_features(args, errors):
     """Patch features: three principal components as RGB, and cosine similarity to one patch."""
-    model, _, origin = open_backbone(args, needs="patch tokens")
+    model, info, origin = open_backbone(args, needs="patch tokens")
     path, p = output_file(origin, args, "features.png"), model.patch_size
     shorter_side = args.image_size or loaders.default_attention_size(model.grid[0] * p, p)
-    images, tokens, patch = [], [], None
+    images, tokens, patch, noted = [], [], None, False
     for name, image in iter_readable_images(args.images, errors, path.parent):
         if args.point and not images and errors:
             raise DataError(f"--point lies in the first image, which cannot be read: {errors[0]}")
         x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p))[None].to(args.device)
         tokens.append(model.get_intermediate_layers(x)[0][0, 1:].unflatten(0, (x.shape[2] // p, -1)).cpu())  # [h, w, D]
+        noted = noted or attention.note_coarse_map(name, image, tokens[-1].shape, p)
         if args.point and not images:
             (column, row), (h, w) = args.point, tokens[0].shape[:2]
             if column >= image.width or row >= image.height:
                 raise DataError(f"--point {column} {row}: the first image has {image.width} x {image.height} pixels")
             patch = row * h // image.height, column * w // image.width
-        images.append((draw.resize_to_fit(image, args.width // 2), name))
+        images.append((sheet.resize_to_width(image, args.width // 2), name))
     if images:
-        sheet.draw_features(images, tokens, args.width, patch).save(path)
+        model = sheet.describe_model(origin, info, p)
+        sheet.draw_features(images, tokens, args.width, model, patch).save(path)
         print(f"{len(images)} images -> {path}")
 
 
 def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
-    model, _, origin = open_backbone(args)
+    model, info, origin = open_backbone(args)
     size, data = resolve_image_size(args.image_size, model), open_data(args.data_path, output_dir=args.output_dir)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
@@ -174,10 +183,14 @@ def visualize_embedding(args, errors):
     points, method = embedding.embed_2d(features, args.seed)
     names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
     colors = getattr(data.train, "colors", None) or embedding.class_colors(len(names))
-    title, thumbnails = f"{method} of {len(points)} images", path.with_suffix(".thumbnails.png")
+    title, thumbnails = f"{method} of {len(points):,} images", path.with_suffix(".thumbnails.png")
+    title += f", features of {sheet.describe_model(origin, info, model.patch_size)}"
+    if (labels < 0).all() and (labels := embedding.cluster_features(features, args.seed)).max() >= 0:
+        names, colors = [f"cluster {i + 1}" for i in range(labels.max() + 1)], embedding.class_colors(labels.max() + 1)
+        title += "; colors: k-means clusters of the features"
     embedding.plot_scatter(points, labels, names, colors, title).savefig(path)
-    embedding.plot_thumbnails(points, labels, names, colors, lambda i: images[indices[i]][0]).save(thumbnails)
-    print(f"{title} -> {path} and {thumbnails}")
+    embedding.plot_thumbnails(points, labels, names, colors, lambda i: images[indices[i]][0], title).save(thumbnails)
+    print(f"{method} of {len(points):,} images -> {path} and {thumbnails}")
     errors += corrupt
 
 
@@ -207,7 +220,7 @@ def visualize_crops(args, errors):
     os.makedirs(args.output_dir, exist_ok=True)
     for name, image in iter_readable_images(args.images, errors, args.output_dir):
         path = Path(args.output_dir, f"{name}.crops.png")
-        sheet.draw_crops(multicrop, image, (args.seed, name), args.width).save(path)
+        sheet.draw_crops(name, multicrop, image, (args.seed, name), args.width).save(path)
         print(f"{2 + flags.local_crops_number} crops -> {path}")
 
 

@@ -1,7 +1,7 @@
 """Attention maps of a backbone, or of an ONNX file that export.py made of it.
 
     extract_attention, origin = open_attention(args)    # flags of cli.add_model_flags, --device and --image_size
-    view, maps = extract_attention(image)               # RGB image -> the part that the model sees, [heads, h, w]
+    view, maps = extract_attention(image)   # RGB image -> the part that the model sees, [heads, h, w]
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 import infer
 from common.weights import CheckpointError, open_backbone
 from data.loaders import default_attention_size, normalize, resize_to_patches
+from plotting.sheet import describe_model
 
 
 def open_attention(args):
@@ -21,11 +22,11 @@ def open_attention(args):
     Returns:
         extract_attention: RGB image -> (the part of it that the model sees, float32 [heads, h, w]); each head sums
             to 1 minus the attention of CLS to itself.
-        origin: see `open_backbone`.
+        origin: see `open_backbone`; also "patch_size", and "model" for titles.
     """
     if (args.ckpt or "").lower().endswith(".onnx"):
         return open_onnx_attention(args)
-    model, _, origin = open_backbone(args, needs="attention")
+    model, info, origin = open_backbone(args, needs="attention")
     p = model.patch_size
     shorter_side = args.image_size or default_attention_size(model.grid[0] * p, p)
 
@@ -34,7 +35,7 @@ def open_attention(args):
         x = normalize(resize_to_patches(image, shorter_side, p))[None].to(args.device)
         attention = model.forward_with_attention(x)[1][0]  # [heads, N]
         return image, attention.unflatten(1, (x.shape[2] // p, -1)).cpu().numpy()
-    return extract_attention, origin
+    return extract_attention, origin | dict(patch_size=p, model=describe_model(origin, info, p))
 
 
 def open_onnx_attention(args):
@@ -55,5 +56,20 @@ def open_onnx_attention(args):
         view = infer.prepare(image, about) if size else resize_to_patches(image, shorter_side, p)
         maps = infer.infer(session, about, view)[1]
         return view if size else image, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
-    return extract_attention, dict(ckpt=args.ckpt)
+    origin = dict(ckpt=args.ckpt, untrained=False)
+    return extract_attention, origin | dict(patch_size=p, model=describe_model(origin, about, p))
 
+
+
+def note_coarse_map(name, image, grid, patch_size, remedy="set"):
+    """Print a note if a model sees few patches, [h, w], of an image that has pixels for many; returns whether it does.
+
+    Args:
+        remedy: what to do with --image_size.
+    """
+    finer = min(30, min(image.size) // patch_size) * patch_size
+    if min(grid) >= 15 or finer < 2 * min(grid) * patch_size:
+        return False
+    print(f"NOTE: the model sees {grid[1]} x {grid[0]} patches of {name}; "
+          f"{remedy} --image_size {finer} for a finer map")
+    return True

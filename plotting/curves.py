@@ -140,57 +140,73 @@ def find_crossing(run, top1):
 # ---- figure ----
 
 def plot_curves(runs, against="step"):
-    """{name: run} -> a matplotlib figure: a panel for each of PANELS, a color for each group of seeds.
+    """{name: run} -> a matplotlib figure: a panel for each of PANELS that was logged, a color for each group of seeds.
 
     Args:
         against: the horizontal axis, one of AXES.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    figure, groups = Figure(figsize=(13, 10), dpi=120, layout="constrained"), group_seeds(runs)
+    groups = group_seeds(runs)
+    logged = set().union(*runs.values()) - {"ln_k"}  # which is a constant
+    shown = {panel: keys for panel, keys in PANELS.items() if keys.keys() & logged}
+    columns = min((3, 4), key=lambda columns: -len(shown) % columns)  # few places are left empty
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.3 * columns, 3.4 * rows + 0.5), dpi=120, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     folder = os.path.commonprefix(list(groups)).rfind(os.sep) + 1
     names = escape_text(name[folder:] for name in groups)
     # widths differ, so that both of two equal curves are visible
     styles = [dict(color=f"C{i % 10}", linewidth=(2.2, 1.2)[i % 2]) for i in range(len(groups))]
-    panels = figure.subplots(3, 3, sharex=True)
-    for axes, ((title, unit), keys) in zip(panels.flat, PANELS.items()):
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, ((title, unit), keys) in zip(panels, shown.items()):
         for group, style in zip(groups.values(), styles):
             draw_group(axes, group, keys, against, style)
-        missing = [name for name, group in zip(names, groups.values()) if not any(keys.keys() & run for run in group)]
-        axes.set_title(title + f"\nnot logged: {', '.join(missing)}" * bool(missing), fontsize=13)
-        axes.set_ylabel(unit, fontsize=12)
-        axes.tick_params(labelsize=11)
-        axes.grid(alpha=0.3)
+        missing = [name for name, group in zip(names, groups.values())
+                   if not any(keys.keys() & logged & run.keys() for run in group)]
+        title += f"\nnot logged: {', '.join(missing)}" * bool(missing)
         handles, labels = axes.get_legend_handles_labels()
-        if labels:
-            legend, (low, high) = dict(zip(labels, handles)), axes.get_ylim()  # a line of each kind
-            # the legend is above the curves
-            axes.set_ylim(low, low + (high - low) / (0.95 - 0.09 * ((len(legend) + 1) // 2)))
-            if unit == "%":
-                axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= 100])
-            axes.legend(legend.values(), legend, loc="upper center", ncols=2, fontsize=10, handlelength=3,
-                        columnspacing=1)
+        legend = dict(zip(labels, handles))  # a line of each kind, between title and curves
+        axes.set_title(title, fontsize=13, pad=6 + 17 * ((len(legend) + 1) // 2))
+        if legend:
+            axes.legend(legend.values(), legend, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=10,
+                        handlelength=3, columnspacing=1, borderaxespad=0.1, frameon=False)
             for handle in axes.get_legend().legend_handles:
                 handle.set(color="0.3", linewidth=1.5)  # it explains dashes; colors are explained below the panels
-    for axes in panels[-1]:
-        axes.set_xlim(left=0)
+        axes.set_ylabel(unit, fontsize=12)
         axes.set_xlabel(AXES[against], fontsize=12)
-        axes.xaxis.set_major_formatter("{x:,.10g}")
-    lines = [axes.plot([], **style)[0] for style in styles]
-    names = [name + f" ({len(group)} seeds)" * (len(group) > 1) for name, group in zip(names, groups.values())]
-    figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=12)
+        axes.set_xlim(0, 1.02 * max(max(run[against].values()) for run in runs.values()))
+        if unit.startswith(("images", "% of")):
+            axes.set_ylim(bottom=0)  # small differences look small
+        axes.locator_params(nbins=5)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # "1.5M" is short
+        axes.tick_params(labelsize=11)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(shown):]:
+        axes.remove()
+    lines = [figure.axes[0].plot([], **style)[0] for style in styles]
+    names = [name + f" (mean and standard deviation of {len(group)} seeds)" * (len(group) > 1)
+             for name, group in zip(names, groups.values())]
+    figure.legend(lines, names, loc="outside lower center", ncols=2 if max(map(len, names)) > 30 else 3, fontsize=12)
     return figure
 
 
 def draw_group(axes, group, keys, against, style):
-    """Draw the curves and baselines of a group of runs into a panel."""
-    for run in group:
-        x = run[against]
-        for dashes, (key, label) in zip(("-", "--", ":"), keys.items()):
-            points = [(x[step], value) for step, value in run.get(key, {}).items() if step in x]
-            if points:
-                marker = "." if key.endswith("top1") or len(points) == 1 else ""
-                axes.plot(*zip(*points), dashes, marker=marker, label=label, **style)
+    """Draw the curves of a group of seeds, means with a band of one standard deviation, and its baselines."""
+    for dashes, (key, label) in zip(("-", "--", ":"), keys.items()):
+        seeds = [{step: value for step, value in run.get(key, {}).items() if step in run[against]} for run in group]
+        points = []  # x, mean and standard deviation over the seeds that have a step
+        for step in sorted(set().union(*seeds)):
+            x, values = zip(*((run[against][step], seed[step]) for run, seed in zip(group, seeds) if step in seed))
+            points.append((statistics.mean(x), statistics.mean(values), statistics.stdev(values) if len(x) > 1 else 0))
+        if points:
+            x, mean, spread = zip(*points)
+            marker = "." if key.endswith("top1") or len(points) == 1 else ""
+            axes.plot(x, mean, dashes, marker=marker, label=label, **style)
+            if any(spread):
+                low, high = ([m + sign * s for m, s in zip(mean, spread)] for sign in (-1, 1))
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
     for baseline, (dashes, label) in BASELINES.items() if "knn_top1" in keys else ():
         values = [value for run in group for value in run.get(baseline, {}).values()]
         if values:

@@ -2,13 +2,14 @@
 
     colorize(attention[0], image.size).save("head1.png")        # [h, w] -> dark to light
     highlight_mask(image, mask)                                 # grayscale and dark outside the mask
+    overlay_mask(image, mask, COLORS[0])                        # tinted inside the mask, and its outline
     colorize_heads(image, attention, masks)                     # one color per head
 
 Each patch becomes a square of one color. This file needs numpy and Pillow only.
 """
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 HEAT = (0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)  # sequential, "inferno"
 SIGNED = (5, 48, 97), (67, 147, 195), (247, 247, 247), (214, 96, 77), (103, 0, 31)  # diverging, "RdBu", white is 0
@@ -34,12 +35,6 @@ def colorize(values, size, low=0.0, high=None, scale=HEAT, smooth=False):
     return Image.fromarray(colors.round().astype(np.uint8)[levels])
 
 
-def resize_to_fit(image, side):
-    """The image, shrunk or enlarged until its longer side has `side` pixels."""
-    scale = side / max(image.size)
-    return image.resize([max(1, round(edge * scale)) for edge in image.size], Image.Resampling.LANCZOS)
-
-
 def resize_mask(mask, size):
     """bool [h, w] -> mask image of `size`, (width, height)."""
     return Image.fromarray(np.asarray(mask, np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
@@ -49,6 +44,14 @@ def highlight_mask(image, mask):
     """The image inside the mask, bool [h, w]; grayscale and dark outside."""
     shade = ImageOps.colorize(ImageOps.grayscale(image), (0, 0, 0), (90, 90, 90))
     return Image.composite(image, shade, resize_mask(mask, image.size))
+
+
+def overlay_mask(image, mask, color, opacity=0.4):
+    """The image, tinted inside a mask, bool [h, w], with the outline of the mask in full color."""
+    mask = resize_mask(mask, image.size)
+    interior = mask.filter(ImageFilter.MinFilter(2 * max(2, min(image.size) // 200) + 1))
+    alpha = Image.composite(mask.point(lambda value: round(opacity * value)), mask, interior)
+    return Image.composite(Image.new("RGB", image.size, color), image, alpha)
 
 
 def colorize_heads(image, attention, masks):

@@ -2,9 +2,9 @@
 
     points, method = embed_2d(features)                         # [M, D] -> [M, 2]: t-SNE, or PCA without scikit-learn
     plot_scatter(points, labels, names, class_colors(len(names)), title).savefig("scatter.png")
-    plot_thumbnails(points, labels, names, class_colors(len(names)), load_image).save("thumbnails.png")
+    plot_thumbnails(points, labels, names, class_colors(len(names)), load_image, title).save("thumbnails.png")
 
-t-SNE needs scikit-learn, the scatter plot matplotlib.
+t-SNE and k-means need scikit-learn, the scatter plot matplotlib.
 """
 
 import colorsys
@@ -12,22 +12,13 @@ import importlib.util
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 from plotting.draw import COLORS, escape_text
+from plotting.sheet import GAP, contact_sheet, draw_swatch, principal_components
 
 UNLABELED = (120, 120, 120)
-
-
-def principal_components(x, n):
-    """Projections on the n directions of largest variance: [M, D] -> float64 [M, n].
-
-    The largest entry of each direction is positive, so that signs do not depend on the machine.
-    """
-    x = x.double() - x.double().mean(dim=0)
-    directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -n:].flip(1)  # [D, n]
-    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
-    return x @ (directions * largest.sign())
 
 
 def embed_2d(features, seed=0):
@@ -51,30 +42,46 @@ def class_colors(count):
     return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(*hue)) for hue in hues]
 
 
-def list_legend(labels, names):
-    """Labels to list in a legend: each class, unless there are too many, and -1 ("no label") if it occurs."""
-    shown = list(range(len(names))) if len(names) <= 40 else []
-    return shown + [-1] * bool((labels < 0).any())
+def cluster_features(features, seed=0, count=8):
+    """k-means of L2-normalized features: cluster of each [M], largest first; all -1 without scikit-learn."""
+    if len(features) < count or not importlib.util.find_spec("sklearn"):
+        return torch.full((len(features),), -1)
+    from sklearn.cluster import KMeans
+
+    clusters = KMeans(count, n_init=3, random_state=seed).fit_predict(F.normalize(features).numpy())
+    order = torch.from_numpy(clusters).bincount(minlength=count).argsort(descending=True)
+    return order.argsort()[clusters]
+
+
+def list_legend(labels, names, most=30):
+    """[(label, name and number of images)] of a legend: the classes with the most images, and -1, "no label"."""
+    counts = labels[labels >= 0].bincount(minlength=len(names))
+    shown = sorted(counts.argsort(descending=True, stable=True)[:most].tolist())
+    entries = [(label, f"{names[label][:24]} ({counts[label]:,})") for label in shown if counts[label]]
+    rest = (labels < 0).sum()
+    return entries + [(-1, f"no label ({rest:,})")] * bool(rest), int((counts > 0).sum()) - len(entries)
 
 
 def plot_scatter(points, labels, names, colors, title):
     """Points [M, 2] in the color of their label, [M], -1 for none: a matplotlib figure."""
     from matplotlib.figure import Figure
 
-    shown, names, colors = list_legend(labels, names), [*names, "no label"], [*colors, UNLABELED]  # at index -1
+    shown, left_out = list_legend(labels, names)
+    colors = [*colors, UNLABELED]  # at index -1
     figure = Figure(figsize=(10, 8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=14)
+    axes.set_title(*escape_text([title]), fontsize=11, wrap=True)
     axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
-    dots = {label: axes.scatter(*points[labels == label].T, s=14, color=np.divide(colors[label], 255), linewidths=0)
-            for label in range(-1, len(names) - 1)}
-    if shown:
-        figure.legend([dots[label] for label in shown], escape_text(names[label] for label in shown),
-                      loc="outside right upper", fontsize=12, markerscale=2, frameon=False)
+    size = min(14, 40_000 / len(points))
+    dots = {label: axes.scatter(*points[labels == label].T, s=size, color=np.divide(colors[label], 255), linewidths=0)
+            for label in range(-1, len(names))}
+    entries = escape_text(name for _, name in shown)
+    figure.legend([dots[label] for label, _ in shown], entries, loc="outside right upper", fontsize=11, frameon=False,
+                  markerscale=(60 / size) ** 0.5, title=f"{left_out} smaller classes left out" if left_out else None)
     return figure
 
 
-def plot_thumbnails(points, labels, names, colors, load_image, side=1200, cell=48):
+def plot_thumbnails(points, labels, names, colors, load_image, title, side=1200, cell=48):
     """Images at their points, framed in the color of their label; in each grid cell the image nearest to its center.
 
     Args:
@@ -82,20 +89,23 @@ def plot_thumbnails(points, labels, names, colors, load_image, side=1200, cell=4
         labels: [M], -1 for none.
         names, colors: name and RGB color of each class.
         load_image: index of a point -> PIL image.
+        title: what the points are; the number of images that are drawn is added.
         side, cell: pixels of the grid and of an image in it.
     """
-    shown, names, colors = list_legend(labels, names), [*names, "no label"], [*colors, UNLABELED]  # at index -1
+    (shown, left_out), colors = list_legend(labels, names), [*colors, UNLABELED]  # at index -1
     low, high = points.amin(dim=0), points.amax(dim=0)
     places = ((points - (low + high) / 2) / (high - low).max().clamp(min=1e-12) + 0.5) * (side // cell - 1)  # in cells
     nearest = {}
     for i in (places - places.round()).norm(dim=1).argsort(stable=True).tolist():
         nearest.setdefault(tuple(places[i].round().int().tolist()), i)
-    sheet = Image.new("RGB", (side + 200 * bool(shown), side), "white")
+    grid = Image.new("RGB", (side, side), "white")
     for (x, y), i in nearest.items():
         image = ImageOps.expand(ImageOps.fit(load_image(i), (cell - 8, cell - 8)), 3, tuple(colors[labels[i]]))
-        sheet.paste(image, (x * cell + 1, side - (y + 1) * cell + 1))  # y points up, as in the scatter plot
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
-    for top, label in zip(range(8, side, 28), shown):
-        draw.rectangle([side + 12, top + 4, side + 28, top + 20], tuple(colors[label]))
-        draw.text((side + 36, top), names[label], "black", font)
-    return sheet
+        grid.paste(image, (x * cell + 1, side - (y + 1) * cell + 1))  # y points up, as in the scatter plot
+    rows = [y for _, y in nearest]
+    grid = grid.crop((0, side - (max(rows) + 1) * cell, side, side - min(rows) * cell))
+    legend = [draw_swatch(colors[label], name, side) for label, name in shown]
+    if left_out:
+        legend.append(f"{left_out} smaller classes are not listed.")
+    caption = f"{len(nearest):,} of {len(points):,} images: of those that would overlap, one."
+    return contact_sheet([([(grid, caption)], 1)], side + 2 * GAP, title, legend)

@@ -1,155 +1,249 @@
-"""Contact sheets: images with captions in a grid; attention maps, patch features and crops of images.
+"""Contact sheets: images with captions in a grid; attention maps, patch features, crops and nearest images.
 
-    contact_sheet([(image, "query"), (other, "0.873  dog.jpg")], legend="cosine similarity").save("sheet.png")
-    draw_attention_sheet("dog.jpg", image, maps, masks, mass=0.6, width=1000)    # maps [heads, h, w]
-    draw_features([(image, "dog.jpg")], [tokens], width=1000)           # tokens [h, w, D]
-    draw_crops(multicrop, image, key=(seed, "dog.jpg"), width=1000)
+    contact_sheet([([(image, "dog.jpg"), (other, "cat.jpg")], 2)], 1000, "title", ["text below"]).save("sheet.png")
+    draw_attention_sheet("dog.jpg", image, maps, masks, mass=0.6, width=1000, model="vit_small")   # maps [heads, h, w]
+    draw_features([(image, "dog.jpg")], [tokens], width=1000, model="vit_small")    # tokens [h, w, D]
+    draw_crops("dog.jpg", multicrop, image, key=(seed, "dog.jpg"), width=1000)
+    draw_nearest(["dog.jpg", "cat.jpg"], ["query", "0.87"], read_image, width=1200, model="vit_small")
 
-The width of a sheet is in pixels.
+The width of a sheet is in pixels. Cells are as large as it allows.
 """
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from plotting.draw import COLORS, SIGNED, colorize, colorize_heads, components_to_rgb, highlight_mask, resize_to_fit
-from plotting.embedding import principal_components
+from plotting.draw import COLORS, HEAT, SIGNED, colorize, colorize_heads, components_to_rgb, highlight_mask
 
 GAP = 8  # pixels
-EMPTY = Image.new("RGB", (0, 0))
+FRAME = 3
+GLOBAL, LOCAL = COLORS[4], COLORS[0]
 
 
-def contact_sheet(cells, columns=6, side=180, legend=""):
+# ---- layout ----
+
+def contact_sheet(grids, width, title="", legend=()):
     """Images with captions -> one RGB image.
 
     Args:
-        cells: (PIL image, caption) each, or None for an empty cell, row by row. An image is shrunk to fit into side x
-            side pixels, never enlarged; a caption is wrapped to that width.
-        legend: text below all rows.
+        grids: (cells, columns) each, one below the other; a cell is (PIL image, caption). An image must not be wider
+            than `cell_side`; a caption is wrapped to that.
+        title: text above all.
+        legend: texts and images below all, beside each other where they fit.
     """
-    font = ImageFont.load_default(max(14, side // 16))
-    columns = min(columns, len(cells))
-    width = columns * (side + GAP) + GAP
-    tiles = [add_caption(*cell, side, font) if cell else EMPTY for cell in cells]
-    rows = [tiles[first:first + columns] for first in range(0, len(tiles), columns)]
-    rows += [[add_caption(EMPTY, legend, width - 2 * GAP, font)]] if legend else []
-    heights = [max(tile.height for tile in row) + GAP for row in rows]
-    sheet, top = Image.new("RGB", (width, GAP + sum(heights)), "white"), GAP
-    for row, height in zip(rows, heights):
-        for i, tile in enumerate(row):
-            sheet.paste(tile, (GAP + i * (side + GAP), top))
-        top += height
-    return sheet
+    font, inner = load_font(width), width - 2 * GAP
+    sheet = [draw_text(title, ImageFont.load_default(1.2 * font.size), inner)] if title else []
+    for cells, columns in grids:
+        side = cell_side(width, columns)
+        tiles = [stack_images([Image.new("RGB", (side, 0)), image, draw_text(text, font, side)], 2)
+                 for image, text in cells]
+        rows = (tiles[first:first + columns] for first in range(0, len(tiles), columns))
+        sheet += [stack_images(row, across=True) for row in rows]
+    line = []
+    for item in legend:
+        tile = draw_text(item, font, inner) if isinstance(item, str) else item
+        if line and sum(other.width + 2 * GAP for other in [*line, tile]) > width:
+            sheet.append(stack_images(line, 2 * GAP, across=True))
+            line = []
+        line.append(tile)
+    sheet += [stack_images(line, 2 * GAP, across=True)] if line else []
+    return ImageOps.expand(stack_images([*sheet, Image.new("RGB", (inner, 0))], GAP), GAP, "white")
 
 
-def cell_side(width, columns):
-    """Largest side of the images in a sheet of so many pixels and columns."""
-    return (width - GAP) // columns - GAP
+def stack_images(images, gap=GAP, across=False):
+    """Images below each other, or beside each other, on white."""
+    widths, heights = ([image.size[axis] for image in images] for axis in (0, 1))
+    rest = gap * (len(images) - 1)
+    size = (sum(widths) + rest, max(heights)) if across else (max(widths), sum(heights) + rest)
+    stack, place = Image.new("RGB", size, "white"), 0
+    for image in images:
+        stack.paste(image, (place, 0) if across else (0, place))
+        place += gap + (image.width if across else image.height)
+    return stack
 
 
-def add_caption(image, caption, width, font):
-    """The image, shrunk to fit into width x width pixels, with its caption below."""
-    image = image.copy()
-    image.thumbnail((width, width), Image.Resampling.LANCZOS)
-    lines, line_height = wrap_text(caption, font, width), round(1.3 * font.size)
-    tile = Image.new("RGB", (width, image.height + 2 + len(lines) * line_height), "white")
-    tile.paste(image)
+def load_font(width):
+    """Font for a sheet of this width."""
+    return ImageFont.load_default(max(12, width // 70))
+
+
+def draw_text(text, font, width):
+    """Black text on white, wrapped to a width in pixels."""
+    lines, height = wrap_text(text, font, width), round(1.3 * font.size)
+    tile = Image.new("RGB", (min(width, max(round(font.getlength(line)) + 1 for line in lines)), height * len(lines)),
+                     "white")
     for i, line in enumerate(lines):
-        ImageDraw.Draw(tile).text((0, image.height + 2 + i * line_height), line, "black", font)
+        ImageDraw.Draw(tile).text((0, i * height), line, "black", font)
     return tile
 
 
 def wrap_text(text, font, width):
-    """Lines of at most `width` pixels; a longer word is cut."""
+    """Lines of at most `width` pixels; the middle of a longer word is cut out."""
     lines = [""]
     for word in text.split():
-        while font.getlength(word) > width:
-            word = word[:-2] + "…"
-        if font.getlength(f"{lines[-1]} {word}".strip()) > width:
+        cut, kept = word, len(word)
+        while kept and font.getlength(cut) > width:
+            kept -= 1
+            cut = word[:(kept + 1) // 2] + "…" + word[len(word) - kept // 2:]
+        if font.getlength(f"{lines[-1]} {cut}".strip()) > width:
             lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
+        lines[-1] = f"{lines[-1]} {cut}".strip()
     return lines
+
+
+def draw_swatch(color, label, width):
+    """Entry of a legend: a square in a color, and what it stands for."""
+    font = load_font(width)
+    square = Image.new("RGB", [round(font.size)] * 2, tuple(color))
+    return stack_images([square, draw_text(label, font, width // 2)], GAP // 2, across=True)
+
+
+def draw_color_bar(low, high, width, scale=HEAT):
+    """Entry of a legend: a color scale between the meanings of its ends."""
+    font = load_font(width)
+    bar = colorize(np.linspace(0, 1, width // 5)[None], (width // 5, round(font.size)), scale=scale)
+    return stack_images([draw_text(low, font, width), bar, draw_text(high, font, width)], GAP // 2, across=True)
+
+
+def choose_columns(count, width):
+    """Four to six columns, fewer for fewer images: those that leave the fewest cells empty, and the fewest of those."""
+    most = max(1, min(6, count, width // 100))
+    return min(range(min(4, most), most + 1), key=lambda columns: -count % columns)
+
+
+def cell_side(width, columns):
+    """Width of a cell in a sheet of so many pixels and columns."""
+    return (width - GAP) // columns - GAP
+
+
+def resize_to_width(image, width):
+    """The image in this width, unless it would then be more than twice as high."""
+    scale = min(width / image.width, 2 * width / image.height)
+    return image.resize([max(1, round(edge * scale)) for edge in image.size], Image.Resampling.LANCZOS)
+
+
+def describe_model(origin, info, patch_size=1):
+    """"demo/teacher.safetensors (vit_small, patches of 16 x 16 pixels)", for titles.
+
+    Args:
+        origin, info: see `open_backbone`.
+    """
+    arch = info.get("arch") or info["backbone"].get("arch", "vision transformer")
+    name = "/".join(Path(origin["ckpt"]).resolve().parts[-2:]) + ", random weights" * bool(origin.get("untrained"))
+    return f"{name} ({arch}, patches of {patch_size} x {patch_size} pixels)" if patch_size > 1 else f"{name} ({arch})"
 
 
 # ---- attention ----
 
-def draw_attention_sheet(name, image, maps, masks, mass, width):
-    """Contact sheet of maps [heads, h, w]: image, mean of the heads, overlay of all; then map and mask of each head.
+def draw_attention_sheet(name, image, maps, masks, mass, width, model):
+    """Contact sheet of maps [heads, h, w]: image and overlay of all heads, mean of the heads, each head with its mask.
 
     Args:
         masks: bool [1 + heads, h, w], of the mean and of each head.
         mass: share of the attention that a mask keeps.
+        model: description, for the title.
     """
-    side, mean, (mean_mask, *masks) = cell_side(width, 6), maps.mean(axis=0), masks
-    image = resize_to_fit(image, side)
-    cells = [(image, name), (colorize(mean, image.size), f"mean, max {mean.max():.1%}"),
-             (highlight_mask(image, mean_mask), "mask of the mean"),
-             (colorize_heads(image, maps, np.stack(masks)), "masks of all heads"), None, None]
-    for i, (values, mask, color) in enumerate(zip(maps, masks, itertools.cycle(COLORS)), start=1):
-        framed = ImageOps.expand(colorize(values, [max(1, edge - 6) for edge in image.size]), 3, color)
-        cells += [(framed, f"head {i}, max {values.max():.1%}"), (highlight_mask(image, mask), f"mask of head {i}")]
-    return contact_sheet(cells, 6, side, legend=(
-        "Attention of the CLS token in the last block, per head and mean of all heads: black is 0, light yellow the "
-        f"maximum of the map. A mask keeps {mass:.0%} of the attention. Frame colors match the overlay of all masks."))
+    (heads, rows, columns), colors = maps.shape, itertools.cycle(COLORS)
+    kinds = [(f"mean of {heads} heads", maps.mean(axis=0), masks[0], "white")] * (heads > 1)
+    kinds += [(f"head {i}", *rest) for i, rest in enumerate(zip(maps, masks[1:], colors), start=1)]
+    across = choose_columns(1 + len(kinds), width)
+    image = resize_to_width(image, cell_side(width, across))
+    overlay, inside = colorize_heads(image, maps, masks[1:]), [max(1, edge - 2 * FRAME) for edge in image.size]
+    cells = [(stack_images([image, overlay], 2), f"{name}; below, the masks of all heads")]
+    for label, values, mask, color in kinds:
+        pair = ImageOps.expand(colorize(values, inside), FRAME, color), highlight_mask(image, mask)
+        text = f"{label}, max {values.max():.1%} of attention on one patch, {mass:.0%} on {mask.sum()}"
+        cells.append((stack_images(pair, 2), text))
+    legend = [f"Attention of the CLS token to each of {columns} x {rows} patches in the last block. Below each map its "
+              f"mask: the patches with the most attention that have {mass:.0%} of it. Spread evenly, a patch would get "
+              f"{1 / (rows * columns):.2%}.", draw_color_bar("0%", "maximum of the map", width), "Head:",
+              *(draw_swatch(color, str(i), width) for i, (*_, color) in enumerate(kinds[heads > 1:], start=1))]
+    return contact_sheet([(cells, across)], width, f"Attention of {model}", legend)
 
 
 # ---- features ----
 
-def draw_features(images, tokens, width, patch=None):
+def principal_components(x, n):
+    """Projections on the n directions of largest variance: [M, D] -> float64 [M, n].
+
+    The largest entry of each direction is positive, so that signs do not depend on the machine.
+    """
+    x = x.double() - x.double().mean(dim=0)
+    directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -n:].flip(1)  # [D, n]
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    return x @ (directions * largest.sign())
+
+
+def draw_features(images, tokens, width, model, patch=None):
     """Contact sheet of patch features: principal components as RGB, and cosine similarity to one patch.
 
     Args:
         images: (PIL image, name) each.
         tokens: patch features of each, [h, w, D].
+        model: description, for the title.
         patch: (row, column) in the first image, or None to leave similarities out.
     """
-    columns = 6 if len(images) > 1 else 3 if patch else 2
-    side, cells = cell_side(width, columns), []
-    legend = "PCA as RGB: first three principal components of the patch features of all images."
+    columns, cells = 3 if patch else 2 if len(images) % 2 else 4, []
     components = principal_components(torch.cat([x.flatten(0, 1) for x in tokens]), 3).numpy()
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     for (image, name), x in zip(images, tokens):
-        image = resize_to_fit(image, side)
+        image = resize_to_width(image, cell_side(width, columns))
         part, components = np.split(components, [x[..., 0].numel()])
         colors = components_to_rgb(part.reshape(*x.shape[:2], 3), image.size, low, high)
         cells += [(image, name), (colors, "PCA as RGB")]
         if patch:
             cosine = F.cosine_similarity(x, tokens[0][patch], dim=-1).numpy()
-            cells.append((colorize(cosine, image.size, -1.0, 1.0, SIGNED), "cosine similarity"))
+            cells.append((colorize(cosine, image.size, -1.0, 1.0, SIGNED), "cosine similarity to the marked patch"))
+    legend = ["PCA as RGB: first three principal components of the patch features of all images, as red, green and "
+              "blue. Similar colors are similar features."]
     if patch:
-        legend += " Cosine similarity to the patch in the yellow box: blue -1, white 0, red 1."
+        legend += ["Cosine similarity to the patch in the yellow box:", draw_color_bar("-1", "1", width, SIGNED)]
         (row, column), (h, w) = patch, tokens[0].shape[:2]
         for image, _ in (cells[0], cells[2]):
             a, b = image.width / w, image.height / h
             box = [column * a - 2, row * b - 2, (column + 1) * a + 1, (row + 1) * b + 1]
             ImageDraw.Draw(image).rectangle(box, outline="yellow", width=2)
-    return contact_sheet(cells, columns, side, legend)
+    return contact_sheet([(cells, columns)], width, f"Patch features of {model}", legend)
 
 
 # ---- crops ----
 
-def draw_crops(multicrop, image, key, width):
-    """Contact sheet of the crops of one image; the global crops fill their cells, the local ones are in proportion.
+def draw_crops(name, multicrop, image, key, width):
+    """Contact sheet of the crops of one image, and of the image with their boxes.
 
     Args:
         multicrop: see `augment.MultiCrop`.
         key: seed of the crops.
     """
-    views, side = multicrop.sample(*image.size, key), cell_side(width, 4)
-    boxes, scale, cells = resize_to_fit(image, side), side / views[0].size, []
+    views, font, tags = multicrop.sample(*image.size, key), load_font(width), []
+    across = choose_columns(len(views) - 2, width)
+    boxes = ImageOps.contain(image, [cell_side(width, 3)] * 2, Image.Resampling.LANCZOS)
+    draw, cells = ImageDraw.Draw(boxes), [(boxes, name)]
     for i, (view, x) in enumerate(zip(views, multicrop(image, key))):
+        color, label, columns = (GLOBAL, f"G{i + 1}", 3) if i < 2 else (LOCAL, f"L{i - 1}", across)
+        side = cell_side(width, columns)
         pixels = (x * multicrop.std + multicrop.mean).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-        resampling = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
-        crop = Image.fromarray(pixels).resize([max(1, round(view.size * scale))] * 2, resampling)
-        kind = f"global {i + 1}" if i < 2 else f"local {i - 1}"
-        cells.append((crop, f"{kind}: {', '.join(describe_view(view, image))}"))
-        box = [edge * boxes.width / image.width for edge in view.box]
-        ImageDraw.Draw(boxes).rectangle(box, outline=COLORS[i < 2], width=2)
-    return contact_sheet([(boxes, "boxes: global blue, local orange"), *cells[:2], None, *cells[2:]], 4, side, legend=(
-        "Percent: area of the box relative to the image. Jitter: color jitter. Blur: sigma in pixels of the crop."))
+        resampling = Image.Resampling.NEAREST if side > 2 * view.size else Image.Resampling.LANCZOS
+        crop = Image.fromarray(pixels).resize([max(1, side - 2 * FRAME)] * 2, resampling)
+        cells.append((ImageOps.expand(crop, FRAME, color), f"{label}: {', '.join(describe_view(view, image))}"))
+        left, top, right, bottom = box = [edge * boxes.width / image.width for edge in view.box]
+        draw.rectangle(box, outline=color, width=3 if i < 2 else 2)
+        w, h = font.getlength(label) + 4, 1.2 * font.size
+        corners = [(x, y) for y in (top, bottom - h) for x in (left, right - w)]
+        free = (place for place in corners if not any(np.all(np.abs(np.subtract(place, other)) < (w, h))
+                                                      for other, *_ in tags))
+        tags.append((next(free, corners[0]), w, h, label, color))
+    for (x, y), w, h, label, color in tags:  # above all boxes
+        draw.rectangle((x, y, x + w, y + h), fill=color)
+        draw.text((x + 2, y), label, "white" if color == GLOBAL else "black", font)
+    legend = [draw_swatch(color, f"{kind} crops, {view.size} x {view.size} pixels", width)
+              for color, kind, view in ((GLOBAL, "global", views[0]), (LOCAL, "local", views[-1]))[:len(views) - 1]]
+    legend.append("Percent: share of the image. Jitter: brightness, contrast, saturation, hue. Blur: sigma in pixels.")
+    return contact_sheet([(cells[:3], 3), (cells[3:], across)], width, "Crops, and their boxes in the image", legend)
 
 
 def describe_view(view, image):
@@ -159,3 +253,20 @@ def describe_view(view, image):
     used = {"flip": view.flip, "jitter": view.jitter, "gray": view.grayscale, f"blur {view.blur:.1f}": view.blur,
             "solarize": view.solarize}
     return [f"{area:.0%}", *(name for name, value in used.items() if value)]
+
+
+# ---- nearest images ----
+
+def draw_nearest(files, captions, read, width, model):
+    """Contact sheet of a query and its nearest images, their central squares.
+
+    Args:
+        files: the query first, as `read` takes them: file -> PIL image.
+        model: description, for the title.
+    """
+    across = choose_columns(len(files), width)
+    side = cell_side(width, across)
+    squares = [ImageOps.fit(read(file), [side] * 2) for file in files]
+    squares[0] = ImageOps.expand(ImageOps.crop(squares[0], FRAME), FRAME, GLOBAL)
+    return contact_sheet([([*zip(squares, captions)], across)], width, f"Nearest images by features of {model}",
+                         ["Cosine similarity of CLS features; 1 is equal. Central square of each image."])

@@ -18,6 +18,7 @@ import infer
 from common.weights import CheckpointError, save_model
 from data.images import DECODERS, to_rgb
 from data.loaders import center_crop_view
+from plotting.draw import colorize
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -429,8 +430,9 @@ def test_inference_needs_infer_py_alone(saved, tmp_path, scene, script, flags):
     assert result.returncode == 0, result.stderr
     assert "dog.png: features [64]\n  attention [" in result.stdout
     sheet = Image.open(place / "dog.png.attention.png")
-    side = (96, 56) if "size" in flags else (32, 32)
-    assert sheet.size == (side[0] * (2 if "mean" in flags else 3), side[1])
+    side = (240, 140) if "size" in flags else (240, 240)  # 12 x 7 or 4 x 4 patches, enlarged
+    rows = 1 if "mean" in flags else 2  # image and map, or image and two maps in two columns
+    assert sheet.size == (2 * (side[0] + 8) - 8, rows * (side[1] + 24))
     session, values = infer.open_model(str(file))
     image = infer.prepare(Image.open(place / "dog.png"), values)
     features, attention = infer.infer(session, values, image)
@@ -442,9 +444,13 @@ def test_inference_needs_infer_py_alone(saved, tmp_path, scene, script, flags):
     assert torch.cosine_similarity(torch.from_numpy(features.astype("float32")), expected[0], dim=0) > 0.9999
     maps = maps[0].unflatten(1, [side // 8 for side in image.size[::-1]])
     np.testing.assert_allclose(attention, maps.mean(0) if "mean" in flags else maps, atol=2e-3)
-    drawn = np.asarray(sheet.convert("L"))[:, side[0]:2 * side[0]].astype(float)  # the first map, white at its maximum
     first = (maps.mean(0) if "mean" in flags else maps[0]).numpy()
-    assert drawn.max() == 255 and np.corrcoef(drawn[4::8, 4::8].ravel(), first.ravel())[0, 1] > 0.999
+    left, patch = side[0] + 8, side[1] // len(first)
+    drawn = np.asarray(sheet, int)[patch // 2:side[1]:patch, left + patch // 2:left + side[0]:patch]
+    expected = np.asarray(colorize(first, first.shape[::-1]), int)  # the colors of the sheets of visualize.py
+    assert drawn.shape == expected.shape and np.abs(drawn - expected).max() <= (4 if "fp16" in flags else 1)
+    below = np.asarray(sheet.convert("L"))[side[1]:side[1] + 24]  # captions: image, and head 1 with its maximum
+    assert below[:, :100].min() < 100 and below[:, left:left + 120].min() < 100 and below[:, left + 180:].min() == 255
 
 
 @pytest.mark.parametrize("argv, words", [

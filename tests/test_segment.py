@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
 import segment
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from data.shapes import Shapes
+from plotting.draw import COLORS
 from tests.evaluation.test_label_propagation import by_definition
 from tests.evaluation.test_masks import f_by_definition
 from vit import VisionTransformer
@@ -74,7 +75,9 @@ def jaccard_of_attention(network, image, truths, size, mass, void=False):
     return np.array(result)
 
 
-def test_masks_of_shapes_equal_the_definition(model, capsys):
+def test_masks_of_shapes_equal_the_definition(model, capsys, monkeypatch):
+    grids, draw = [], segment.sheet.contact_sheet
+    monkeypatch.setattr(segment.sheet, "contact_sheet", lambda new, *args: grids.append(new) or draw(new, *args))
     network, path = model
     run("masks", "--ckpt", path, "--data_path", "shapes:32", "--num_images", 5, "--image_size", 64, "--mass", 0.5)
     result = json.loads(next(path.parent.glob("teacher.masks.*.json")).read_text())
@@ -91,6 +94,17 @@ def test_masks_of_shapes_equal_the_definition(model, capsys):
         assert found["mean_of_heads"] == pytest.approx(100 * np.mean([t[4] for t in tables]))
         assert found["heads"] == pytest.approx(100 * np.mean([t[:4] for t in tables], axis=0))
     assert result["jaccard"]["trained"] != result["jaccard"]["untrained"]
+    cells, columns = grids[0][0]
+    assert len(cells) == columns == 5 and path.with_suffix(".masks.png").exists()
+    for i, (drawn, caption) in zip(range(0, 2000, 400), cells):
+        image, mask = Shapes("test", 2000, 32).render(i)
+        scores = jaccard_of_attention(network, image, [mask.numpy()], 64, 0.5)[:4, 0]
+        assert caption == f"head {scores.argmax() + 1}, Jaccard index {100 * scores.max():.1f}%"
+        pixels, side = np.asarray(drawn), drawn.width
+        middle = mask.numpy()[np.ix_(*[((np.arange(side) + 0.5) * 32 / side).astype(int)] * 2)]
+        white = (pixels == 255).all(axis=-1)  # the outline lies in the object
+        assert white.any() and not (white & ~middle).any()
+        assert (pixels == COLORS[0]).all(axis=-1).any()
     best, out = result["jaccard"]["trained"]["best_head"], capsys.readouterr().out
     assert f"\ntrained    best head {best:.1f}  " in out and "shorter side 64\n" in out
 
@@ -287,6 +301,24 @@ def test_video_without_ground_truth(model, davis, capsys):
     assert "pair: no ground truth between the first and the last frame" in out
     assert "1 sequences with 0 objects" in out
     assert len(list((davis / "out" / "pair").iterdir())) == 6 and not (davis / "out" / "single").exists()
+
+
+def test_overlays_show_the_objects(model, davis):
+    run("video", "--ckpt", model[1], "--data_path", davis, "--image_size", 64, "--sequences", "pair")
+    output = model[1].with_suffix(".video")
+    assert [path.name for path in sorted((output / "pair.overlay").iterdir())] == [f"{t:05}.jpg" for t in range(6)]
+    for t in range(6):
+        frame = np.asarray(Image.open(davis / "JPEGImages" / "480p" / "pair" / f"{t:05}.jpg"), float)
+        mask = np.asarray(Image.open(output / "pair" / f"{t:05}.png"))
+        drawn = np.asarray(Image.open(output / "pair.overlay" / f"{t:05}.jpg"), float)
+        expected = frame.copy()
+        for index in (1, 2, 3):
+            expected[mask == index] = 0.6 * frame[mask == index] + 0.4 * np.array(COLORS[index - 1])
+        inside = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(9))) == np.asarray(
+            Image.fromarray(mask).filter(ImageFilter.MaxFilter(9)))  # away from outlines
+        assert inside.any() and np.abs(drawn - expected)[inside].mean() < 12  # of a JPEG of noise
+        change = np.abs(drawn - frame).mean(axis=-1)
+        assert change[inside & (mask == 0)].mean() < 12 < change[inside & (mask > 0)].mean()
 
 
 def test_precision_of_patch_features(model):

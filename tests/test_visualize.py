@@ -69,12 +69,34 @@ def test_maps_equal_the_cls_row_of_the_attention_matrix(model, photos, capsys):
             drawn = Image.open(output / f"{name}.head{head + 1}.png")
             assert drawn.size == image.size and np.array_equal(drawn, colorize(expected[head], image.size))
     assert "a.png: 4 heads of 6 x 9 patches" in capsys.readouterr().out
-    sheet = Image.open(output / "a.png.png")
-    side = (640 - GAP) // 6 - GAP
-    assert sheet.width == 6 * (side + GAP) + GAP
-    corner = sheet.getpixel((GAP + side + GAP + 1, GAP + 1))  # of the mean's map
-    expected = np.load(output / "a.png.npy").mean(axis=0)
-    assert corner == colorize(expected, (9, 6)).getpixel((0, 0))
+    page = np.asarray(Image.open(output / "a.png.png"))
+    side = (640 - GAP) // 6 - GAP  # 640 pixels: image, mean and four heads
+    assert page.shape[1] == 640
+    expected = np.asarray(colorize(np.load(output / "a.png.npy")[3], (side - 6, round(side * 40 / 60) - 6)))
+    left = GAP + 5 * (side + GAP)
+    top = next(y for y in range(20, 120) if (page[y, left:left + side] == COLORS[3]).all())  # the frame of head 4
+    assert np.array_equal(page[top + 3:top + 3 + len(expected), left + 3:left + side - 3], expected)
+    assert (page[GAP:GAP + 16, GAP:300] < 100).any()  # the title
+
+
+def test_few_patches_of_a_photo_are_noted_once(model, photos, tmp_path, capsys):
+    for name in ("large.png", "larger.png"):
+        Image.new("RGB", (500, 400)).save(tmp_path / name)
+    files = photos / "a.png", tmp_path / "large.png", tmp_path / "larger.png"
+    line = "NOTE: the model sees 11 x 9 patches of large.png; set --image_size 240 for a finer map"
+    for task in ("attention", "features"):
+        run(task, *files, "--ckpt", model[1])
+        assert [text for text in capsys.readouterr().out.splitlines() if "NOTE" in text] == [line]
+        run(task, *files, "--ckpt", model[1], "--image_size", 240)
+        assert "NOTE" not in capsys.readouterr().out
+    export.main(export.parse_args(["--ckpt", str(model[1])]))
+    capsys.readouterr()
+    run("attention", files[1], "--ckpt", model[1].with_suffix(".onnx"))
+    assert "sees 4 x 4 patches of large.png; export with --image_size 240 for" in capsys.readouterr().out
+    (tmp_path / "frames").mkdir()
+    Image.new("RGB", (500, 400)).save(tmp_path / "frames" / "0.png")
+    run("video", tmp_path / "frames", tmp_path / "out", "--ckpt", model[1])
+    assert line.replace("large.png", "each frame") in capsys.readouterr().out
 
 
 def test_default_size_is_in_proportion_to_the_trained_size(model, photos):
@@ -83,9 +105,9 @@ def test_default_size_is_in_proportion_to_the_trained_size(model, photos):
         run("attention", photos / "a.png", "--ckpt", file, "--raw", "--output_dir", photos / "out")
         assert np.load(photos / "out" / "a.png.npy").shape == (4, 9, 14)  # 480 / 224 of 32 pixels in patches of 8
     run("features", photos / "a.png", "--ckpt", model[1])
-    sheet = np.asarray(Image.open(model[1].with_suffix(".features.png")))
+    page = np.asarray(Image.open(model[1].with_suffix(".features.png")))
     side = (1000 - GAP) // 2 - GAP
-    row = sheet[GAP + 5, 2 * GAP + side:2 * GAP + 2 * side]
+    row = page[GAP + 60, 2 * GAP + side:2 * GAP + 2 * side]
     assert 10 < len(np.unique(row, axis=0)) <= 14  # patches in a row
 
 
@@ -185,9 +207,9 @@ def cells(monkeypatch):
     """The cells of the last contact sheet."""
     cells = []
 
-    def record_cells(new, *args, **kwargs):
-        cells[:] = new
-        return contact_sheet(new, *args, **kwargs)
+    def record_cells(grids, *args, **kwargs):
+        cells[:] = [cell for grid, _ in grids for cell in grid]
+        return contact_sheet(grids, *args, **kwargs)
     contact_sheet = sheet.contact_sheet
     monkeypatch.setattr(sheet, "contact_sheet", record_cells)
     return cells
@@ -220,12 +242,12 @@ def test_the_color_scale_of_a_video_falls_slowly(model, tmp_path, monkeypatch):
     for i in range(3):
         Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "in" / f"{i}.png")
     bright = iter([0.8, 0.2, 0.77])
-    frame, drawn = Image.new("RGB", (16, 16), (0, 0, 0)), []
+    frame, drawn, origin = Image.new("RGB", (16, 16), (0, 0, 0)), [], dict(patch_size=8)
 
     def extract_attention(image):
         value = next(bright)
         return frame, np.array([[[0.0, 9.0]], [[0.0, value]]], np.float32)
-    monkeypatch.setattr(attention, "open_attention", lambda args: (extract_attention, {}))
+    monkeypatch.setattr(attention, "open_attention", lambda args: (extract_attention, origin))
     for layout in ("side", "overlay"):
         bright = iter([0.8, 0.2, 0.77])
         run("video", tmp_path / "in", tmp_path / layout, "--head", 2, "--layout", layout)
@@ -302,6 +324,8 @@ def test_errors_of_videos(model, tmp_path, exit_message, monkeypatch):
 def test_components_are_those_of_all_images(model, photos, capsys):
     network, path = model
     run("features", photos, "--ckpt", path, "--image_size", 48, "--point", 39, 26, "--width", 1204)
+    out = capsys.readouterr().out
+    assert "2 images -> " in out and "NOTE" not in out  # the images have no more pixels
     tokens = []
     for name, width in (("a.png", 72), ("below/b.png", 48)):
         with torch.no_grad():
@@ -313,26 +337,27 @@ def test_components_are_those_of_all_images(model, photos, capsys):
     components = pca.transform(flat) * signs
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     expected = (255 * ((components - low) / (high - low)).clip(0, 1)).round()
-    sheet, side = np.asarray(Image.open(path.with_suffix(".features.png")), int), (1204 - GAP) // 6 - GAP
+    page, side = np.asarray(Image.open(path.with_suffix(".features.png")), int), (1204 - GAP) // 3 - GAP
+    tops = [y for y in range(1, len(page)) if (page[y, GAP:GAP + side] < 255).any(axis=-1).all()
+            and not (page[y - 1, GAP:GAP + side] < 255).any(axis=-1).all()]  # of the images, which fill their width
+    assert len(tops) == 2
     anchor = F.normalize(tokens[0][3, 5], dim=0)  # 26 of 40 rows, 39 of 60 columns
     left = GAP
-    for x, (w, h), part in zip(tokens, ((side, side * 40 // 60), (side, side)), np.split(expected, [54])):
+    for x, top, h, part in zip(tokens, tops, (round(side * 40 / 60), side), np.split(expected, [54])):
         for row, column in np.ndindex(*x.shape[:2]):
-            y, place = int((row + 0.5) * h / x.shape[0]), int((column + 0.5) * w / x.shape[1])
-            found = sheet[GAP + y, left + side + GAP + place]
+            y, place = top + int((row + 0.5) * h / x.shape[0]), int((column + 0.5) * side / x.shape[1])
+            found = page[y, left + side + GAP + place]
             assert np.abs(found - part[row * x.shape[1] + column]).max() <= 1
-            if left == GAP and (row, column) == (3, 5):
+            if top == tops[0] and (row, column) == (3, 5):
                 continue  # partly below the box
             cosine = (F.normalize(x[row, column], dim=0) @ anchor).item()
             color = colorize(np.array([[cosine]]), (1, 1), -1, 1, SIGNED).getpixel((0, 0))
-            assert np.abs(sheet[GAP + y, left + 2 * (side + GAP) + place] - color).max() <= 3
-        left += 3 * (side + GAP)
+            assert np.abs(page[y, left + 2 * (side + GAP) + place] - color).max() <= 3
     for left in (GAP, GAP + 2 * (side + GAP)):  # row 3 of 6 and column 5 of 9 are framed
-        marked = (sheet[GAP:GAP + side * 40 // 60, left:left + side] == (255, 255, 0)).all(axis=-1)
+        marked = (page[tops[0]:tops[1], left:left + side] == (255, 255, 0)).all(axis=-1)
         found = [extent for axis in (1, 0) for extent in np.flatnonzero(marked.any(axis=axis))[[0, -1]]]
         w, h = side / 9, side * 40 / 60 / 6
         assert np.abs(np.array(found) - (3 * h, 4 * h, 5 * w, 6 * w)).max() < 4
-    assert "2 images -> " in capsys.readouterr().out
 
 
 def test_errors_of_features(model, photos, exit_message):
@@ -367,10 +392,15 @@ def test_embedding_of_a_folder(model, tmp_path, exit_message, monkeypatch):
     flags = "embedding", "--ckpt", path, "--num_workers", 0
     line = exit_message(run, *flags, "--data_path", tmp_path / "set")
     assert "1 skipped, the first: " in line and "99.png" in line
-    assert drawn["names"] == ["cat", "dog"] and drawn["title"] == "t-SNE of 24 images"
+    title = "t-SNE of 24 images, features of one/teacher.safetensors (vision transformer, patches of 8 x 8 pixels)"
+    assert drawn["names"] == ["cat", "dog"] and drawn["title"] == title
     assert drawn["labels"].tolist() == [0] * 12 + [1] * 12 and len(drawn["points"]) == 24
     assert Image.open(path.parent / "teacher.embedding.png").width >= 1000
-    assert Image.open(path.parent / "teacher.embedding.thumbnails.png").size == (1400, 1200)
+    assert Image.open(path.parent / "teacher.embedding.thumbnails.png").width == 1200 + 2 * GAP
+    run(*flags, "--data_path", tmp_path / "set" / "dog")  # no classes
+    assert drawn["names"] == [f"cluster {i}" for i in range(1, 9)]
+    assert drawn["title"].endswith("k-means clusters of the features")
+    assert drawn["labels"].bincount().tolist() == sorted(drawn["labels"].bincount().tolist(), reverse=True)
     run(*flags, "--data_path", "shapes", "--num_images", 40)
     assert drawn["names"] == list(Shapes.classes) and len(set(drawn["labels"].tolist())) == 8
     red, cyan = (dots.get_facecolor()[0][:3] for dots in (drawn["figure"].axes[0].collections[i] for i in (1, 5)))
@@ -380,7 +410,7 @@ def test_embedding_of_a_folder(model, tmp_path, exit_message, monkeypatch):
 def test_thumbnails_are_the_images_of_their_points(model, tmp_path, monkeypatch):
     opened = {}
 
-    def record_images(points, labels, names, colors, load_image):
+    def record_images(points, labels, names, colors, load_image, title):
         opened.update({i: (load_image(i), labels[i].item()) for i in range(len(points))})
         return Image.new("RGB", (1, 1))
     monkeypatch.setattr(embedding, "plot_thumbnails", record_images)
@@ -399,7 +429,7 @@ def test_runs(tmp_path, exit_message, capsys):
                    for step in range(3)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run("run", tmp_path / "one")
-    assert Image.open(tmp_path / "one" / "curves.png").width == 1560
+    assert Image.open(tmp_path / "one" / "curves.png").width == 1548
     (tmp_path / "two" / "log.jsonl").rename(tmp_path / "two.jsonl")
     run("run", tmp_path / "one", tmp_path / "two.jsonl", "--output", tmp_path / "both.svg", "--against", "seconds",
         "--knn", "50")
@@ -417,23 +447,25 @@ def test_crops_equal_those_of_training(photos, tmp_path, capsys, cells):
     flags.write_text("--lr 0.1\n--data_path somewhere\n--global_crops_size 48  # small\n--local_crops_size 16\n"
                      "--local_crops_number 3\n--local_crops_scale 0.1 0.2\n--views device\n--blur 0 0 1\n")
     run("crops", photos / "a.png", "--flags", flags, "--seed", 5, "--output_dir", tmp_path, "--width", 808)
-    side = 800 // 4 - GAP
+    side = 800 // 3 - GAP  # of all: two global crops beside the image, three local ones below
     multicrop = MultiCrop(48, (0.4, 1), 16, (0.1, 0.2), 3, blur=(0, 0, 1))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     crops = [cell[0] for cell in cells[1:] if cell]
     assert Image.open(tmp_path / "a.png.crops.png").width == 808 and len(crops) == 5
     for crop, view in zip(crops, multicrop(Image.open(photos / "a.png"), (5, "a.png"))):
         pixels = (255 * (view * std + mean)).round().byte()
-        assert crop.width == view.shape[2] * side / 48
-        for y, x in ((2, 3), (10, 12)):  # each pixel is four of the sheet
-            assert np.abs(np.array(crop.getpixel((4 * x + 2, 4 * y + 2))) - pixels[:, y, x].numpy()).max() <= 1
+        assert crop.width == side
+        scale = (side - 6) / view.shape[2]  # within a frame of three pixels
+        for y, x in ((2, 3), (10, 12)):
+            place = int(3 + (x + 0.5) * scale), int(3 + (y + 0.5) * scale)
+            assert np.abs(np.array(crop.getpixel(place)) - pixels[:, y, x].numpy()).max() <= 1
     assert "5 crops -> " in capsys.readouterr().out
     boxes = np.asarray(cells[0][0], int)
-    for view, color in zip(multicrop.sample(60, 40, (5, "a.png")), [COLORS[1]] * 2 + [COLORS[0]] * 3):
+    for view, color in zip(multicrop.sample(60, 40, (5, "a.png")), [COLORS[4]] * 2 + [COLORS[0]] * 3):
         x, y = (round(view.box[i] * side / 60) for i in (0, 1))
         near = boxes[max(0, y - 1):y + 3, max(0, x - 1):x + 3].reshape(-1, 3)
         assert (near == color).all(axis=1).any() or (near == COLORS[0]).all(axis=1).any()  # unless it is drawn over
-    left = np.flatnonzero((boxes == COLORS[1]).all(axis=-1).any(axis=0))[0]
+    left = np.flatnonzero((boxes == COLORS[4]).all(axis=-1).any(axis=0))[0]
     assert abs(left - min(view.box[0] for view in multicrop.sample(60, 40, (5, "a.png"))[:2]) * side / 60) <= 2
 
 
@@ -441,8 +473,8 @@ def test_crops_of_the_paper(tmp_path, monkeypatch, exit_message, cells):
     monkeypatch.chdir(tmp_path)
     run("crops", "shapes:64")
     assert Image.open("shapes_64_0.crops.png").width == 1000 and len(list(tmp_path.iterdir())) == 4
-    assert [cell and cell[1].partition(":")[0] for cell in cells] == [
-        "boxes", "global 1", "global 2", None, *(f"local {i}" for i in range(1, 9))]
+    assert [caption.partition(":")[0] for _, caption in cells] == [
+        "shapes_64_3", "G1", "G2", *(f"L{i}" for i in range(1, 9))]
     assert "not a file" in exit_message(run, "crops", "gone.png")
     for text in ("--global_crops_scale 0.9 0.1", "--color_jitter 0 0 0 0.9", "--data_path 'unclosed", "--blur 0 0"):
         (tmp_path / "flags.txt").write_text(text)

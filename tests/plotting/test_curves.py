@@ -66,17 +66,37 @@ def test_every_panel_is_drawn(log):
     assert all(curves.values()) and [axes.get_ylabel() for axes in panels.values()] == [unit for _, unit in PANELS]
 
 
-def test_text_is_readable_and_legends_cover_no_curve(log):
-    figure = plot_curves({"one": read_log(log)})
-    figure.draw_without_rendering()
-    for axes in figure.axes:
-        texts = [axes.title, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
-        legend = axes.get_legend()
-        texts += legend.get_texts() if legend else []
-        assert min(text.get_fontsize() for text in texts) >= 9
-        bottom = legend.get_window_extent().y0 if legend else axes.bbox.y1
-        assert all(axes.transData.transform((0, max(line.get_ydata())))[1] < bottom
-                   for line in axes.lines if len(line.get_ydata()))
+def test_text_is_readable_and_overlaps_nothing(tmp_path, log):
+    huge = write(tmp_path / "huge", [record(step) for step in (1, 12_345_678, 123_456_789)])
+    for runs in ({"one": log}, {"one": log, "huge": huge}):
+        figure = plot_curves({name: read_log(path) for name, path in runs.items()}, "images")
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            legend = axes.get_legend()
+            texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels(),
+                     *(legend.get_texts() if legend else [])]
+            assert min(text.get_fontsize() for text in texts) >= 9
+            (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+            ticks = [tick.label1 for axis, start, end in ((axes.xaxis, left, right), (axes.yaxis, low, high))
+                     for tick in axis.get_major_ticks() if start <= tick.get_loc() <= end]
+            boxes = [text.get_window_extent() for text in (axes.title, axes.xaxis.label, *ticks)]
+            assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+            if legend:  # above the panel, so over no curve
+                assert legend.get_window_extent().y0 >= axes.bbox.y1
+                assert legend.get_window_extent().y1 <= axes.title.get_window_extent().y0 + 2
+        bottom = min(axes.get_tightbbox().y0 for axes in figure.axes)
+        assert figure.legends[0].get_window_extent().y1 < bottom
+        ranges = {axes.get_xlim() for axes in figure.axes}
+        assert len(ranges) == 1 and ranges.pop()[0] == 0
+
+
+def test_panels_of_what_was_not_logged_are_left_out(tmp_path):
+    few = ("epoch", "step", "loss", "ln_k", "images_per_sec", "data_time", "step_time", "lr")
+    for keys, titles in ((few, ["loss", "learning rate", "throughput", "waiting for data"]),
+                         (few[:-1], ["loss", "throughput", "waiting for data"])):
+        folder = tmp_path / str(len(keys))
+        log = write(folder, [{key: value for key, value in record(step).items() if key in keys} for step in (1, 3)])
+        assert list(panels_of(plot_curves({"a": read_log(log)}))) == titles
 
 
 def test_each_run_has_a_color(tmp_path, log):
@@ -160,8 +180,25 @@ def test_seeds_share_a_color_and_a_name(tmp_path):
     runs = {f"runs/{name}": read_log(write(tmp_path / name, [record(0), record(2)])) for name in ("a-0", "b", "a-1")}
     figure = plot_curves(runs)
     losses = [line for line in figure.axes[0].lines if list(line.get_ydata()) == [6.0, 5.8]]
-    assert [line.get_color() for line in losses] == ["C0", "C0", "C1"]
-    assert legend_of(figure) == ["a (2 seeds)", "b"]
+    assert [line.get_color() for line in losses] == ["C0", "C1"]
+    assert legend_of(figure) == ["a (mean and standard deviation of 2 seeds)", "b"]
+
+
+def test_seeds_are_drawn_as_mean_and_band(tmp_path):
+    """Losses 1, 2, 6: mean 3, standard deviation sqrt(7); the last step is of one seed alone."""
+    runs = {}
+    for seed, loss in enumerate((1.0, 2.0, 6.0)):
+        records = [record(0, loss=loss), record(4, loss=2 * loss)] + [record(8, loss=9.0)] * (seed == 1)
+        runs[f"a_{seed}"] = read_log(write(tmp_path / str(seed), records))
+    axes = plot_curves(runs).axes[0]
+    line = axes.lines[0]
+    assert list(line.get_xdata()) == [1, 5, 9] and list(line.get_ydata()) == pytest.approx([3, 6, 9])
+    (band,) = axes.collections
+    corners = {(round(x), round(y, 6)) for x, y in band.get_paths()[0].vertices}
+    s = 7 ** 0.5
+    assert corners == {(1, round(3 - s, 6)), (1, round(3 + s, 6)), (5, round(6 - 2 * s, 6)), (5, round(6 + 2 * s, 6)),
+                       (9, 9.0)}
+    assert band.get_facecolor()[0][3] == pytest.approx(0.2) and line.get_color() == "C0"
 
 
 def test_mean_and_spread_of_seeds(tmp_path):

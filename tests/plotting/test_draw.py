@@ -13,6 +13,7 @@ from plotting.draw import (
     components_to_rgb,
     draw_overlay,
     highlight_mask,
+    overlay_mask,
 )
 
 
@@ -95,6 +96,20 @@ def test_components_as_rgb():
     components = np.array([[[0.0, -1.0, 2.0], [1.0, 3.0, 4.0]]])
     image = components_to_rgb(components, (2, 1), np.array([0.0, -1.0, 3.0]), np.array([2.0, 1.0, 4.0]))
     assert image.getpixel((0, 0)) == (0, 0, 0) and image.getpixel((1, 0)) == (128, 255, 255)
+
+
+def test_an_overlay_is_tinted_and_outlined():
+    image = Image.new("RGB", (60, 40), (200, 100, 50))
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 1:4] = True  # x from 10 to 40, y from 10 to 30
+    drawn = np.asarray(overlay_mask(image, mask, (0, 0, 200))).astype(int)
+    outside = np.ones((40, 60), bool)
+    outside[10:30, 10:40] = False
+    assert (drawn[outside] == (200, 100, 50)).all()
+    for y, x in ((10, 25), (29, 25), (20, 10), (20, 39), (11, 11)):  # two pixels wide
+        assert tuple(drawn[y, x]) == (0, 0, 200)
+    assert (np.abs(drawn[12:28, 12:38] - (0.6 * 200, 0.6 * 100, 0.6 * 50 + 0.4 * 200)) <= 1).all()
+    assert tuple(np.asarray(overlay_mask(image, mask, (0, 0, 200), opacity=0))[20, 25]) == (200, 100, 50)
 
 
 def test_the_overlay_shows_the_gray_frame_without_attention():

@@ -5,7 +5,9 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from plotting.embedding import class_colors, embed_2d, plot_scatter, plot_thumbnails, principal_components
+from plotting import embedding
+from plotting.embedding import class_colors, cluster_features, embed_2d, plot_scatter, plot_thumbnails
+from plotting.sheet import contact_sheet, principal_components
 
 
 def clusters(count=30):
@@ -41,22 +43,42 @@ def test_pca_without_scikit_learn_or_for_few_images(monkeypatch):
 def test_every_point_is_drawn_in_its_color():
     points, labels = clusters()[:, :2].double(), torch.arange(90) // 30 - 1  # a third has no label
     figure = plot_scatter(points, labels, ["cat", "dog"], [(255, 0, 0), (0, 0, 255)], "t-SNE of 90 images")
+    assert figure.axes[0].get_title() == "t-SNE of 90 images"
     dots = figure.axes[0].collections
     assert [len(dot.get_offsets()) for dot in dots] == [30, 30, 30]
     np.testing.assert_allclose(dots[2].get_offsets(), points[60:])
     assert dots[1].get_facecolor()[0].tolist() == [1, 0, 0, 1] and dots[2].get_facecolor()[0].tolist() == [0, 0, 1, 1]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cat", "dog", "no label"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cat (30)", "dog (30)", "no label (30)"]
     handles = [dot.get_facecolor()[0].tolist() for dot in figure.legends[0].legend_handles]
     assert handles[:2] == [[1, 0, 0, 1], [0, 0, 1, 1]] and handles[2][0] == handles[2][1] == handles[2][2]
 
 
-def test_names_are_escaped_and_long_legends_left_out(tmp_path):
+def test_names_are_escaped_and_long_legends_shortened(tmp_path):
     names = ["_misc", "$x_$y^", "a\udcff"]
     figure = plot_scatter(torch.zeros(3, 2), torch.arange(3), names, class_colors(3), "title")
     figure.savefig(tmp_path / "map.png")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_misc", r"\$x_\$y^", "a?"]
-    many = plot_scatter(torch.zeros(41, 2), torch.arange(41), list(map(str, range(41))), class_colors(41), "title")
-    assert not many.legends and many.axes[0].get_aspect() == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_misc (1)", r"\$x_\$y^ (1)", "a? (1)"]
+    labels = torch.cat([torch.arange(50), torch.arange(10, 50)])  # ten classes with one image, forty with two
+    names = [f"{'a class of a long name ' * 3}{i}" for i in range(50)]
+    many = plot_scatter(torch.zeros(90, 2), labels, names, class_colors(50), "title " * 40)
+    many.draw_without_rendering()
+    legend, axes = many.legends[0], many.axes[0]
+    assert len(legend.get_texts()) == 30 and legend.get_title().get_text() == "20 smaller classes left out"
+    assert all(text.get_text().endswith(" (2)") for text in legend.get_texts())
+    box, page = legend.get_window_extent(), many.bbox
+    assert page.x0 <= axes.bbox.x1 < box.x0 < box.x1 <= page.x1 and page.y0 <= box.y0 < box.y1 <= page.y1
+    assert axes.bbox.width > 0.5 * page.width and axes.get_aspect() == 1
+    assert not axes.title.get_window_extent().overlaps(box)
+
+
+def test_unlabeled_images_are_colored_by_cluster(monkeypatch):
+    centers = torch.eye(8, 16).repeat_interleave(torch.arange(3, 11), dim=0)  # 3 to 10 images around eight directions
+    features = 5 * centers + 0.1 * torch.randn(centers.shape, generator=torch.Generator().manual_seed(0))
+    found, truth = cluster_features(features), torch.arange(8).repeat_interleave(torch.arange(3, 11))
+    assert found.tolist() == (7 - truth).tolist()  # the largest first
+    assert (cluster_features(features[:5]) == -1).all()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (cluster_features(features) == -1).all()
 
 
 def test_t_sne_uses_cosine_distance(monkeypatch):
@@ -79,18 +101,26 @@ def test_class_colors_differ():
         assert len(set(found)) == len(found) == count
 
 
-def test_thumbnails_are_at_their_points():
+def test_thumbnails_are_at_their_points(monkeypatch):
     points = torch.tensor([[0.0, 0.0], [10.0, 0.0], [10.0, 5.0], [9.9, 4.9]]).double()
     colors = [(255, 0, 0), (0, 255, 0)]
+    recorded = {}
+
+    def record_sheet(grids, width, title, legend):
+        recorded.update(cell=grids[0][0][0], title=title, legend=legend)
+        return contact_sheet(grids, width, title, legend)
+    monkeypatch.setattr(embedding, "contact_sheet", record_sheet)
     sheet = plot_thumbnails(points, torch.tensor([0, 1, -1, 0]), ["cat", "dog"], colors,
-                            lambda i: Image.new("RGB", (30, 60), (0, 0, 60 * i + 20)), side=200, cell=20)
-    pixels = np.asarray(sheet)
-    assert sheet.size == (400, 200)
-    for i, color in enumerate([*colors, (120, 120, 120)]):  # the legend: cat, dog, no label
-        assert tuple(pixels[20 + 28 * i, 220]) == color and (pixels[8 + 28 * i:36 + 28 * i, 236:] < 100).any()
+                            lambda i: Image.new("RGB", (30, 60), (0, 0, 60 * i + 20)), "t-SNE", side=200, cell=20)
+    assert sheet.width == 200 + 2 * 8 and recorded["title"] == "t-SNE"
+    assert [swatch.getpixel((2, 2)) for swatch in recorded["legend"]] == [*colors, (120, 120, 120)]
+    grid, caption = recorded["cell"]
+    assert caption.startswith("3 of 4 images")
+    pixels = np.asarray(grid)  # rows 2 to 7 from below: others are empty
+    assert grid.size == (200, 6 * 20)
     for x, y, blue, frame in ((0, 2, 20, (255, 0, 0)), (9, 2, 80, (0, 255, 0))):  # cells from below, at the center
-        middle, edge = (200 - 20 * y - 10, 20 * x + 9), (200 - 20 * y - 10, 20 * x + 2)
+        middle, edge = (120 - 20 * (y - 2) - 10, 20 * x + 9), (120 - 20 * (y - 2) - 10, 20 * x + 2)
         assert pixels[middle].tolist() == [0, 0, blue] and pixels[edge].tolist() == list(frame)
-    column = [pixels[200 - 20 * y - 10, 189].tolist() for y in range(10)]
-    shown = {y: color for y, color in enumerate(column) if color != [255, 255, 255]}
+    column = [pixels[120 - 20 * (y - 2) - 10, 189].tolist() for y in range(2, 8)]
+    shown = {y: color for y, color in enumerate(column, start=2) if color != [255, 255, 255]}
     assert shown == {2: [0, 0, 80], 7: [0, 0, 140]}  # of two in one cell the one at its center
