@@ -3,6 +3,7 @@
 import base64
 import functools
 import http.server
+import io
 import os
 import shutil
 import threading
@@ -84,6 +85,7 @@ def page(browser, address):
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
+    page.wait_for_function("window.result")  # of the example
     yield page
     page.close()
     assert not errors
@@ -126,6 +128,14 @@ def read_result(page):
     return result | arrays
 
 
+def check_percents(texts, shares):
+    """Each text ends in its share, in percent: with three digits after the point below 1%, with one above."""
+    assert len(texts) == len(shares)
+    for text, share in zip(texts, shares):
+        number = text.split()[-1]
+        assert number[-1] == "%" and abs(float(number[:-1]) - 100 * share) <= (5.1e-2 if share >= 0.01 else 5.1e-4)
+
+
 def expected(file, path):
     """View, features and attention by infer.py."""
     session, about = infer.open_model(str(file))
@@ -160,6 +170,43 @@ def test_results_equal_those_of_onnxruntime(page, model, scene, tmp_path, flags,
     np.testing.assert_allclose(result["attention"], attention, atol=1e-3 if half else 1e-5)
     np.testing.assert_allclose(result["features"], features, atol=2e-2 if half else 1e-4)
     assert "teacher.onnx" in page.inner_text("#status") and "scene.png" in page.inner_text("#status")
+
+
+def test_the_page_opens_with_an_example(browser, serve, tmp_path):
+    """Without the runtime, from a file, and without a network."""
+    serve(tmp_path)
+    page, requests = browser.new_page(viewport=dict(width=1300, height=800)), []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((tmp_path / "viewer.html").as_uri())
+    page.wait_for_function("window.result")
+    result = read_result(page)
+    assert all(url.startswith("file:") or url == "data:," for url in requests)
+    data = (tmp_path / "viewer.html").read_text().split('id="example-image">')[1].split("<")[0]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert result["pixels"].shape == (128, 128, 3) and np.abs(result["pixels"].astype(int) - pixels).max() <= 2
+    maps = result["attention"]
+    assert maps.shape == (8, 16, 16) and (maps.sum(axis=(1, 2)) < 1.01).all() and (maps.sum(axis=(1, 2)) > 0.5).all()
+    assert page.locator("canvas").count() == 2 + 9
+    for i, values in enumerate(maps):
+        brightest, colors = np.unravel_index(values.argmax(), values.shape), read_canvas(page, 3 + i)
+        assert tuple(colors[brightest]) == (252, 255, 164, 255) and colors[:, :, 3].min() == 255  # zeros too
+    check_percents(page.locator("#small .scale").all_inner_texts()[1:], maps.max(axis=(1, 2)))
+    assert result["title"].startswith("Example: ") and result["title"] in page.inner_text("#hint")
+    assert "computed beforehand" in result["title"]
+    page.locator("canvas").first.press("ArrowUp")
+    assert result["marked"] - page.evaluate("result.marked") == 16
+    page.close()
+
+
+def test_figures_are_centered(page):
+    for width in (1000, 1500, 500):
+        page.set_viewport_size(dict(width=width, height=800))
+        rows = {}
+        for box in [figure.bounding_box() for figure in page.locator("figure").all()]:
+            rows.setdefault(round(box["y"]), []).append((box["x"], box["x"] + box["width"]))
+        assert len(rows) >= 3
+        for boxes in rows.values():
+            assert (min(boxes)[0] + max(boxes)[1]) / 2 == pytest.approx(page.evaluate("innerWidth") / 2, abs=10)
 
 
 def test_large_images_are_downsampled(page, scene, tmp_path):
@@ -212,7 +259,8 @@ def test_maps_and_similarities(page, model, scene, tmp_path):
     names = page.locator(".name").all_inner_texts()
     assert names[2:] == ["mean of heads", "head 1", "head 2", "head 3", "head 4"]
     scales = page.locator("#small .scale").all_inner_texts()
-    assert [float(text.split()[-1]) for text in scales] == pytest.approx([m.max() for m in maps], rel=6e-3)
+    assert all(text.split()[0] == "0%" for text in scales)
+    check_percents(scales, [m.max() for m in maps])
 
     def check_marked(row, col, moved):
         index = int(row * 12 + col)
@@ -220,7 +268,7 @@ def test_maps_and_similarities(page, model, scene, tmp_path):
         cosines = tokens @ tokens[index]
         np.testing.assert_allclose(read_result(page)["similarity"], cosines, atol=1e-5, err_msg=moved)
         heres = page.locator("#small .here").all_inner_texts()
-        assert [float(text.split()[-1]) for text in heres] == pytest.approx([m[row, col] for m in maps], rel=6e-3)
+        check_percents(heres, [m[row, col] for m in maps])
         red, _, blue = read_canvas(page, 1)[:, :, :3].reshape(-1, 3).astype(int).T
         assert ((red > blue) == (cosines > 0))[np.abs(cosines) > 0.05].all() and (cosines < -0.05).any()
 
@@ -268,7 +316,7 @@ def test_files_can_be_dropped(page, model, scene, tmp_path):
         for (const [name, text] of files) data.items.add(new File([Uint8Array.from(text, c => c.charCodeAt())], name));
         const drop = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});
         return !document.body.dispatchEvent(drop)}""", files), "the browser would open them"
-    page.wait_for_function("window.result")
+    page.wait_for_function("window.result?.features")
     np.testing.assert_allclose(read_result(page)["attention"], expected(file, path)[2], atol=1e-5)
 
 
