@@ -178,7 +178,7 @@ def plot_curves(runs, against="step"):
         axes.set_xlabel(AXES[against], fontsize=12)
         axes.set_xlim(0, 1.02 * max(max(run[against].values()) for run in runs.values()))
         if unit.startswith(("images", "% of")):
-            axes.set_ylim(bottom=0)  # small differences look small
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # small differences look small
         axes.locator_params(nbins=5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # "1.5M" is short
         axes.tick_params(labelsize=11)
