@@ -95,7 +95,7 @@ def test_masks_of_shapes_equal_the_definition(model, capsys, monkeypatch):
         assert found["heads"] == pytest.approx(100 * np.mean([t[:4] for t in tables], axis=0))
     assert result["jaccard"]["trained"] != result["jaccard"]["untrained"]
     cells, columns = grids[0][0]
-    assert len(cells) == columns == 5 and path.with_suffix(".masks.png").exists()
+    assert len(cells) == columns == 5 and len([*path.parent.glob("teacher.masks.*.png")]) == 1
     for i, (drawn, caption) in zip(range(0, 2000, 400), cells):
         image, mask = Shapes("test", 2000, 32).render(i)
         scores = jaccard_of_attention(network, image, [mask.numpy()], 64, 0.5)[:4, 0]
@@ -305,7 +305,7 @@ def test_video_without_ground_truth(model, davis, capsys):
 
 def test_overlays_show_the_objects(model, davis):
     run("video", "--ckpt", model[1], "--data_path", davis, "--image_size", 64, "--sequences", "pair")
-    output = model[1].with_suffix(".video")
+    output = model[1].with_suffix(".video.DAVIS")
     assert [path.name for path in sorted((output / "pair.overlay").iterdir())] == [f"{t:05}.jpg" for t in range(6)]
     for t in range(6):
         frame = np.asarray(Image.open(davis / "JPEGImages" / "480p" / "pair" / f"{t:05}.jpg"), float)

@@ -96,11 +96,13 @@ def test_text_is_wrapped_to_its_width():
 
 def test_a_color_bar_has_the_ends_of_its_scale_between_their_values():
     for scale in (HEAT, SIGNED):
-        bar = np.asarray(draw_color_bar("0%", "1", 1000, scale))[8]
+        drawn, font = np.asarray(draw_color_bar("0%", "1", 1000, scale)), load_font(1000)
+        low, high = (np.asarray(draw_text(text, font, 1000)) for text in ("0%", "1"))
+        assert np.array_equal(drawn[:, :low.shape[1]], low) and np.array_equal(drawn[:, -high.shape[1]:], high)
+        bar = drawn[8]
         left = np.flatnonzero((bar == scale[0]).all(axis=1))[0]
         assert tuple(bar[left + 199]) == scale[-1] and tuple(bar[left + 200]) == (255, 255, 255)
         assert np.abs(bar[left + 99].astype(int) - scale[2]).max() <= 3  # the middle
-        font = load_font(1000)
         assert abs(left - (font.getlength("0%") + 4)) <= 2
 
 
