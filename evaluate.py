@@ -29,9 +29,10 @@ from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
 
 from common import cli, distributed
-from common.checkpoint import MODEL_FILES, CheckpointError, atomic_write, check_writable, first_line, write_json
+from common.checkpoint import MODEL_FILES, CheckpointError
 from common.cli import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.distributed import get_world_size, is_rank_zero
+from common.files import atomic_write, check_writable, first_line, write_json
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
 from data.datasets import DataError, ImageFolder, data_name, open_data

@@ -40,9 +40,10 @@ import infer
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import HeadlessClassifier
 from common import cli
-from common.checkpoint import CheckpointError, atomic_write
+from common.checkpoint import CheckpointError
 from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS
+from common.files import atomic_write, check_file
 from common.precision import DTYPES
 from common.weights import check_image_size, find_newest_model, load_backbone, save_model, sha256, sibling_path
 from data.datasets import DataError, ImageFolder
@@ -389,9 +390,7 @@ def main(args):
 
 def load_exported(path, args):
     """An exported file as bytes, its metadata, and the result of load_network on its model, or on --ckpt."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"--check {path}: no such file")
-    model = Path(path).read_bytes()
+    model = Path(check_file(path)).read_bytes()
     try:
         metadata = {item.key: json.loads(item.value) for item in onnx.load_from_string(model).metadata_props}
         ckpt, key, expected = (metadata[name] for name in ("checkpoint", "checkpoint_key", "sha256"))

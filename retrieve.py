@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import cli, distributed
-from common.checkpoint import write_json
+from common.files import write_json
 from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
 from data.datasets import DataError, ImageFolder, data_name

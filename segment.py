@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from common import cli
-from common.checkpoint import write_json
+from common.files import read_text, write_json
 from common.precision import autocast
 from common.weights import CheckpointError, build_untrained, open_backbone, output_folder, result_file
 from data.datasets import DataError, data_name
@@ -136,7 +136,7 @@ def segment_videos(args):
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}
     path, failed = output / "result.json", []
-    previous = json.loads(path.read_text()) if path.exists() else {}
+    previous = json.loads(read_text(path)) if path.exists() else {}
     is_same_run = all(previous.get(name) == origin[name] for name in origin.keys() - {"ckpt"})
     scores = previous["sequences"] if is_same_run else {}
     write_json(path, origin | {"sequences": scores})  # masks of other flags are about to be overwritten

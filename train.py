@@ -28,8 +28,9 @@ from torch import nn
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, broadcast_buffers, build_backbone, check_arch, convert_sync_batchnorm
 from common import cli, distributed
-from common.checkpoint import CheckpointError, Run, atomic_write, write_json
+from common.checkpoint import CheckpointError, Run
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
+from common.files import atomic_write, write_json, write_text
 from common.logger import Logger
 from common.precision import autocast, cast_weights, set_matmul_precision
 from common.weights import save_model
@@ -171,7 +172,7 @@ def write_flags(path, args):
     flags = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()
              if name not in ("resume", "overwrite") and value is not None}
     lines = [shlex.join([f"--{name}", *map(str, values)]) for name, values in flags.items()]
-    atomic_write(path, lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
+    write_text(path, "\n".join(lines) + "\n")
 
 
 # ---- data ----

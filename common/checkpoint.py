@@ -1,4 +1,4 @@
-"""Checkpoints: atomic writes, checked loads, and runs that resume exactly where they were interrupted.
+"""Checkpoints: checked loads, and runs that resume exactly where they were interrupted.
 
     run = Run(Path("runs/dino"), "pretraining", objects, fixed, flags, progress, logger)
     first_step = run.start(args, total_steps)           # resumes from the newest intact checkpoint
@@ -13,10 +13,9 @@ are verified, which torch.load does not do. This file needs torch and numpy.
 import argparse
 import contextlib
 import errno
-import json
 import os
 import pickle
-import tempfile
+import re
 import time
 import warnings
 import zipfile
@@ -26,15 +25,13 @@ import numpy as np
 import torch
 
 from common.distributed import check_same_on_all_ranks, is_rank_zero
+from common.files import atomic_write, check_file, first_line, remove_temporaries
 
 RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
     "number of pictures": "num_images", "global batch": "global_batch_size", "unreadable": "corrupt_images",
     "pictures": "dataset_sizes", "how": "hparams", "vit": "backbone"}
 MODEL_FILES = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "student.safetensors"),
                "classification": ("classifier.safetensors",)}  # kind of run -> what it leaves behind
-
-UMASK = os.umask(0)  # which can be read by setting it only, and so for all threads
-os.umask(UMASK)
 
 
 class CheckpointError(ValueError):
@@ -46,52 +43,6 @@ class RunMismatchError(CheckpointError):
 
 
 # ---- files ----
-
-def atomic_write(path, write, keep=1):
-    """Call `write(temporary)` on a file beside `path`, flush it to disk and rename it to `path`.
-
-    The previous files are kept as PATH.1 to PATH.(keep - 1). At any moment there is a complete file.
-
-    Raises:
-        OSError: the disk is full or the folder not writable; the previous file is untouched.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        write(temporary)
-        with contextlib.suppress(OSError):  # on file systems without modes
-            os.chmod(temporary, 0o666 & ~UMASK)  # safetensors writes files that only their owner can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        names = [f"{path}", *(f"{path}.{age}" for age in range(1, keep))]
-        for newer, older in reversed(list(zip(names, names[1:]))):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(newer, older)
-        os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors raise errors of their own on a full disk
-        if "DataLoader worker" in str(error):  # raised wherever the main process happens to be
-            raise
-        raise OSError(f"{path}: cannot be written, the previous file is untouched ({first_line(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-    if os.name == "posix":
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)  # makes the rename itself durable
-        os.close(folder)
-
-
-def write_json(path, content):
-    """Write plain values as JSON, atomically."""
-    atomic_write(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
-
-
-def check_writable(folder):
-    """Raise OSError if no file can be created in a folder."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"{folder}: not writable ({error.strerror})") from None
-
 
 def save_checkpoint(path, keep=1, **state):
     """Write a nest of tensors and plain values atomically, see `atomic_write`.
@@ -122,7 +73,7 @@ def load_checkpoint(path):
         OSError: it cannot be read at present (permissions, a disk or network that fails).
     """
     try:
-        verify_checksums(path)
+        verify_checksums(check_file(path))
         with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -144,11 +95,31 @@ def rename_old_keys(values):
     return {RENAMED_KEYS.get(name, name): value for name, value in values.items()}
 
 
+class NumberType:
+    """Stand-in for numpy.dtype while unpickling: numpy's own follows pointers that a file may hold."""
+
+    def __init__(self, code, *flags):
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+    def read(self, content):
+        """Bytes, or Python 2's text of them, -> list of numbers."""
+        if not re.fullmatch("[<>|=][biuf][1248]", name := f"{self.order}{self.code}"):
+            raise pickle.UnpicklingError(f"numpy.dtype {name} is not allowed")
+        return np.frombuffer(content.encode("latin1") if isinstance(content, str) else content, name).tolist()
+
+
+def read_number(number_type, content):
+    """Stand-in for the constructor of numpy scalars."""
+    return number_type.read(content)[0]
+
+
 def allowed_globals():
     """What checkpoints of the reference implementation hold besides: argparse.Namespace and NumPy scalars."""
-    scalar, (dtype, _) = np.float64(0).__reduce__()
-    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2
-    return [argparse.Namespace, np.dtype, type(dtype), *names]
+    names = [(read_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2
+    return [argparse.Namespace, (NumberType, "numpy.dtype"), *names]
 
 
 def verify_checksums(path):
@@ -180,10 +151,6 @@ def find_fault(tensor):
     if not tensor.float().isfinite().all():
         return "holds NaN or infinity"
     return None
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- runs ----
@@ -305,6 +272,8 @@ def acquire_lock(path):
     Raises:
         RunMismatchError: another process has it. Two runs in one folder would overwrite each other.
     """
+    if os.path.exists(path):
+        check_file(path)
     file = open(path, "a")  # noqa: SIM115
     try:
         import fcntl
@@ -342,8 +311,8 @@ def prepare_output_dir(output, kind, found, overwrite):
     output.mkdir(parents=True, exist_ok=True)
     lock = acquire_lock(output / ".lock")
     newest = output / "checkpoint.pth"
-    for path in output.glob("*.tmp"):  # left by a save that was killed
-        path.unlink()
+    for pattern in ("checkpoint*", *MODEL_FILES[kind]):  # left by a save that was killed
+        remove_temporaries(output, pattern)
     if not found:
         for path in (*previous, output / "log.jsonl", output / "nonfinite.json"):
             path.unlink(missing_ok=True)

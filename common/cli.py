@@ -7,8 +7,9 @@
 
     run_command(main, parse_args, DataError)        # a DataError prints its message and exits with status 2
 
-Help shows default values. `@FILE` reads more flags from a file, in which `#` starts a comment. Every command of this
-repository runs through `run_command`, so an error is always one line: what failed, the value, the fix.
+Help shows default values. `@FILE` reads more flags from a file, with comments and quotes as in a shell; `~` at the
+start of any value is the home folder. Every command of this repository runs through `run_command`, so an error is
+always one line: what failed, the value, the fix.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from common.distributed import DistributedError
+from common.files import describe_os_error, read_text
 from common.precision import PRECISIONS, resolve_precision
 
 # ---- parsers ----
@@ -41,29 +43,52 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
+class FlagLexer(shlex.shlex):
+    """Words of a flag file: quoted as in a shell, where # starts a comment only at the start of a word."""
+
+    commenters = property(lambda self: "#" * (self.state == " "), lambda self, value: None)
+    escape = property(lambda self: "\\" * (os.sep == "/"), lambda self, value: None)  # it is in paths of Windows
+
+
 class StrictArgumentParser(argparse.ArgumentParser):
-    """Refuses empty arguments, which an unset shell variable leaves: an empty path would be another folder."""
+    """Reads flag files, expands ~, and refuses empty arguments, which an unset shell variable leaves."""
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
+        args = [expand_home(word) for argument in (sys.argv[1:] if args is None else args)
+                for word in self.read_flags(argument)]
         for i, argument in enumerate(args):
             if argument == "" or re.fullmatch("--[a-z_]+=", argument):
                 self.error(f"empty argument after {' '.join([*args[:i], argument]).strip()}")
         return super().parse_known_args(args, namespace)
 
+    def read_flags(self, argument, depth=0):
+        """The argument itself or, of @FILE, the words of the file and of those that it names."""
+        if not argument.startswith("@"):
+            return [argument]
+        try:
+            text = read_text(expand_home(argument[1:]))
+        except OSError as error:
+            self.error(f"flag file {describe_os_error(error)}")
+        if "\0" in text or depth > 9:
+            self.error(f"flag file {argument[1:]}: is not text, or includes itself")
+        lexer = FlagLexer(text, posix=True)
+        lexer.whitespace_split = True
+        try:
+            return [word for argument in lexer for word in self.read_flags(argument, depth + 1)]
+        except ValueError as error:
+            self.error(f"flag file {argument[1:]}: {error} near {lexer.token[:40]!r}, quote it or write \\'")
+
+
+def expand_home(argument):
+    """Home folder for ~ at the start of a value: ~/x, --flag=~/x, NAME:~/x or --flag=NAME:~/x."""
+    start, path = re.fullmatch(r"(?s)((?:--\w+=)?(?:\w+:)?)(.*)", argument).groups()
+    return start + os.path.expanduser(path)
+
 
 def build_parser(prog, description):
     """ArgumentParser with one-line errors, `@FILE` and defaults in its help."""
-    parser = StrictArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=description,
-                                  fromfile_prefix_chars="@", formatter_class=HelpFormatter, allow_abbrev=False)
-
-    def split_line(line):
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            parser.error(f"{error} in the line {line!r} of a flag file")
-    parser.convert_arg_line_to_args = split_line
-    return parser
+    return StrictArgumentParser(prog=prog, usage=argparse.SUPPRESS, description=description,
+                                formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_subcommands(parser, functions):
@@ -218,15 +243,13 @@ def run_command(main, parse_args, *errors):
         main(parse_args())
     except (*errors, DistributedError, OSError) as error:
         # an exception from a loader worker carries the worker's traceback before its message
-        message = str(error).rpartition(f"{type(error).__name__}: ")[2]
+        message = describe_os_error(error) or str(error).rpartition(f"{type(error).__name__}: ")[2]
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL_PACKAGES:
             raise
         message = f"{error.name} is not installed: pip install {error.name}"
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except (RecursionError, UnicodeDecodeError):
-        message = "a flag file (@FILE) is not text, or includes itself"
     except (RuntimeError, MemoryError, ValueError) as error:
         message = explain_runtime_error(error)
         if not message:

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from common.checkpoint import CheckpointError, atomic_write, load_checkpoint, write_json
+from common.checkpoint import CheckpointError, load_checkpoint
+from common.files import atomic_write, read_text, write_json
 
 TRANSFORMERS_NAMES = [  # parts of names, (vit.py, transformers), replaced in this order in either direction
     ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
@@ -57,7 +58,7 @@ def read_config(path, embed_dim):
     """
     file, config = Path(path).with_name("config.json"), None
     with contextlib.suppress(OSError, ValueError):  # absent, or any program's
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file))
     config = config | (config.get("model_args") or {}) if isinstance(config, dict) else {}
     if config.get("hidden_size", config.get("embed_dim", embed_dim)) != embed_dim:  # of another model
         return {}

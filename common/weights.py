@@ -25,6 +25,7 @@ from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero
+from common.files import atomic_write, check_file, check_writable
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
@@ -44,7 +45,7 @@ def save_model(path: str | os.PathLike, state_dict: dict, info: dict):
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     metadata = {key: json.dumps(value) for key, value in info.items()}
-    checkpoint.atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load_backbone(path: str | os.PathLike, key: str | None = None,
@@ -128,6 +129,13 @@ def build_untrained(info):
 
 def read_weights(path, key, log=lambda text: None):
     """Read one network of a file: {name: tensor}, its description ({} without one), its key (None if not known)."""
+    if path.lower().endswith(".onnx"):
+        raise CheckpointError(f"{path}: is an exported file, for export.py run (infer.py) and visualize.py attention; "
+                              f"name the file it was made from, such as teacher.safetensors")
+    try:
+        check_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
@@ -136,8 +144,6 @@ def read_weights(path, key, log=lambda text: None):
             is_ours = info.get("backbone", info.get("vit", "")).startswith("{")
             heads = info.get("num_heads")  # of save_timm
             info = {name: json.loads(value) for name, value in info.items()} if is_ours else {}
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file") from None
         except Exception as error:  # safetensors has exception types of its own, and metadata may be anything
             raise CheckpointError(f"{path}: not a safetensors file, or corrupt ({error})") from None
         network = info.get("network")
@@ -278,7 +284,7 @@ def output_file(origin, args, ending):
     path = sibling_path(origin["ckpt"], args.checkpoint_key, ending, args.untrained)
     folder = Path(args.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.check_writable(folder)
+    check_writable(folder)
     return folder / path.name
 
 
@@ -328,7 +334,7 @@ def check_image_size(backbone, *sides):
 
 def sha256(path):
     """Checksum of a model file, or of the weights in a folder of transformers."""
-    with open(weights_file(path), "rb") as file:
+    with open(check_file(weights_file(path)), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+from common.files import read_text
 from data.datasets import DataError, open_data
 from data.images import ImageReadError, read_image, read_or_message, wrap_decode_errors
 from data.loaders import share_batches
@@ -131,7 +132,7 @@ def save_mask(path, mask, palette):
 
 def read_names(path):
     """First word of each line of a list file."""
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    return [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
 
 
 def find_sequences(root, names=None):

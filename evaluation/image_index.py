@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import distributed
-from common.checkpoint import atomic_write
+from common.files import atomic_write, check_file
 
 
 def update_index(path, root, names, extract, log=print, save_every=10_000):
@@ -68,8 +68,11 @@ def save_index(path, features, files, corrupt):
 def load_index(path):
     """Features, files and corrupt images of `save_index`; empty if the file is missing or corrupt."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(check_file(path), "pt") as file:
             files, corrupt = json.loads(bytes(file.get_tensor("files").numpy()))
-            return file.get_tensor("features"), files, corrupt
+            features = file.get_tensor("features")
+        if features.dtype != torch.float32 or features.shape[:1] != (len(files),):
+            raise ValueError("not an index")
+        return features, files, corrupt
     except (OSError, SafetensorError, ValueError):
         return torch.empty(0), [], []  # torch.cat accepts it beside features of any width

@@ -14,8 +14,8 @@ import math
 import os
 import re
 import statistics
-from pathlib import Path
 
+from common.files import read_text
 from plotting.draw import escape_text
 
 PANELS = {  # (title, unit) -> {log key: label}; lines are solid, dashed and dotted in this order
@@ -44,7 +44,11 @@ def read_log(path):
         OSError: there is no log, or no training step in it.
     """
     run, step, seconds = {}, 0, 0.0
-    for line in Path(path).read_text(errors="replace").splitlines():
+    try:
+        lines = read_text(path).splitlines()
+    except FileNotFoundError:
+        raise OSError(f"{path}: no such log; name the folder of a run of train.py, or its log.jsonl") from None
+    for line in lines:
         try:
             record = json.loads(line)
             if "eval" not in record:

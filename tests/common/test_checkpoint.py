@@ -561,19 +561,21 @@ def train_like_the_script(args):
 
 def train_on_a_full_disk(args, name):
     """Train while writes to this file of the run meet a full disk."""
-    start_progress = train.Logger.start_progress
+    start_progress, torch_save = train.Logger.start_progress, torch.save
 
     def start_with_a_full_disk(logger, *args):
-        path = logger.path.parent / name
-        path.unlink(missing_ok=True)
-        path.symlink_to("/dev/full")
+        logger.path.unlink(missing_ok=True)
+        logger.path.symlink_to("/dev/full")
         start_progress(logger, *args)
 
-    train.Logger.start_progress = start_with_a_full_disk
+    if name == "log.jsonl":
+        train.Logger.start_progress = start_with_a_full_disk
+    else:
+        torch.save = lambda state, path: torch_save(state, "/dev/full")
     train_like_the_script(args)
 
 
-@pytest.mark.parametrize("how", ["checkpoint.pth.tmp", "log.jsonl", "a limit"])
+@pytest.mark.parametrize("how", ["checkpoint.pth", "log.jsonl", "a limit"])
 def test_a_full_disk_is_one_line_and_loses_nothing(flags, tmp_path, how):
     run(flags("run", "--epochs 1"))
     checkpoint = (tmp_path / "run" / "checkpoint.pth").read_bytes()

@@ -213,7 +213,7 @@ def test_mean_and_spread_of_seeds(tmp_path):
 
 
 def test_errors_of_a_missing_or_empty_log(tmp_path):
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(OSError, match="log.jsonl: no such log; name the folder of a run of train.py"):
         read_log(tmp_path / "log.jsonl")
     for text in ("", "no JSON\n", '{"eval": "epoch 0", "knn_top1": 3}\n', "[1]\n", "{}\n", "\x00\xff"):
         (tmp_path / "log.jsonl").write_text(text)
