@@ -265,6 +265,8 @@ def wrap_errors(message):
     """Turn the many exception types of ONNX, its runtime and torch's exporter into ExportError."""
     try:
         yield
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(f"{message}: {error}") from None
 
@@ -362,7 +364,8 @@ def main(args):
     if args.check:
         output = args.check
         model, metadata, (backbone, _, classifier) = load_exported(output, args)
-        report = verify(backbone, model, metadata, images, classifier)
+        with wrap_errors(f"{output}: its metadata does not fit its model"):
+            report = verify(backbone, model, metadata, images, classifier)
     else:
         ckpt = (args.ckpt or find_newest_model()).rstrip("/")
         backbone, info, classifier = load_network(ckpt, args.checkpoint_key)
@@ -392,7 +395,7 @@ def load_exported(path, args):
     """An exported file as bytes, its metadata, and the result of load_network on its model, or on --ckpt."""
     model = Path(check_file(path)).read_bytes()
     try:
-        metadata = {item.key: json.loads(item.value) for item in onnx.load_from_string(model).metadata_props}
+        metadata = infer.read_metadata({item.key: item.value for item in onnx.load_from_string(model).metadata_props})
         ckpt, key, expected = (metadata[name] for name in ("checkpoint", "checkpoint_key", "sha256"))
     except Exception as error:  # protobuf raises nearly anything on other files
         raise CheckpointError(f"{path}: not a file of export.py, or corrupt ({error})") from None

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
 
 import numpy as np
 import onnxruntime
@@ -28,7 +29,32 @@ with contextlib.suppress(ImportError):
     __import__("pillow_heif").register_heif_opener()  # HEIC, where it is installed
 # Pillow's others may start programs
 DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF QOI".split() if name in Image.OPEN]
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}  # of inputs
 MAX_PATCHES = 4096  # attention takes heads * MAX_PATCHES**2 * 4 bytes
+
+
+def is_size(value):
+    return type(value) is int and 0 < value <= 8192
+
+
+def is_above(low, value):
+    return type(value) in (int, float) and low < value < 1e6
+
+
+def is_list(value, is_item, length):
+    return isinstance(value, list) and len(value) == length and all(map(is_item, value))
+
+
+SCHEMA = {  # key of the metadata -> whether a value is one that export.py writes
+    "patch_size": is_size, "trained_size": is_size, "layout": ("nchw", "nhwc").__contains__,
+    "outputs": lambda value: isinstance(value, dict) and "features" in value,
+    "precision": ("fp32", "fp16", "mixed").__contains__, "heads": ("each", "mean").__contains__,
+    "last_layers": lambda value: value == 0 or is_size(value), "checkpoint": lambda value: isinstance(value, str)}
+OPTIONAL = {  # the same of values that may be missing or null
+    "batch_size": is_size, "image_size": lambda value: is_list(value, is_size, 2),
+    "mean": lambda value: is_list(value, partial(is_above, -1e6), 3),
+    "std": lambda value: is_list(value, partial(is_above, 0), 3),
+    "classes": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)}
 
 
 def open_model(file: str | bytes, provider: str = "CPUExecutionProvider") -> tuple[onnxruntime.InferenceSession, dict]:
@@ -36,13 +62,37 @@ def open_model(file: str | bytes, provider: str = "CPUExecutionProvider") -> tup
 
     Raises:
         RuntimeError: ONNX Runtime falls back to another provider.
+        ValueError: the metadata or the inputs are not those of export.py.
     """
+    if not isinstance(file, bytes):
+        check_file(file)
     if provider != "CPUExecutionProvider":
         onnxruntime.preload_dlls()  # CUDA and cuDNN from their pip packages, which importing torch would load too
     session = onnxruntime.InferenceSession(file, providers=[provider])
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"ONNX Runtime runs it on {session.get_providers()[0]}, not {provider}")
-    return session, {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    metadata = read_metadata(session.get_modelmeta().custom_metadata_map)
+    missing = metadata["outputs"].keys() - {output.name for output in session.get_outputs()}
+    if missing or [value.type for value in session.get_inputs()] not in [[name] for name in DTYPES]:
+        raise ValueError(f"not one input of pixels, or no output {', '.join(missing)}")
+    return session, metadata
+
+
+def check_file(path: str) -> str:
+    """Return the path of a file; raises OSError for another, such as a named pipe, whose opening would block."""
+    if not os.path.isfile(path):
+        raise OSError("no such file, or a pipe or device")
+    return path
+
+
+def read_metadata(texts: dict[str, str]) -> dict:
+    """Values of the metadata of an exported file; raises ValueError if they are not as SCHEMA demands."""
+    metadata = {key: json.loads(text) for key, text in texts.items()}
+    for key, is_valid in (SCHEMA | OPTIONAL).items():
+        value = metadata.get(key)
+        if not is_valid(value) and not (value is None and key in OPTIONAL):
+            raise ValueError(f"its metadata has {key} {value!r:.80}")
+    return metadata
 
 
 def prepare(image: Image.Image, metadata: dict) -> Image.Image:
@@ -92,7 +142,9 @@ def infer(session, metadata: dict, image: Image.Image) -> tuple[np.ndarray, np.n
 def run_model(session, metadata: dict, image: Image.Image) -> dict[str, np.ndarray]:
     """Features, attention and logits of one prepared image, as far as the model has them: {name: output}."""
     pixels, takes = np.asarray(image), session.get_inputs()[0]
-    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}[takes.type]
+    dtype = DTYPES[takes.type]
+    if not metadata["mean"]:
+        raise ValueError("the model does not take RGB images")
     if dtype != "uint8":
         pixels = (pixels / 255 - metadata["mean"]) / metadata["std"]
     if metadata["layout"] == "nchw":
@@ -170,7 +222,7 @@ def main(argv: list[str]) -> int:
     for path in args.images:
         rows.append(None)
         try:
-            with Image.open(path, formats=DECODERS) as image:
+            with Image.open(check_file(path), formats=DECODERS) as image:
                 image = prepare(image, metadata)
             outputs = run_model(session, metadata, image)
             features, attention = outputs["features"], outputs.get("attention")

@@ -229,6 +229,8 @@ TASKS = {"attention": visualize_attention, "video": visualize_video, "features":
 
 
 def main(args):
+    if args.task in ("embedding", "run"):
+        import matplotlib  # noqa: F401  if it is missing, that is found before the work
     errors = []  # messages on images and frames that were skipped
     TASKS[args.task](args, errors)
     for error in errors:

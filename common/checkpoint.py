@@ -272,8 +272,6 @@ def acquire_lock(path):
     Raises:
         RunMismatchError: another process has it. Two runs in one folder would overwrite each other.
     """
-    if os.path.exists(path):
-        check_file(path)
     file = open(path, "a")  # noqa: SIM115
     try:
         import fcntl
@@ -309,6 +307,9 @@ def prepare_output_dir(output, kind, found, overwrite):
         raise RunMismatchError(f"{output} holds {previous[0].name} of a previous run: --resume none --overwrite "
                                f"deletes it, another --output_dir keeps it")
     output.mkdir(parents=True, exist_ok=True)
+    for name in (".lock", "log.jsonl"):
+        if (output / name).exists():
+            check_file(output / name)
     lock = acquire_lock(output / ".lock")
     newest = output / "checkpoint.pth"
     for pattern in ("checkpoint*", *MODEL_FILES[kind]):  # left by a save that was killed

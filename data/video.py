@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
+from common.files import check_file
 from data.datasets import DataError
 from data.images import EXTENSIONS, read_image, read_or_message
 
@@ -43,10 +44,11 @@ def open_video(path):
         return Video(((file.name, read_or_message(read_image, file)) for file in files), None, len(files))
     import av
 
+    file = open(check_file(path), "rb")  # noqa: SIM115  opened here: of a name, FFmpeg would open a URL too
     try:
-        container = av.open(path)
+        container = av.open(file, options={"protocol_whitelist": "none"})  # a playlist may name others
         stream = container.streams.video[0]
-    except (ValueError, IndexError):
+    except Exception:  # FFmpeg's errors are of many types
         raise DataError(f"{path}: not a folder of frames, and no video stream in this file") from None
     stream.thread_type = "AUTO"
     return Video(decode_frames(container, stream), stream.average_rate, stream.frames or None)
@@ -54,8 +56,6 @@ def open_video(path):
 
 def decode_frames(container, stream):
     """Yield (number, frame); a corrupt part of the stream yields a message and is skipped."""
-    import av
-
     number, packets = 0, container.demux(stream)
     with container:
         while True:
@@ -66,8 +66,9 @@ def decode_frames(container, stream):
                     number += 1
             except StopIteration:
                 return
-            except av.FFmpegError as error:
-                yield f"{number:06}", f"{container.name}, after {number} frames: {error.strerror}"
+            except Exception as error:  # FFmpeg's are of many types
+                reason = getattr(error, "strerror", None) or error
+                yield f"{number:06}", f"{container.name}, after {number} frames: {reason}"
 
 
 class VideoWriter:
@@ -94,6 +95,8 @@ class VideoWriter:
             raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(WRITABLE)}")
         elif not self.path.parent.is_dir():
             raise DataError(f"{path}: its folder does not exist")
+        else:
+            import av  # noqa: F401  if it is missing, that is found before the work
 
     def __enter__(self):
         return self
@@ -105,7 +108,7 @@ class VideoWriter:
         import av
 
         if self.container is None:
-            self.container = av.open(str(self.path), "w")
+            self.container = av.open(f"file:{self.path}", "w")
             self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
             self.stream.width, self.stream.height = (max(2, side // 2 * 2) for side in image.size)
             self.stream.pix_fmt = "yuv420p"  # the format that every player supports

@@ -70,6 +70,11 @@ def load_features(path, origin):
     features, found, _ = read_weights(str(path), None)
     if features.keys() != {"train_features", "train_labels", "test_features", "test_labels"}:
         raise CheckpointError(f"{path}: not a features file, choose another --features")
+    for part in ("train", "test"):
+        x, y = (features[f"{part}_{name}"] for name in ("features", "labels"))
+        if x.dtype != torch.float32 or y.dtype != torch.int64 or x.ndim != 2 or y.shape != x.shape[:1]:
+            raise CheckpointError(f"{path}: its {part} features are {x.dtype} {list(x.shape)} with labels {y.dtype} "
+                                  f"{list(y.shape)}, not float32 [M, D] with int64 [M]: delete it")
     for name in sorted((origin.keys() | found.keys()) - {"ckpt", "backbone"}):
         if found.get(name) != origin.get(name):
             raise CheckpointError(f"{path}: holds features with {name} {found.get(name)}, not {origin.get(name)}: "

@@ -54,11 +54,13 @@ def open_onnx_attention(args):
 
     def extract_attention(image):
         view = infer.prepare(image, about) if size else resize_to_patches(image, shorter_side, p)
-        maps = infer.infer(session, about, view)[1]
-        return view if size else image, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
+        try:
+            maps = infer.infer(session, about, view)[1]
+            return view if size else image, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
+        except Exception as error:
+            raise CheckpointError(f"{args.ckpt}: cannot run on {view.width} x {view.height} pixels: {error}") from None
     origin = dict(ckpt=args.ckpt, untrained=False)
     return extract_attention, origin | dict(patch_size=p, model=describe_model(origin, about, p))
-
 
 
 def note_coarse_map(name, image, grid, patch_size, remedy="set"):

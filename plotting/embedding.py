@@ -24,10 +24,13 @@ UNLABELED = (120, 120, 120)
 def embed_2d(features, seed=0):
     """Features [M, D] -> points float64 [M, 2] and the method: t-SNE of cosines (van der Maaten & Hinton 2008).
 
-    The method is PCA without scikit-learn, and for fewer than eight images.
+    The method is PCA without scikit-learn, for fewer than eight images, and for features that are all the same, of
+    which t-SNE would crash.
     """
     if len(features) < 8 or not importlib.util.find_spec("sklearn"):
         return principal_components(features, 2), "PCA"
+    if features.std(dim=0).max() <= 1e-6 * features.abs().max().clamp(min=1e-12):
+        return principal_components(features, 2), "PCA (all features are the same)"
     from sklearn.manifold import TSNE
 
     tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", metric="cosine", random_state=seed)

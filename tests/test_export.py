@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 import infer
+import visualize
 from common.weights import CheckpointError, save_model
 from data.images import DECODERS, to_rgb
 from data.loaders import center_crop_view
@@ -466,6 +467,41 @@ def test_errors_are_one_line_and_status_2(saved, scene, monkeypatch, capfd, argv
     assert infer.main(argv) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("infer.py: ") and words in lines[0]
+
+
+def test_metadata_of_strangers_is_checked(saved, scene, monkeypatch, capfd):
+    """infer.py, visualize.py attention and export.py --check end in one line for values that export.py never writes."""
+    monkeypatch.chdir(saved[0].parent)
+    good = metadata(make(saved[0]))
+    scene.save("dog.png")
+    onnxruntime.set_default_logger_severity(4)
+    proto = onnx.load("teacher.onnx")
+    wrong = {"patch_size": [None, 0, -8, 8.0, "8", True, 10**9], "image_size": [32, [32], [32, 0], ["a", "b"], {}],
+             "batch_size": [0, "1", [1]], "mean": [1, [1, 2], [0, 0, "x"], [0, 0, float("nan")], [0, 0, 10**400]],
+             "std": [[1, 1, 0], [1, 1, -1], {}], "layout": [None, "chw", []], "outputs": [None, [], {}, {"cls": ""}, 7],
+             "precision": ["int8", None], "heads": ["one", 3], "last_layers": [-1, 1.5], "checkpoint": [7, None],
+             "trained_size": [None, "224"], "classes": ["cat", [1]]}
+    for key, values in wrong.items():
+        for value in values:
+            texts = {name: json.dumps(value) for name, value in (good | {key: value}).items()}
+            with pytest.raises(ValueError, match=f"its metadata has {key} "):
+                infer.read_metadata(texts)
+    assert infer.read_metadata({name: json.dumps(value) for name, value in good.items()}) == good
+    others = dict(image_size=[40, 32]), dict(outputs={"features": "", "cls": ""}), dict(std=[])
+    for i, other in enumerate(others):  # the first and second are valid, but not of this model
+        onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in (good | other).items()})
+        onnx.save(proto, "other.onnx")
+        capfd.readouterr()
+        assert infer.main(["other.onnx", "dog.png"]) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and (i == 0 or "other.onnx: not a file of export.py that can be run" in error)
+        with pytest.raises(CheckpointError, match="other.onnx: (cannot run on 32 x 40 pixels|not a file of export.py)"):
+            visualize.main(visualize.parse_args(["attention", "dog.png", "--ckpt", "other.onnx"]))
+        with pytest.raises((CheckpointError, export.ExportError), match="other.onnx|cannot run this file"):
+            export.main(export.parse_args(["--check", "other.onnx"]))
+    infer_grayscale = infer.read_metadata({name: json.dumps(value) for name, value in (good | {"mean": None}).items()})
+    with pytest.raises(ValueError, match="the model does not take RGB images"):
+        infer.infer(infer.open_model("teacher.onnx")[0], infer_grayscale, Image.new("RGB", (32, 32)))
 
 
 def test_missing_arguments_are_one_line_and_status_2(capsys):

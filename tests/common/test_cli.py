@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ import export
 import retrieve
 import segment
 import train
+import visualize
 from backbones import BackboneError
 from common import cli
 from common.weights import save_model
@@ -88,7 +90,7 @@ def contents(folder):
 
 SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, evaluate.parse_args),
            "export": (export.main, export.parse_args), "segment": (segment.main, segment.parse_args),
-           "retrieve": (retrieve.main, retrieve.parse_args)}
+           "retrieve": (retrieve.main, retrieve.parse_args), "visualize": (visualize.main, visualize.parse_args)}
 
 
 @pytest.mark.parametrize("command, words", [
@@ -257,6 +259,81 @@ def test_flag_files_take_comments_and_later_flags_win(tmp_path):
     (tmp_path / "f.txt").write_text("# a recipe\n--epochs 20  # short\n--arch vit_tiny --lr 0.1\n\n")
     args = train.parse_args([f"@{tmp_path}/f.txt", "--lr", "0.2"])
     assert (args.epochs, args.arch, args.lr, args.embed_dim) == (20, "vit_tiny", 0.2, 192)
+
+
+def test_flag_files_are_quoted_as_in_a_shell(tmp_path, monkeypatch, capsys):
+    """Comments only at the start of a word, byte-order marks, paths of any bytes, and ~ as everywhere."""
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "f.txt"
+    for text, data_path, output_dir in (
+            ("# don't\n--data_path /a#b/c#1 # it's\n--output_dir ~/x", "/a#b/c#1", "/home/me/x"),
+            ("--data_path '/a b/#c'#d\r\n--output_dir=~/x\r\n", "/a b/#c#d", "/home/me/x"),
+            ('--data_path "/a\nb/\\"" --output_dir /my\\ #1', '/a\nb/"', "/my #1"),
+            ("--data_path=imagefolder:~/d\n--output_dir ./~", "imagefolder:/home/me/d", "./~"),
+            ("--data_path caf\udce9 --output_dir größe", "caf\udce9", "größe")):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            file.write_bytes(mark + text.encode("utf-8", "surrogateescape"))
+            args = train.parse_args([f"@{file}", "--device", "cpu"])
+            assert (args.data_path, args.output_dir) == (data_path, output_dir)
+        train.write_flags(tmp_path / "flags.txt", args)
+        assert train.parse_args([f"@{tmp_path}/flags.txt"]) == args
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "f.txt").write_text(f"--epochs 30 @{file}")  # names another
+    args = train.parse_args(["@~/f.txt", "--data_path", "~/d"])
+    assert (args.epochs, args.data_path, args.output_dir) == (30, f"{tmp_path}/home/d", "größe")
+    assert evaluate.parse_args(["knn", "--ckpt", "~/a.pth"]).ckpt == f"{tmp_path}/home/a.pth"
+    file.write_text("--data_path /John's\n--epochs 3")
+    with pytest.raises(SystemExit):
+        train.parse_args([f"@{file}"])
+    assert "f.txt: No closing quotation near '/Johns\\n--epochs 3'" in capsys.readouterr().err
+
+
+SMALL = "--arch vit_tiny --embed_dim 64 --depth 1 --num_heads 1 --out_dim 8 --hidden_dim 8 --device cpu"
+
+
+def run_and_fail(command, capsys):
+    """The one line with which a command ends in exit status 2."""
+    name, *argv = command.split()
+    main, parse_args = SCRIPTS[name]
+    with pytest.raises(SystemExit) as stop:
+        cli.run_command(main, lambda: parse_args(argv), *ERRORS)
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    return error
+
+
+def test_pipes_are_refused_not_waited_for(bad_inputs, monkeypatch, capsys):
+    """In place of every file that a command opens; a test that hangs has found one."""
+    monkeypatch.chdir(bad_inputs)
+    for name in ("p", "p.pth", "p.safetensors", "p.onnx", "p.mp4", "gnd_p.pkl", "run/.lock"):
+        os.mkfifo(name)
+    onnxruntime.set_default_logger_severity(4)
+    for command, words in (
+            ("train @p", "flag file p: is not a regular file"),
+            (f"train {SMALL} --output_dir run --resume none --overwrite", "run/.lock: is not a regular file"),
+            ("evaluate knn --ckpt p.pth", "p.pth: is not a regular file"),
+            ("evaluate knn --ckpt p.safetensors", "p.safetensors: is not a regular file"),
+            ("evaluate knn --ckpt good.safetensors --data_path labels --features p.safetensors", "p.safetensors: is"),
+            ("export --check p.onnx", "p.onnx: is not a regular file"),
+            ("retrieve landmarks --ckpt good.safetensors --data_path .", "is not a regular file"),
+            ("visualize attention few/0.png --ckpt p.onnx --output_dir o", "no such file, or a pipe or device"),
+            ("visualize crops few/0.png --flags p", "flag file p: is not a regular file"),
+            ("visualize run p", "p/log.jsonl: is not below a folder"),
+            ("visualize video p.mp4 o.mp4 --ckpt good.safetensors", "p.mp4: is not a regular file"),
+            ("visualize video http://localhost/a.mp4 o.mp4", "http://localhost/a.mp4: no such file or folder")):
+        assert words in run_and_fail(command, capsys), command
+
+
+def test_errors_of_the_system_name_the_path_and_the_fix(bad_inputs, monkeypatch, capsys):
+    monkeypatch.chdir(bad_inputs)
+    for command, words in (
+            (f"train {SMALL} --output_dir a_file", "a_file: is a file: name a folder, or one that is not there yet"),
+            (f"train {SMALL} --output_dir a_file/x", "a_file/x: is not below a folder: a part of this path is a file"),
+            ("train @none.txt", "error: flag file none.txt: no such file or folder"),
+            ("evaluate knn --ckpt a.onnx", "a.onnx: is an exported file, for export.py run (infer.py) and visualize.py "
+             "attention; name the file it was made from, such as teacher.safetensors")):
+        assert run_and_fail(command, capsys).endswith(words), command
 
 
 @pytest.mark.parametrize("flags", [["--output_dir", ""], ["--data_path="], ["--arch", "vit_tiny", "--output_dir", ""]])

@@ -71,7 +71,29 @@ class Call:
         return self.call[0], self.call[1:]
 
 
+class HostileType:
+    """A numpy.dtype whose state holds pointers, which numpy itself would follow."""
+
+    def __init__(self, code, *state):
+        self.code, self.state = code, state
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), (3, *self.state, -1, -1, 0)
+
+
+def hostile_number(*state):
+    return Call(np._core.multiarray.scalar, HostileType(*state), b"A" * 8)
+
+
+POINTERS = "|", None, ("a",), {"a": (np.dtype("O"), 0)}
+
+
 @pytest.mark.parametrize("damage, words", [
+    (lambda truth: truth | dict(imlist=[hostile_number("V8", *POINTERS)]), r"numpy.dtype \|V8 is not allowed"),
+    (lambda truth: truth | dict(imlist=[hostile_number("i8", "O,", None, None, None)]), "dtype O,i8 is not allowed"),
+    (lambda truth: truth | dict(imlist=[np.array([os.system])]), "posix.system is not allowed"),
+    (lambda truth: truth | dict(imlist=np.array(["p1", None])), r"numpy.dtype \|O8 is not allowed"),
+    (lambda truth: Call(bytes, 9), "TypeError"),
     (lambda truth: Call(os.system, "echo broken into > broken"), "UnpicklingError: posix.system is not allowed"),
     (lambda truth: Call(eval, "open('broken', 'w')"), "UnpicklingError: builtins.eval is not allowed"),
     (lambda truth: Call(np.save, "broken", 1), "UnpicklingError: numpy.save is not allowed"),
@@ -85,6 +107,9 @@ def test_invalid_ground_truth(oxford, monkeypatch, damage, words):
     file = root / "gnd_roxford5k.pkl"
     file.write_bytes(pickle.dumps(damage(truth)))
     with pytest.raises(DataError, match=words):
+        read_landmarks(file)
+    file.write_bytes(b"cnumpy.f2py.__main__\ndtype\n.")  # a name below it runs a command line
+    with pytest.raises(DataError, match="numpy.f2py.__main__.dtype is not allowed"):
         read_landmarks(file)
     assert not (root / "broken").exists() and not (root / "broken.npy").exists()
 

@@ -99,6 +99,22 @@ def test_corrupt_parts_are_reported_and_skipped(tmp_path):
     assert len(found) - len(messages) >= 100
 
 
+def test_videos_name_no_others(tmp_path, monkeypatch):
+    """Neither URLs nor playlists are opened, which could name any file or server."""
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.mp4", 2)
+    for name in ("file:clip.mp4", "concat:clip.mp4", "http://localhost:9/clip.mp4"):
+        with pytest.raises(FileNotFoundError):
+            open_video(name)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    (tmp_path / "hls.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n")
+    for name in ("list.mp4", "hls.mp4"):
+        with pytest.raises(DataError, match="no video stream in this file"):
+            open_video(name)
+    write_video(tmp_path / "a:b.mp4", 2)  # not a protocol either
+    assert len(list(open_video("a:b.mp4").frames)) == 2
+
+
 def test_errors_of_paths_and_sizes(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("not a video")

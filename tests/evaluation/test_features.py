@@ -58,6 +58,12 @@ def test_saved_features_are_loaded_for_the_same_origin_only(tmp_path):
     save_model(tmp_path / "other.safetensors", dict(x=torch.ones(2)), dict(backbone={}, ckpt="a.pth", image_size=32))
     with pytest.raises(CheckpointError, match="other.safetensors: not a features file"):
         load_features(tmp_path / "other.safetensors", dict(ckpt="a.pth", image_size=32))
+    for name, tensor in (("train_features", features["train_features"].to(torch.float8_e4m3fn)),
+                         ("test_features", torch.ones(2)), ("train_labels", features["train_labels"][:1]),
+                         ("test_labels", features["test_labels"].float())):
+        save_model(tmp_path / "wrong.safetensors", features | {name: tensor}, dict(backbone={}, image_size=32))
+        with pytest.raises(CheckpointError, match=r"not float32 \[M, D\] with int64 \[M\]: delete it"):
+            load_features(tmp_path / "wrong.safetensors", dict(image_size=32))
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(path.read_bytes()[:300])
     with pytest.raises(CheckpointError, match="not a safetensors file, or corrupt"):

@@ -40,6 +40,14 @@ def test_pca_without_scikit_learn_or_for_few_images(monkeypatch):
     assert method == "PCA" and torch.equal(points, principal_components(clusters(), 2))
 
 
+def test_equal_features_do_not_crash_t_sne():
+    """scikit-learn ends in a segmentation fault for them: their standard deviation is 0."""
+    for features in (torch.zeros(40, 16), torch.full((40, 16), 0.3), 1e-30 * clusters()):
+        points, method = embed_2d(features)
+        assert method == "PCA (all features are the same)" and points.abs().max() < 1e-6
+    assert embed_2d(torch.cat((torch.zeros(39, 16), torch.ones(1, 16))))[1] == "t-SNE"
+
+
 def test_every_point_is_drawn_in_its_color():
     points, labels = clusters()[:, :2].double(), torch.arange(90) // 30 - 1  # a third has no label
     figure = plot_scatter(points, labels, ["cat", "dog"], [(255, 0, 0), (0, 0, 255)], "t-SNE of 90 images")
