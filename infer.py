@@ -16,9 +16,9 @@ import contextlib
 import csv
 import json
 import os
+import re
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from functools import partial
 
 import numpy as np
 import onnxruntime
@@ -32,29 +32,14 @@ DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF 
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}  # of inputs
 MAX_PATCHES = 4096  # attention takes heads * MAX_PATCHES**2 * 4 bytes
 
-
-def is_size(value):
-    return type(value) is int and 0 < value <= 8192
-
-
-def is_above(low, value):
-    return type(value) in (int, float) and low < value < 1e6
-
-
-def is_list(value, is_item, length):
-    return isinstance(value, list) and len(value) == length and all(map(is_item, value))
-
-
-SCHEMA = {  # key of the metadata -> whether a value is one that export.py writes
-    "patch_size": is_size, "trained_size": is_size, "layout": ("nchw", "nhwc").__contains__,
-    "outputs": lambda value: isinstance(value, dict) and "features" in value,
-    "precision": ("fp32", "fp16", "mixed").__contains__, "heads": ("each", "mean").__contains__,
-    "last_layers": lambda value: value == 0 or is_size(value), "checkpoint": lambda value: isinstance(value, str)}
-OPTIONAL = {  # the same of values that may be missing or null
-    "batch_size": is_size, "image_size": lambda value: is_list(value, is_size, 2),
-    "mean": lambda value: is_list(value, partial(is_above, -1e6), 3),
-    "std": lambda value: is_list(value, partial(is_above, 0), 3),
-    "classes": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)}
+SIZE, NUMBER, TEXT = r"[1-9]\d{0,3}", r"\d{1,5}(\.\d+)?(e-\d+)?", r'"(\\.|[^"\\])*"'
+ABOVE_0 = rf"(?=[\d.]*[1-9]){NUMBER}"
+SCHEMA = {  # key of the metadata -> pattern of the JSON that export.py writes
+    "patch_size": SIZE, "trained_size": SIZE, "image_size": rf"null|\[{SIZE}, {SIZE}\]", "batch_size": f"null|{SIZE}",
+    "mean": rf"null|\[-?{NUMBER}(, -?{NUMBER}){{2}}\]", "layout": '"nchw"|"nhwc"', "precision": '"(fp32|fp16|mixed)"',
+    "std": rf"null|\[{ABOVE_0}(, {ABOVE_0}){{2}}\]", "classes": rf"null|\[({TEXT}(, {TEXT})*)?\]",
+    "outputs": rf'(?=.*"features": )\{{{TEXT}: {TEXT}(, {TEXT}: {TEXT})*\}}', "heads": '"each"|"mean"',
+    "last_layers": r"\d{1,3}", "checkpoint": TEXT}
 
 
 def open_model(file: str | bytes, provider: str = "CPUExecutionProvider") -> tuple[onnxruntime.InferenceSession, dict]:
@@ -87,12 +72,10 @@ def check_file(path: str) -> str:
 
 def read_metadata(texts: dict[str, str]) -> dict:
     """Values of the metadata of an exported file; raises ValueError if they are not as SCHEMA demands."""
-    metadata = {key: json.loads(text) for key, text in texts.items()}
-    for key, is_valid in (SCHEMA | OPTIONAL).items():
-        value = metadata.get(key)
-        if not is_valid(value) and not (value is None and key in OPTIONAL):
-            raise ValueError(f"its metadata has {key} {value!r:.80}")
-    return metadata
+    for key, pattern in SCHEMA.items():
+        if not re.fullmatch(pattern, text := texts.get(key, "null")):
+            raise ValueError(f"its metadata has {key} {text:.80}")
+    return {key: json.loads(text) for key, text in texts.items()}
 
 
 def prepare(image: Image.Image, metadata: dict) -> Image.Image:

@@ -20,12 +20,10 @@ from pathlib import Path
 
 UMASK = os.umask(0)  # which can be read by setting it only, and so for all threads
 os.umask(UMASK)
-DAY = 24 * 3600
-OS_ERRORS = {  # errno -> what to say instead of the system's text
+OS_ERRORS = {  # errno -> what to print in place of the system's text
     errno.ENOENT: "no such file or folder", errno.EEXIST: "is a file: name a folder, or one that is not there yet",
-    errno.ENOTDIR: "is not below a folder: a part of this path is a file",
-    errno.EACCES: "permission denied: name another path, or change its owner or mode",
-    errno.EROFS: "is on a read-only disk: name another path"}
+    errno.ENOTDIR: "a part of this path is a file: name another", errno.EROFS: "read-only disk: name another path",
+    errno.EACCES: "permission denied: name another path, or change its owner or mode"}
 
 
 # ---- writing ----
@@ -42,8 +40,8 @@ def atomic_write(path, write, keep=1):
     folder, name = os.path.split(path)
     try:
         with tempfile.TemporaryDirectory(".tmp", f"{name}.", folder or ".", ignore_cleanup_errors=True) as own:
-            now = os.stat(own).st_mtime  # by the clock of the file server
-            remove_temporaries(folder, glob.escape(name), before=now - DAY)
+            day_ago = os.stat(own).st_mtime - 24 * 3600  # by the clock of the file server
+            remove_temporaries(folder, glob.escape(name), day_ago)
             write(temporary := os.path.join(own, name))
             with open(temporary, "rb+") as file:  # Windows flushes no file that is open for reading only
                 with contextlib.suppress(OSError):  # on file systems without modes
@@ -117,6 +115,5 @@ def first_line(error):
 
 def describe_os_error(error):
     """Path, problem and fix of an OSError of the system, whose own text begins with [Errno N]; None for another."""
-    if getattr(error, "filename", None) is None:
-        return None
-    return f"{os.fsdecode(error.filename)}: {OS_ERRORS.get(error.errno, error.strerror)}"
+    path = getattr(error, "filename", None)
+    return path and f"{os.fsdecode(path)}: {OS_ERRORS.get(error.errno, error.strerror)}"

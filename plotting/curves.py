@@ -44,11 +44,9 @@ def read_log(path):
         OSError: there is no log, or no training step in it.
     """
     run, step, seconds = {}, 0, 0.0
-    try:
-        lines = read_text(path).splitlines()
-    except FileNotFoundError:
-        raise OSError(f"{path}: no such log; name the folder of a run of train.py, or its log.jsonl") from None
-    for line in lines:
+    if not os.path.exists(path):
+        raise OSError(f"{path}: no such log; name the folder of a run of train.py, or its log.jsonl")
+    for line in read_text(path).splitlines():
         try:
             record = json.loads(line)
             if "eval" not in record:

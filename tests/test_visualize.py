@@ -436,7 +436,7 @@ def test_runs(tmp_path, exit_message, capsys):
     out = capsys.readouterr().out
     assert "1.000" in out and "1.333" in out and "two k-NN 50%: 0 of 1 runs" in out
     assert "<svg" in (tmp_path / "both.svg").read_text()
-    assert "No such file" in exit_message(run, "run", tmp_path / "three")
+    assert "no such log; name the folder of a run" in exit_message(run, "run", tmp_path / "three")
     for name in ("both.doc", "both", "one"):
         assert "expected a file that ends with .png" in exit_message(
             run, "run", tmp_path / "one", "--output", tmp_path / name)

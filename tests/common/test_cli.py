@@ -319,7 +319,7 @@ def test_pipes_are_refused_not_waited_for(bad_inputs, monkeypatch, capsys):
             ("retrieve landmarks --ckpt good.safetensors --data_path .", "is not a regular file"),
             ("visualize attention few/0.png --ckpt p.onnx --output_dir o", "no such file, or a pipe or device"),
             ("visualize crops few/0.png --flags p", "flag file p: is not a regular file"),
-            ("visualize run p", "p/log.jsonl: is not below a folder"),
+            ("visualize run p", "p/log.jsonl: no such log"),
             ("visualize video p.mp4 o.mp4 --ckpt good.safetensors", "p.mp4: is not a regular file"),
             ("visualize video http://localhost/a.mp4 o.mp4", "http://localhost/a.mp4: no such file or folder")):
         assert words in run_and_fail(command, capsys), command
@@ -329,7 +329,7 @@ def test_errors_of_the_system_name_the_path_and_the_fix(bad_inputs, monkeypatch,
     monkeypatch.chdir(bad_inputs)
     for command, words in (
             (f"train {SMALL} --output_dir a_file", "a_file: is a file: name a folder, or one that is not there yet"),
-            (f"train {SMALL} --output_dir a_file/x", "a_file/x: is not below a folder: a part of this path is a file"),
+            (f"train {SMALL} --output_dir a_file/x", "a_file/x: a part of this path is a file: name another"),
             ("train @none.txt", "error: flag file none.txt: no such file or folder"),
             ("evaluate knn --ckpt a.onnx", "a.onnx: is an exported file, for export.py run (infer.py) and visualize.py "
              "attention; name the file it was made from, such as teacher.safetensors")):
