@@ -382,9 +382,9 @@ def restore_classifier(network, setup):
     try:
         # earlier versions did not save a frozen backbone
         get_saved_modules(network).load_state_dict(weights, strict=not network.frozen)
-    except RuntimeError as error:
+        return dict(info["hparams"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not the classifier of this task ({first_line(error)})") from None
-    return info["hparams"]
 
 
 def report_accuracy(logits, labels, setup, hparams):

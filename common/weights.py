@@ -25,7 +25,7 @@ from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero
-from common.files import atomic_write, check_file, check_writable
+from common.files import atomic_write, check_file, check_writable, read_text
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
@@ -297,7 +297,7 @@ def result_file(origin, args, ending):
     expected = {name: value for name, value in json.loads(json.dumps(origin)).items() if name != "ckpt"}
     for number in itertools.count(1):
         path = output_file(origin, args, ending + f".{number}" * (number > 1) + ".json")
-        if not path.exists() or expected.items() <= json.loads(path.read_bytes()).items():
+        if not path.exists() or expected.items() <= json.loads(read_text(path)).items():
             return path
 
 
