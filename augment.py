@@ -8,6 +8,9 @@
     pixels, params = zip(*(multicrop.prepare(image) for image in images))
     crops = multicrop(torch.cat(pixels).cuda(), torch.stack(params))      # 2 x [B, 3, 224, 224] + 8 x [B, 3, 96, 96]
 
+    x = EvalTransform(224)(image)                           # for evaluation: resize, center crop -> [3, 224, 224]
+
+An image is a PIL image in RGB, or a tensor [3, H, W], uint8 or float in [0, 1].
 Caron et al. 2021, section 3.1 and appendix C; color augmentation of BYOL (Grill et al. 2020, appendix B). `sample`
 draws all crop parameters from the key, the rest is a function of image and parameters. The operations are Pillow's, on
 whole numbers from 0 to 255: resize, hue and blur are equal up to rounding, the others to the bit. The resize begins
@@ -25,6 +28,7 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BICUBIC = 3  # of PIL.Image.Resampling
 CHUNK_BYTES = 2**30  # memory for intermediate results of BatchMultiCrop
 
 Range = tuple[float, float]
@@ -60,6 +64,9 @@ class MultiCrop:
         solarize: probability of solarization, second global crop only.
         mean, std: per-channel normalization of values in [0, 1].
         global_number: number of global crops, 1 or 2.
+
+    Raises:
+        TypeError, ValueError: by the calls below, on an image that is not RGB, see `to_pixels`.
     """
 
     def __init__(self, global_size: int = 224, global_scale: Range = (0.4, 1.0), local_size: int = 96,
@@ -68,6 +75,8 @@ class MultiCrop:
                  saturation: float = 0.2, hue: float = 0.1, grayscale: float = 0.2,
                  blur: tuple[float, float, float] = (1.0, 0.1, 0.5), blur_radius: Range = (0.1, 2.0),
                  solarize: float = 0.2, mean=IMAGENET_MEAN, std=IMAGENET_STD, global_number: int = 2):
+        self.arguments = dict(locals())
+        del self.arguments["self"]
         first = global_size, global_scale, blur[0], 0.0  # (size, scale, blur probability, solarize probability)
         second = global_size, global_scale, blur[1], solarize
         self.kinds = [first, second][:global_number] + [(local_size, local_scale, blur[2], 0.0)] * local_number
@@ -78,10 +87,14 @@ class MultiCrop:
                         ("hue", 0, hue)]  # (name, center and half width of the amount's range)
         self.mean, self.std = 255 * torch.tensor(mean).view(3, 1, 1), 255 * torch.tensor(std).view(3, 1, 1)
 
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self.arguments.items())})"
+
     def __call__(self, image, key=None) -> list[Tensor]:
         """RGB image -> V normalized tensors [3, s, s]; without a key the crops are new each time."""
         pixels = to_pixels(image).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
-        return [self.normalize(render(pixels, view))[0] for view in self.sample(image.width, image.height, key)]
+        height, width = pixels.shape[2:]
+        return [self.normalize(render(pixels, view))[0] for view in self.sample(width, height, key)]
 
     def reduction(self, width: int, height: int) -> int:
         """Factor (1, 2, 4 ...) by which an image can be downsampled before cropping without a visible difference.
@@ -133,11 +146,74 @@ def sample_box(rng, width, height, scale, ratio):
     return left, top, left + w, top + h
 
 
+class EvalTransform:
+    """Evaluation view of an image: shorter side resized to the crop's / 0.875 (bicubic), center crop, normalized.
+
+    As for ImageNet, where the sides are 256 and 224. An image that already has the crop's size is taken as it is.
+
+    Args:
+        size: side of the crop, or height and width, pixels.
+        mean, std: per-channel normalization of values in [0, 1].
+    """
+
+    def __init__(self, size: int | tuple[int, int] = 224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        self.size, self.mean, self.std = (size, size) if isinstance(size, int) else tuple(size), mean, std
+
+    def __repr__(self):
+        return f"EvalTransform(size={self.size}, mean={self.mean}, std={self.std})"
+
+    def __call__(self, image) -> Tensor:
+        """RGB image -> [3, height, width]; a tensor is resized as Pillow does, up to rounding."""
+        (H, W), (height, width) = check_image(image), self.size
+        if self.size != (H, W):
+            shorter = round(min(H, W) * (max(height / H, width / W) / 0.875))
+            H, W = (int(shorter * side / min(H, W)) for side in (H, W))
+            if isinstance(image, Tensor):
+                x = to_pixels(image).permute(2, 0, 1).unsqueeze(0)
+                image = F.interpolate(x, (H, W), mode="bicubic", antialias=True)[0]
+            else:
+                image = image.resize((W, H), BICUBIC)
+        top, left = round((H - height) / 2), round((W - width) / 2)
+        x = to_pixels(image)[top:top + height, left:left + width].permute(2, 0, 1).float().contiguous() / 255
+        return (x - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+
+
 # ---- one crop of one image ----
 
-def to_pixels(image):
-    """RGB image -> [H, W, 3] uint8."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+def check_image(image) -> tuple[int, int]:
+    """Height and width of a PIL image in RGB or a tensor [3, H, W].
+
+    Raises:
+        TypeError: neither, or a tensor that is neither uint8 nor float.
+        ValueError: another mode or shape.
+    """
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise TypeError(f"expected an image of uint8, or of floats in [0, 1], got {image.dtype}")
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"expected one RGB image [3, H, W], got {list(image.shape)}")
+        return tuple(image.shape[1:])
+    if getattr(image, "mode", "RGB") != "RGB":
+        raise ValueError(f"expected an RGB image, got mode {image.mode}: use image.convert('RGB')")
+    if not hasattr(image, "mode"):
+        raise TypeError(f"expected a PIL image or a tensor [3, H, W], got {type(image).__name__}")
+    return image.height, image.width
+
+
+def to_pixels(image) -> Tensor:
+    """PIL image in RGB, or tensor [3, H, W], uint8 or float in [0, 1] -> [H, W, 3] uint8.
+
+    Raises:
+        TypeError, ValueError: see `check_image`; or floats outside of [0, 1].
+    """
+    height, width = check_image(image)
+    if not isinstance(image, Tensor):
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    if image.is_floating_point():
+        if not (image.amin() >= 0 and image.amax() <= 1):
+            raise ValueError(f"expected floats in [0, 1], got {image.amin():.3g} to {image.amax():.3g}")
+        image = image.mul(255).round().to(torch.uint8)
+    return image.permute(1, 2, 0)
 
 
 def render(pixels, view):
@@ -265,12 +341,14 @@ class BatchMultiCrop(MultiCrop):
 
     def __init__(self, *args, compile: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.arguments["compile"] = compile
         self.compile, self.max_weights = compile, len(box_weights(self.blur_radius[1]))
 
     def prepare(self, image, key=None) -> tuple[Tensor, Tensor]:
         """RGB image -> pixels [H * W, 3] uint8 and crop parameters [V, P], the worker's part."""
-        params = [self.pack_view(view, image.size) for view in self.sample(*image.size, key)]
-        return to_pixels(image).view(-1, 3), torch.tensor(params)
+        height, width = check_image(image)
+        params = [self.pack_view(view, (width, height)) for view in self.sample(width, height, key)]
+        return to_pixels(image).reshape(-1, 3), torch.tensor(params)
 
     def pack_view(self, view, image_size):
         """View -> P floats, which change nothing if it has no jitter or blur.
@@ -290,7 +368,12 @@ class BatchMultiCrop(MultiCrop):
         Args:
             pixels: those of `prepare`, concatenated, on the device of the crops.
             params: those of `prepare`, stacked, on the CPU, because shapes depend on them; best in pinned memory.
+
+        Raises:
+            TypeError: other pixels.
         """
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3,):
+            raise TypeError(f"expected pixels of prepare, uint8 [N, 3], got {pixels.dtype} {list(pixels.shape)}")
         device, crops = pixels.device, []
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         values = params.to(device, non_blocking=params.is_pinned()).permute(2, 1, 0)  # [P, V, B]

@@ -22,7 +22,7 @@ import threading
 import torch
 from torchvision.transforms import functional as TF
 
-from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, MultiCrop
+from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, EvalTransform, MultiCrop
 from common.checkpoint import iter_tensors
 
 MAX_CORRUPT_IN_A_ROW = 1000  # images; more means that the storage fails, not the images
@@ -168,17 +168,8 @@ def normalize(image):
 
 
 def center_crop_view(image, height, width=None):
-    """RGB image -> [3, height, width], normalized: the view that features are evaluated on.
-
-    Shorter side resized to the crop's / 0.875 (bicubic), then center crop, as for ImageNet (256 and 224). An image
-    that already has the size is taken as it is.
-    """
-    width = width or height
-    if image.size != (width, height):
-        scale = max(width / image.width, height / image.height) / 0.875
-        image = TF.resize(image, round(min(image.size) * scale), TF.InterpolationMode.BICUBIC)
-        image = TF.center_crop(image, [height, width])
-    return normalize(image)
+    """RGB image -> [3, height, width], normalized: the view that features are evaluated on."""
+    return EvalTransform((height, width or height))(image)
 
 
 def default_attention_size(trained_size, patch_size):

@@ -32,6 +32,7 @@ image = Image.new("RGB", (50, 40), (124, 116, 104))
 crops = augment.MultiCrop(global_size=32, local_size=16, local_number=3, jitter=0, grayscale=0, solarize=0)(image)
 assert [tuple(crop.shape) for crop in crops] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 3
 assert all(crop.abs().max() < 0.01 for crop in crops)  # the mean of ImageNet
+assert augment.EvalTransform(32)(image).shape == (3, 32, 32) and augment.EvalTransform(32)(image).abs().max() < 0.01
 """,
     "optim.py": """
 import torch, optim
@@ -67,6 +68,7 @@ import knn, torch
 labels = torch.arange(8) % 4
 assert knn.knn_classifier(torch.eye(4), labels[:4], torch.eye(4)[labels], labels, ks=(1, 3)) == {
     1: (100, 100), 3: (100, 100)}
+assert knn.knn_predict(torch.eye(4), labels[:4], torch.eye(4)[labels], k=3)[0].tolist() == labels.tolist()
 """,
     "evaluation/linear.py": """
 import linear, torch

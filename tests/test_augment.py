@@ -12,7 +12,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 import augment
-from augment import BatchMultiCrop, MultiCrop, View, render, sample_box, to_pixels
+from augment import BatchMultiCrop, EvalTransform, MultiCrop, View, render, sample_box, to_pixels
 from data.images import read_image
 from data.shapes import Shapes
 
@@ -137,6 +137,72 @@ def test_normalization_equals_torchvision(scene):
     expected = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     result = MultiCrop().normalize(to_pixels(scene).permute(2, 0, 1).float())
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+# ---- images that are taken, and those that are not ----
+
+def test_tensors_give_the_crops_of_images(scene):
+    """uint8, and floats in [0, 1], [3, H, W]."""
+    multicrop, batch = MultiCrop(32, local_size=16, local_number=2), BatchMultiCrop(32, local_size=16, local_number=2)
+    expected, (pixels, params) = multicrop(scene, key=5), batch.prepare(scene, key=5)
+    for x in (TF.pil_to_tensor(scene), TF.to_tensor(scene), TF.to_tensor(scene).double()):
+        assert all(map(torch.equal, multicrop(x, key=5), expected))
+        assert all(map(torch.equal, batch.prepare(x, key=5), (pixels, params)))
+        assert torch.equal(EvalTransform((61, 97))(x), EvalTransform((61, 97))(scene))
+    assert to_pixels(torch.tensor([0.001, 0.003, 0.999]).view(3, 1, 1)).tolist() == [[[0, 1, 255]]]
+
+
+@pytest.mark.parametrize("make, error, words", [
+    (lambda image: image.convert("L"), ValueError, "mode L: use image.convert('RGB')"),
+    (lambda image: image.convert("RGBA"), ValueError, "mode RGBA"),
+    (lambda image: TF.pil_to_tensor(image.convert("L")), ValueError, "[1, 61, 97]"),
+    (lambda image: TF.pil_to_tensor(image.convert("RGBA")), ValueError, "[4, 61, 97]"),
+    (lambda image: TF.pil_to_tensor(image)[None], ValueError, "[1, 3, 61, 97]"),
+    (to_pixels, ValueError, "[61, 97, 3]"),
+    (lambda image: TF.pil_to_tensor(image).int(), TypeError, "torch.int32"),
+    (lambda image: TF.pil_to_tensor(image).float(), ValueError, "floats in [0, 1], got 0 to 255"),
+    (lambda image: TF.to_tensor(image) * torch.nan, ValueError, "got nan to nan"),
+    (lambda image: to_pixels(image).numpy(), TypeError, "got ndarray"),
+    (lambda image: "dog.jpg", TypeError, "got str")])
+def test_other_images_are_refused_in_one_line(scene, make, error, words):
+    for transform in (MultiCrop(), BatchMultiCrop().prepare, EvalTransform()):
+        with pytest.raises(error) as raised:
+            transform(make(scene))
+        assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_other_pixels_are_refused(scene):
+    pixels, params = BatchMultiCrop().prepare(scene)
+    for wrong in (pixels.float(), TF.pil_to_tensor(scene)):
+        with pytest.raises(TypeError, match=r"pixels of prepare, uint8 \[N, 3\], got torch"):
+            BatchMultiCrop()(wrong, params[None])
+
+
+def test_repr_shows_the_parameters():
+    """It is the call that builds the same transform."""
+    for transform in (MultiCrop(), MultiCrop(mean=(0, 0, 0)), BatchMultiCrop(32, local_number=0, blur=(0, 0, 0)),
+                      BatchMultiCrop(compile=True), EvalTransform(), EvalTransform((32, 48), std=(1, 1, 1))):
+        again = eval(repr(transform))
+        assert repr(again) == repr(transform) and type(again) is type(transform)
+    assert "compile=True" in repr(BatchMultiCrop(compile=True)) and "blur=(0, 0, 0)" in repr(MultiCrop(blur=(0, 0, 0)))
+    assert repr(MultiCrop()).startswith("MultiCrop(global_size=224, global_scale=(0.4, 1.0), local_size=96, ")
+    assert "mean=(0, 0, 0)" in repr(MultiCrop(mean=(0, 0, 0))) and again.size == (32, 48) and again.std == (1, 1, 1)
+
+
+# ---- evaluation ----
+
+@pytest.mark.parametrize("size", [(97, 61), (61, 97), (40, 300), (33, 20), (256, 256), (3, 200), (1, 1)])
+def test_eval_transform_equals_torchvision(scene, size):
+    """To the bit for PIL images; tensors are resized by torch, which is close."""
+    image = scene.resize(size)
+    for height, width in ((32, 32), (48, 24)):
+        shorter = round(min(size) * (max(width / size[0], height / size[1]) / 0.875))
+        expected = TF.center_crop(TF.resize(image, shorter, TF.InterpolationMode.BICUBIC), [height, width])
+        expected = TF.normalize(TF.to_tensor(expected), augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+        transform = EvalTransform(height if height == width else (height, width))
+        assert torch.equal(transform(image), expected)
+        difference = (transform(TF.pil_to_tensor(image)) - expected).abs() * 58  # about, of 255
+        assert difference.mean() < 0.5 and difference.max() < 12
 
 
 # ---- batches ----
