@@ -39,6 +39,9 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear; the norm sets how fast rows can turn
 
+    def extra_repr(self) -> str:
+        return f"in_dim={self.weight_v.shape[1]}, out_dim={self.weight_v.shape[0]}"
+
     def forward(self, x: Tensor) -> Tensor:  # [M, in_dim] -> [M, out_dim]
         with torch.autocast(x.device.type, enabled=False):
             return WeightNormProduct.apply(x.to(self.weight_v.dtype), self.weight_g, self.weight_v)
@@ -147,14 +150,16 @@ class DINOLoss(nn.Module):
         objective: "ce", or "mse" for `squared_distance` to the centered logits, without temperatures (table 7).
 
     Raises:
-        ValueError: "mse" with a centering that gives probabilities.
+        ValueError: another centering or objective, or "mse" with a centering that gives probabilities.
     """
 
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, centering: str = "mean",
                  objective: str = "ce"):
         super().__init__()
-        if objective == "mse" and centering != "mean":
-            raise ValueError(f"centering {centering} gives probabilities, the objective mse compares logits")
+        if centering not in {"ce": ("mean", "batch", "sinkhorn"), "mse": ("mean",)}.get(objective, ()):
+            raise ValueError(f"objective {objective!r} with centering {centering!r}: expected ce with mean, batch or "
+                             f"sinkhorn, or mse, which compares logits, with mean")
+        self.centering = centering
         self.objective = objective
         self.student_temp = student_temp
         self.center_momentum = center_momentum
@@ -162,6 +167,10 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.pending = []  # mean teacher logits of micro-batches that the center does not include yet
         self.reduced = None  # their mean over all ranks, and the collective to wait for
+
+    def extra_repr(self) -> str:
+        return (f"out_dim={self.center.shape[1]}, student_temp={self.student_temp}, center_momentum="
+                f"{self.center_momentum}, centering={self.centering}, objective={self.objective}")
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float, update_center: bool = True,
                 overwrite: bool = False) -> Tensor:

@@ -48,7 +48,18 @@ def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     """AdamW, SGD or LARS by name. Set lr, and weight decay of the first group, before every step.
 
     The optimizer's state exists from the start, so that a checkpoint can be checked against it before the first step.
+
+    Args:
+        name: "adamw", "sgd" or "lars".
+        groups: of `build_param_groups`.
+
+    Raises:
+        ValueError: another name, or other groups.
     """
+    if name not in ("adamw", "sgd", "lars"):
+        raise ValueError(f"no optimizer {name!r}, expected adamw, sgd or lars")
+    if not isinstance(groups, list) or not isinstance(groups[0], dict):
+        raise ValueError("expected groups of build_param_groups(network)")
     fused = groups[0]["params"][0][1].device.type != "mps"
     optimizer = {"adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
                  "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused),

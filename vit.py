@@ -183,6 +183,8 @@ class VisionTransformer(nn.Module):
 
     def prepare_tokens(self, x):
         """Images [B, C, H, W] -> CLS and patch tokens with position embedding, [B, 1+N, D]."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"images of shape {list(x.shape)}, expected [B, {self.in_chans}, H, W]")
         B, _, H, W = x.shape
         if H % self.patch_size or W % self.patch_size:
             raise ValueError(f"image size {H}x{W} is not a multiple of patch_size {self.patch_size}")

@@ -337,7 +337,10 @@ def test_squared_error_is_the_sum_over_pairs():
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     close(leaf.grad.double(), exact.grad, atol=1e-7)
     close(loss.center, center)
-    with pytest.raises(ValueError, match="the objective mse compares logits"):
+    for wrong in (dict(centering="softmax"), dict(objective="l2")):
+        with pytest.raises(ValueError, match="expected ce with mean, batch or sinkhorn"):
+            DINOLoss(8, **wrong)
+    with pytest.raises(ValueError, match="mse, which compares logits"):
         DINOLoss(K, centering="sinkhorn", objective="mse")
 
 
@@ -358,3 +361,9 @@ def test_the_predictor_is_before_the_bottleneck():
     assert (one.weight.shape, two.weight.shape) == ((16, 4), (4, 16)) and one.weight.std() < 0.03
     y = torch.nn.functional.gelu(head.mlp(x) @ one.weight.T) @ two.weight.T
     close(head(x), head.last_layer(y / y.norm(dim=1, keepdim=True)), atol=1e-5)
+
+
+def test_repr_shows_the_parameters():
+    assert repr(DINOLoss(8, centering="batch")) == (
+        "DINOLoss(out_dim=8, student_temp=0.1, center_momentum=0.9, centering=batch, objective=ce)")
+    assert "WeightNormLinear(in_dim=4, out_dim=7)" in repr(DINOHead(5, 7, bottleneck_dim=4))

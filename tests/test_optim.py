@@ -40,3 +40,12 @@ def test_lars_equals_the_formula():
         optimizer.step()
     torch.testing.assert_close(w.detach().double(), expected_w, rtol=0, atol=1e-6)
     torch.testing.assert_close(b.detach().double(), expected_b, rtol=0, atol=1e-6)
+
+
+def test_misuse_is_one_clear_line():
+    network = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="no optimizer 'adam', expected adamw, sgd or lars"):
+        optim.build_optimizer("adam", optim.build_param_groups(network))
+    for groups in (network.parameters(), list(network.parameters())):
+        with pytest.raises(ValueError, match="expected groups of build_param_groups"):
+            optim.build_optimizer("adamw", groups)

@@ -149,6 +149,10 @@ def test_output_shapes_for_other_channels_and_sizes():
     (lambda: VisionTransformer(embed_dim=100, num_heads=6), "100.*6"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(1, 3, 30, 32)), "30x32.*8"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).get_intermediate_layers(None, 2), "n is 2"),
+    (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(3, 32, 32)),
+     r"\[3, 32, 32\], expected \[B, 3, H, W\]"),
+    (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(2, 1, 32, 32)),
+     r"\[2, 1, 32, 32\], expected \[B, 3, H, W\]"),
 ])
 def test_errors_name_the_invalid_sizes(call, message):
     with pytest.raises(ValueError, match=message):
