@@ -143,13 +143,16 @@ class EvalSetup:
         if not data_path:
             raise DataError(f"{self.origin['ckpt']}: trained on {trained_on or 'unknown data'}; name the labeled "
                             f"images with --data_path")
-        self.data = distributed.run_on_rank_zero_first(lambda: open_data(data_path, download=bool(args.data_path)))
+        self.data = distributed.run_on_rank_zero_first(lambda: open_data(
+            data_path, download=bool(args.data_path), value_range=self.info.get("value_range")))
         if self.data.val is None:
             raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
         sizes = [len(self.data.train_labeled), len(self.data.val)]
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)
-        self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size)
+        value_range = list(getattr(self.data.train, "value_range", None) or ()) or None
+        self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size,
+                            value_range=value_range)
         self.name = data_name(self.data.path)
         self.output = output_folder(self.origin, args, f"{args.task}{'_quick' * args.quick}.{self.name}")
         self.classes = self.images = None
@@ -446,10 +449,9 @@ def predict(args):
             paths.append(path)
     output.parent.mkdir(parents=True, exist_ok=True)
     check_writable(output.parent)
-    k = min(args.topk, len(classes))
+    k, images = min(args.topk, len(classes)), ImageFiles(paths, value_range=info.get("value_range"))
     top, _, indices, corrupt = extract_features(
-        lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), ImageFiles(paths), info["image_size"], args,
-        device)
+        lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), images, info["image_size"], args, device)
     for message in corrupt:
         log(f"skipped corrupt image {message}")
     rows = [["file", *(name + f"_{i}" * (i > 1) for i in range(1, k + 1) for name in ("class", "probability"))]]

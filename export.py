@@ -144,6 +144,7 @@ def build_metadata(backbone, info, ckpt, args):
         mean=info.get("mean", IMAGENET_MEAN) if is_rgb else None,
         std=info.get("std", IMAGENET_STD) if is_rgb else None, layout=args.normalize or "nchw",
         input="uint8 RGB" if args.normalize else "RGB in [0, 1] less mean over std" if is_rgb else "as trained",
+        value_range=info.get("value_range"),
         interpolation=None if is_dynamic else "bicubic: shorter side to 8/7 of the crop's, then the center",
         precision=args.precision, opset=args.opset, heads=args.heads, last_layers=args.last_layers,
         checkpoint=os.path.abspath(ckpt), checkpoint_key=args.checkpoint_key, sha256=sha256(ckpt), outputs=outputs)

@@ -22,7 +22,7 @@ from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 Image.init()
 with contextlib.suppress(ImportError):
@@ -30,6 +30,8 @@ with contextlib.suppress(ImportError):
 # Pillow's others may start programs
 DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF QOI".split() if name in Image.OPEN]
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}  # of inputs
+FULL_SCALES = (1, *(2**bits - 1 for bits in range(8, 17)))  # of floats, and of 8 to 16 bits
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes; profiles and notes have megabytes
 MAX_PATCHES = 4096  # attention takes heads * MAX_PATCHES**2 * 4 bytes
 
 SIZE, NUMBER, TEXT = r"[1-9]\d{0,3}", r"\d{1,5}(\.\d+)?(e-\d+)?", r'"(\\.|[^"\\])*"'
@@ -39,7 +41,8 @@ SCHEMA = {  # key of the metadata -> pattern of the JSON that export.py writes
     "mean": rf"null|\[-?{NUMBER}(, -?{NUMBER}){{2}}\]", "layout": '"nchw"|"nhwc"', "precision": '"(fp32|fp16|mixed)"',
     "std": rf"null|\[{ABOVE_0}(, {ABOVE_0}){{2}}\]", "classes": rf"null|\[({TEXT}(, {TEXT})*)?\]",
     "outputs": rf'(?=.*"features": )\{{{TEXT}: {TEXT}(, {TEXT}: {TEXT})*\}}', "heads": '"each"|"mean"',
-    "last_layers": r"\d{1,3}", "checkpoint": TEXT}
+    "last_layers": r"\d{1,3}", "checkpoint": TEXT,
+    "value_range": r"null|\[-?[\d.]+(e[+-]?\d+)?, -?[\d.]+(e[+-]?\d+)?\]"}
 
 
 def open_model(file: str | bytes, provider: str = "CPUExecutionProvider") -> tuple[onnxruntime.InferenceSession, dict]:
@@ -87,7 +90,10 @@ def prepare(image: Image.Image, metadata: dict) -> Image.Image:
     Raises:
         ValueError: the image is smaller than a patch.
     """
-    image, p = to_rgb(ImageOps.exif_transpose(image)), metadata["patch_size"]
+    original, image, p = image, to_rgb(image, metadata.get("value_range")), metadata["patch_size"]
+    image.info = dict(original.info)
+    with contextlib.suppress(Exception):  # broken EXIF raises nearly anything
+        ImageOps.exif_transpose(image, in_place=True)
     sides = image.size
     if not metadata["image_size"]:
         shrink = max(1, (image.width * image.height / (p * p * MAX_PATCHES)) ** 0.5)
@@ -96,24 +102,44 @@ def prepare(image: Image.Image, metadata: dict) -> Image.Image:
     if not (height and width):
         raise ValueError(f"{image.width} x {image.height} pixels are less than a patch, {p} x {p}")
     if metadata["image_size"] and image.size != (width, height):
-        shorter = round(min(sides) * max(width / image.width, height / image.height) / 0.875)
+        shorter = round(min(sides) * (max(width / image.width, height / image.height) / 0.875))
         sides = [int(shorter * side / min(image.size)) for side in sides]
     image = image.resize(sides, Image.Resampling.BICUBIC)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Image of any mode -> RGB: transparency on white, 16-bit and float grayscale scaled to 8 bits."""
+def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+    """Image of any mode -> RGB, transparency on white.
+
+    Args:
+        value_range: black and white of grayscale of more than 8 bits; None for those of `find_value_range`.
+    """
     if image.mode[0] in "IF":
-        values = image.convert("F")
-        whites = {"I": (255,), "F": (1, 255)}.get(image.mode, ())  # values of white, 65535 in I;16 and above these
-        white = next((white for white in whites if values.getextrema()[1] <= white), 65535)
-        return values.point(lambda value: value * (255 / white) + 0.5).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        values = np.asarray(image, np.float32)
+        low, high = value_range or find_value_range(values)
+        values = np.nan_to_num(values.clip(low, high), nan=low)
+        image = Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8))
+    # a fourth band of a TIFF is marked as alpha also where it is infrared
+    elif image.has_transparency_data and image.format != "TIFF":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def find_value_range(values: np.ndarray) -> tuple[float, float]:
+    """Black and white for values [H, W]: 0 and the full scale if half of it is used, else quantiles 0.1% and 99.9%.
+
+    NaN, infinity and -3.4e38 for missing values do not count; of large images every n-th row and column does.
+    """
+    step = max(1, int((values.size / 100_000) ** 0.5))
+    values = values[::step, ::step]
+    values = values[abs(values) < 1e30]
+    low, high = np.quantile(values, (0.001, 0.999)).tolist() if values.size else (0.0, 0.0)
+    full = next((full for full in FULL_SCALES if high <= full), high)
+    if low >= 0 and (high - low >= full / 2 or high == low):
+        return 0.0, float(full)
+    return low, high if high > low else low + 1
 
 
 def infer(session, metadata: dict, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:

@@ -84,7 +84,8 @@ class ImageEncoder:
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
-        model, images = partial(self.extract, self.backbone), retrieval.ImageFiles(paths, boxes, self.upright)
+        model = partial(self.extract, self.backbone)
+        images = retrieval.ImageFiles(paths, boxes, self.upright, self.origin["value_range"])
         try:
             features, _, *rest = extract_features(model, images, self.size, self.args, self.device, self.view)
             return features, *rest
@@ -195,6 +196,7 @@ def search(args):
     output = output_folder(encoder.origin, args, "search")
     queries, indices, corrupt = encoder.encode(args.query)
     features, paths = index_folder(encoder, args.data_path, output)
+    read = partial(read_image, value_range=encoder.origin["value_range"])
     if encoder.rank > 0:
         return
     for query, i in zip(queries, indices.tolist()):
@@ -208,7 +210,7 @@ def search(args):
             f"{rank}: cosine {score:.3f} {os.path.relpath(name, args.data_path)}"
             for rank, (name, score) in enumerate(nearest, start=1)]
         model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
-        draw_nearest([path, *(name for name, _ in nearest)], captions, read_image, 1200, model).save(sheet)
+        draw_nearest([path, *(name for name, _ in nearest)], captions, read, 1200, model).save(sheet)
         print(f"  -> {sheet}")
     if corrupt:
         raise DataError(f"{len(corrupt)} of {len(args.query)} queries cannot be read; the first: {corrupt[0]}")
@@ -217,6 +219,7 @@ def search(args):
 def compute_digest(encoder, *key):
     """Eight hexadecimal digits for a model, an image size and what else determines a file."""
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), *key, encoder.size]
+    key += encoder.origin["value_range"] or []
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
 
 

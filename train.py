@@ -46,7 +46,7 @@ from vit import SIZES
 FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
-    "seed")
+    "value_range", "seed")
 
 
 def parse_args(argv=None):
@@ -93,6 +93,8 @@ def parse_args(argv=None):
 
     run = parser.add_argument_group("run")
     add(run, "--data_path", "shapes", "image folder, torchvision dataset as NAME:ROOT, or shapes[:PIXELS]")
+    add(run, "--value_range", None, "black and white of images of more than 8 bits (default: found in the data)",
+        cli.finite_float, nargs=2)
     add(run, "--output_dir", "runs/dino", "folder of the run")
     cli.add_run_flags(run)
     add(run, "--save_every_steps", 0, "steps between checkpoints within an epoch, 0 for none", nonnegative_int)
@@ -126,6 +128,8 @@ def parse_args(argv=None):
     if args.loss == "mse" and args.centering != "mean":
         parser.error(f"--centering {args.centering} gives probabilities, --loss mse compares logits")
     cli.check_run_flags(parser, args)
+    if args.value_range and args.value_range[0] >= args.value_range[1]:
+        parser.error(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g} is not an ascending range")
     if args.compile == "auto":
         args.compile = args.device == "cuda" and args.arch in SIZES and can_compile()
     if args.views == "auto":
@@ -199,13 +203,23 @@ def advise_on_flags(args, num_images, side, total_steps):
     return notes
 
 
-def typical_side(images, samples=8):
-    """Median shorter side of a few images in pixels; None if none of them can be read."""
-    sides = []
+def sample_images(images, samples=8):
+    """A few images, evenly spaced, without those that cannot be read."""
+    sample = []
     for i in range(0, len(images), -(-len(images) // samples) or 1):
         with contextlib.suppress(OSError):
-            sides.append(min(images[i][0].size))
-    return statistics.median(sides) if sides else None
+            sample.append(images[i][0])
+    return sample
+
+
+def typical_side(images):
+    """Median shorter side of images in pixels; None for no images."""
+    return statistics.median(min(image.size) for image in images) if images else None
+
+
+def is_nearly_black(image):
+    """Whether 99% of the pixels of an RGB image are below 16 of 255."""
+    return sum(image.convert("L").histogram()[:16]) > 0.99 * image.width * image.height
 
 
 # ---- model ----
@@ -257,7 +271,8 @@ def model_info(args, data):
     """Description of the model in its files, which other commands read instead of flags."""
     backbone, head = model_arguments(args)
     return dict(arch=args.arch, backbone=backbone, head=head, patch_size=args.patch_size,
-                image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path)
+                image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path,
+                value_range=args.value_range)
 
 
 def save_run(run, step):
@@ -515,7 +530,9 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
 def main(args):
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
-    data = distributed.run_on_rank_zero_first(lambda: open_data(args.data_path, output_dir=args.output_dir))
+    data = distributed.run_on_rank_zero_first(
+        lambda: open_data(args.data_path, output_dir=args.output_dir, value_range=args.value_range))
+    args.value_range = tuple(getattr(data.train, "value_range", None) or ()) or None
     distributed.check_same_on_all_ranks("images:", len(data.train))
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     total_steps = args.epochs * (len(data.train) // global_batch_size)
@@ -550,8 +567,12 @@ def print_setup(student, data, global_batch_size, total_steps, args, world_size,
     if args.compile:
         logger.print("compiling: the first steps take a minute or more, --compile false avoids it")
     if distributed.is_rank_zero():  # the other ranks need not decode images for it
-        for note in advise_on_flags(args, len(data.train), typical_side(data.train), total_steps):
+        sample = sample_images(data.train)
+        for note in advise_on_flags(args, len(data.train), typical_side(sample), total_steps):
             logger.print(f"NOTE: {note}")
+        if sample and all(map(is_nearly_black, sample)):
+            logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of "
+                         "more than 8 bits; color of 16 bits is read by its upper 8, scale it before")
 
 
 def start_run(objects, data, global_batch_size, total_steps, args, logger):

@@ -74,22 +74,22 @@ def parse_args(argv=None):
 
 # ---- images ----
 
-def expand_images(name, output_dir):
+def expand_images(name, output_dir, value_range=None):
     """(name, function that decodes it) of each image of a file, a folder or shapes[:PIXELS]."""
     if os.path.isdir(name):
-        files = ImageFolder(name, output_dir).files
-        return [(file, lambda file=file: read_image(os.path.join(name, file))) for file in files]
+        images = ImageFolder(name, output_dir, value_range=value_range)
+        return [(file, lambda i=i: images[i][0]) for i, file in enumerate(images.files)]
     if name.partition(":")[0] == "shapes" and not os.path.exists(name):
         shapes = open_data(name).val
         return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]
-    return [(os.path.basename(name), lambda: read_image(name))]
+    return [(os.path.basename(name), lambda: read_image(name, value_range=value_range))]
 
 
-def iter_readable_images(names, errors, output_dir):
+def iter_readable_images(names, errors, output_dir, value_range=None):
     """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
     taken = []
-    for name, read in sum((expand_images(name, output_dir) for name in names), []):
-        name = name.replace(os.sep, "_")[-60:]  # the name and an ending, in bytes, are within what file systems allow
+    for name, read in sum((expand_images(name, output_dir, value_range) for name in names), []):
+        name = name.replace(os.sep, "_")[-55:]  # the name and an ending, in bytes, are within what file systems allow
         taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
         try:
             yield taken[-1], read()
@@ -105,26 +105,28 @@ def visualize_attention(args, errors):
     folder = output_folder(origin, args, "attention")
     folder.mkdir(parents=True, exist_ok=True)
     noted = False
-    for name, image in iter_readable_images(args.images, errors, folder):
+    for name, image in iter_readable_images(args.images, errors, folder, origin["value_range"]):
         view, maps = extract_attention(image)
         noted = noted or attention.note_coarse_map(name, image, maps.shape[1:], origin["patch_size"],
                                                    "set" if view is image else "export with")
         x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
         masks = threshold_attention(x, args.mass).view(-1, *maps.shape[1:]).numpy()
         drawn = sheet.draw_attention_sheet(name, view, maps, masks, args.mass, args.width, origin["model"])
-        drawn.save(folder / f"{name}.png")
+        path = folder / f"{name}.attention.png"
+        drawn.save(path)
         if args.raw:
             np.save(folder / f"{name}.npy", maps)
         for head, values in enumerate(maps if args.separate else [], start=1):
-            draw.colorize(values, view.size).save(folder / f"{name}.head{head}.png")
-        print(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {folder / name}.png")
+            draw.colorize(values, view.size).save(folder / f"{name}.head{head}.attention.png")
+        print(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {path}")
 
 
 def visualize_video(args, errors):
     """Attention of every frame of a video."""
+    output = Path(args.output).resolve()
+    if Path(args.input).resolve() in (output, *output.parents):
+        raise DataError(f"{args.output}: is the input or lies in it, choose another output")
     video = open_video(args.input)
-    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
-        raise DataError(f"{args.output}: is the input, choose another output")
     extract_attention, origin = attention.open_attention(args)
     draw_frame = draw.draw_side_by_side if args.layout == "side" else draw.draw_overlay
     written, top = 0, 0.0
@@ -155,7 +157,7 @@ def visualize_features(args, errors):
     path, p = output_file(origin, args, "features.png"), model.patch_size
     shorter_side = args.image_size or loaders.default_attention_size(model.grid[0] * p, p)
     images, tokens, patch, noted = [], [], None, False
-    for name, image in iter_readable_images(args.images, errors, path.parent):
+    for name, image in iter_readable_images(args.images, errors, path.parent, origin["value_range"]):
         if args.point and not images and errors:
             raise DataError(f"--point lies in the first image, which cannot be read: {errors[0]}")
         x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p))[None].to(args.device)
@@ -176,7 +178,8 @@ def visualize_features(args, errors):
 def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
     model, info, origin = open_backbone(args)
-    size, data = resolve_image_size(args.image_size, model), open_data(args.data_path, output_dir=args.output_dir)
+    size = resolve_image_size(args.image_size, model)
+    data = open_data(args.data_path, output_dir=args.output_dir, value_range=origin["value_range"])
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
     features, labels, indices, corrupt = extract_features(model, images, size, args, args.device)

@@ -119,6 +119,7 @@ positive_int = bounded_number(int, lambda x: 0 < x < 2**31, "an integer above 0 
 nonnegative_int = bounded_number(int, lambda x: 0 <= x < 2**31, "an integer of 0 or more and below 2^31")
 image_side = bounded_number(int, lambda x: 0 < x <= 8192, "a number of pixels from 1 to 8192")
 num_workers = bounded_number(int, lambda x: 0 <= x <= 256, "a number of processes from 0 to 256")
+finite_float = bounded_number(float, lambda x: True, "a finite number")
 positive_float = bounded_number(float, lambda x: x > 0, "a number above 0")
 nonnegative_float = bounded_number(float, lambda x: x >= 0, "a number of 0 or more")
 fraction = bounded_number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")

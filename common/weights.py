@@ -101,7 +101,7 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
 
     Returns:
         the model in eval mode, its description (see `load_backbone`), and its origin, for output files:
-        {"ckpt": ..., "sha256": ..., "network": ..., "untrained": ...}.
+        {"ckpt": ..., "sha256": ..., "network": ..., "untrained": ..., "value_range": see `read_image`}.
 
     Raises:
         CheckpointError: the file cannot be loaded, takes other than 3 channels, or lacks what is needed.
@@ -115,7 +115,8 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
     if args.untrained:
         backbone = build_untrained(info)
     set_matmul_precision(device or args.device, precision, backbone.embed_dim)
-    origin = dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained)
+    origin = dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained,
+                  value_range=info.get("value_range"))
     return backbone.to(device or args.device), info, origin
 
 

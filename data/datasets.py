@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from data.images import DECODERS, check_aspect, is_image, read_image, read_or_message, to_rgb, wrap_decode_errors
+from data.images import DECODERS, find_common_range, is_image, read_image, read_or_message, to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 
 
@@ -39,23 +39,25 @@ class Data(NamedTuple):
     note: str  # "50,000 images of 10 classes in /data/train, 10,000 held out in /data/val"
 
 
-def open_data(data_path: str, download: bool = True, output_dir: str | None = None) -> Data:
+def open_data(data_path: str, download: bool = True, output_dir: str | None = None,
+              value_range: tuple[float, float] | None = None) -> Data:
     """Open the dataset that --data_path names.
 
     Args:
         download: allow torchvision to download; False for a data_path that comes from a file.
         output_dir: folder to which the command writes; not searched for images.
+        value_range: black and white of images of more than 8 bits, see `ImageFolder`.
 
     Raises:
         DataError: there is no such dataset, or no image in it can be read.
     """
     name, _, argument = data_path.partition(":")
     if os.path.exists(data_path):
-        return open_folder(data_path, output_dir)
+        return open_folder(data_path, output_dir, value_range)
     if name == "shapes":
         return open_shapes(argument)
     if argument:
-        return open_torchvision(name, argument, download)
+        return open_torchvision(name, argument, download, value_range)
     raise DataError(f"{data_path}: no such folder, torchvision set (NAME:ROOT) or 'shapes'")
 
 
@@ -78,10 +80,11 @@ def hold_out_every_tenth(train, path, note):
 
 TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "dev", "test", "testing")  # in lower case
 SYSTEM_FOLDERS = ("@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "lost+found", "__macosx")
-OUTPUT_ENDINGS = (".attention.png", ".nearest.png", ".crops.png")  # of infer.py, retrieve.py and visualize.py
+OUTPUT_ENDINGS = (  # of infer.py, retrieve.py and visualize.py
+    ".attention.png", ".nearest.png", ".crops.png", ".features.png", ".embedding.png", ".thumbnails.png")
 
 
-def open_folder(root, output_dir=None):
+def open_folder(root, output_dir=None, value_range=None):
     """A folder of images; `train` beside `val` or the like is found whether root is that folder or the one above."""
     root = os.path.abspath(root)
     parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
@@ -89,14 +92,15 @@ def open_folder(root, output_dir=None):
     held_out = [parts[name] for name in HELD_OUT if name in parts]
     train_root = parts.get("train", parts.get("training", root)) if held_out and parent == root else root
     held_out = held_out if train_root != parent else []  # they are not parts without one for training
-    train = ImageFolder(train_root, output_dir)
+    train = ImageFolder(train_root, output_dir, value_range=value_range)
+    values = ", values {:g} (black) to {:g} (white)".format(*train.value_range) if train.value_range else ""
     if train.classes is None:
-        note = f"{len(train):,} images in {train_root}{train.passed_over}, no labels"
+        note = f"{len(train):,} images in {train_root}{train.passed_over}{values}, no labels"
         return Data(train, None, None, root, ", not used: ".join([note, *held_out]))
-    note = f"{len(train):,} images of {len(train.classes)} classes in {train_root}{train.passed_over}"
+    note = f"{len(train):,} images of {len(train.classes)} classes in {train_root}{train.passed_over}{values}"
     for path in held_out:
         try:
-            val = ImageFolder(path, output_dir, train.classes)
+            val = ImageFolder(path, output_dir, train.classes, train.value_range)
             return Data(train, train, val, root, f"{note}, {len(val):,} held out in {path}{val.passed_over}")
         except DataError as error:
             note += f", not used: {error}"
@@ -113,19 +117,22 @@ class ImageFolder(Dataset):
     Args:
         output_dir: folder to which the command writes; not searched.
         classes: the classes, if they are those of another folder; this one may lack some, but have no others.
+        value_range: black and white of images of more than 8 bits (see `read_image`); None to find one for all of them.
 
     Raises:
         DataError: no such folder, no images in it, none that can be read, some outside of the given classes, or
             outputs would be written among them.
     """
 
-    def __init__(self, root: str, output_dir: str | None = None, classes: list[str] | None = None):
+    def __init__(self, root: str, output_dir: str | None = None, classes: list[str] | None = None,
+                 value_range: tuple[float, float] | None = None):
         if output_dir and os.path.realpath(output_dir) == os.path.realpath(root):
             raise DataError(f"{root}: outputs would be written among the images, choose another --output_dir")
         self.root, self.files = root, sorted(iter_images(root, passed_over := Counter(), output_dir))
         self.passed_over = describe_passed_over(passed_over)
         if not self.files:
             raise DataError(f"{root}: no such folder, or no image found in it or below{self.passed_over}")
+        self.value_range = value_range or find_common_range(root, self.files)
         folders = [file[:max(file.find(os.sep), 0)] for file in self.files]  # "" for images outside of subfolders
         names = sorted(set(folders))
         if not classes and len(names) > 1 and names[0] and set(map(str.lower, names)) - {*TRAIN, *HELD_OUT}:
@@ -145,22 +152,13 @@ class ImageFolder(Dataset):
 
     def read_reduced(self, i, reduction=None):
         """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
-        return read_image(os.path.join(self.root, self.files[i]), reduction), self.labels[i]
+        path = os.path.join(self.root, self.files[i])
+        return read_image(path, reduction, value_range=self.value_range), self.labels[i]
 
 
 def iter_images(root, passed_over, output_dir=None):
-    """Yield the path of each image below root, relative to it, and count what is passed over: {kind: number}.
-
-    Links to folders that were found before are skipped.
-    """
-    seen = {os.path.realpath(path) for path in (root, output_dir) if path}
-    for parent, folders, names in os.walk(root, True, lambda _: passed_over.update(["unreadable folder(s)"]), True):
-        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders
-                if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
-                and not os.path.isfile(os.path.join(parent, name, "log.jsonl"))}  # a run, which may hold plots
-        passed_over.update(f"{name}/" for name in folders if name not in real)
-        folders[:] = [name for name, path in real.items() if path not in seen]
-        seen.update(real.values())
+    """Yield the path of each image below root, relative to it, and count what is passed over: {kind: number}."""
+    for parent, names in walk_folders(root, passed_over, output_dir):
         for name in names:
             path, is_output = os.path.join(parent, name), name.lower().endswith(OUTPUT_ENDINGS)
             if not name.startswith(".") and not is_output and is_image(path):
@@ -168,6 +166,29 @@ def iter_images(root, passed_over, output_dir=None):
             else:
                 ending = "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "without ending"
                 passed_over["output(s) of other commands" if is_output else ending] += 1
+
+
+def walk_folders(root, passed_over, output_dir):
+    """Yield (folder, names of its files) for root and all below.
+
+    Links to folders are followed after the others, so that images keep their own path, and not to where root lies in.
+    """
+    home, starts, seen = os.path.realpath(root), [root], {os.path.realpath(output_dir)} if output_dir else set()
+    for start in starts:  # root, then links
+        for parent, folders, names in os.walk(start, True, lambda _: passed_over.update(["unreadable folder(s)"]),
+                                              followlinks=True):
+            real = os.path.realpath(parent)
+            if real in seen or home.startswith(os.path.join(real, "")):
+                folders.clear()
+                continue
+            seen.add(real)
+            kept = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)
+                    if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
+                    and not os.path.isfile(os.path.join(parent, name, "log.jsonl"))}  # a run, which may hold plots
+            passed_over.update(f"{name}/" for name in folders if name not in kept)
+            folders[:] = [name for name, path in kept.items() if path == os.path.join(real, name)]
+            starts += [os.path.join(parent, name) for name in kept if name not in folders]
+            yield parent, names
 
 
 def describe_passed_over(counts):
@@ -183,7 +204,7 @@ SPLITS = {"imagenet": ("train", "val"), "imagenette": ("train", "val"), "places3
           "oxfordiiitpet": ("trainval", "test")}  # where torchvision's splits are not train and test
 
 
-def open_torchvision(name, root, download=True):
+def open_torchvision(name, root, download=True, value_range=None):
     """A dataset of torchvision.datasets by its case-insensitive name; its test split is held out."""
     path, known = f"{name}:{os.path.abspath(root)}", {known.lower(): known for known in torchvision.datasets.__all__}
     if name.lower() not in known:
@@ -197,7 +218,7 @@ def open_torchvision(name, root, download=True):
     elif "split" in accepted:
         splits = [{"split": split} for split in SPLITS.get(name.lower(), ("train", "test"))]
     try:
-        train, *val = (TorchvisionDataset(kind(root, **split, **flags)) for split in splits)
+        train, *val = (TorchvisionDataset(kind(root, **split, **flags), value_range) for split in splits)
     except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
         raise DataError(f"{name}:{root}: torchvision cannot open it: {' '.join(str(error).split())}") from None
     note = f"{len(train):,} images of torchvision's {kind.__name__}"
@@ -211,8 +232,8 @@ def open_torchvision(name, root, download=True):
 class TorchvisionDataset(Dataset):
     """A torchvision dataset as (RGB image, class index, or -1 if its targets are not single classes)."""
 
-    def __init__(self, images: Dataset):
-        self.images, self.classes = images, getattr(images, "classes", None)
+    def __init__(self, images: Dataset, value_range: tuple[float, float] | None = None):
+        self.images, self.classes, self.value_range = images, getattr(images, "classes", None), value_range
 
     def __len__(self):
         return len(self.images)
@@ -220,7 +241,7 @@ class TorchvisionDataset(Dataset):
     def __getitem__(self, i):
         with wrap_decode_errors(f"{type(self.images).__name__} {i}"):
             image, label = self.images[i][:2]
-            image = to_rgb(check_aspect(image))
+            image = to_rgb(image, self.value_range)
         is_class = isinstance(label, int) or (isinstance(label, Tensor) and label.numel() == 1)
         return image, int(label) if is_class else -1
 

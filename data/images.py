@@ -1,6 +1,7 @@
 """Image decoding: any file -> upright RGB image, or ImageReadError.
 
     image = read_image("dog.jpg")
+    image = read_image("ct.tif", value_range=(-1024, 3071))    # black and white of images of more than 8 bits
 """
 
 import contextlib
@@ -8,7 +9,10 @@ import os
 import warnings
 from collections.abc import Callable
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+
+from common.files import check_file
 
 Image.init()
 with contextlib.suppress(ImportError):
@@ -17,36 +21,45 @@ with contextlib.suppress(ImportError):
 DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF QOI".split() if name in Image.OPEN]
 EXTENSIONS = frozenset(ending for ending, name in Image.registered_extensions().items() if name in DECODERS)
 MAX_ASPECT = 100  # resizing the shorter side to the crop would make the longer one of such an image huge
+FULL_SCALES = (1, *(2**bits - 1 for bits in range(8, 17)))  # of floats, and of 8 to 16 bits
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # cameras have 108 million pixels
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes; profiles and notes have megabytes
 
 
 class ImageReadError(OSError):
     """A missing or corrupt image; the message names the file and the reason."""
 
 
-def read_image(path: str, reduction: Callable[[int, int], int] | None = None, upright: bool = True) -> Image.Image:
+def read_image(path: str, reduction: Callable[[int, int], int] | None = None, upright: bool = True,
+               value_range: tuple[float, float] | None = None) -> Image.Image:
     """Decode an image file: RGB, upright, transparency on white.
 
     Args:
         reduction: (width, height) -> power of two to downsample by; a JPEG is not decoded at a higher resolution.
         upright: apply the EXIF orientation.
+        value_range: black and white of grayscale of more than 8 bits; None for those of `find_value_range`.
 
     Raises:
         ImageReadError: the file is missing, corrupt or no image, or the image is too large or too elongated.
     """
-    with wrap_decode_errors(path):
-        if not os.path.isfile(path):  # opening a named pipe would block
-            raise ValueError("not a file")
-        with Image.open(path, formats=DECODERS) as image:
-            width, height = check_aspect(image).size
-            factor = reduction(width, height) if reduction else 1
-            image.draft(None, (width // factor, height // factor))  # JPEG only, by 8 at most, to no smaller than this
-            factor = factor * image.width // width
-            image.load()
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image)
-            return image.reduce(factor) if factor > 1 else image
+    with wrap_decode_errors(path), open_image(path) as image:
+        check_aspect(image)
+        width, height = image.size
+        factor = reduction(width, height) if reduction else 1
+        image.draft(None, (width // factor, height // factor))  # JPEG only, by 8 at most, to no smaller than this
+        factor = factor * image.width // width
+        image.load()
+        rgb = to_rgb(image, value_range)
+        if upright:
+            rgb.info = image.info
+            with contextlib.suppress(Exception):  # broken EXIF raises nearly anything
+                ImageOps.exif_transpose(rgb, in_place=True)
+        return rgb.reduce(factor) if factor > 1 else rgb
+
+
+def open_image(path):
+    """Open an image file without decoding it; raises nearly anything."""
+    return Image.open(check_file(path), formats=DECODERS)
 
 
 def is_image(path: str) -> bool:
@@ -74,24 +87,50 @@ def wrap_decode_errors(name):
     try:
         yield
     except Exception as error:  # decoders raise nearly anything on corrupt files
-        raise ImageReadError(f"{name}: {error or type(error).__name__}") from None
+        raise ImageReadError(f"{name}: {getattr(error, 'strerror', None) or error or type(error).__name__}") from None
 
 
 def check_aspect(image):
-    """Return the image; raise ValueError if one side is more than MAX_ASPECT times the other."""
+    """Raise ValueError if one side of an image is more than MAX_ASPECT times the other."""
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels, one side is more than {MAX_ASPECT} times the other")
-    return image
 
 
-def to_rgb(image):
-    """PIL image of any mode -> RGB, transparency on white."""
-    if image.mode[0] in "IF":  # grayscale of more than 8 bits, which Pillow's own conversion clips at 255
-        gray = image.convert("F")
-        ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if image.mode == "F" else (255, 65535)
-        white = next((top for top in ranges if gray.getextrema()[1] <= top), 65535)
-        return gray.point(lambda value: value * (255 / white) + 0.5).convert("L").convert("RGB")
-    if image.has_transparency_data:
+def to_rgb(image, value_range=None):
+    """PIL image of any mode -> RGB, transparency on white; for value_range see `read_image`."""
+    check_aspect(image)
+    if image.mode[0] in "IF":
+        low, high = value_range or find_value_range(sample_values(image))
+        values = np.nan_to_num(np.asarray(image, np.float32).clip(low, high), nan=low)
+        return Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8)).convert("RGB")
+    # a fourth band of a TIFF is marked as alpha also where it is infrared
+    if image.has_transparency_data and image.format != "TIFF":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def sample_values(image):
+    """About 100,000 evenly spaced values of an image, without NaN, infinity and -3.4e38 for missing ones."""
+    step = max(1, int((image.width * image.height / 100_000) ** 0.5))
+    values = np.asarray(image, np.float32)[::step, ::step]
+    return values[abs(values) < 1e30]
+
+
+def find_value_range(values):
+    """Black and white for values: 0 and the full scale if half of it is used, else the quantiles 0.1% and 99.9%."""
+    low, high = np.quantile(values, (0.001, 0.999)).tolist() if values.size else (0.0, 0.0)
+    full = next((full for full in FULL_SCALES if high <= full), high)
+    if low >= 0 and (high - low >= full / 2 or high == low):
+        return 0.0, float(full)
+    return low, high if high > low else low + 1
+
+
+def find_common_range(root, files, max_images=100):
+    """One `find_value_range` for the grayscale of more than 8 bits among evenly spaced files; None without any."""
+    files, values = [file for file in files if not file.lower().endswith((".jpg", ".jpeg"))], []
+    for file in files[::-(-len(files) // max_images) or 1]:
+        with contextlib.suppress(Exception), open_image(os.path.join(root, file)) as image:  # raises nearly anything
+            if image.mode[0] in "IF":
+                values.append(sample_values(image))
+    return find_value_range(np.concatenate(values)) if values else None

@@ -23,17 +23,17 @@ class ImageFiles(torch.utils.data.Dataset):
 
     Args:
         boxes: crop of each image (left, top, right, bottom), pixels.
-        upright: rotate images as their EXIF orientation demands.
+        upright, value_range: see `read_image`.
     """
 
-    def __init__(self, paths, boxes=None, upright=True):
-        self.paths, self.boxes, self.upright = paths, boxes, upright
+    def __init__(self, paths, boxes=None, upright=True, value_range=None):
+        self.paths, self.boxes, self.upright, self.value_range = paths, boxes, upright, value_range
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        image = read_image(self.paths[i], upright=self.upright)
+        image = read_image(self.paths[i], upright=self.upright, value_range=self.value_range)
         if self.boxes:
             left, top, right, bottom = self.boxes[i]
             box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)

@@ -19,7 +19,7 @@ from torchvision.transforms import functional as TF
 
 from common.files import read_text
 from data.datasets import DataError, open_data
-from data.images import ImageReadError, read_image, read_or_message, wrap_decode_errors
+from data.images import ImageReadError, open_image, read_image, read_or_message, wrap_decode_errors
 from data.loaders import share_batches
 
 VOID = 255  # index of unlabeled pixels in a mask with a palette
@@ -101,7 +101,7 @@ def read_mask(path, size):
     Raises:
         ImageReadError: missing, corrupt, of another size, or ambiguous.
     """
-    with wrap_decode_errors(path), Image.open(path) as image:
+    with wrap_decode_errors(path), open_image(path) as image:
         if image.size != size:
             raise ValueError(f"the mask has {image.width} x {image.height} pixels, its image {size[0]} x {size[1]}")
         indexed = image.mode == "P"

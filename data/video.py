@@ -11,6 +11,7 @@ Files need PyAV (pip install av).
 import os
 import re
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps
 
 from common.files import check_file
 from data.datasets import DataError
-from data.images import EXTENSIONS, read_image, read_or_message
+from data.images import EXTENSIONS, find_common_range, read_image, read_or_message
 
 WRITABLE = (".mp4", ".mov", ".mkv", ".webm")
 
@@ -41,7 +42,8 @@ def open_video(path):
         if not files:
             raise DataError(f"{path}: no image in this folder")
         files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
-        return Video(((file.name, read_or_message(read_image, file)) for file in files), None, len(files))
+        read = partial(read_image, value_range=find_common_range(path, [file.name for file in files]))
+        return Video(((file.name, read_or_message(read, file)) for file in files), None, len(files))
     import av
 
     file = open(check_file(path), "rb")  # noqa: SIM115  opened here: of a name, FFmpeg would open a URL too

@@ -59,7 +59,7 @@ def open_onnx_attention(args):
             return view if size else image, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
         except Exception as error:
             raise CheckpointError(f"{args.ckpt}: cannot run on {view.width} x {view.height} pixels: {error}") from None
-    origin = dict(ckpt=args.ckpt, untrained=False)
+    origin = dict(ckpt=args.ckpt, untrained=False, value_range=about.get("value_range"))
     return extract_attention, origin | dict(patch_size=p, model=describe_model(origin, about, p))
 
 

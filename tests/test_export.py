@@ -1,5 +1,7 @@
 import csv
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,8 @@ import export
 import infer
 import visualize
 from common.weights import CheckpointError, save_model
-from data.images import DECODERS, to_rgb
-from data.loaders import center_crop_view
+from data.images import DECODERS, read_image, to_rgb
+from data.loaders import center_crop_view, normalize
 from plotting.draw import colorize
 from vit import VisionTransformer
 
@@ -288,11 +290,40 @@ def test_every_mode_becomes_the_same_rgb_as_in_training(scene):
         assert np.array_equal(np.asarray(infer.to_rgb(image)), np.asarray(to_rgb(image))), name
 
 
+@pytest.mark.parametrize("value_range", [None, (-100, 5000)])
+def test_every_file_is_prepared_as_for_evaluation(scene, tmp_path, value_range):
+    """To the bit, for every mode that each file format can hold, upright and on its side."""
+    metadata = dict(patch_size=8, image_size=[32, 24], value_range=value_range)
+    endings, exif = {".png", ".tif", ".jpg", ".webp", ".gif", ".bmp", ".ppm", ".jp2", ".avif", ".qoi"}, Image.Exif()
+    exif[0x0112], read = 6, set()
+    for (name, image), ending in itertools.product(images_of_many_modes(scene).items(), endings):
+        path = tmp_path / f"a{ending}"
+        try:
+            image.save(path, **({"exif": exif} if ending in (".png", ".tif", ".jpg", ".webp") else {}))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # not a mode of this format
+            continue
+        read.add((name, ending))
+        expected = center_crop_view(read_image(path, value_range=value_range), 32, 24)
+        with Image.open(path) as opened:
+            prepared = infer.prepare(opened, metadata)
+        assert torch.equal(normalize(prepared), expected), (name, ending)
+    assert len(read) > 80 and {ending for _, ending in read} >= endings - {".avif", ".jp2"}
+
+
 def test_to_rgb_scales_16_bits_and_composites_on_white():
     deep = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype("uint16"))
     gray = np.asarray(infer.to_rgb(deep))[:, :, 0]
     assert gray.min() == 0 and gray.max() == 255 and abs(gray.mean() - 127.5) < 1
     assert np.asarray(infer.to_rgb(Image.new("RGBA", (16, 16), (0, 0, 0, 0)))).min() == 255
+
+
+def test_infer_does_not_wait_for_pipes(saved, scene, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.png")
+    scene.save(tmp_path / "a.png")
+    images = [str(tmp_path / "pipe.png"), "/dev/zero", str(tmp_path / "a.png")]
+    assert infer.main([str(make(saved[0])), *images, "--output", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("no such file, or a pipe or device") == 2 and "a.png: features [64]" in printed.out
 
 
 def test_sizes_of_images_for_a_model_of_any_size():

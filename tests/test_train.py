@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -7,15 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import evaluate
+import export
+import infer
 import train
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from common.weights import load_backbone
 from data import loaders
 from data.datasets import DataError
+from data.images import read_image
+from data.loaders import center_crop_view
 from data.shapes import Shapes
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper
 from optim import build_optimizer, build_param_groups
@@ -222,9 +230,9 @@ class Sizes(list):
 
 
 def test_typical_side_is_the_median_of_what_can_be_read():
-    assert train.typical_side(Sizes([(30, 40), (90, 50), None, (70, 60)])) == 50
-    assert train.typical_side(Sizes([(8, 8)] * 990 + [(99, 99)] * 10)) == 8
-    assert train.typical_side(Sizes([None, None])) is None and train.typical_side(Sizes()) is None
+    for sizes, side in (([(30, 40), (90, 50), None, (70, 60)], 50), ([(8, 8)] * 990 + [(99, 99)] * 10, 8),
+                        ([None, None], None), ([], None)):
+        assert train.typical_side(train.sample_images(Sizes(sizes))) == side
 
 
 # ---- whole runs ----
@@ -259,6 +267,46 @@ def test_an_output_folder_among_the_images_is_not_searched(tmp_path, capsys):
     assert f"40 images in {folder.parent}, no labels" in capsys.readouterr().out
     with pytest.raises(DataError, match="choose another --output_dir"):
         run(folder.parent, f"--epochs 1 --data_path {folder.parent}")
+
+
+def test_values_of_more_than_8_bits_have_one_range_everywhere(tmp_path, capsys, exit_message):
+    """Found in the training images, then the same in every command, whatever the values of an image."""
+    rng = np.random.RandomState(0)
+    for part, c, i in itertools.product(("train", "val"), "ab", range(4)):
+        (tmp_path / "data" / part / c).mkdir(parents=True, exist_ok=True)
+        values = rng.randint(0, 4000 if part == "train" else 400, (32, 32)).astype("uint16")
+        Image.fromarray(values).save(tmp_path / "data" / part / c / f"{i}.png")
+    flags = [*TINY, "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--epochs", "1",
+             "--batch_size_per_gpu", "4"]
+    train.main(train.parse_args(flags))
+    printed = capsys.readouterr().out
+    assert "values 0 (black) to 4095 (white)" in printed and "NOTE: the images are nearly black" not in printed
+    assert "--value_range 0.0 4095.0" in (tmp_path / "out" / "flags.txt").read_text()
+    path = str(tmp_path / "out" / "teacher.safetensors")
+    backbone, info = load_backbone(path)
+    assert info["value_range"] == [0, 4095]
+    line = exit_message(train.main, train.parse_args([*flags, "--value_range", "0", "4000"]))
+    assert "value_range (0.0, 4095.0), not (0.0, 4000.0)" in line
+
+    dark = str(tmp_path / "data" / "val" / "b" / "1.png")
+    view = center_crop_view(read_image(dark, value_range=(0, 4095)), 32)
+    assert (view - center_crop_view(read_image(dark), 32)).mean() < -1  # by its own values it would be bright
+    with torch.no_grad():
+        expected = backbone(view[None])[0].numpy()
+    features = tmp_path / "features.safetensors"
+    evaluate.main(evaluate.parse_args(["knn", "--ckpt", path, "--data_path", str(tmp_path / "data"), "--device", "cpu",
+                                       "--num_workers", "0", "--features", str(features)]))
+    np.testing.assert_allclose(load_file(features)["test_features"][5], expected, atol=1e-5)
+    export.main(export.parse_args(["--ckpt", path]))
+    session, metadata = infer.open_model(path.replace(".safetensors", ".onnx"))
+    with Image.open(dark) as image:
+        found, _ = infer.infer(session, metadata, infer.prepare(image, metadata))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+    train.main(train.parse_args([*flags[:-6], "--output_dir", str(tmp_path / "dark"), "--data_path",
+                                 str(tmp_path / "data"), "--epochs", "1", "--batch_size_per_gpu", "4", "--value_range",
+                                 "0", "65535"]))
+    assert "NOTE: the images are nearly black: --value_range" in capsys.readouterr().out
 
 
 def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):

@@ -66,10 +66,10 @@ def test_maps_equal_the_cls_row_of_the_attention_matrix(model, photos, capsys):
         found = np.load(output / f"{name}.npy")
         assert found.dtype == np.float32 and np.abs(found - expected).max() < 1e-6
         for head in range(4):
-            drawn = Image.open(output / f"{name}.head{head + 1}.png")
+            drawn = Image.open(output / f"{name}.head{head + 1}.attention.png")
             assert drawn.size == image.size and np.array_equal(drawn, colorize(expected[head], image.size))
     assert "a.png: 4 heads of 6 x 9 patches" in capsys.readouterr().out
-    page = np.asarray(Image.open(output / "a.png.png"))
+    page = np.asarray(Image.open(output / "a.png.attention.png"))
     side = (640 - GAP) // 6 - GAP  # 640 pixels: image, mean and four heads
     assert page.shape[1] == 640
     expected = np.asarray(colorize(np.load(output / "a.png.npy")[3], (side - 6, round(side * 40 / 60) - 6)))
@@ -162,8 +162,9 @@ def test_corrupt_images_are_skipped(model, photos, exit_message, capsys):
         cli.run_command(lambda args: run("attention", *names, *flags), lambda: None, visualize.DataError)
     printed = capsys.readouterr()
     assert stop.value.code == 2 and "2 skipped, the first: " in printed.err
-    assert "gone.png: not a file" in printed.out and "c.png: cannot identify" in printed.out
-    assert sorted(path.name for path in (photos / "out").iterdir()) == ["a.png.5.png", "a.png.png", "below_b.png.png"]
+    assert "gone.png: No such file" in printed.out and "c.png: cannot identify" in printed.out
+    assert sorted(path.name for path in (photos / "out").iterdir()) == [
+        "a.png.5.attention.png", "a.png.attention.png", "below_b.png.attention.png"]
     (photos / "empty").mkdir()
     assert "empty: no " in exit_message(run, "attention", photos / "empty", *flags)
     assert "shapes:5: SIZE must be" in exit_message(run, "attention", "shapes:5", *flags)
@@ -175,13 +176,18 @@ def test_outputs_do_not_become_inputs(model, photos, exit_message):
         run("attention", photos, *flags, "--output_dir", photos / "out")
         run("crops", photos, "--output_dir", photos / "out")
         assert {path.name for path in (photos / "out").iterdir()} == {
-            "a.png.png", "below_b.png.png", "a.png.crops.png", "below_b.png.crops.png"}
+            "a.png.attention.png", "below_b.png.attention.png", "a.png.crops.png", "below_b.png.crops.png"}
+    run("attention", photos / "a.png", *flags, "--output_dir", photos / "one", "--separate")
+    run("features", photos / "a.png", *flags, "--output_dir", photos / "one")
+    assert len(list((photos / "one").iterdir())) == 6  # a sheet, four heads, features
+    assert visualize.ImageFolder(str(photos)).files == ["a.png", "below/b.png"]
+    assert "lies in it" in exit_message(run, "video", photos, photos / "below" / "out", *flags)
     for task in (["attention", photos, *flags], ["crops", photos]):
         assert "choose another --output_dir" in exit_message(run, *task, "--output_dir", photos)
 
 
 def test_long_file_names(model, tmp_path):
-    name = "\u3042" * 80 + ".png"  # 244 bytes, and no ending fits
+    name = "\U0001f600" * 60 + ".png"  # 244 bytes, and no ending fits
     Image.new("RGB", (16, 16)).save(tmp_path / name)
     run("attention", tmp_path / name, "--ckpt", model[1], "--image_size", 16, "--separate")
     assert len(list(model[1].with_suffix(".attention").iterdir())) == 5
@@ -475,7 +481,7 @@ def test_crops_of_the_paper(tmp_path, monkeypatch, exit_message, cells):
     assert Image.open("shapes_64_0.crops.png").width == 1000 and len(list(tmp_path.iterdir())) == 4
     assert [caption.partition(":")[0] for _, caption in cells] == [
         "shapes_64_3", "G1", "G2", *(f"L{i}" for i in range(1, 9))]
-    assert "not a file" in exit_message(run, "crops", "gone.png")
+    assert "No such file" in exit_message(run, "crops", "gone.png")
     for text in ("--global_crops_scale 0.9 0.1", "--color_jitter 0 0 0 0.9", "--data_path 'unclosed", "--blur 0 0"):
         (tmp_path / "flags.txt").write_text(text)
         with pytest.raises(SystemExit) as stop:

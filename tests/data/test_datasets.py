@@ -2,6 +2,7 @@ import io
 import os
 import struct
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -12,6 +13,7 @@ from augment import MultiCrop
 from data.datasets import DataError, ImageFolder, TorchvisionDataset, data_name, open_data
 from data.images import DECODERS, ImageReadError, is_image, read_image
 from data.shapes import Shapes
+from data.video import open_video
 from evaluation.knn import knn_classifier
 
 
@@ -123,6 +125,66 @@ def test_symbolic_links_and_hidden_folders(tmp_path):
     (tmp_path / "root" / "bird").symlink_to(tmp_path / "elsewhere")
     images = ImageFolder(str(tmp_path / "root"))
     assert images.files == ["bird/5.jpg", "cat/1.jpg", "dog/2.jpg"] and images.classes == ["bird", "cat", "dog"]
+
+
+def test_links_between_class_folders_change_no_label(tmp_path):
+    """Each class keeps its images whatever is linked where: to a class, below one, to root or to what holds it."""
+    names = [f"{c}/{path}" for c in "abc" for path in ("1.png", "below/2.png", "below/deep/3.png")]
+    save_images(tmp_path, *(f"root/{name}" for name in names), "beside/4.png")
+    root = tmp_path / "root"
+    for link, target in {"a/m": "../b", "a/n": "../c/below", "a/0": "../b/below/deep", "b/below/0": "../../c",
+                         "c/below/up": "..", "c/root": "../..", "0": "b/below", "b/home": "../../.."}.items():
+        (root / link).symlink_to(target)
+    images = ImageFolder(str(root))
+    assert images.files == names and images.classes == ["a", "b", "c"] and images.labels == [0] * 3 + [1] * 3 + [2] * 3
+    (root / "d").symlink_to("../beside")  # data sets are linked together
+    (root / "e").symlink_to("../beside")
+    (root / ".store").mkdir()
+    save_images(root, ".store/5.png")
+    (root / "f").symlink_to(".store")
+    images = ImageFolder(str(root))
+    assert images.files == [*names, "d/4.png", "f/5.png"] and images.classes == ["a", "b", "c", "d", "f"]
+
+
+def test_deep_images_have_one_range(tmp_path, scene):
+    """Of all images and of the held-out part; 8-bit images among them keep their values."""
+    gray = np.asarray(scene.convert("L")).astype("uint16")
+    for part, name, factor in (("train", "a/1.png", 1), ("train", "a/2.tif", 4), ("train", "b/1.png", 16),
+                               ("val", "a/1.png", 2), ("val", "b/1.png", 100)):
+        path = tmp_path / part / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(gray * factor).save(path)
+    scene.save(tmp_path / "train" / "b" / "photo.png")
+    scene.save(tmp_path / "train" / "b" / "photo.jpg")
+    data = open_data(str(tmp_path))
+    assert data.train.value_range == data.val.value_range == (0, 4095)
+    assert ", values 0 (black) to 4095 (white), 2 held out" in data.note
+    for images, index, factor in ((data.train, 0, 1), (data.train, 1, 4), (data.train, 2, 16), (data.val, 0, 2)):
+        seen = np.asarray(images[index][0])[..., 0]
+        assert (seen == np.floor(gray.astype(int) * factor * 255 / 4095 + 0.5)).all()
+    assert data.train[4][0].tobytes() == scene.tobytes() == read_image(tmp_path / "train/b/photo.png").tobytes()
+    data = open_data(str(tmp_path), value_range=(0, 255))
+    assert data.train.value_range == data.val.value_range == (0, 255)
+    assert (np.asarray(data.val[0][0])[..., 0] == (gray * 2).clip(0, 255)).all()
+    save_images(tmp_path / "flat", "1.png")
+    assert open_data(str(tmp_path / "flat")).train.value_range is None
+
+
+def test_deep_frames_of_a_video_have_one_range(scene, tmp_path):
+    gray = np.asarray(scene.convert("L")).astype("uint16")
+    for i, factor in enumerate((1, 16)):
+        Image.fromarray(gray * factor).save(tmp_path / f"{i}.png")
+    for (_, frame), factor in zip(open_video(tmp_path).frames, (1, 16)):
+        assert (np.asarray(frame)[..., 0] == np.floor(gray.astype(int) * factor * 255 / 4095 + 0.5)).all()
+
+
+def test_deep_images_of_torchvision_take_the_given_range(scene, tmp_path):
+    (tmp_path / "class").mkdir()
+    gray = np.asarray(scene.convert("L")).astype("uint16")
+    Image.fromarray(gray * 16).save(tmp_path / "class" / "1.png")
+    images = torchvision.datasets.ImageFolder(tmp_path, loader=Image.open)
+    seen = np.asarray(TorchvisionDataset(images, (0, 4080))[0][0])
+    assert (seen == gray[..., None]).all()
 
 
 def encoded(image, kind, **options):
@@ -293,6 +355,8 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     assert read_image(tmp_path / "a.png").tobytes() == upright.tobytes()
+    stored.convert("RGBA").save(tmp_path / "alpha.png", exif=exif)
+    assert read_image(tmp_path / "alpha.png").tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
