@@ -16,6 +16,9 @@ Interrupted runs resume automatically, and `--test_only` evaluates classifier.sa
 class of each image to predictions.csv.
 """
 
+import common  # noqa: F401 (first: it checks the version of Python)
+
+# isort: split
 import csv
 import itertools
 import os

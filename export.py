@@ -15,6 +15,9 @@ Every file is verified before it is written: ONNX Runtime against torch, on nois
 image sizes. Backbones of torchvision and timm go through torch's exporter and have `features` only.
 """
 
+import common  # noqa: F401 (first: it checks the version of Python)
+
+# isort: split
 import sys
 
 if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before torch is imported

@@ -12,6 +12,9 @@ with the settings of the released scripts; they write NAME.copies.DATA.json and 
 torchrun, feature extraction is split over the processes.
 """
 
+import common  # noqa: F401 (first: it checks the version of Python)
+
+# isort: split
 import hashlib
 import itertools
 import json

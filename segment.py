@@ -11,6 +11,9 @@ writes them as DAVIS expects, NAME.video.DATA/SEQUENCE/FRAME.png, with overlays 
 evaluates J and F. Interrupted runs resume with the next sequence. Caron et al. 2021, section 4.2.2.
 """
 
+import common  # noqa: F401 (first: it checks the version of Python)
+
+# isort: split
 import itertools
 import json
 import os

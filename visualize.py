@@ -13,6 +13,9 @@ Figures of a model are written beside its file (NAME.attention/, NAME.features.p
 --output_dir. `attention` and `video` also take an exported model, `--ckpt teacher.onnx`.
 """
 
+import common  # noqa: F401 (first: it checks the version of Python)
+
+# isort: split
 import os
 from pathlib import Path
 
