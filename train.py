@@ -10,6 +10,9 @@ automatically: repeat the command. The loss starts at ln(out_dim), stays there f
 falls while the KL divergence between teacher and student stays above zero.
 """
 
+import common  # noqa: F401 (first: it checks the version of Python)
+
+# isort: split
 import contextlib
 import importlib.util
 import itertools
@@ -321,8 +324,9 @@ def finish_epoch(step, steps_per_epoch, data, args, run):
         return
     backbone, name = run.objects["teacher"].backbone, f"epoch {epoch - 1}"
     if step == 0:
-        evaluate_and_log("raw pixels", pixel_features, data, args, run)
-        evaluate_and_log("untrained backbone", backbone, data, args, run)
+        for name, model in (("raw pixels", pixel_features), ("untrained backbone", backbone)):
+            if name not in run.progress["knn"]:
+                evaluate_and_log(name, model, data, args, run)
     elif (epoch % args.knn_every == 0 or epoch == args.epochs) and name not in run.progress["knn"]:
         evaluate_and_log(name, backbone, data, args, run)
         save_run(run, step)
@@ -463,46 +467,53 @@ def train(student, run, data, first_step, total_steps, args, device):
     """Train from first_step to total_steps; False if a signal stopped the run, which is then saved."""
     teacher, dino_loss, optimizer, scaler = (run.objects[k] for k in ("teacher", "dino_loss", "optimizer", "scaler"))
     steps_per_epoch, logger, signals = total_steps // args.epochs, run.logger, distributed.StopSignals()
-    finish_epoch(first_step, steps_per_epoch, data, args, run)
     multicrop = build_multicrop(args, args.compile)
     keys = iter_batch_keys(first_step, total_steps, len(data.train), args.seed, args.batch_size_per_gpu,
                            args.accum_steps, distributed.get_rank(), distributed.get_world_size())
-    loader = build_train_loader(data.train, multicrop, keys, args.seed, args.num_workers, device.type == "cuda")
+    loader = build_train_loader(data.train, multicrop, keys, args.seed, args.num_workers, device.type == "cuda",
+                                args.timeout_minutes)
     batches = iter_on_device(loader, multicrop, device)
-    finite, unchecked, previous_stats = torch.tensor(True, device=device), first_step, []
-    logger.start_progress(first_step, total_steps)
-    if args.profile and distributed.is_rank_zero():
-        logger.start_profiler(args.profile, run.path.with_name("trace.json"))
+    finite, unchecked, previous_stats, completed = torch.tensor(True, device=device), first_step, [], first_step
+    try:
+        finish_epoch(first_step, steps_per_epoch, data, args, run)
+        logger.start_progress(first_step, total_steps)
+        if args.profile and distributed.is_rank_zero():
+            logger.start_profiler(args.profile, run.path.with_name("trace.json"))
 
-    for step in range(first_step, total_steps):
-        epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
-        is_log_step = is_epoch_end or (step + 1) % args.log_every == 0
-        micro_batches, _, corrupt = zip(*(logger.next_batch(batches) for _ in range(args.accum_steps)))
-        logger.log_corrupt(sum(corrupt, []))
-        # reseed here, because the loader consumes torch's global generator too
-        torch.manual_seed(derive_seed("drop path", args.seed, step, distributed.get_rank()))
-        schedule = compute_schedule(step, steps_per_epoch, run.fixed["global_batch_size"], args)
+        for step in range(first_step, total_steps):
+            epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
+            is_log_step = is_epoch_end or (step + 1) % args.log_every == 0
+            loaded, is_save_step = signals.wait(lambda: [logger.next_batch(batches) for _ in range(args.accum_steps)],
+                                                run.is_save_due(args.save_every_minutes))
+            micro_batches, _, corrupt = zip(*loaded)
+            logger.log_corrupt(sum(corrupt, []))
+            # reseed here, because the loader consumes torch's global generator too
+            torch.manual_seed(derive_seed("drop path", args.seed, step, distributed.get_rank()))
+            schedule = compute_schedule(step, steps_per_epoch, run.fixed["global_batch_size"], args)
 
-        stats = train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, schedule, args, finite,
-                           log=is_log_step)
+            stats = train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, schedule, args, finite,
+                               log=is_log_step)
 
-        logger.count_step()
-        stop_signal, is_save_step = signals.poll(run.is_save_due(args.save_every_minutes))
-        is_save_step |= is_epoch_end or bool(stop_signal) or (step + 1) % (args.save_every_steps or math.inf) == 0
-        if is_log_step or is_save_step:
-            check_finite(finite, scaler, unchecked, step, data.train, args, run)
-            unchecked = step + 1
-        if is_log_step:
-            log_train_step(stats, schedule, step, total_steps, args, run)
-        if is_epoch_end:
-            previous_stats = warn_if_collapsed(run, previous_stats, epoch, args)
-        if is_save_step:
-            save_run(run, step + 1)
-            if stop_signal:
-                run.print_stopped(stop_signal, step + 1, total_steps, args)
-                return False
-            finish_epoch(step + 1, steps_per_epoch, data, args, run)
-            logger.reset_timer()
+            completed = step + 1
+            logger.count_step()
+            is_save_step |= is_epoch_end or completed % (args.save_every_steps or math.inf) == 0
+            if is_log_step or is_save_step:
+                check_finite(finite, scaler, unchecked, step, data.train, args, run)
+                unchecked = completed
+            if is_log_step:
+                log_train_step(stats, schedule, step, total_steps, args, run)
+            if is_epoch_end:
+                previous_stats = warn_if_collapsed(run, previous_stats, epoch, args)
+            if is_save_step:
+                save_run(run, completed)
+                finish_epoch(completed, steps_per_epoch, data, args, run)
+                logger.reset_timer()
+    except distributed.StopRequested as stop:  # raised while waiting for data or evaluating, on all ranks
+        if unchecked < completed:
+            check_finite(finite, scaler, unchecked, completed - 1, data.train, args, run)
+        save_run(run, completed)
+        run.print_stopped(stop, completed, total_steps, args)
+        return False
     logger.close()
     signals.restore()
     return True

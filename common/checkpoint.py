@@ -210,10 +210,10 @@ class Run:
             save_checkpoint(self.path, self.keep, **states, progress=self.progress, fixed=self.fixed, flags=self.flags,
                             **self.extra)
 
-    def print_stopped(self, signal_name, step, total_steps, args):
-        """The last line of a run that a signal has stopped."""
+    def print_stopped(self, stop, step, total_steps, args):
+        """The last line of a run that a signal has stopped, by StopRequested."""
         self.logger.close()
-        self.logger.print(f"stopped by {signal_name} after step {step} of {total_steps}, saved in {self.path}: the "
+        self.logger.print(f"stopped by {stop} after step {step} of {total_steps}, saved in {self.path}: the "
                           f"same command resumes" + ", without --resume none --overwrite" * (args.resume == "none"))
 
     def load_newest(self):

@@ -15,15 +15,17 @@ always one line: what failed, the value, the fix.
 import argparse
 import functools
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
 
 import torch
 import torch.distributed as dist
 
-from common.distributed import DistributedError
+from common import distributed
 from common.files import describe_os_error, read_text
 from common.precision import PRECISIONS, resolve_precision
 
@@ -51,11 +53,14 @@ class FlagLexer(shlex.shlex):
 
 
 class StrictArgumentParser(argparse.ArgumentParser):
-    """Reads flag files, expands ~, and refuses empty arguments, which an unset shell variable leaves."""
+    """Reads flag files, expands ~, and refuses empty arguments, which an unset shell variable leaves.
+
+    Drops --local-rank, which torch.distributed.launch adds to the LOCAL_RANK that it sets.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         args = [expand_home(word) for argument in (sys.argv[1:] if args is None else args)
-                for word in self.read_flags(argument)]
+                for word in self.read_flags(argument) if not re.match("--local[-_]rank=", argument)]
         for i, argument in enumerate(args):
             if argument == "" or re.fullmatch("--[a-z_]+=", argument):
                 self.error(f"empty argument after {' '.join([*args[:i], argument]).strip()}")
@@ -234,33 +239,64 @@ OPTIONAL_PACKAGES = ("matplotlib", "av", "timm")  # needed by some commands only
 def run_command(main, parse_args, *errors):
     """Call main(parse_args()); print the given errors, and environment errors, as one line and exit with status 2.
 
-    Ctrl-C exits with status 130. Other exceptions are bugs and keep their traceback.
+    SIGINT (Ctrl-C), SIGTERM and SIGHUP are one line too and exit with status 128 + their number, after whatever waits
+    to be closed or removed. Other exceptions are bugs and keep their traceback. Loader workers end with the command.
     """
-    for stream in (sys.stdout, sys.stderr):  # file names may hold characters that a terminal cannot show
-        stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     sys.unraisablehook = hide_worker_death
-    status = 2
+    handlers = distributed.handle_signals(distributed.request_stop, "SIGINT", "SIGTERM", "SIGHUP")
+    processes, status, errors = multiprocessing.active_children(), 2, (*errors, distributed.DistributedError)
     try:
         main(parse_args())
-    except (*errors, DistributedError, OSError) as error:
-        # an exception from a loader worker carries the worker's traceback before its message
-        message = describe_os_error(error) or str(error).rpartition(f"{type(error).__name__}: ")[2]
+        sys.stdout.flush()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        message = "interrupted" if number == signal.SIGINT else f"stopped by {error}"
+        status = 128 + number
+    except BrokenPipeError:
+        message, status = "its output is no longer read (broken pipe)", 141
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL_PACKAGES:
             raise
         message = f"{error.name} is not installed: pip install {error.name}"
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except (RuntimeError, MemoryError, ValueError) as error:
-        message = explain_runtime_error(error)
-        if not message:
+    except (*errors, OSError, RuntimeError, MemoryError, ValueError) as error:
+        message = None if isinstance(error, errors) else explain_runtime_error(error)
+        if not message and not isinstance(error, (*errors, OSError)):
             raise
-    else:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-        return
+        # an exception from a loader worker carries the worker's traceback before its message
+        message = message or describe_os_error(error) or str(error).rpartition(f"{type(error).__name__}: ")[2]
+    finally:
+        kill_workers(set(multiprocessing.active_children()).difference(processes))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    distributed.silence_lost_output()
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())[:1000]}", file=sys.stderr)
     sys.exit(status)
+
+
+def prepare_streams():
+    """Replace stdout or stderr if closed (`>&-`), and let both show any file name."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # not in notebooks
+            stream.reconfigure(errors="backslashreplace")
+
+
+def kill_workers(processes):
+    """Kill data loader workers: one that hangs or was stopped would be waited for without end."""
+    if processes:
+        # torch's handler raises the death of a worker
+        handlers = distributed.handle_signals(signal.SIG_DFL, "SIGCHLD")
+        for process in processes:
+            process.kill()
+            process.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def hide_worker_death(unraisable):
@@ -270,21 +306,30 @@ def hide_worker_death(unraisable):
 
 
 def explain_runtime_error(error):
-    """One line on an error of the environment (memory, compiler, loader workers, other ranks); None for a bug."""
+    """One line on an error of the environment (memory, files, compiler, workers, other ranks); None for others."""
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in text or "size calc" in text:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
+            "can't allocate|size calc|Cannot allocate memory|can't start new thread", text):
         request = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
-        return f"out of memory, use smaller batches, images or models ({request[0] if request else text})"
+        return (f"out of memory, use smaller batches, images or models, or a lower --num_workers "
+                f"({request[0] if request else text.strip().splitlines()[-1] if text else type(error).__name__})")
+    if re.search("Too many open files|items of ancdata", text):
+        return "too many open files: raise the limit (ulimit -n 4096) or lower --num_workers"
+    if re.search("(file|object) </torch_", text):  # a file in shared memory
+        return (f"/dev/shm is too small for the batches of data loader workers: start the container with a larger "
+                f"--shm-size (Docker's default is 64 MB), or lower --num_workers ({text.strip().splitlines()[-1]})")
+    if isinstance(error, OSError):
+        return None
     if "more than 1 value per channel" in text:
         return "batch norm needs more than one image per GPU: raise --batch_size_per_gpu"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"torch.compile failed, use --compile false or fix this: {text.strip().splitlines()[0]}"
-    if "file </torch_" in text:  # a file in shared memory
-        return (f"/dev/shm is too small for the batches of data loader workers: start the container with a larger "
-                f"--shm-size (Docker's default is 64 MB), or lower --num_workers ({text.strip().splitlines()[-1]})")
+    if "DataLoader timed out" in text:
+        return ("a data loader worker hangs, or the images come too slowly: look at the disk, lower "
+                "--batch_size_per_gpu or raise --timeout_minutes")
     if "DataLoader worker" in text:
         return f"a data loader worker died, often out of memory: lower --num_workers ({text})"
-    if "LOCAL_RANK" in os.environ and re.search("gloo|nccl|timed out|timeout|connection|socket", text, re.IGNORECASE):
+    if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|timed out|timeout|connection|socket", text, re.IGNORECASE):
         what = "timed out waiting for" if re.search("timed out|timeout", text, re.IGNORECASE) else "lost"
         return (f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} {what} the others: one of them died "
                 f"or hangs, look for the rank that prints something else or nothing ({text})")

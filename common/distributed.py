@@ -2,25 +2,56 @@
 
     rank, world_size, device = init_distributed("cuda")     # (0, 1, cuda) unless torchrun started this process
     sizes = all_gather_objects(len(dataset))                # one value per rank
-    signals = StopSignals()                                 # SIGTERM, SIGINT and SIGUSR1 ask for a clean stop
+    signals = StopSignals()                                 # SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a clean stop
+    batch, _ = signals.wait(lambda: next(batches))          # raises StopRequested on all ranks
 
 Every function also works in a single process without a process group. This file needs torch and nothing else.
 """
 
 import datetime
 import os
+import select
 import signal
+import threading
 import time
 
 import torch
 import torch.distributed as dist
+
+TIMEOUT_MINUTES = 30.0
 
 
 class DistributedError(ValueError):
     """Processes were started in a way that cannot work, or they disagree about what to train."""
 
 
-def init_distributed(device, timeout_minutes=30.0):
+class StopRequested(KeyboardInterrupt):
+    """A signal, of this number, asks to stop. No Exception, so that nothing takes it for a corrupt file."""
+
+    def __str__(self):
+        return signal.Signals(self.args[0]).name
+
+
+def is_launched():
+    """Whether torchrun, or another launcher that sets its variables, started this process.
+
+    LOCAL_RANK alone does not count: notebooks and job scripts leave it behind.
+
+    Raises:
+        DistributedError: some of its variables are missing or wrong.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    values = {name: os.environ.get(name, "") for name in names}
+    if not (values["RANK"] or values["WORLD_SIZE"]):
+        return False
+    rank, world_size, local_rank, _, port = (int(text) if text.isdecimal() else -1 for text in values.values())
+    if rank < 0 or world_size <= rank or local_rank < 0 or not values["MASTER_ADDR"] or not 0 < port < 2**16:
+        raise DistributedError(f"cannot be what a launcher sets: {' '.join(f'{k}={v}' for k, v in values.items())}; "
+                               f"start with torchrun, or unset RANK WORLD_SIZE for a single process")
+    return True
+
+
+def init_distributed(device, timeout_minutes=TIMEOUT_MINUTES):
     """Join the process group if torchrun started this process.
 
     Args:
@@ -31,9 +62,9 @@ def init_distributed(device, timeout_minutes=30.0):
         rank, world size, torch.device of this process.
 
     Raises:
-        DistributedError: more processes than GPUs, or several processes on MPS.
+        DistributedError: more processes than GPUs, several processes on MPS, or see `is_launched`.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if not is_launched():
         return 0, 1, torch.device(device)
     local_device = torch.device(device)
     if device == "mps":
@@ -119,41 +150,101 @@ def check_same_on_all_ranks(name, value):
                                    f"images and a shared --output_dir")
 
 
-class StopSignals:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a request to stop, which the training loop polls.
+# ---- signals ----
 
-    A second SIGINT, two seconds later or more (torchrun and a terminal may each send one), raises KeyboardInterrupt.
+def handle_signals(handler, *names):
+    """Install a handler of the signals that exist here; returns {number: previous handler}.
+
+    Threads cannot, such as those that run a notebook. SIGHUP stays ignored under nohup.
+    """
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in numbers
+            if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN}
+
+
+def request_stop(number, frame):
+    """Signal handler that raises StopRequested."""
+    raise StopRequested(number)
+
+
+def silence_lost_output():
+    """Discard what is printed to a terminal that was closed, or to a pipe that nobody reads, instead of failing."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for stream in (1, 2):
+            poll.register(stream, 0)  # for errors and hangups alone
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream, _ in poll.poll(0):
+            os.dup2(null, stream)
+        os.close(null)
+
+
+def wait_for(function):
+    """`function()`, ended early if a signal is received while StopSignals are installed, see `StopSignals.wait`."""
+    return StopSignals.installed.wait(function)[0] if StopSignals.installed else function()
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 into a request to stop, which `wait` passes on.
+
+    A second SIGINT raises KeyboardInterrupt; under torchrun one within two seconds does not count, since torchrun and
+    the terminal may each send one.
     """
 
+    installed = None
+
     def __init__(self):
-        self.number, self.received_at = 0, 0.0
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
+        self.number, self.received_at, self.is_waiting = 0, 0.0, False
+        self.previous = handle_signals(self.receive, "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+        StopSignals.installed = self
 
     def restore(self):
         """Put the previous signal handlers back."""
+        StopSignals.installed = None
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def receive(self, number, frame):
-        if self.number and number == signal.SIGINT and time.monotonic() - self.received_at > 2:
+        if self.number and number == signal.SIGINT and time.monotonic() - self.received_at > 2 * (get_world_size() > 1):
             raise KeyboardInterrupt
+        silence_lost_output()
         if not self.number:
             self.number, self.received_at = number, time.monotonic()
+            again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             # print is not reentrant
-            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving{again}\n".encode())
+        if self.is_waiting:
+            self.is_waiting = False
+            raise StopRequested(number)
 
-    def poll(self, save_due=False):
-        """Agree with all ranks, which must all call this, on stopping and saving.
+    def wait(self, function, save_due=False):
+        """Call a function that may wait long, such as for data, and agree with all ranks on stopping and saving.
 
         Args:
+            function: without collectives; a signal ends it early. All ranks must call this.
             save_due: whether this rank wants to save.
 
         Returns:
-            name of a signal that some rank received, or None; and whether some rank wants to save.
+            what the function returns, and whether some rank wants to save.
+
+        Raises:
+            StopRequested: some rank received a signal, now or before.
         """
+        result = None
+        try:
+            self.is_waiting = True
+            if not self.number:
+                result = function()
+        except StopRequested:
+            pass
+        finally:
+            self.is_waiting = False
         flags = torch.tensor([self.number, save_due])
         if get_world_size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         number, save_due = flags.tolist()
-        return signal.Signals(number).name if number else None, bool(save_due)
+        if number:
+            raise StopRequested(number)
+        return result, bool(save_due)

@@ -15,6 +15,7 @@ This file needs torch and tqdm.
 import datetime
 import json
 import math
+import signal
 import sys
 import time
 
@@ -38,8 +39,11 @@ class Logger:
         self.reset_timer()
 
     def print(self, text):
-        if not self.is_silent:
-            tqdm.write(text)
+        try:
+            if not self.is_silent:
+                tqdm.write(text)
+        except BrokenPipeError:  # as when a terminal closes: the run is saved and stops
+            signal.raise_signal(getattr(signal, "SIGHUP", signal.SIGTERM))
 
     def log(self, record):
         """Append a record; values that are not finite become null."""
@@ -121,7 +125,8 @@ class Logger:
 
     def close(self):
         """Close the progress bar; write the trace of a profiler that has not recorded all its steps."""
-        self.progress.close()
+        if self.progress:
+            self.progress.close()
         if self.profiler:
             self.profiler.stop()
 

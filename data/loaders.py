@@ -13,6 +13,7 @@ raises OSError for an image that cannot be decoded; such images are skipped, and
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import pickle
 import random
@@ -24,6 +25,7 @@ from torchvision.transforms import functional as TF
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, EvalTransform, MultiCrop
 from common.checkpoint import iter_tensors
+from common.distributed import TIMEOUT_MINUTES
 
 MAX_CORRUPT_IN_A_ROW = 1000  # images; more means that the storage fails, not the images
 
@@ -110,20 +112,16 @@ def collate_pixels(samples):
     return (torch.cat(pixels), torch.stack(params)), torch.tensor(labels), sum(messages, [])
 
 
-def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False):
+def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=False, timeout_minutes=TIMEOUT_MINUTES):
     """DataLoader with one batch of collate_crops (or collate_pixels, see iter_on_device) per list of keys."""
-    return torch.utils.data.DataLoader(
-        MultiCropDataset(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers,
-        collate_fn=share_batches(collate_pixels if isinstance(multicrop, BatchMultiCrop) else collate_crops),
-        pin_memory=pin_memory, worker_init_fn=ignore_job_signals)
+    return DataLoader(
+        MultiCropDataset(images, multicrop, seed), batch_sampler=keys, num_workers=num_workers, pin_memory=pin_memory,
+        collate_fn=collate_pixels if isinstance(multicrop, BatchMultiCrop) else collate_crops,
+        timeout_minutes=timeout_minutes)
 
 
 def iter_on_device(loader, multicrop, device):
-    """Yield (V tensors [B, 3, s, s], labels [B], messages) on `device`; on CUDA from a side stream.
-
-    Raises:
-        RuntimeError: "DataLoader worker ...", whichever way a dead worker shows.
-    """
+    """Yield (V tensors [B, 3, s, s], labels [B], messages) on `device`; on CUDA from a side stream."""
     def to_device(tensor):
         return tensor.to(device, non_blocking=tensor.is_pinned())
 
@@ -134,7 +132,7 @@ def iter_on_device(loader, multicrop, device):
         return multicrop(to_device(pixels), params)
 
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch, labels, messages in reraise_worker_death(loader):
+    for batch, labels, messages in loader:
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             crops, labels = make_crops(batch), to_device(labels)
         if stream:
@@ -143,14 +141,6 @@ def iter_on_device(loader, multicrop, device):
             for tensor in (*crops, labels):
                 tensor.record_stream(current)
         yield crops, labels, messages
-
-
-def reraise_worker_death(loader):
-    """Iterate a DataLoader; a worker that dies while it sends a batch breaks a pipe or a socket, or cuts a pickle."""
-    try:
-        yield from loader
-    except (ConnectionError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"DataLoader worker exited while sending a batch ({type(error).__name__})") from None
 
 
 # ---- evaluation ----
@@ -199,29 +189,92 @@ def collate_views(images, size, view, indices):
     return views, torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64), corrupt
 
 
-def build_eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1, view=center_crop_view):
+def build_eval_loader(images, size, batch_size, num_workers=0, rank=0, world_size=1, view=center_crop_view,
+                      timeout_minutes=TIMEOUT_MINUTES):
     """DataLoader over this rank's share of the images, each image on exactly one rank: batches of collate_views.
 
     Args:
         view: (RGB image, size) -> [3, H, W].
     """
-    return torch.utils.data.DataLoader(
-        range(rank, len(images), world_size), batch_size, num_workers=num_workers, worker_init_fn=ignore_job_signals,
-        collate_fn=share_batches(collate_views, images, size, view), pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        range(rank, len(images), world_size), batch_size=batch_size, num_workers=num_workers,
+        collate_fn=functools.partial(collate_views, images, size, view), pin_memory=torch.cuda.is_available(),
+        timeout_minutes=timeout_minutes)
 
 
 # ---- workers ----
 
-def share_batches(collate, *args):
-    """The function samples -> collate(*args, samples), with its tensors in shared memory if this is a worker.
+JOB_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+if hasattr(signal, "sigtimedwait"):
+    JOB_SIGNALS.append(signal.SIGTERM)  # by which torch stops its workers, see end_with_parent
+
+
+class DataLoader(torch.utils.data.DataLoader):
+    """DataLoader that always ends: if workers die or hang, by an error, and the workers with this process.
+
+    Where workers are not forked and so take seconds to start, they are kept from one iteration to the next.
+
+    Args:
+        timeout_minutes: how long a batch may take.
+
+    Raises:
+        RuntimeError: while iterating, "DataLoader worker ..." or "DataLoader timed out ...".
+    """
+
+    def __init__(self, dataset, *, collate_fn, num_workers=0, timeout_minutes=TIMEOUT_MINUTES, **kwargs):
+        super().__init__(dataset, collate_fn=functools.partial(collate_shared, collate_fn), num_workers=num_workers,
+                         worker_init_fn=end_with_parent,
+                         persistent_workers=num_workers > 0 and multiprocessing.get_start_method() != "fork", **kwargs)
+        self.timeout_minutes = timeout_minutes
+
+    def __iter__(self):
+        # Workers start with these signals blocked, which then are for this process alone. The death of a worker on a
+        # signal to the whole job (Ctrl-C, preemption) would end the run before it has saved.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS) if hasattr(signal, "pthread_sigmask") else None
+        try:
+            batches = super().__iter__()
+        finally:
+            if blocked is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        return iter_batches(batches, self.timeout_minutes) if self.num_workers else batches
+
+
+def iter_batches(batches, timeout_minutes=TIMEOUT_MINUTES):
+    """Iterate a DataLoader's iterator; raises RuntimeError, whichever way a dead or hanging worker shows."""
+    workers = getattr(batches, "_workers", ())
+    try:
+        while True:
+            # kills them, because torch's own timeout ends no wait within the receipt of a batch; less than the other
+            # ranks wait for this one, so that the first message is of the rank with the cause
+            timer = threading.Timer(0.9 * 60 * timeout_minutes, lambda: [worker.kill() for worker in workers])
+            timer.daemon = True
+            timer.start()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
+                if timer.finished.is_set():
+                    raise RuntimeError(f"DataLoader timed out after {timeout_minutes:g} minutes") from None
+                if isinstance(error, RuntimeError):
+                    raise
+                # a worker that dies while it sends a batch breaks a pipe or a socket, or cuts a pickle
+                raise RuntimeError(f"DataLoader worker exited while sending a batch ({type(error).__name__})") from None
+            finally:
+                timer.cancel()
+            yield batch
+    except (KeyboardInterrupt, GeneratorExit):
+        for worker in workers:  # torch gives each five seconds to finish its batch
+            worker.terminate()
+        raise
+
+
+def collate_shared(collate, samples):
+    """collate(samples), in a worker with its tensors in shared memory.
 
     Raises there, and so in the main process, if /dev/shm is full. The thread that sends a batch would print the error
     and the main process would wait for ever.
     """
-    return functools.partial(collate_shared, functools.partial(collate, *args))
-
-
-def collate_shared(collate, samples):
     batch = collate(samples)
     if torch.utils.data.get_worker_info():
         for _, tensor in iter_tensors(batch):
@@ -229,17 +282,16 @@ def collate_shared(collate, samples):
     return batch
 
 
-def ignore_job_signals(worker_id):
-    """Let a worker stop only when its parent stops it, not on signals to the whole job (Ctrl-C, preemption).
+def end_with_parent(worker_id):
+    """Initialize a worker: it ends when its parent asks or is gone, though it may be waiting for a disk."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, which cannot block signals
+    if hasattr(signal, "sigtimedwait"):
+        parent, started_by = multiprocessing.parent_process().pid, os.getppid()  # the latter may be a fork server
 
-    Otherwise the worker's death would end the parent before it has saved.
-    """
-    for number in (signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # torch itself stops workers by SIGTERM, so look who sent it
         def wait_for_parent():
-            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-                pass
+            while os.getppid() == started_by:
+                received = signal.sigtimedwait({signal.SIGTERM}, 1)
+                if received and received.si_pid == parent:
+                    break
             os._exit(0)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -20,15 +20,14 @@ from torchvision.transforms import functional as TF
 from common.files import read_text
 from data.datasets import DataError, open_data
 from data.images import ImageReadError, open_image, read_image, read_or_message, wrap_decode_errors
-from data.loaders import share_batches
+from data.loaders import DataLoader
 
 VOID = 255  # index of unlabeled pixels in a mask with a palette
 
 
 def build_loader(entries, read, num_workers=0):
     """DataLoader that yields read(entry), one by one and in order, or the message if it raises ImageReadError."""
-    return torch.utils.data.DataLoader(entries, batch_size=None, num_workers=num_workers,
-                                       collate_fn=share_batches(read_or_message, read))
+    return DataLoader(entries, batch_size=None, num_workers=num_workers, collate_fn=partial(read_or_message, read))
 
 
 # ---- images with masks ----

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError
-from common.distributed import all_gather_objects, all_gather_rows, get_rank, get_world_size
+from common.distributed import all_gather_objects, all_gather_rows, get_rank, get_world_size, wait_for
 from common.weights import read_weights
 from data.loaders import build_eval_loader, center_crop_view
 
@@ -25,13 +25,14 @@ class NoImagesError(OSError):
 
 
 @torch.no_grad()
-def extract_features(model, images, size, args, device="cpu", view=center_crop_view):
+def extract_features(model, images, size, args, device="cpu", view=center_crop_view, loader=None):
     """Features of all images that can be read, in the order of their indices; each process of a group does a share.
 
     Args:
         model: views [B, C, H, W] -> features [B, D].
         images, size, view: see `build_eval_loader`.
         args: batch_size_per_gpu and num_workers.
+        loader: of `build_eval_loader`, if its workers are to be used again.
 
     Returns:
         features [M, D] float32, labels [M], indices [M], list of messages on corrupt images; the same on every process.
@@ -40,18 +41,21 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
         NoImagesError: on every process.
     """
     features, labels, indices, corrupt = [], [NO_INTEGERS], [NO_INTEGERS], []
-    loader = build_eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, get_rank(), get_world_size(),
-                               view)
-    # disable=None: the bar is shown on a terminal only
-    with tqdm(total=len(images), unit="img", leave=False, disable=None if get_rank() == 0 else True) as bar:
-        for views, y, i, messages in loader:
-            if len(views):
-                features.append(model(views.to(device, non_blocking=views.is_pinned())).float())
-                # copies, because each tensor of a loader worker keeps a file open
-                labels.append(y.clone())
-                indices.append(i.clone())
-            corrupt += messages
-            bar.update((len(i) + len(messages)) * get_world_size())
+    loader = loader or build_eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, get_rank(),
+                                         get_world_size(), view)
+
+    def extract():
+        # disable=None: the bar is shown on a terminal only
+        with tqdm(total=len(images), unit="img", leave=False, disable=None if get_rank() == 0 else True) as bar:
+            for views, y, i, messages in loader:
+                if len(views):
+                    features.append(model(views.to(device, non_blocking=views.is_pinned())).float())
+                    # copies, because each tensor of a loader worker keeps a file open
+                    labels.append(y.clone())
+                    indices.append(i.clone())
+                corrupt.extend(messages)
+                bar.update((len(i) + len(messages)) * get_world_size())
+    wait_for(extract)
     features = features or [torch.empty(0)]  # of the model, which may leave `device`
     features, labels, indices = (all_gather_rows(torch.cat(parts)) for parts in (features, labels, indices))
     corrupt = sum(all_gather_objects(corrupt), [])

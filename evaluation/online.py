@@ -4,13 +4,15 @@
     warning = detect_collapse(stats, out_dim, previous)                     # a sentence, or None
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
+from common.distributed import get_rank, get_world_size, wait_for
 from common.precision import autocast
-from data.loaders import random_subset
+from data.loaders import build_eval_loader, random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
 from evaluation.linear import linear_probe_accuracy
@@ -24,7 +26,7 @@ def evaluate_online(model, data, args):
         data: see `open_data`.
         args: global_crops_size, the side of the center crop; knn_images, at most so many train images and a fifth as
             many test images; linear_probe, whether to train linear classifiers on the same features;
-            batch_size_per_gpu, num_workers, device, precision.
+            batch_size_per_gpu, num_workers, timeout_minutes, device, precision.
 
     Returns:
         {"knn_top1", "knn_top5"} in percent, for k = 20, and with linear_probe "linear_top1" (see
@@ -34,17 +36,33 @@ def evaluate_online(model, data, args):
     for images, max_images in ((data.train_labeled, args.knn_images), (data.val, max(1, args.knn_images // 5))):
         # the last batch is smaller, which would compile again
         with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
-            images = random_subset(images, max_images)
-            x, labels, _, messages = extract_features(model, images, args.global_crops_size, args, args.device)
+            images, loader = open_subset(images, max_images, args.global_crops_size, args.batch_size_per_gpu,
+                                         args.num_workers, args.timeout_minutes)
+            x, labels, _, messages = extract_features(model, images, args.global_crops_size, args, args.device,
+                                                      loader=loader)
         features += [x, labels]
         corrupt += messages
-    (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
-    scores = dict(knn_top1=top1, knn_top5=top5)
     # not on pixels, which are thousands of features and take minutes; nor on one image, of which none can be held out
-    if args.linear_probe and model is not pixel_features and len(features[0]) > 1:
+    has_probe = args.linear_probe and model is not pixel_features and len(features[0]) > 1
+    return wait_for(functools.partial(score_features, features, args.device, has_probe)), corrupt
+
+
+@functools.lru_cache(maxsize=2)  # those of one run, whose workers are kept
+def open_subset(images, max_images, size, batch_size, num_workers, timeout_minutes):
+    """The images of `random_subset`, and a DataLoader of this rank's share."""
+    images = random_subset(images, max_images)
+    return images, build_eval_loader(images, size, batch_size, num_workers, get_rank(), get_world_size(),
+                                     timeout_minutes=timeout_minutes)
+
+
+def score_features(features, device, linear_probe):
+    """Scores of train and test features with their labels, see `evaluate_online`."""
+    (top1, top5), = knn_classifier(*features, ks=(20,), device=device).values()
+    scores = dict(knn_top1=top1, knn_top5=top5)
+    if linear_probe:
         epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
-        scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
-    return scores, corrupt
+        scores["linear_top1"] = linear_probe_accuracy(*(x.to(device) for x in features), epochs=epochs)
+    return scores
 
 
 def pixel_features(images):

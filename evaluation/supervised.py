@@ -25,7 +25,7 @@ from augment import BatchMultiCrop, MultiCrop
 from backbones import broadcast_buffers, convert_sync_batchnorm
 from common.checkpoint import CheckpointError, Run
 from common.cli import image_side
-from common.distributed import StopSignals, all_gather_objects, get_rank, get_world_size
+from common.distributed import StopRequested, StopSignals, all_gather_objects, get_rank, get_world_size
 from common.logger import Logger
 from common.precision import autocast
 from common.weights import check_image_size, load_backbone, read_weights
@@ -238,46 +238,50 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
     loader = build_train_loader(images, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
     batches, signals = iter_on_device(loader, multicrop, device), StopSignals()
     logger.start_progress(first_step, total_steps)
-    for step in range(first_step, total_steps):
-        epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
-        is_last = step + 1 == total_steps
-        (crops,), labels, corrupt = logger.next_batch(batches)
-        logger.log_corrupt(corrupt)
-        torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # here, because mixup consumes it too
-        if mixup:
-            crops, labels = mixup(crops, labels)
-        rate = cosine_schedule(step, total_steps, 1.0, 0.0, args.warmup_epochs * steps_per_epoch)
+    completed = first_step
+    try:
+        for step in range(first_step, total_steps):
+            epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
+            is_last = step + 1 == total_steps
+            ((crops,), labels, corrupt), is_save_step = signals.wait(lambda: logger.next_batch(batches),
+                                                                     run.is_save_due(args.save_every_minutes))
+            logger.log_corrupt(corrupt)
+            torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # here, because mixup consumes it too
+            if mixup:
+                crops, labels = mixup(crops, labels)
+            rate = cosine_schedule(step, total_steps, 1.0, 0.0, args.warmup_epochs * steps_per_epoch)
 
-        losses = supervised_step(model, optimizer, scaler, crops, labels, rate * global_batch_size / 256,
-                                 args.precision, args.label_smoothing)
+            losses = supervised_step(model, optimizer, scaler, crops, labels, rate * global_batch_size / 256,
+                                     args.precision, args.label_smoothing)
 
-        logger.count_step()
-        stop_signal, is_save_step = signals.poll(run.is_save_due(args.save_every_minutes))
-        if is_epoch_end or (step + 1) % args.log_every == 0:
-            if world_size > 1:
-                dist.all_reduce(losses)
-            logger.corrupt_images = set().union(*all_gather_objects(logger.corrupt_images))
-            if not losses.isfinite().any():
-                raise FloatingPointError(f"step {step}: the loss is not finite in {args.precision}, lower --lr or use "
-                                         f"--precision fp32")
-            logger.log_step(dict(epoch=epoch, step=step, loss=losses.nan_to_num(torch.inf).min().item() / world_size,
-                                 lr=max(group["lr"] for group in optimizer.param_groups),
-                                 **logger.throughput(global_batch_size, total_steps - step - 1),
-                                 corrupt_images=len(logger.corrupt_images)),
-                            args.epochs, "loss {loss:.3f} lr {lr:.1e}")
-        if is_epoch_end and not is_last and args.val_freq and (epoch + 1) % args.val_freq == 0:
-            broadcast_buffers(network.eval())
-            metrics = evaluate()
-            network.train()
-            logger.log(dict(epoch=epoch) | metrics)
-            logger.print(f"epoch {epoch}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-            logger.reset_timer()
-        if is_last or stop_signal or is_save_step:
-            run.save(step + 1)
-        if stop_signal and not is_last:
-            signals.restore()
-            run.print_stopped(stop_signal, step + 1, total_steps, args)
-            return False
+            completed = step + 1
+            logger.count_step()
+            if is_epoch_end or (step + 1) % args.log_every == 0:
+                if world_size > 1:
+                    dist.all_reduce(losses)
+                logger.corrupt_images = set().union(*all_gather_objects(logger.corrupt_images))
+                if not losses.isfinite().any():
+                    raise FloatingPointError(f"step {step}: the loss is not finite in {args.precision}, lower --lr or "
+                                             f"use --precision fp32")
+                loss = losses.nan_to_num(torch.inf).min().item() / world_size
+                logger.log_step(dict(epoch=epoch, step=step, loss=loss,
+                                     lr=max(group["lr"] for group in optimizer.param_groups),
+                                     **logger.throughput(global_batch_size, total_steps - step - 1),
+                                     corrupt_images=len(logger.corrupt_images)),
+                                args.epochs, "loss {loss:.3f} lr {lr:.1e}")
+            if is_epoch_end and not is_last and args.val_freq and (epoch + 1) % args.val_freq == 0:
+                broadcast_buffers(network.eval())
+                metrics = evaluate()
+                network.train()
+                logger.log(dict(epoch=epoch) | metrics)
+                logger.print(f"epoch {epoch}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+                logger.reset_timer()
+            if is_last or is_save_step:
+                run.save(completed)
+    except StopRequested as stop:
+        run.save(completed)
+        run.print_stopped(stop, completed, total_steps, args)
+        return False
     signals.restore()
     logger.close()
     broadcast_buffers(network.eval())

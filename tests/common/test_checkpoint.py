@@ -312,7 +312,7 @@ def stop_then_train(args):
 def test_a_signal_before_the_first_step_loses_nothing(flags, tmp_path):
     child = start(stop_then_train, train.parse_args(flags("run", "--epochs 2")), output=tmp_path / "output")
     child.join()
-    assert child.exitcode == 0 and "stopped by SIGTERM after step 1 of 12" in (tmp_path / "output").read_text()
+    assert child.exitcode == 0 and "stopped by SIGTERM after step 0 of 12" in (tmp_path / "output").read_text()
 
 
 @pytest.mark.slow
@@ -678,7 +678,7 @@ def test_every_way_a_worker_dies_is_recognized(error):
         raise error
     received = []
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
-        for batch in loaders.reraise_worker_death(batches()):
+        for batch in loaders.iter_batches(batches()):
             received.append(batch)
     assert received == [1] and "a data loader worker died" in cli.explain_runtime_error(caught.value)
 

@@ -5,27 +5,55 @@ import time
 import pytest
 
 from common import distributed
-from common.distributed import StopSignals
+from common.distributed import StopRequested, StopSignals
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
 def restore_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_a_second_interrupt_stops_at_once():
+def test_a_second_interrupt_stops_at_once(monkeypatch):
     stop = StopSignals()
-    assert stop.poll() == (None, False) and stop.poll(save_due=True) == (None, True)
+    assert stop.wait(lambda: 7) == (7, False) and stop.wait(lambda: 7, save_due=True) == (7, True)
     os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     os.kill(os.getpid(), signal.SIGINT)  # torchrun and the terminal may each send one
-    assert stop.poll() == ("SIGINT", False)
     stop.received_at -= 3
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+    monkeypatch.undo()
+    with pytest.raises(StopRequested, match="SIGINT"):
+        stop.wait(lambda: pytest.fail("not to be called after a signal"))
+
+
+def test_a_signal_ends_what_waits(capfd):
+    """And only that: elsewhere it is kept until the next wait."""
+    stop = StopSignals()
+    with pytest.raises(StopRequested, match="SIGHUP"):
+        stop.wait(lambda: (os.kill(os.getpid(), signal.SIGHUP), time.sleep(60)))
+    assert "SIGHUP: finishing the step, then saving" in capfd.readouterr().err
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(StopRequested):
+        distributed.wait_for(lambda: pytest.fail("not to be called after a signal"))
+    stop.restore()
+    assert distributed.wait_for(lambda: 7) == 7
+
+
+def test_hangup_stays_ignored_under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.wait(lambda: 7) == (7, False)
 
 
 def test_restored_signals_are_those_from_before():
@@ -36,23 +64,26 @@ def test_restored_signals_are_those_from_before():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-POLL = """
+WAIT = """
 import os, signal, torch.distributed as dist
-from common.distributed import StopSignals, all_gather_objects, get_rank, get_world_size, init_distributed
+from common.distributed import (StopRequested, StopSignals, all_gather_objects, get_rank, get_world_size,
+                                init_distributed)
 rank, world_size, device = init_distributed("cpu")
 assert (get_rank(), get_world_size()) == (rank, world_size) == (int(os.environ["RANK"]), 2)
 assert all_gather_objects(rank) == [0, 1]
 signals = StopSignals()
-assert signals.poll(save_due=rank == 1) == (None, True)
-if rank == 1:
-    os.kill(os.getpid(), signal.SIGUSR1)
-assert signals.poll() == ("SIGUSR1", False)
-dist.destroy_process_group()
+assert signals.wait(lambda: rank, save_due=rank == 1) == (rank, True)
+try:
+    signals.wait(lambda: rank == 1 and os.kill(os.getpid(), signal.SIGUSR1))
+except StopRequested as stop:
+    assert str(stop) == "SIGUSR1"
+else:
+    raise AssertionError
 """
 
 
 def test_all_ranks_agree_on_stopping_and_saving(run_torchrun):
-    run_torchrun(2, POLL)
+    run_torchrun(2, WAIT)
 
 
 def test_ranks_that_see_different_runs_refuse(monkeypatch):

@@ -22,7 +22,7 @@ class Colors(torch.nn.Module):
 
 def evaluate(model, **more):
     args = dict(global_crops_size=32, knn_images=300, linear_probe=False, batch_size_per_gpu=64, num_workers=0,
-                device=torch.device("cpu"), precision="fp32")
+                timeout_minutes=1, device=torch.device("cpu"), precision="fp32")
     return evaluate_online(model, open_data("shapes:32"), SimpleNamespace(**args | more))
 
 
