@@ -300,8 +300,8 @@ def kill_workers(processes):
 
 
 def hide_worker_death(unraisable):
-    """sys.unraisablehook: torch raises the death of a loader worker anywhere, also in a __del__, which prints it."""
-    if "DataLoader worker" not in str(unraisable.exc_value):
+    """sys.unraisablehook: torch raises the death of a loader worker, or that it did not start, also in a __del__."""
+    if "DataLoader" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
 

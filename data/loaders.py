@@ -19,6 +19,7 @@ import pickle
 import random
 import signal
 import threading
+from multiprocessing import resource_tracker
 
 import torch
 from torchvision.transforms import functional as TF
@@ -228,15 +229,31 @@ class DataLoader(torch.utils.data.DataLoader):
         self.timeout_minutes = timeout_minutes
 
     def __iter__(self):
-        # Workers start with these signals blocked, which then are for this process alone. The death of a worker on a
-        # signal to the whole job (Ctrl-C, preemption) would end the run before it has saved.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
-            batches = super().__iter__()
-        finally:
-            if blocked is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            with block_job_signals():  # which the workers inherit
+                batches = super().__iter__()
+        except OSError as error:
+            raise OSError(f"data loader workers cannot be started ({error}): is /dev/shm usable? --num_workers 0 does "
+                          f"without") from None
         return iter_batches(batches, self.timeout_minutes) if self.num_workers else batches
+
+
+@contextlib.contextmanager
+def block_job_signals():
+    """Block signals that are sent to the whole job (Ctrl-C, preemption), and are for the main process alone.
+
+    The death of a worker on them would end the run before it has saved.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # its start would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def iter_batches(batches, timeout_minutes=TIMEOUT_MINUTES):
@@ -286,12 +303,12 @@ def end_with_parent(worker_id):
     """Initialize a worker: it ends when its parent asks or is gone, though it may be waiting for a disk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, which cannot block signals
     if hasattr(signal, "sigtimedwait"):
-        parent, started_by = multiprocessing.parent_process().pid, os.getppid()  # the latter may be a fork server
+        parent, started_by = multiprocessing.parent_process(), os.getppid()  # the latter may be a fork server
 
         def wait_for_parent():
-            while os.getppid() == started_by:
+            while os.getppid() == started_by and parent.is_alive():
                 received = signal.sigtimedwait({signal.SIGTERM}, 1)
-                if received and received.si_pid == parent:
+                if received and received.si_pid == parent.pid:
                     break
             os._exit(0)
         threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common.distributed import get_rank, get_world_size, wait_for
+from common.distributed import get_rank, get_world_size
 from common.precision import autocast
 from data.loaders import build_eval_loader, random_subset
 from evaluation.features import extract_features
@@ -42,9 +42,13 @@ def evaluate_online(model, data, args):
                                                       loader=loader)
         features += [x, labels]
         corrupt += messages
+    (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
+    scores = dict(knn_top1=top1, knn_top5=top5)
     # not on pixels, which are thousands of features and take minutes; nor on one image, of which none can be held out
-    has_probe = args.linear_probe and model is not pixel_features and len(features[0]) > 1
-    return wait_for(functools.partial(score_features, features, args.device, has_probe)), corrupt
+    if args.linear_probe and model is not pixel_features and len(features[0]) > 1:
+        epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
+        scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
+    return scores, corrupt
 
 
 @functools.lru_cache(maxsize=2)  # those of one run, whose workers are kept
@@ -53,16 +57,6 @@ def open_subset(images, max_images, size, batch_size, num_workers, timeout_minut
     images = random_subset(images, max_images)
     return images, build_eval_loader(images, size, batch_size, num_workers, get_rank(), get_world_size(),
                                      timeout_minutes=timeout_minutes)
-
-
-def score_features(features, device, linear_probe):
-    """Scores of train and test features with their labels, see `evaluate_online`."""
-    (top1, top5), = knn_classifier(*features, ks=(20,), device=device).values()
-    scores = dict(knn_top1=top1, knn_top5=top5)
-    if linear_probe:
-        epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
-        scores["linear_top1"] = linear_probe_accuracy(*(x.to(device) for x in features), epochs=epochs)
-    return scores
 
 
 def pixel_features(images):

@@ -297,22 +297,27 @@ def wait_for_steps(process, folder, steps):
         time.sleep(0.01)
 
 
-def stop_then_train(args):
-    """A signal that comes before the first step."""
-    start_progress = train.Logger.start_progress
+def stop_then_train(args, where):
+    """A signal that comes while the first batch, or the first evaluation, waits for its images."""
+    def wait(*args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(600)
 
-    def signalled(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        start_progress(*args)
-
-    train.Logger.start_progress = signalled
+    if where == "batch":
+        train.iter_on_device = lambda *args: iter(wait, None)
+    else:
+        train.pixel_features = wait
     cli.run_command(train.main, lambda: args, CheckpointError)
 
 
-def test_a_signal_before_the_first_step_loses_nothing(flags, tmp_path):
-    child = start(stop_then_train, train.parse_args(flags("run", "--epochs 2")), output=tmp_path / "output")
-    child.join()
-    assert child.exitcode == 0 and "stopped by SIGTERM after step 0 of 12" in (tmp_path / "output").read_text()
+@pytest.mark.parametrize("where, more", [("batch", "--knn_every 0"), ("evaluation", "")])
+def test_a_signal_while_waiting_for_images_loses_nothing(flags, tmp_path, capsys, where, more):
+    args = flags("run", f"--epochs 2 {more}")
+    child = start(stop_then_train, train.parse_args(args), where, output=tmp_path / "output")
+    child.join(120)
+    assert child.exitcode == 0 and "stopped by SIGHUP after step 0 of 12" in (tmp_path / "output").read_text()
+    run(args)
+    assert "resuming at step 0 of 12" in capsys.readouterr().out and steps_logged(tmp_path / "run") == 12
 
 
 @pytest.mark.slow

@@ -1,8 +1,13 @@
 """Bad input ends with one line and exit status 2."""
 
+import ast
+import io
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import onnxruntime
@@ -342,3 +347,94 @@ def test_an_empty_path_of_an_unset_variable_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as error:
         evaluate.parse_args(["knn", "--ckpt", ""])
     assert error.value.code == 2 and "empty argument after knn --ckpt" in capsys.readouterr().err
+
+
+# ---- Python, terminals, signals ----
+
+COMMANDS = [path for path in ROOT.glob("*.py") if "run_command" in path.read_text()]
+
+
+def test_an_old_python_is_named_before_anything_is_imported(monkeypatch, capsys):
+    """The first statements must be ones that it can read."""
+    assert {path.stem for path in COMMANDS} == {"train", "evaluate", "export", "segment", "retrieve", "visualize"}
+    start = ROOT / "common" / "__init__.py"
+    for path in (start, *COMMANDS):
+        ast.parse(path.read_text(), feature_version=(3, 8))
+    for path in COMMANDS:
+        statement = ast.parse(path.read_text()).body[1]  # after the docstring
+        assert isinstance(statement, ast.Import) and statement.names[0].name == "common", path
+    minimum = re.search(r'requires-python = ">=3.(\d+)"', (ROOT / "pyproject.toml").read_text())[1]
+    monkeypatch.setattr(sys, "version_info", (3, int(minimum) - 1, 13))
+    monkeypatch.setattr(sys, "argv", ["here/train.py"])
+    with pytest.raises(SystemExit) as stop:
+        exec(compile(start.read_text(), start, "exec"), {"__path__": [str(start.parent)]})
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"train.py: needs Python 3.{minimum} or later, this is ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
+def test_ctrl_c_during_imports_is_one_line(command, tmp_path):
+    """Where an exception would be lost: torch, and onnx before it, in place of which a module interrupts."""
+    for name in ("torch", "onnx", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+                                             "    print(end='')\nexcept KeyboardInterrupt:\n    raise ImportError\n")
+    result = subprocess.run([sys.executable, str(command), "--help"], capture_output=True, text=True, timeout=60,
+                            env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (130, f"{command.name}: interrupted\n")
+
+
+@pytest.mark.parametrize("name, status, words", [
+    ("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "stopped by SIGTERM"), ("SIGHUP", 129, "stopped by SIGHUP")])
+def test_a_signal_is_one_line_and_its_status(capsys, name, status, words):
+    number, cleaned = getattr(signal, name), []
+
+    def main(args):
+        try:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(60)
+        finally:
+            cleaned.append(True)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        cli.run_command(main, lambda: None)
+    assert (stop.value.code, cleaned, signal.getsignal(number)) == (status, [True], before)
+    assert capsys.readouterr().err.endswith(f": {words}\n")
+
+
+class NotebookStream(io.StringIO):
+    """Like ipykernel's OutStream: neither `reconfigure` nor a file descriptor."""
+
+    @property
+    def reconfigure(self):
+        raise AttributeError
+
+
+def test_runs_in_a_notebook_and_its_threads(monkeypatch):
+    stream = NotebookStream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    handler = signal.getsignal(signal.SIGINT)
+    for run in (lambda function: function(), lambda function: threading.Thread(target=function).start()):
+        run(lambda: cli.run_command(lambda args: print("seen"), lambda: None))
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(60)
+    assert stream.getvalue() == "seen\nseen\n" and signal.getsignal(signal.SIGINT) == handler
+
+
+def test_closed_output_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)  # python train.py >&-
+    cli.run_command(lambda args: print("unseen"), lambda: None)
+    reader, writer = os.pipe()
+    os.close(reader)  # python train.py | head -1
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as stop:
+            cli.run_command(lambda args: print("unread"), lambda: None)
+        assert stop.value.code == 141 and "broken pipe" in capsys.readouterr().err
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # or closing fails
+
+
+def test_the_rank_that_a_launcher_adds_is_no_flag():
+    assert evaluate.parse_args(["--local-rank=0", "knn", "--nb_knn", "5"]).nb_knn == [5]
+    assert train.parse_args(["--local_rank=3", "--epochs", "20"]).epochs == 20

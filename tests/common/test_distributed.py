@@ -90,3 +90,26 @@ def test_ranks_that_see_different_runs_refuse(monkeypatch):
     monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, 0])
     with pytest.raises(distributed.DistributedError, match="rank 1 has a run at step 0, rank 0 has 40"):
         distributed.check_same_on_all_ranks("a run at step", 40)
+
+
+LAUNCHED = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({}, False), (dict(LOCAL_RANK="0"), False), (LAUNCHED, True), (LAUNCHED | dict(RANK="2"), None),
+    (LAUNCHED | dict(RANK="abc"), None), (dict(RANK="abc"), None), (dict(WORLD_SIZE="0"), None),
+    (LAUNCHED | dict(LOCAL_RANK=""), None), (LAUNCHED | dict(LOCAL_RANK="-1"), None),
+    (LAUNCHED | dict(MASTER_ADDR=""), None), (LAUNCHED | dict(MASTER_PORT=""), None),
+    (LAUNCHED | dict(MASTER_PORT="65536"), None), (LAUNCHED | dict(MASTER_PORT="tcp"), None)])
+def test_launcher_variables(monkeypatch, variables, expected):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(distributed.DistributedError, match="cannot be what a launcher sets: RANK=.* MASTER_PORT="):
+            distributed.init_distributed("cpu")
+    else:
+        assert distributed.is_launched() == expected
+    if expected is False:
+        assert distributed.init_distributed("cpu")[:2] == (0, 1)

@@ -1,5 +1,11 @@
+import multiprocessing
+import os
 import resource
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from augment import BatchMultiCrop, MultiCrop
-from common.cli import explain_runtime_error
+from common.cli import explain_runtime_error, run_command
 from data import loaders
 from data.datasets import ImageFolder
 from data.loaders import (
@@ -149,17 +155,105 @@ class LimitedShapes(Shapes):
         return super().__getitem__(i)
 
 
-def test_full_shared_memory_is_one_line_and_no_hang():
+@pytest.fixture
+def limit_time():
+    """Fail after a minute, instead of waiting for ever."""
     before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("still waiting for a batch"))
     signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_full_shared_memory_is_one_line_and_no_hang(limit_time):
     images = LimitedShapes("train", 8, 64)
     multicrop = MultiCrop(64, local_number=0)
+    for loader in (build_train_loader(images, multicrop, [[(0, 0), (0, 1)]], seed=0, num_workers=1),
+                   build_eval_loader(images, 64, batch_size=2, num_workers=1)):
+        with pytest.raises(RuntimeError, match="file </torch_") as error:
+            next(iter(loader))
+        assert "larger --shm-size" in explain_runtime_error(error.value)
+
+
+class SignaledShapes(Shapes):
+    """Shapes whose worker gets a signal while it reads the image of this index."""
+
+    def __getitem__(self, i):
+        if i == 3:
+            os.kill(os.getpid(), self.signal)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("SIGSTOP", "a data loader worker hangs"), ("SIGKILL", "a data loader worker died")])
+def test_a_worker_that_stops_or_dies_is_one_line_and_no_hang(limit_time, capfd, name, words):
+    images = SignaledShapes("train", 8, 32)
+    images.signal, before = getattr(signal, name), multiprocessing.active_children()
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda args: list(build_eval_loader(images, 32, 2, num_workers=1, timeout_minutes=0.02)),
+                    lambda: None)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and words in error and "Traceback" not in error
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_workers_do_not_end_on_signals_to_the_job(limit_time):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        images = SignaledShapes("train", 8, 32)
+        images.signal = getattr(signal, name)
+        loader = build_eval_loader(images, 32, 2, num_workers=1)
+        assert [indices.tolist() for _, _, indices, _ in loader] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_few_file_descriptors_are_named(limit_time):
+    limits, probe = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 4, limits[1]))
     try:
-        for loader in (build_train_loader(images, multicrop, [[(0, 0), (0, 1)]], seed=0, num_workers=1),
-                       build_eval_loader(images, 64, batch_size=2, num_workers=1)):
-            with pytest.raises(RuntimeError, match="file </torch_") as error:
-                next(iter(loader))
-            assert "larger --shm-size" in explain_runtime_error(error.value)
+        with pytest.raises((OSError, RuntimeError)) as error:
+            list(build_eval_loader(Shapes("train", 8, 32), 32, 2, num_workers=2))
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "too many open files: raise the limit (ulimit -n" in explain_runtime_error(error.value)
+
+
+FORK_SERVER = """
+import multiprocessing, os, signal, subprocess, sys
+from data.loaders import build_eval_loader
+from data.shapes import Shapes
+
+class Images(Shapes):
+    def __getitem__(self, i):
+        return super().__getitem__(i)[0], os.getpid()
+
+def workers(loader):
+    return {pid for _, labels, *_ in loader for pid in labels.tolist()}
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    loader = build_eval_loader(Images("train", 8, 32), 32, 2, num_workers=2)
+    first = workers(loader)
+    assert len(first) == 2 and workers(loader) == first, "the workers are not kept"
+    for pid in first:
+        subprocess.run(["kill", str(pid)])  # from another process, as to the whole job
+    assert workers(loader) == first
+    print(*first)
+    sys.stdout.flush()
+    if sys.argv[1:] == ["orphans"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["orphans", "ends"])
+def test_workers_of_a_fork_server_are_kept_and_end_with_their_parent(tmp_path, how):
+    (tmp_path / "script.py").write_text(FORK_SERVER)
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, str(tmp_path / "script.py"), how], capture_output=True, text=True,
+                            timeout=120, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    assert result.returncode == (-signal.SIGKILL if how == "orphans" else 0), result.stderr
+    ended, pids = time.monotonic(), result.stdout.split()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() - ended < 30, "an orphaned worker does not end"
+        time.sleep(0.1)
+    assert len(pids) == 2
