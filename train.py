@@ -110,7 +110,7 @@ def parse_args(argv=None):
         auto_or_boolean, nargs="?", const=True)
     add_switch(run, "--activation_checkpointing", "recompute the student's blocks in backward: slower, less memory")
     add(run, "--profile", 0, "steps to record in trace.json for Perfetto, 0 for none", nonnegative_int)
-    add(run, "--timeout_minutes", 30.0, "how long a rank waits for the others", positive_float)
+    add(run, "--timeout_minutes", 30.0, "how long to wait for other ranks, or for a batch", positive_float)
     cli.add_device_flags(run)
 
     ablations = parser.add_argument_group("ablations")
