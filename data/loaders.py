@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import threading
 from multiprocessing import resource_tracker
 
@@ -302,6 +303,7 @@ def collate_shared(collate, samples):
 def end_with_parent(worker_id):
     """Initialize a worker: it ends when its parent asks or is gone, though it may be waiting for a disk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, which cannot block signals
+    sys.excepthook = lambda *error: None  # the thread that sends tensors would print that nobody receives them
     if hasattr(signal, "sigtimedwait"):
         parent, started_by = multiprocessing.parent_process(), os.getppid()  # the latter may be a fork server
 
