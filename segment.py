@@ -15,7 +15,6 @@ import common  # noqa: F401 (first: it checks the version of Python)
 
 # isort: split
 import itertools
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from common import cli
-from common.files import read_text, write_json
+from common.files import read_json, write_json
 from common.precision import autocast
 from common.weights import CheckpointError, build_untrained, open_backbone, output_folder, result_file
 from data.datasets import DataError, data_name
@@ -139,9 +138,9 @@ def segment_videos(args):
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}
     path, failed = output / "result.json", []
-    previous = json.loads(read_text(path)) if path.exists() else {}
+    previous = read_json(path)
     is_same_run = all(previous.get(name) == origin[name] for name in origin.keys() - {"ckpt"})
-    scores = previous["sequences"] if is_same_run else {}
+    scores = previous.get("sequences", {}) if is_same_run else {}
     write_json(path, origin | {"sequences": scores})  # masks of other flags are about to be overwritten
     for name, frames in sequences.items():
         try:

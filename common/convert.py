@@ -6,8 +6,6 @@
 timm uses the names of vit.py, so it needs no table. Files are written atomically.
 """
 
-import contextlib
-import json
 import os
 import re
 from pathlib import Path
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from common.checkpoint import CheckpointError, load_checkpoint
-from common.files import atomic_write, read_text, write_json
+from common.files import atomic_write, read_json, write_json
 
 TRANSFORMERS_NAMES = [  # parts of names, (vit.py, transformers), replaced in this order in either direction
     ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
@@ -56,10 +54,9 @@ def read_config(path, embed_dim):
     Raises:
         CheckpointError: the model has another activation than GELU, or its feature is not the CLS token.
     """
-    file, config = Path(path).with_name("config.json"), None
-    with contextlib.suppress(OSError, ValueError):  # absent, or any program's
-        config = json.loads(read_text(file))
-    config = config | (config.get("model_args") or {}) if isinstance(config, dict) else {}
+    file = Path(path).with_name("config.json")
+    config = read_json(file)
+    config |= config.get("model_args") or {}
     if config.get("hidden_size", config.get("embed_dim", embed_dim)) != embed_dim:  # of another model
         return {}
     for name, supported in SUPPORTED.items():

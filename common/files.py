@@ -57,11 +57,12 @@ def atomic_write(path, write, keep=1):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise OSError(f"{path}: cannot be written, the previous file is untouched ({reason})") from None
-    # makes the rename itself durable, but not on Windows and on disks that cannot flush a folder
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):  # on Windows and on disks that cannot flush a folder
         descriptor = os.open(folder or ".", os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)  # makes the rename itself durable
+        finally:
+            os.close(descriptor)
 
 
 def remove_temporaries(folder, pattern, before=math.inf):
@@ -105,6 +106,15 @@ def read_text(path):
     content = Path(check_file(path)).read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # of PowerShell
     return content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
+
+
+def read_json(path):
+    """Object in a JSON file; {} if there is no such file, or it holds anything else."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 # ---- errors ----

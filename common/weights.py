@@ -25,7 +25,7 @@ from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero
-from common.files import atomic_write, check_file, check_writable, read_text
+from common.files import atomic_write, check_file, check_writable, read_json
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
@@ -290,15 +290,15 @@ def output_file(origin, args, ending):
 
 
 def result_file(origin, args, ending):
-    """Path of the JSON file of a result, see `output_file`; numbered where that file has a result of another origin.
+    """Path of the JSON file of a result, see `output_file`; numbered where that file has one of other data or flags.
 
     Args:
-        origin: {name: value} of model, data and flags, all of which the file will hold; the model file may have moved.
+        origin: {name: value} of model, data and flags, all of which the file will hold.
     """
-    expected = {name: value for name, value in json.loads(json.dumps(origin)).items() if name != "ckpt"}
+    expected = {name: value for name, value in json.loads(json.dumps(origin)).items() if name not in ("ckpt", "sha256")}
     for number in itertools.count(1):
         path = output_file(origin, args, ending + f".{number}" * (number > 1) + ".json")
-        if not path.exists() or expected.items() <= json.loads(read_text(path)).items():
+        if not path.exists() or expected.items() <= read_json(path).items():
             return path
 
 

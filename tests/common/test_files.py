@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from common import files
 from common.checkpoint import prepare_output_dir
-from common.files import atomic_write, check_file, read_text, write_json, write_text
+from common.files import atomic_write, check_file, read_json, read_text, write_json, write_text
 
 # ---- writing ----
 
@@ -121,6 +121,14 @@ def test_text_with_any_mark_and_any_path(tmp_path):
         mark = "\ufeff" * encoding.endswith("e")
         path.write_bytes((mark + "größe\n").encode(encoding))
         assert read_text(path) == "größe\n"
+
+
+def test_objects_of_json_files(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_json(path) == {}
+    for content, value in ((b'\xef\xbb\xbf{"a": [1]}', {"a": [1]}), (b'{"a": ', {}), (b"[1]", {}), (b"\xff\xfe", {})):
+        path.write_bytes(content)
+        assert read_json(path) == value
 
 
 def test_only_regular_files_are_opened(tmp_path):
