@@ -20,6 +20,7 @@ import common  # noqa: F401 (first: it checks the version of Python)
 
 # isort: split
 import csv
+import io
 import itertools
 import os
 import re
@@ -35,7 +36,7 @@ from common import cli, distributed
 from common.checkpoint import MODEL_FILES, CheckpointError
 from common.cli import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.distributed import get_world_size, is_rank_zero
-from common.files import atomic_write, check_writable, first_line, write_json
+from common.files import check_writable, first_line, write_json, write_text
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
 from data.datasets import DataError, ImageFolder, data_name, open_data
@@ -102,6 +103,8 @@ def parse_args(argv=None):
     parser.set_defaults(features=None, quick=False, warmup_epochs=0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
     args = parser.parse_args(argv)
     if args.task == "predict":
+        if not args.output.lower().endswith(".csv"):
+            parser.error(f"--output {args.output} does not end in .csv")
         return args
     if args.save_predictions and args.features:
         parser.error("--features holds no file names, leave it out with --save_predictions")
@@ -230,7 +233,7 @@ def knn(args):
         f"images, {args.image_size} pixels, temperature {args.temperature}\n     k   top-1   top-5")
     for k, (top1, top5) in accuracies.items():
         log(f"{k:6d}  {top1:6.2f}  {top5:6.2f}")
-    write_result(path, setup, **settings, num_images=num_test, num_train_images=num_train, knn=results)
+    write_result(path, setup, settings | dict(num_images=num_test, num_train_images=num_train, knn=results))
 
 
 def linear(args):
@@ -405,9 +408,11 @@ def report_accuracy(logits, labels, setup, hparams):
     log(f"{len(labels)} test images: top-1 {top1:.2f}, top-5 {top5:.2f}")
     log("lowest per-class accuracy: " + ", ".join(f"{name} {accuracy:.1f}%" for name, accuracy in lowest))
     log("most frequent confusions: " + ", ".join(f"{a} as {b} ({count})" for (a, b), count in confusions[:5]))
-    write_result(setup.output / "result.json", setup, **hparams, top1=top1, top5=top5, num_images=len(labels),
-                 per_class=per_class, confusions=[[*pair, count] for pair, count in confusions],
-                 **(list_predictions(setup, labels, predicted[:, 0]) if setup.args.save_predictions else {}))
+    result = hparams | dict(top1=top1, top5=top5, num_images=len(labels), per_class=per_class,
+                            confusions=[[*pair, count] for pair, count in confusions])
+    if setup.args.save_predictions:
+        result |= list_predictions(setup, labels, predicted[:, 0])
+    write_result(setup.output / "result.json", setup, result)
 
 
 def list_predictions(setup, labels, predicted):
@@ -426,7 +431,7 @@ def name_image(images, i):
     return os.path.join(images.root, images.files[i]) if hasattr(images, "files") else i
 
 
-def write_result(path, setup, **result):
+def write_result(path, setup, result):
     if is_rank_zero():
         write_json(path, setup.origin | result | {"corrupt": sorted(setup.corrupt)})
         log(f"written to {path}")
@@ -464,13 +469,10 @@ def predict(args):
     counts = ", ".join(f"{name} {count}" for name, count in Counter(row[1] for row in rows[1:]).most_common(10))
     log(f"{len(top)} images, {len(corrupt)} corrupt; most frequent: {counts}")
     if is_rank_zero():
-        atomic_write(output, lambda temporary: write_csv(temporary, rows), keep=2)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_text(output, text.getvalue())
         log(f"written to {output}")
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows(rows)
 
 
 TASKS = {"knn": knn, "linear": linear, "finetune": finetune, "predict": predict}

@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import hashlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision import transforms
@@ -195,6 +197,20 @@ def test_results_of_other_data_and_flags_are_kept(trained):
     assert json.loads((path.with_name("teacher.linear_quick.images") / "result.json").read_text()) == first
 
 
+def test_a_model_trained_on_replaces_its_result(trained):
+    """And a file that is no result of this repository, or cut off, is kept."""
+    _, path, model = trained
+    result, checksums = path.with_name("teacher.knn.images.json"), []
+    result.write_text('{"knn": ')
+    for shift in (0, 1):
+        save_model(path, {f"backbone.{k}": v + shift for k, v in model.state_dict().items()}, dict(backbone=VIT))
+        run("knn", *CPU, "--ckpt", str(path), "--data_path", "images")
+        checksums.append(json.loads(path.with_name("teacher.knn.images.2.json").read_text())["sha256"])
+        assert checksums[-1] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert len(set(checksums)) == 2 and len(list(path.parent.glob("*.json"))) == 2
+    assert result.read_text() == '{"knn": '
+
+
 def test_predictions_and_confusion_matrix_on_request(trained):
     """Of every image that can be read, by the path of its file."""
     folder, path, model = trained
@@ -274,6 +290,11 @@ def test_a_saved_classifier_is_evaluated_again(trained, capsys, task, flags):
         logits = backbone(images) @ classifier["classifier.weight"].T + classifier["classifier.bias"]
     assert result["top1"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).double().mean().item())
     (output / "checkpoint.pth").unlink()
+    with safe_open(saved, "pt") as file:  # hyperparameters under the names of results: those of this evaluation count
+        info = {name: json.loads(value) for name, value in file.metadata().items()}
+    save_model(saved, load_file(saved), info | {"hparams": info["hparams"] | dict(top1=-1, path="", setup=None)})
+    assert train(task, "--test_only") == result | dict(path="", setup=None)
+    save_model(saved, load_file(saved), info)
     before = saved.read_bytes()
     assert train(task, "--test_only") == result and saved.read_bytes() == before
     assert (task == "linear") == all(torch.equal(a, b) for a, b in zip(backbone.parameters(), model.parameters()))
@@ -327,7 +348,8 @@ def test_predict(trained, capsys, exit_message, task, flags):
     for argv, message in (([str(ckpt), "missing.png"], "missing.png: no such image or folder"),
                           ([str(ckpt), "new/nested/bad.png"], "no image can be read, the last: new/nested/bad.png"),
                           (["new", "new"], "new/classifier.safetensors: no such file"),
-                          (["none.safetensors", "new"], "none.safetensors: no such file")):
+                          (["none.safetensors", "new"], "none.safetensors: no such file"),
+                          ([str(ckpt), "new", "--output", "new"], "--output new does not end in .csv")):
         assert message in exit_message(run, "predict", "--num_workers", "0", "--ckpt", *argv)
 
 
