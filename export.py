@@ -62,6 +62,7 @@ TRACEABLE = dict(precision=["fp32"], dynamic=["batch", "none"], heads=["each"], 
 
 def save_backbone(path, backbone, info, ckpt):
     """This repository's model file, without the head."""
+    info = {name: value for name, value in info.items() if name != "classes"}
     save_model(path, {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}, info)
 
 
@@ -108,7 +109,8 @@ def parse_args(argv=None):
 def load_network(ckpt, key):
     """Backbone of a model file, its description, and its Classifiers, None if it is not of evaluate.py."""
     backbone, info = load_backbone(ckpt, key)
-    return backbone, info, load_classifier(ckpt)[0] if "classes" in info else None
+    network, info = load_classifier(ckpt) if "classes" in info else (None, info)
+    return backbone, info, network
 
 
 def build_metadata(backbone, info, ckpt, args):
@@ -140,9 +142,9 @@ def build_metadata(backbone, info, ckpt, args):
     if "classes" in info:
         outputs["logits"] = "of the classes, [B, K]"
     is_dynamic = args.dynamic == "size"
-    return ({"classes": info["classes"]} if "classes" in info else {}) | dict(
-        arch=info.get("arch", getattr(backbone, "arch", "vision transformer")), patch_size=p,
-        trained_size=backbone.grid[0] * p, image_size=None if is_dynamic else [size[0], size[-1]],
+    return dict(
+        classes=info.get("classes"), arch=info.get("arch", getattr(backbone, "arch", "vision transformer")),
+        patch_size=p, trained_size=backbone.grid[0] * p, image_size=None if is_dynamic else [size[0], size[-1]],
         batch_size=args.batch_size if args.dynamic == "none" else None,
         mean=info.get("mean", IMAGENET_MEAN) if is_rgb else None,
         std=info.get("std", IMAGENET_STD) if is_rgb else None, layout=args.normalize or "nchw",

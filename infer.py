@@ -182,10 +182,11 @@ def write_features(path: str, images: list[str], rows: list[np.ndarray | None], 
         table = np.stack([np.full(width, np.nan) if row is None else row for row in rows])
         with open(path, "wb") as file:
             return np.save(file, table[:, K:].astype("float32"))
-    header = "file", *["class"][:K], *(f"probability_{name}" for name in classes)
+    header = ["file", *(["class"] if K else []), *(f"probability_{name}" for name in classes),
+              *(f"feature_{i}" for i in range(width - K))]
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow([*header, *(f"feature_{i}" for i in range(width - K))])
+        writer.writerow(header)
         for name, row in zip(images, rows):
             if row is not None:
                 best = [classes[row[:K].argmax()]] if K else []
@@ -222,11 +223,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", default=".", help="folder for attention maps (default: current), or FILE.npy or "
                         "FILE.csv for features")
     args = parser.parse_intermixed_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names may hold characters that a terminal cannot show
+        if hasattr(stream, "reconfigure"):  # not in notebooks
+            stream.reconfigure(errors="backslashreplace")
     try:
         session, metadata = open_model(args.model)
     except Exception as error:  # ONNX Runtime has exception types of its own
         return print_error(f"{args.model}: not a file of export.py that can be run here ({error})")
-    status, taken, rows, classes = 0, [], [], metadata.get("classes", [])
+    status, taken, rows, classes = 0, [], [], metadata.get("classes") or []
     is_table = args.output.lower().endswith((".npy", ".csv"))
     for path in args.images:
         rows.append(None)

@@ -109,7 +109,7 @@ def load_classifier(path):
         raise CheckpointError(f"{path}: not classifier.safetensors of evaluate.py linear or finetune")
     if not any(name.startswith("backbone.") for name in weights):
         raise CheckpointError(f"{path}: holds no backbone, as those of earlier versions: run evaluate.py linear again")
-    backbone, _ = load_backbone(path, log=lambda text: None)
+    backbone, info = load_backbone(path, log=lambda text: None)
     try:
         extractor = FeatureExtractor(backbone, info.get("n_last_blocks", 1), info.get("avgpool_patchtokens", False))
         info |= dict(classes=[str(name) for name in info["classes"]], image_size=image_side(info["image_size"]))

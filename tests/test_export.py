@@ -1,4 +1,5 @@
 import csv
+import io
 import itertools
 import json
 import os
@@ -372,6 +373,15 @@ def test_logits_of_a_classifier_equal_torch(saved, classifier, capsys, n, avgpoo
     assert capsys.readouterr().out.count("logits float") == 1
 
 
+def test_the_backbone_of_a_classifier_is_exported_alone(classifier):
+    path = classifier()[0]
+    backbone = path.with_name("backbone.safetensors")
+    make(path, "--format", "safetensors", "--output", str(backbone))
+    assert load_file(backbone).keys() == {name for name in load_file(path) if name.startswith("backbone.")}
+    values = metadata(make(backbone))
+    assert values["classes"] is None and values["outputs"].keys() == {"features", "attention"}
+
+
 def test_wrong_logits_are_not_written(classifier, monkeypatch):
     path, _, _ = classifier(2, True)
     build_onnx = export.build_onnx
@@ -406,6 +416,12 @@ def test_classes_and_features_are_printed_and_written(saved, classifier, scene, 
     for values in probabilities:
         order = values.argsort(descending=True).tolist()
         lines.append("  " + ", ".join(f"{names[i]} {values[i]:.1%}" for i in order))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))  # of Windows, or into a file
+    assert infer.main(["classifier.onnx", images[2], "--output", "features.csv"]) == 0
+    sys.stdout.seek(0)
+    assert sys.stdout.read().startswith(r"\xfcn\xef, b.png: features [64]") and Path("features.csv").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert infer.main(["classifier.onnx", *images]) == 2  # of the corrupt image
     captured = capsys.readouterr()
