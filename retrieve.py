@@ -7,9 +7,9 @@
 The folder of Copydays holds original/, and strong/, jpegqual/N/ or crops/N/; copies share the first four characters of
 their original's name. The folder of landmarks holds gnd_*.pkl and jpg/, or folders of that kind.
 `search` keeps an index of the folder's features in NAME.search beside the model file; later runs extract features of
-new and changed images only. `copies` and `landmarks` are the paper's evaluations (Caron et al. 2021, section 4.2.1)
-with the settings of the released scripts; they write NAME.copies.DATA.json and NAME.landmarks.DATA.json. Under
-torchrun, feature extraction is split over the processes.
+new and changed images only. Contact sheets are NAME.search/DATA/QUERY.nearest.png. `copies` and `landmarks` are the
+paper's evaluations (Caron et al. 2021, section 4.2.1) with the settings of the released scripts; they write
+NAME.copies.DATA.json and NAME.landmarks.DATA.json. Under torchrun, feature extraction is split over the processes.
 """
 
 import common  # noqa: F401 (first: it checks the version of Python)
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import cli, distributed
-from common.files import write_json
+from common.files import number_name, write_json
 from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
 from data.datasets import DataError, ImageFolder, data_name
@@ -196,42 +196,39 @@ def evaluate_landmarks(args):
 def search(args):
     """Nearest images of a folder by cosine similarity of CLS features, and a contact sheet of them."""
     encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), loaders.center_crop_view)
-    output = output_folder(encoder.origin, args, "search")
+    output, taken = output_folder(encoder.origin, args, "search"), []
     queries, indices, corrupt = encoder.encode(args.query)
     features, paths = index_folder(encoder, args.data_path, output)
     read = partial(read_image, value_range=encoder.origin["value_range"])
     if encoder.rank > 0:
         return
+    sheets = output / data_name(args.data_path)
+    sheets.mkdir(exist_ok=True)
     for query, i in zip(queries, indices.tolist()):
         path, scores = args.query[i], features @ query
         others = (j for j in scores.argsort(descending=True).tolist() if not os.path.samefile(paths[j], path))
         nearest = [(paths[j], scores[j].item()) for j in itertools.islice(others, args.nearest)]
-        print("\n".join([f"{path}:", *(f"  {score:6.3f}  {name}" for name, score in nearest)]))
-        key = compute_digest(encoder, os.path.realpath(path), os.path.realpath(args.data_path), args.nearest)
-        sheet = output / f"{os.path.basename(path)[:55]}-{key}.nearest.png"
+        print("\n".join([f"{path}:", *(f"  {score:6.3f}  {file}" for file, score in nearest)]))
+        sheet = sheets / f"{number_name(os.path.basename(path), taken)}.nearest.png"
         captions = [f"query: {os.path.basename(path)}"] + [
-            f"{rank}: cosine {score:.3f} {os.path.relpath(name, args.data_path)}"
-            for rank, (name, score) in enumerate(nearest, start=1)]
+            f"{rank}: cosine {score:.3f} {os.path.relpath(file, args.data_path)}"
+            for rank, (file, score) in enumerate(nearest, start=1)]
         model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
-        draw_nearest([path, *(name for name, _ in nearest)], captions, read, 1200, model).save(sheet)
+        draw_nearest([path, *(file for file, _ in nearest)], captions, read, 1200, model).save(sheet)
         print(f"  -> {sheet}")
     if corrupt:
         raise DataError(f"{len(corrupt)} of {len(args.query)} queries cannot be read; the first: {corrupt[0]}")
-
-
-def compute_digest(encoder, *key):
-    """Eight hexadecimal digits for a model, an image size and what else determines a file."""
-    key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), *key, encoder.size]
-    key += encoder.origin["value_range"] or []
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
 
 
 def index_folder(encoder, folder, output):
     """Features and paths of the images of a folder; the index is one file per model, folder and image size."""
     root, images = os.path.realpath(folder), ImageFolder(folder, output)
     encoder.log(f"{len(images):,} images in {folder}{images.passed_over}")
-    output.mkdir(exist_ok=True)
-    path = output / f"{os.path.basename(root)[:60]}-{compute_digest(encoder, root)}.safetensors"
+    output.mkdir(parents=True, exist_ok=True)
+    key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]
+    key += encoder.origin["value_range"] or []
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+    path = output / f"{os.path.basename(root)[:60]}-{digest}.safetensors"
     features, names = update_index(path, root, images.files, encoder.encode, encoder.log)
     if not names:
         raise DataError(f"{folder}: no readable images")

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common import cli
+from common.files import number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
 from data.datasets import DataError, ImageFolder, open_data
@@ -92,10 +93,9 @@ def iter_readable_images(names, errors, output_dir, value_range=None):
     """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
     taken = []
     for name, read in sum((expand_images(name, output_dir, value_range) for name in names), []):
-        name = name.replace(os.sep, "_")[-55:]  # the name and an ending, in bytes, are within what file systems allow
-        taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
+        name = number_name(name.replace(os.sep, "_"), taken)
         try:
-            yield taken[-1], read()
+            yield name, read()
         except ImageReadError as error:
             errors.append(str(error))
 

@@ -84,6 +84,13 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1))
 
 
+def number_name(name, taken):
+    """Name for an output about a file, within what file systems allow; numbered if it is in a list, and added to it."""
+    name = name[-55:]  # which may be four times as many bytes
+    taken.append(f"{name}.{len(taken) + 1}" if name in taken else name)
+    return taken[-1]
+
+
 def check_writable(folder):
     """Raise OSError if no file can be created in a folder."""
     try:

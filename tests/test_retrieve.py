@@ -215,18 +215,21 @@ def test_search_returns_the_nearest(model, photos, tmp_path, capsys):
     assert [f"  {scores[i]:6.3f}  {files[i]}" for i in order] == first.splitlines()[-4:-1]
     assert f"   1.000  {photos / 'a' / '4.png'}" in first and str(photos / "a" / "2.png") not in second  # the query
     output = path.with_suffix(".search")
-    sheets = [next(output.glob(f"{name}-*.nearest.png")) for name in ("query.png", "2.png")]
-    for sheet in sheets:
-        assert Image.open(sheet).width == 1200
-    before = sheets[1].read_bytes()
-    (tmp_path / "2.png").symlink_to(photos / "b" / "1.png")
-    run("search", "--ckpt", path, "--data_path", photos, "--nearest", 3, tmp_path / "2.png")
-    assert sheets[1].read_bytes() == before and len(list(output.glob("2.png-*.nearest.png"))) == 2  # of another folder
+    sheets = [output / "photos" / f"{name}.png.nearest.png" for name in ("query", "2")]
+    before = [sheet.read_bytes() for sheet in sheets]
+    (tmp_path / "2.png").symlink_to(photos / "b" / "1.png")  # another query of that name
+    shutil.copytree(photos, tmp_path / "other" / "data")
+    run("search", "--ckpt", path, "--data_path", tmp_path / "other" / "data", "--nearest", 3, tmp_path / "query.png")
+    run("search", "--ckpt", path, "--data_path", photos, "--nearest", 3, photos / "a" / "2.png", tmp_path / "2.png")
+    assert [sheet.read_bytes() for sheet in sheets] == before
+    assert {file.relative_to(output).as_posix() for file in output.rglob("*.png")} == {
+        "photos/query.png.nearest.png", "photos/2.png.nearest.png", "photos/2.png.2.nearest.png",
+        "data/query.png.nearest.png"}
     capsys.readouterr()
     index = next(output.glob("photos-*.safetensors")).stat().st_mtime_ns
     run("search", "--ckpt", path, "--data_path", photos, tmp_path / "query.png")
     out = capsys.readouterr().out
-    assert ": 9 of 9 images indexed" in out and len(list(output.glob("*.safetensors"))) == 1
+    assert ": 9 of 9 images indexed" in out and len(list(output.glob("*.safetensors"))) == 2
     assert next(output.glob("photos-*.safetensors")).stat().st_mtime_ns == index
     again = "search", "--ckpt", path, tmp_path / "query.png", "--output_dir", output, "--data_path"
     for flags in (["--untrained"], ["--image_size", 64]):  # each has an index of its own
@@ -244,7 +247,7 @@ def test_search_returns_the_nearest(model, photos, tmp_path, capsys):
 def test_contact_sheet_shows_the_nearest(model, photos, tmp_path):
     save_shape(tmp_path / "query.png", 4)
     run("search", "--ckpt", model[1], "--data_path", photos, "--nearest", 2, tmp_path / "query.png")
-    sheet = Image.open(next(model[1].with_suffix(".search").glob("query.png-*.nearest.png")))
+    sheet = Image.open(model[1].with_suffix(".search") / "photos" / "query.png.nearest.png")
     sheet = np.asarray(sheet, int)
     with torch.no_grad():
         files = sorted(photos.rglob("*.png"))
@@ -271,7 +274,7 @@ def test_unusual_names_and_duplicates(model, photos, tmp_path, capsys):
     first = out.split("->")[0]
     assert first.count("   1.000  ") == 3 and "link.png" not in first and "same.png" not in first
     assert names[1] in first and "4.png" in first
-    assert len(list(model[1].with_suffix(".search").glob("*.nearest.png"))) == 2
+    assert len(list(model[1].with_suffix(".search").glob("photos/*.nearest.png"))) == 2
 
 
 def test_contact_sheets_are_not_indexed(model, photos, capsys, exit_message):
@@ -292,7 +295,7 @@ def test_corrupt_queries_are_skipped(model, photos, tmp_path, exit_message):
     line = exit_message(run, "search", "--ckpt", model[1], "--data_path", photos, tmp_path / "bad.png",
                         photos / "b" / "1.png", tmp_path / "none.png")
     assert "2 of 3 queries cannot be read; the first: " in line and "bad.png" in line
-    assert len(list(model[1].with_suffix(".search").glob("1.png-*.nearest.png"))) == 1
+    assert (model[1].with_suffix(".search") / "photos" / "1.png.nearest.png").exists()
 
 
 def test_two_processes_equal_one(model, photos, tmp_path, capsys, run_torchrun):
