@@ -373,7 +373,9 @@ def save_classifier(network, grid, best, accuracies, hparams, setup):
         hparams |= dict(held_out_top1=accuracies[best], grid=[(*pair, top1) for pair, top1 in zip(grid, accuracies)])
     if is_rank_zero():
         save_model(setup.output / "classifier.safetensors", get_saved_modules(network).state_dict(),
-                   setup.info | setup.origin | dict(hparams=hparams, classes=setup.classes))
+                   setup.info | setup.origin | dict(
+                       hparams=hparams, classes=setup.classes, n_last_blocks=network.tokens.n_last_blocks,
+                       avgpool_patchtokens=network.tokens.avgpool))  # of this one, not of one that it began with
     return hparams
 
 

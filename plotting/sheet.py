@@ -132,7 +132,7 @@ def describe_model(origin, info, patch_size=1):
     Args:
         origin, info: see `open_backbone`.
     """
-    arch = info.get("arch") or info["backbone"].get("arch", "vision transformer")
+    arch = info.get("arch") or info.get("backbone", {}).get("arch", "vision transformer")
     name = "/".join(Path(origin["ckpt"]).resolve().parts[-2:]) + ", random weights" * bool(origin.get("untrained"))
     return f"{name} ({arch}, patches of {patch_size} x {patch_size} pixels)" if patch_size > 1 else f"{name} ({arch})"
 

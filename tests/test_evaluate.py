@@ -353,6 +353,16 @@ def test_predict(trained, capsys, exit_message, task, flags):
         assert message in exit_message(run, "predict", "--num_workers", "0", "--ckpt", *argv)
 
 
+def test_a_linear_classifier_is_fine_tuned(trained):
+    """Its file describes the new classifier, which takes other features."""
+    train("linear", "--quick", "--avgpool_patchtokens", "--epochs", "1")
+    ckpt = Path("runs", "one", "teacher.linear_quick.images", "classifier.safetensors")
+    train("finetune", "--ckpt", str(ckpt), "--data_path", "images", "--epochs", "1", "--warmup_epochs", "0",
+          output=ckpt.with_name("classifier.finetune.images"))
+    network, _ = supervised.load_classifier(ckpt.with_name("classifier.finetune.images"))
+    assert network.heads[0].weight.shape == (3, 32) and supervised.load_classifier(ckpt)[0].tokens.avgpool
+
+
 @pytest.mark.parametrize("change, words", [
     (dict(classes=["a"]), "size mismatch"), (dict(classes=5), "not iterable"), (dict(image_size=30), "not multiples"),
     (dict(image_size="x"), "not a number of pixels"), (dict(n_last_blocks=2), "--n_last_blocks 2 is not from 1 to 1"),
