@@ -36,7 +36,7 @@ from common import cli, distributed
 from common.checkpoint import MODEL_FILES, CheckpointError
 from common.cli import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.distributed import get_world_size, is_rank_zero
-from common.files import check_writable, first_line, write_json, write_text
+from common.files import create_folder, first_line, write_json, write_text
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
 from data.datasets import DataError, ImageFolder, data_name, open_data
@@ -203,7 +203,7 @@ def load_or_extract_features(setup, model):
         log(f"features loaded from {path}")
         return load_features(path, setup.origin)
     if path:
-        check_writable(Path(path).parent)
+        create_folder(Path(path).parent)
     features = {}
     for part, images in (("train", setup.data.train_labeled), ("test", setup.data.val)):
         features[f"{part}_features"], features[f"{part}_labels"] = extract(setup, model, images)
@@ -224,10 +224,11 @@ def knn(args):
     flags = dict(temperature=args.temperature, memory_mb=args.knn_memory_mb, device=setup.device)
     accuracies = knn_classifier(**features, ks=args.nb_knn, **flags)
     results = {k: dict(top1=top1, top5=top5) for k, (top1, top5) in accuracies.items()}
-    for k in results if args.save_predictions else ():
-        predicted, _ = knn_predict(features["train_features"], features["train_labels"], features["test_features"], k,
-                                   **flags)
-        results[k] |= list_predictions(setup, features["test_labels"], predicted)
+    if args.save_predictions:
+        for k in results:
+            predicted, _ = knn_predict(features["train_features"], features["train_labels"], features["test_features"],
+                                       k, **flags)
+            results[k] |= list_predictions(setup, features["test_labels"], predicted)
     num_test, num_train = len(features["test_labels"]), len(features["train_labels"])
     log(f"k-NN of {setup.origin['ckpt']}{' untrained' * args.untrained}: {num_test} test images, {num_train} train "
         f"images, {args.image_size} pixels, temperature {args.temperature}\n     k   top-1   top-5")
@@ -313,8 +314,7 @@ def train_on_features(network, grid, setup):
         if (setup.output / name).exists():
             raise CheckpointError(f"{setup.output} holds {name} of a training run: choose another --output_dir")
     if is_rank_zero():
-        setup.output.mkdir(parents=True, exist_ok=True)
-        check_writable(setup.output)
+        create_folder(setup.output)
     features = load_or_extract_features(setup, network.tokens)
     x, y, test_x = (features[name].to(setup.device) for name in ("train_features", "train_labels", "test_features"))
     if len(x) < 2:
@@ -447,7 +447,7 @@ def predict(args):
     network, info = supervised.load_classifier(args.ckpt)
     set_matmul_precision(device, "fp32", network.tokens.backbone.embed_dim)
     network.to(device)
-    classes, paths, output = info["classes"], [], Path(args.output)
+    classes, paths = info["classes"], []
     for path in args.images:
         if not os.path.exists(path):
             raise DataError(f"{path}: no such image or folder")
@@ -457,8 +457,7 @@ def predict(args):
             paths += [os.path.join(path, name) for name in folder.files]
         else:
             paths.append(path)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(output.parent)
+    create_folder(Path(args.output).parent)
     k, images = min(args.topk, len(classes)), ImageFiles(paths, value_range=info.get("value_range"))
     top, _, indices, corrupt = extract_features(
         lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), images, info["image_size"], args, device)
@@ -473,8 +472,8 @@ def predict(args):
     if is_rank_zero():
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        write_text(output, text.getvalue())
-        log(f"written to {output}")
+        write_text(args.output, text.getvalue())
+        log(f"written to {args.output}")
 
 
 TASKS = {"knn": knn, "linear": linear, "finetune": finetune, "predict": predict}

@@ -46,7 +46,7 @@ from common import cli
 from common.checkpoint import CheckpointError
 from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS
-from common.files import atomic_write, check_file
+from common.files import atomic_write, check_file, create_folder
 from common.precision import DTYPES
 from common.weights import check_image_size, find_newest_model, load_backbone, save_model, sha256, sibling_path
 from data.datasets import DataError, ImageFolder
@@ -379,8 +379,7 @@ def main(args):
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
         if os.path.exists(output) and os.path.samefile(output, ckpt):
             raise CheckpointError(f"--output {output}: is the model itself")
-        if not os.path.isdir(os.path.dirname(output) or "."):
-            raise CheckpointError(f"--output {output}: its folder does not exist")
+        create_folder(Path(output).parent)
         if save:
             save(output, backbone, info, ckpt)
             assumed = backbone.embed_dim // 64  # heads, by the models that other libraries build

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import cli, distributed
-from common.files import number_name, write_json
+from common.files import create_folder, number_name, write_json
 from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
 from data.datasets import DataError, ImageFolder, data_name
@@ -202,8 +202,7 @@ def search(args):
     read = partial(read_image, value_range=encoder.origin["value_range"])
     if encoder.rank > 0:
         return
-    sheets = output / data_name(args.data_path)
-    sheets.mkdir(exist_ok=True)
+    create_folder(sheets := output / data_name(args.data_path))
     for query, i in zip(queries, indices.tolist()):
         path, scores = args.query[i], features @ query
         others = (j for j in scores.argsort(descending=True).tolist() if not os.path.samefile(paths[j], path))
@@ -224,7 +223,7 @@ def index_folder(encoder, folder, output):
     """Features and paths of the images of a folder; the index is one file per model, folder and image size."""
     root, images = os.path.realpath(folder), ImageFolder(folder, output)
     encoder.log(f"{len(images):,} images in {folder}{images.passed_over}")
-    output.mkdir(parents=True, exist_ok=True)
+    create_folder(output)
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]
     key += encoder.origin["value_range"] or []
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]

@@ -27,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from common import cli
-from common.files import read_json, write_json
+from common.files import create_folder, read_json, write_json
 from common.precision import autocast
 from common.weights import CheckpointError, build_untrained, open_backbone, output_folder, result_file
 from data.datasets import DataError, data_name
@@ -84,9 +84,7 @@ def evaluate_masks(args):
         scores.append(torch.stack(results))
         if len(scores) > len(cells) * len(images) // 12:  # twelve, evenly spread
             head = results[0][2:].argmax()
-            drawn = sheet.resize_to_width(to_pil_image(image), sheet.cell_side(1000, across))
-            drawn = overlay_mask(drawn, masks[0][1 + head], COLORS[0])
-            drawn = overlay_mask(drawn, objects.any(dim=0), (255, 255, 255), opacity=0)
+            drawn = draw_masks(image, masks[0][1 + head], objects, sheet.cell_side(1000, across))
             cells.append((drawn, f"head {head + 1}, Jaccard index {results[0][2 + head]:.1%}"))
     if not scores:
         raise DataError(f"{args.data_path}: none of its images can be used; the last: {skipped[-1]}")
@@ -125,6 +123,12 @@ def evaluate_image(model, x, objects, void, mass):
     return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1), masks
 
 
+def draw_masks(image, mask, objects, width):
+    """Image [3, H, W] with an attention mask, bool [H, W], in color, and the outline of objects [O, H, W] in white."""
+    image = overlay_mask(sheet.resize_to_width(to_pil_image(image), width), mask, COLORS[0])
+    return overlay_mask(image, objects.any(dim=0), (255, 255, 255), opacity=0)
+
+
 # ---- video object segmentation ----
 
 def segment_videos(args):
@@ -134,7 +138,7 @@ def segment_videos(args):
     sequences = find_sequences(args.data_path, names)
     model, _, origin = open_backbone(args, needs="patch tokens", precision=args.precision)
     output = output_folder(origin, args, f"video.{data_name(args.data_path)}")
-    output.mkdir(parents=True, exist_ok=True)
+    create_folder(output)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}
     path, failed = output / "result.json", []

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common import cli
-from common.files import number_name
+from common.files import create_folder, number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
 from data.datasets import DataError, ImageFolder, open_data
@@ -106,7 +106,7 @@ def visualize_attention(args, errors):
     """Attention of the CLS token in the last block: map and mask of each head, mean, and overlay of all heads."""
     extract_attention, origin = attention.open_attention(args)
     folder = output_folder(origin, args, "attention")
-    folder.mkdir(parents=True, exist_ok=True)
+    create_folder(folder)
     noted = False
     for name, image in iter_readable_images(args.images, errors, folder, origin["value_range"]):
         view, maps = extract_attention(image)
@@ -223,7 +223,7 @@ def visualize_crops(args, errors):
     flags, _ = parser.parse_known_args([*([f"@{args.flags}"] if args.flags else []), "--views", "cpu"])
     cli.check_crop_flags(parser, flags)
     multicrop = loaders.build_multicrop(flags)
-    os.makedirs(args.output_dir, exist_ok=True)
+    create_folder(args.output_dir)
     for name, image in iter_readable_images(args.images, errors, args.output_dir):
         path = Path(args.output_dir, f"{name}.crops.png")
         sheet.draw_crops(name, multicrop, image, (args.seed, name), args.width).save(path)

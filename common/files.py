@@ -91,8 +91,9 @@ def number_name(name, taken):
     return taken[-1]
 
 
-def check_writable(folder):
-    """Raise OSError if no file can be created in a folder."""
+def create_folder(folder):
+    """Create a folder unless it exists; raises OSError if no file can be created in it."""
+    os.makedirs(folder, exist_ok=True)
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -25,7 +25,7 @@ from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero
-from common.files import atomic_write, check_file, check_writable, read_json
+from common.files import atomic_write, check_file, create_folder, read_json
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
@@ -284,8 +284,7 @@ def output_file(origin, args, ending):
     """
     path = sibling_path(origin["ckpt"], args.checkpoint_key, ending, args.untrained)
     folder = Path(args.output_dir or path.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder)
+    create_folder(folder)
     return folder / path.name
 
 

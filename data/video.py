@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from common.files import check_file
+from common.files import check_file, create_folder
 from data.datasets import DataError
 from data.images import EXTENSIONS, find_common_range, read_image, read_or_message
 
@@ -91,14 +91,11 @@ class VideoWriter:
         self.is_folder = self.path.is_dir() or not self.path.suffix
         if self.path.is_file() and self.is_folder:
             raise DataError(f"{path}: is a file, expected a folder or {' '.join(WRITABLE)}")
-        if self.is_folder:
-            self.path.mkdir(exist_ok=True)
-        elif self.path.suffix.lower() not in WRITABLE:
-            raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(WRITABLE)}")
-        elif not self.path.parent.is_dir():
-            raise DataError(f"{path}: its folder does not exist")
-        else:
+        if not self.is_folder:
+            if self.path.suffix.lower() not in WRITABLE:
+                raise DataError(f"{path}: expected a folder, or a file that ends with {' '.join(WRITABLE)}")
             import av  # noqa: F401  if it is missing, that is found before the work
+        create_folder(self.path if self.is_folder else self.path.parent)
 
     def __enter__(self):
         return self

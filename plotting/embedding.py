@@ -57,7 +57,8 @@ def cluster_features(features, seed=0, count=8):
 
 
 def list_legend(labels, names, most=30):
-    """[(label, name and number of images)] of a legend: the classes with the most images, and -1, "no label"."""
+    """[(label, name and number of images)] of the largest classes and of -1, "no label"; number of classes left out.
+    """
     counts = labels[labels >= 0].bincount(minlength=len(names))
     shown = sorted(counts.argsort(descending=True, stable=True)[:most].tolist())
     entries = [(label, f"{names[label][:24]} ({counts[label]:,})") for label in shown if counts[label]]

@@ -316,8 +316,8 @@ def test_errors_of_videos(model, tmp_path, exit_message, monkeypatch):
     assert "--head 9: the model has 4 heads" in line
     assert "no such" in exit_message(run, "video", tmp_path / "no.mp4", tmp_path / "x.mp4", *flags).lower()
     assert "ends with .mp4" in exit_message(run, "video", clip, tmp_path / "x.doc", *flags)
-    assert "x.mp4: its folder does not exist" in exit_message(run, "video", clip, tmp_path / "no" / "x.mp4", *flags)
     (tmp_path / "file").write_text("")
+    assert "file: is a file: name a folder" in exit_message(run, "video", clip, tmp_path / "file" / "x.mp4", *flags)
     assert "is a file, expected a folder" in exit_message(run, "video", clip, tmp_path / "file", *flags)
     assert clip.stat().st_size > 500 and not (tmp_path / "x.mp4").exists()
     monkeypatch.setitem(sys.modules, "av", None)

@@ -127,10 +127,10 @@ def test_errors_of_paths_and_sizes(tmp_path):
             open_video(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="absent.mp4"):
         open_video(tmp_path / "absent.mp4")
-    with pytest.raises(DataError, match="out.mp4: its folder does not exist"):
-        VideoWriter(tmp_path / "no" / "out.mp4", 25)
+    with pytest.raises(FileExistsError, match="text.mp4"):
+        VideoWriter(tmp_path / "text.mp4" / "out.mp4", 25)
     with pytest.raises(DataError, match=r"expected a folder, or a file that ends with .mp4 .mov .mkv .webm"):
         VideoWriter(tmp_path / "out.doc", 25)
-    with VideoWriter(tmp_path / "dot.mp4", 25) as writer:
+    with VideoWriter(tmp_path / "new" / "dot.mp4", 25) as writer:
         writer.write("0", Image.new("RGB", (1, 1)))
-    assert [image.size for _, image in open_video(tmp_path / "dot.mp4").frames] == [(2, 2)]
+    assert [image.size for _, image in open_video(tmp_path / "new" / "dot.mp4").frames] == [(2, 2)]
