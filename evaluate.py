@@ -21,7 +21,6 @@ import common  # noqa: F401 (first: it checks the version of Python)
 # isort: split
 import csv
 import io
-import itertools
 import os
 import re
 from collections import Counter
@@ -464,9 +463,10 @@ def predict(args):
     for message in corrupt:
         log(f"skipped corrupt image {message}")
     rows = [["file", *(name + f"_{i}" * (i > 1) for i in range(1, k + 1) for name in ("class", "probability"))]]
-    for i, numbers in zip(indices.tolist(), top.tolist()):
-        pairs = zip((classes[int(c)] for c in numbers[k:]), (f"{probability:.6f}" for probability in numbers[:k]))
-        rows.append([paths[i], *itertools.chain(*pairs)])
+    for i, values in zip(indices.tolist(), top.tolist()):
+        rows.append([paths[i]])
+        for probability, label in zip(values[:k], values[k:]):
+            rows[-1] += [classes[int(label)], f"{probability:.6f}"]
     counts = ", ".join(f"{name} {count}" for name, count in Counter(row[1] for row in rows[1:]).most_common(10))
     log(f"{len(top)} images, {len(corrupt)} corrupt; most frequent: {counts}")
     if is_rank_zero():

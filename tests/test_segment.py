@@ -78,6 +78,9 @@ def jaccard_of_attention(network, image, truths, size, mass, void=False):
 def test_masks_of_shapes_equal_the_definition(model, capsys, monkeypatch):
     grids, draw = [], segment.sheet.contact_sheet
     monkeypatch.setattr(segment.sheet, "contact_sheet", lambda new, *args: grids.append(new) or draw(new, *args))
+    drawn_masks, draw_masks = [], segment.draw_masks
+    monkeypatch.setattr(segment, "draw_masks", lambda image, mask, *args: (
+        drawn_masks.append(mask.numpy()), draw_masks(image, mask, *args))[1])
     network, path = model
     run("masks", "--ckpt", path, "--data_path", "shapes:32", "--num_images", 5, "--image_size", 64, "--mass", 0.5)
     result = json.loads(next(path.parent.glob("teacher.masks.*.json")).read_text())
@@ -96,10 +99,12 @@ def test_masks_of_shapes_equal_the_definition(model, capsys, monkeypatch):
     assert result["jaccard"]["trained"] != result["jaccard"]["untrained"]
     cells, columns = grids[0][0]
     assert len(cells) == columns == 5 and len([*path.parent.glob("teacher.masks.*.png")]) == 1
-    for i, (drawn, caption) in zip(range(0, 2000, 400), cells):
+    for i, best, (drawn, caption) in zip(range(0, 2000, 400), drawn_masks, cells):
         image, mask = Shapes("test", 2000, 32).render(i)
         scores = jaccard_of_attention(network, image, [mask.numpy()], 64, 0.5)[:4, 0]
         assert caption == f"head {scores.argmax() + 1}, Jaccard index {100 * scores.max():.1f}%"
+        overlap, union = (best & mask.numpy()).sum(), (best | mask.numpy()).sum()
+        assert overlap / union == pytest.approx(scores.max())
         pixels, side = np.asarray(drawn), drawn.width
         middle = mask.numpy()[np.ix_(*[((np.arange(side) + 0.5) * 32 / side).astype(int)] * 2)]
         white = (pixels == 255).all(axis=-1)  # the outline lies in the object
@@ -107,6 +112,15 @@ def test_masks_of_shapes_equal_the_definition(model, capsys, monkeypatch):
         assert (pixels == COLORS[0]).all(axis=-1).any()
     best, out = result["jaccard"]["trained"]["best_head"], capsys.readouterr().out
     assert f"\ntrained    best head {best:.1f}  " in out and "shorter side 64\n" in out
+
+
+def test_masks_are_tinted_and_objects_outlined():
+    mask, objects = torch.zeros(20, 20, dtype=torch.bool), torch.zeros(2, 20, 20, dtype=torch.bool)
+    mask[:, :10], objects[0, 4:16, 4:10], objects[1, 4:16, 10:16] = True, True, True
+    drawn = segment.draw_masks(torch.zeros(3, 20, 20), mask, objects, 200)
+    tint = tuple(round(0.4 * value) for value in COLORS[0])
+    assert [drawn.getpixel(place) for place in ((20, 100), (80, 100), (130, 100), (180, 100), (41, 100))] == [
+        tint, tint, (0, 0, 0), (0, 0, 0), (255, 255, 255)]
 
 
 def test_untrained_is_evaluated_alone(model, capsys):
@@ -320,6 +334,8 @@ def test_overlays_show_the_objects(model, davis):
         assert inside.any() and np.abs(drawn - expected)[inside].mean() < 12  # of a JPEG of noise
         change = np.abs(drawn - frame).mean(axis=-1)
         assert change[inside & (mask == 0)].mean() < 12 < change[inside & (mask > 0)].mean()
+        for index in np.unique(mask[inside]):  # each in its color
+            assert np.abs((drawn - expected)[inside & (mask == index)].mean(axis=0)).max() < 10
 
 
 def test_precision_of_patch_features(model):

@@ -97,6 +97,8 @@ def test_few_patches_of_a_photo_are_noted_once(model, photos, tmp_path, capsys):
     Image.new("RGB", (500, 400)).save(tmp_path / "frames" / "0.png")
     run("video", tmp_path / "frames", tmp_path / "out", "--ckpt", model[1])
     assert line.replace("large.png", "each frame") in capsys.readouterr().out
+    image = Image.new("RGB", (1000, 1000))
+    assert [attention.note_coarse_map("a", image, (rows, 20), 8) for rows in (14, 15)] == [True, False]
 
 
 def test_default_size_is_in_proportion_to_the_trained_size(model, photos):

@@ -29,7 +29,7 @@ def voc(tmp_path):
         write(tmp_path / "SegmentationClass" / f"{name}.png", values, "P")
     listed = tmp_path / "ImageSets" / "Segmentation" / "val.txt"
     listed.parent.mkdir(parents=True)
-    listed.write_text("2007_000001\n2007_000003\n\n")
+    listed.write_text("\ufeff2007_000001\n2007_000003\n\n", "utf-8")  # a byte-order mark, as of editors of Windows
     return tmp_path, values
 
 
