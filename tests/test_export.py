@@ -451,7 +451,8 @@ WITHOUT_TORCH = """
 import runpy, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "torchvision", "onnx", "safetensors", "tqdm", "vit", "common"}:
+        if name.partition(".")[0] in {"torch", "torchvision", "onnx", "safetensors", "tqdm", "vit"} or name.startswith(
+                "common."):  # common itself checks the version of Python
             raise ImportError(name + " is not needed here")
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
@@ -469,8 +470,9 @@ def test_inference_needs_infer_py_alone(saved, tmp_path, scene, script, flags):
     file = make(path, *flags)
     place = tmp_path / "place"
     place.mkdir()
-    for name in {"infer.py", script[0]}:
-        shutil.copy(ROOT / name, place)
+    (place / "common").mkdir()
+    for name in ["infer.py"] if len(script) == 1 else ["infer.py", "export.py", "common/__init__.py"]:
+        shutil.copy(ROOT / name, place / name)
     shutil.copy(file, place)
     scene.save(place / "dog.png")
     result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *script, file.name, "dog.png"], cwd=place, text=True,
