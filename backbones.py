@@ -79,7 +79,8 @@ def check_arch(arch):
 
         library, known, prefix, name = f"timm {timm.__version__}", timm.list_models(), "timm:", arch[5:]
     if name not in known:
-        close = "".join(f"; did you mean {prefix}{match}?" for match in difflib.get_close_matches(name, known, n=1))
+        known = [*SIZES, *(f"{prefix}{other}" for other in known)]
+        close = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(arch, known, n=1))
         raise BackboneError(f"{arch} is none of {', '.join(SIZES)} and no classifier of {library}{close}")
 
 

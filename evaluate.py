@@ -76,7 +76,8 @@ def parse_args(argv=None):
     linear.add_argument("--quick", action="store_true", help="train on features extracted once: center crops, fp32")
 
     add(finetune, "--lr", 0.0005, "peak for a global batch size of 256, scaled linearly", positive_float)
-    add(finetune, "--warmup_epochs", 5, "epochs of linear learning-rate warm-up", nonnegative_int)
+    add(finetune, "--warmup_epochs", None, "epochs of linear learning-rate warm-up (default: 5, less below 100)",
+        nonnegative_int)
     add(finetune, "--layer_decay", 0.75, "lr factor per block, from the top down", fraction)
     add(finetune, "--weight_decay", 0.05, "weight decay, of matrices only", nonnegative_float)
     add(finetune, "--drop_path_rate", None, "stochastic depth (default: 0.1 for vit_*, else 0)", cli.fraction_below_one)
@@ -113,7 +114,7 @@ def parse_args(argv=None):
         args.precision = "fp32"
         return args
     cli.check_range(parser, args, "crop_scale")
-    cli.check_run_flags(parser, args)
+    cli.check_run_flags(parser, args, warmup_epochs=5)
     if args.quick:
         args.precision = "fp32"
     if args.features and not args.quick:

@@ -13,6 +13,7 @@ always one line: what failed, the value, the fix.
 """
 
 import argparse
+import difflib
 import functools
 import math
 import multiprocessing
@@ -83,6 +84,18 @@ class StrictArgumentParser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(f"flag file {argument[1:]}: {error} near {lexer.token[:40]!r}, quote it or write \\'")
 
+    def error(self, message):
+        """Add the nearest flag, task or choice to the message on one that does not exist."""
+        parsers = (self, *getattr(self, "tasks", {}).values())
+        known = [name for parser in parsers for name in parser._option_string_actions]
+        if match := re.search(r"invalid choice: '?(\S+?)'? \(choose from (.*)\)", message):
+            known = re.findall(r"[^\s',]+", match[2])
+        if match := match or re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+            word = match[1][:2] + match[1][2:].replace("-", "_")
+            nearest = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known)
+            message += "".join(f"; did you mean {name}?" for name in nearest[:1])
+        super().error(message)
+
 
 def expand_home(argument):
     """Home folder for ~ at the start of a value: ~/x, --flag=~/x, NAME:~/x or --flag=NAME:~/x."""
@@ -99,9 +112,11 @@ def build_parser(prog, description):
 def add_subcommands(parser, functions):
     """Add a subparser for each {name: function}, described by the function's docstring; returns {name: subparser}."""
     subparsers = parser.add_subparsers(prog=parser.prog, dest="task", required=True, metavar="TASK")
-    return {name: subparsers.add_parser(name, help=function.__doc__, description=function.__doc__,
-                                        usage=argparse.SUPPRESS, formatter_class=HelpFormatter, allow_abbrev=False)
-            for name, function in functions.items()}
+    parser.tasks = {name: subparsers.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                                usage=argparse.SUPPRESS, formatter_class=HelpFormatter,
+                                                allow_abbrev=False)
+                    for name, function in functions.items()}
+    return parser.tasks
 
 
 # ---- argument types ----
@@ -166,7 +181,7 @@ def add_flag(group, name, default, help, type=None, **kwargs):
 
 def add_model_flags(group, workers=True, output_dir=True):
     """Add the flags that `common.weights.open_backbone` reads, those of the device and, if wanted, --output_dir."""
-    group.add_argument("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
+    group.add_argument("--ckpt", nargs="?", help="model file, or folder of a run (default: that of the newest run)")
     group.add_argument("--checkpoint_key", choices=["teacher", "student"],
                        help="network of a full checkpoint (default: teacher)")
     group.add_argument("--untrained", action="store_true", help="random weights of the same shapes, as a baseline")
@@ -210,12 +225,18 @@ def add_run_flags(group):
     add("--seed", 0, "of weights, order, crops and stochastic depth", seed)
 
 
-def check_run_flags(parser, args):
-    """End with a parser error unless the run flags are consistent; resolve --precision auto."""
+def check_run_flags(parser, args, warmup_epochs=0):
+    """End with a parser error unless the run flags are consistent; resolve --precision auto and --warmup_epochs.
+
+    Args:
+        warmup_epochs: the default for 100 epochs and more; in proportion for fewer.
+    """
     if args.overwrite and args.resume != "none":
         parser.error("--overwrite deletes a run and starts anew: add --resume none")
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.warmup_epochs is None or args.warmup_epochs > args.epochs:
+        args.warmup_epochs = min(warmup_epochs, math.ceil(args.epochs * warmup_epochs / 100)) if args.epochs > 1 else 0
+        if args.epochs < 100 and os.environ.get("RANK", "0") == "0":
+            print(f"NOTE: --warmup_epochs {args.warmup_epochs} for {args.epochs} epochs; {warmup_epochs} for 100")
     args.precision = resolve_precision(args.precision, args.device)
 
 
