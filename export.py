@@ -48,7 +48,7 @@ from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS
 from common.files import atomic_write, check_file, create_folder
 from common.precision import DTYPES
-from common.weights import check_image_size, find_newest_model, load_backbone, save_model, sha256, sibling_path
+from common.weights import check_image_size, find_model, load_backbone, save_model, sha256, sibling_path
 from data.datasets import DataError, ImageFolder
 from data.shapes import Shapes
 from evaluation.supervised import load_classifier
@@ -373,7 +373,7 @@ def main(args):
         with wrap_errors(f"{output}: its metadata does not fit its model"):
             report = verify(backbone, model, metadata, images, classifier)
     else:
-        ckpt = (args.ckpt or find_newest_model()).rstrip("/")
+        ckpt = find_model(args.ckpt)
         backbone, info, classifier = load_network(ckpt, args.checkpoint_key)
         ending, save = FORMATS.get(args.format, ("onnx", None))
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))

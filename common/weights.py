@@ -83,9 +83,11 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
     for name in unused:
         if re.match(r"blocks\.|norm_pre|reg|storage", name):  # layer scale, registers: they would change the features
             raise CheckpointError(f"{path}: {name} has no place in vit.py, the features would be wrong without it")
-    left = unused + outside
+    is_ours = "head" in info  # in such a file a head is expected
+    left = [name for name in unused + outside if not (is_ours and name.startswith("head."))]
     log(f"{path}: all {len(matched)} backbone tensors matched"
-        + (f", {len(left)} others left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})" if left else ""))
+        + (f", {len(left)} other{'s' * (len(left) > 1)} left out ({', '.join(left[:3])}{', ...' * (len(left) > 3)})"
+           if left else ""))
     return model.eval(), info | {"backbone": arguments, "network": network}
 
 
@@ -106,7 +108,7 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
     Raises:
         CheckpointError: the file cannot be loaded, takes other than 3 channels, or lacks what is needed.
     """
-    ckpt = (args.ckpt or find_newest_model()).rstrip("/")
+    ckpt = find_model(args.ckpt)
     backbone, info = load_backbone(ckpt, args.checkpoint_key, print if is_rank_zero() else lambda text: None)
     if backbone.in_chans != 3:
         raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, images here have 3")
@@ -268,6 +270,12 @@ def build_with_weights(arguments, weights):
 
 # ---- paths and image sizes ----
 
+def find_model(ckpt=None):
+    """Path of --ckpt: a file, a folder of transformers, the teacher in the folder of a run; None for the newest run."""
+    ckpt = (ckpt or find_newest_model()).rstrip("/") or "/"
+    return weights_file(ckpt) if os.path.exists(os.path.join(ckpt, "teacher.safetensors")) else ckpt
+
+
 def find_newest_model(root="runs"):
     """The teacher of the run that was written last: runs/*/teacher.safetensors."""
     found = sorted(Path(root).glob("*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
@@ -339,4 +347,10 @@ def sha256(path):
 
 
 def weights_file(path):
-    return os.path.join(path, "model.safetensors") if os.path.isdir(path) else str(path)
+    """The model file itself, that in a folder of transformers, or the teacher in the folder of a run."""
+    if not os.path.isdir(path):
+        return str(path)
+    for name in ("model.safetensors", "teacher.safetensors"):
+        if os.path.exists(file := os.path.join(path, name)):
+            return file
+    raise CheckpointError(f"{path}: holds no teacher.safetensors or model.safetensors, name a model file")

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.weights import CheckpointError, find_newest_model, load_backbone, read_weights, save_model
+from common.weights import CheckpointError, find_model, find_newest_model, load_backbone, read_weights, save_model
 from vit import VisionTransformer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_redesign"
@@ -55,7 +55,7 @@ def test_files_from_before_the_redesign(capsys):
     weights = load_file(FIXTURE / "teacher.safetensors")
     state = backbone.state_dict()
     assert all(torch.equal(tensor, weights[f"backbone.{name}"]) for name, tensor in state.items())
-    assert f"all {len(state)} backbone tensors matched, 8 others left out" in capsys.readouterr().out
+    assert f"all {len(state)} backbone tensors matched\n" in capsys.readouterr().out  # the head is no surprise
     assert (info["arch"], info["data_path"], info["network"]) == ("vit_tiny", "shapes:32", "teacher")
     assert (backbone.num_heads, backbone.patch_size, backbone.grid) == (2, 8, (4, 4)) and info["head"]["out_dim"] == 32
     from_checkpoint, _ = load_backbone(FIXTURE / "checkpoint.pth", key="teacher", log=lambda text: None)
@@ -122,7 +122,7 @@ def test_two_networks_under_one_level(tmp_path, model, capsys, student, teacher,
         output = capsys.readouterr().out
         taken, networks = re.search("took (.*) of the networks (.*)", output).groups()
         assert taken == name[:-1] and {*networks.split(", ")} == {student[:-1], teacher[:-1]}
-        assert "all 30 backbone tensors matched, 1 others left out (fc.bias)" in output
+        assert "all 30 backbone tensors matched, 1 other left out (fc.bias)" in output
 
 
 def test_two_networks_under_two_levels(tmp_path, model, capsys):
@@ -229,7 +229,7 @@ def test_xcit(tmp_path, capsys):
         torch.save(state | {"head.bias": torch.ones(2)}, tmp_path / "xcit.pth")
         ours, info = load_backbone(tmp_path / "xcit.pth")
         assert info["backbone"] == {"arch": "timm:xcit_nano_12_p16_224"} and torch.equal(ours(x), theirs(x))
-        assert "matched, 1 others left out (head.bias)" in capsys.readouterr().out
+        assert "matched, 1 other left out (head.bias)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrap", [transformers.ViTModel, transformers.ViTForImageClassification])
@@ -318,3 +318,16 @@ def test_find_newest_model(tmp_path):
         (tmp_path / name / "teacher.safetensors").touch()
         os.utime(tmp_path / name / "teacher.safetensors", (1e9 - age, 1e9 - age))
     assert find_newest_model(tmp_path) == str(tmp_path / "new" / "teacher.safetensors")
+
+
+def test_the_folder_of_a_run_is_its_teacher(tmp_path, model):
+    run, other = tmp_path / "run", tmp_path / "transformers"
+    for folder, name in ((run, "teacher"), (other, "model")):
+        folder.mkdir()
+        save_model(folder / f"{name}.safetensors", model.state_dict(), {"backbone": SMALL})
+    for given in (run, run / "teacher.safetensors", f"{run}/"):
+        assert find_model(str(given)) == str(run / "teacher.safetensors")
+    assert equal(load_backbone(run)[0], model) and equal(load_backbone(other)[0], model)
+    assert find_model(f"{other}/") == str(other)  # whose outputs are named after the folder
+    with pytest.raises(CheckpointError, match="no teacher.safetensors or model.safetensors"):
+        load_backbone(tmp_path)
