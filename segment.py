@@ -156,7 +156,7 @@ def segment_videos(args):
             failed.append(str(error))
             print(f"{name}: skipped, {error}")
     objects = [score for name in sequences for score in scores.get(name, {}).values()]
-    print(f"{len(sequences) - len(failed)} sequences with {len(objects)} objects: {format_scores(objects)}\n"
+    print(f"sequences {len(sequences) - len(failed)}, objects {len(objects)}: {format_scores(objects)}\n"
           f"wrote {output}")
     if failed:
         raise DataError(f"skipped {len(failed)} of {len(sequences)} sequences; the first: {failed[0]}")

@@ -219,7 +219,7 @@ def test_video_equals_the_definition(model, davis, capsys):
     assert masks[0].convert("RGB").getpixel((20, 25)) == (255, 255, 255)
     means = [100 * np.mean([score[of]["mean"] for by in result["sequences"].values() for score in by.values()])
              for of in "JF"]
-    assert f"2 sequences with 3 objects: J&F {sum(means) / 2:.1f}, J {means[0]:.1f}" in lines
+    assert f"sequences 2, objects 3: J&F {sum(means) / 2:.1f}, J {means[0]:.1f}" in lines
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_video_resumes_under_the_same_flags(model, davis, capsys, segmented):
     before = (output / "pair" / "00003.png").stat().st_mtime_ns
     (output / "single").mkdir()
     run(*flags)
-    assert names() == ["pair", "single"] and "2 sequences with 3 objects" in capsys.readouterr().out
+    assert names() == ["pair", "single"] and "sequences 2, objects 3" in capsys.readouterr().out
     assert (output / "pair" / "00003.png").stat().st_mtime_ns == before and (output / "single" / "00005.png").exists()
     for other in (["--topk", 2], ["--precision", "bf16"], ["--untrained"]):
         run(*flags, *other, "--output_dir", output)
@@ -314,7 +314,7 @@ def test_video_without_ground_truth(model, davis, capsys):
         davis / "out")
     out = capsys.readouterr().out
     assert "pair: no ground truth between the first and the last frame" in out
-    assert "1 sequences with 0 objects" in out
+    assert "sequences 1, objects 0" in out
     assert len(list((davis / "out" / "pair").iterdir())) == 6 and not (davis / "out" / "single").exists()
 
 
