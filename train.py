@@ -20,7 +20,6 @@ import math
 import os
 import shlex
 import shutil
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,15 +29,22 @@ from torch import nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, broadcast_buffers, build_backbone, check_arch, convert_sync_batchnorm
-from common import cli, distributed
-from common.checkpoint import CheckpointError, Run
+from common import cli, distributed, estimate
+from common.checkpoint import CheckpointError, Run, list_checkpoints, was_restarted
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
-from common.files import atomic_write, write_json, write_text
-from common.logger import Logger
+from common.files import atomic_write, read_text, write_json, write_text
+from common.logger import Logger, describe_environment
 from common.precision import autocast, cast_weights, set_matmul_precision
 from common.weights import save_model
-from data.datasets import DataError, open_data
-from data.loaders import build_multicrop, build_train_loader, derive_seed, iter_batch_keys, iter_on_device
+from data.datasets import DataError, hash_images, open_data
+from data.loaders import (
+    MultiCropDataset,
+    build_multicrop,
+    build_train_loader,
+    derive_seed,
+    iter_batch_keys,
+    iter_on_device,
+)
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, cosine_schedule, teacher_temp_schedule, update_teacher
 from evaluation.online import detect_collapse, evaluate_online, pixel_features
 from optim import build_optimizer, build_param_groups, clip_gradients
@@ -81,12 +87,14 @@ def parse_args(argv=None):
 
     optim = parser.add_argument_group("optimization")
     add(optim, "--epochs", 100, "training epochs", positive_int)
-    add(optim, "--batch_size_per_gpu", 64, "images per GPU and micro-batch", positive_int)
+    add(optim, "--batch_size_per_gpu", "auto", "images per GPU and micro-batch; auto: 64, less if images or memory are "
+        "few", auto_or(positive_int), metavar="N")
     add(optim, "--accum_steps", 1, "micro-batches per gradient step", positive_int)
     add(optim, "--optimizer", "adamw", "sgd or lars for ResNets", choices=["adamw", "sgd", "lars"])
     add(optim, "--lr", 0.0005, "peak learning rate for a global batch size of 256, scaled linearly", positive_float)
     add(optim, "--min_lr", 1e-6, "final learning rate", nonnegative_float)
-    add(optim, "--warmup_epochs", 10, "epochs of linear learning-rate warm-up", nonnegative_int)
+    add(optim, "--warmup_epochs", None, "epochs of linear learning-rate warm-up (default: 10, less below 100)",
+        nonnegative_int)
     add(optim, "--weight_decay", 0.04, "initial weight decay, of matrices only", nonnegative_float)
     add(optim, "--weight_decay_end", 0.4, "final weight decay, cosine schedule", nonnegative_float)
     add(optim, "--clip_grad", 3.0, "maximal gradient norm, 0 disables clipping", nonnegative_float)
@@ -107,9 +115,10 @@ def parse_args(argv=None):
     add(run, "--knn_images", 20000, "at most so many train images for k-NN, a fifth for validation", positive_int)
     add_switch(run, "--linear_probe", "evaluate linear classifiers on the k-NN features too")
     add(run, "--compile", "auto", "torch.compile the blocks: slow first steps, then faster; auto: vit_* on CUDA",
-        auto_or_boolean, nargs="?", const=True)
+        auto_or(boolean), nargs="?", const=True)
     add_switch(run, "--activation_checkpointing", "recompute the student's blocks in backward: slower, less memory")
     add(run, "--profile", 0, "steps to record in trace.json for Perfetto, 0 for none", nonnegative_int)
+    add_switch(run, "--dry_run", "two steps, a save, a resume, an evaluation, the time of the run; nothing is kept")
     add(run, "--timeout_minutes", 30.0, "how long to wait for other ranks, or for a batch", positive_float)
     cli.add_device_flags(run)
 
@@ -130,7 +139,7 @@ def parse_args(argv=None):
     cli.check_crop_flags(parser, args)
     if args.loss == "mse" and args.centering != "mean":
         parser.error(f"--centering {args.centering} gives probabilities, --loss mse compares logits")
-    cli.check_run_flags(parser, args)
+    cli.check_run_flags(parser, args, warmup_epochs=10)
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         parser.error(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g} is not an ascending range")
     if args.compile == "auto":
@@ -146,9 +155,9 @@ def can_compile():
     return bool(importlib.util.find_spec("triton") and has_compiler) and torch.cuda.get_device_capability()[0] >= 7
 
 
-def auto_or_boolean(text):
-    """Argument type: "auto", true or false."""
-    return text if text == "auto" else boolean(text)
+def auto_or(kind):
+    """Argument type: "auto", or what another type takes."""
+    return lambda text: text if text == "auto" else kind(text)
 
 
 def fill_in_arch(parser, args):
@@ -177,52 +186,19 @@ def fill_in_arch(parser, args):
 def write_flags(path, args):
     """Write the resolved flags so that @FILE reads them, but for those that would delete the run."""
     flags = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()
-             if name not in ("resume", "overwrite") and value is not None}
+             if name not in ("resume", "overwrite", "dry_run") and value is not None}
     lines = [shlex.join([f"--{name}", *map(str, values)]) for name, values in flags.items()]
     write_text(path, "\n".join(lines) + "\n")
 
 
-# ---- data ----
-
-def advise_on_flags(args, num_images, side, total_steps):
-    """One sentence for each flag that is known to cost accuracy or time with such images.
-
-    Args:
-        side: typical shorter side of an image in pixels, None if unknown.
-    """
-    notes = []
-    if side and args.global_crops_size > 1.5 * side:
-        notes.append(f"--global_crops_size {args.global_crops_size} only upsamples images of {side:.0f} pixels: "
-                     f"smaller crops, with a --patch_size that leaves 16 patches or more, are much faster")
-    patches = (args.global_crops_size // args.patch_size) ** 2 if args.patch_size else None
-    if patches and patches < 16:
-        notes.append(f"a global crop has only {patches} patches: try a smaller --patch_size")
-    if args.out_dim > num_images:
-        notes.append(f"--out_dim {args.out_dim} is more than the {num_images} images: try fewer prototypes")
-    horizon = 1 / max(1 - args.momentum_teacher, 1e-9)
-    if args.teacher == "momentum" and horizon > max(100, total_steps / 10):
-        notes.append(f"--momentum_teacher {args.momentum_teacher:g} averages over {horizon:,.0f} of the run's "
-                     f"{total_steps:,} steps: try 0.99, or more --epochs")
-    return notes
-
-
-def sample_images(images, samples=8):
-    """A few images, evenly spaced, without those that cannot be read."""
-    sample = []
-    for i in range(0, len(images), -(-len(images) // samples) or 1):
-        with contextlib.suppress(OSError):
-            sample.append(images[i][0])
-    return sample
-
-
-def typical_side(images):
-    """Median shorter side of images in pixels; None for no images."""
-    return statistics.median(min(image.size) for image in images) if images else None
-
-
-def is_nearly_black(image):
-    """Whether 99% of the pixels of an RGB image are below 16 of 255."""
-    return sum(image.convert("L").histogram()[:16]) > 0.99 * image.width * image.height
+def read_batch_size(args):
+    """--batch_size_per_gpu of the flags or, if that is auto, of the run that will be resumed, which keeps its own."""
+    flags, is_new = Path(args.output_dir, "flags.txt"), args.resume == "none" and not was_restarted()
+    if args.batch_size_per_gpu == "auto" and not is_new and list_checkpoints(flags.with_name("checkpoint.pth")):
+        with contextlib.suppress(OSError, ValueError):
+            words = shlex.split(read_text(flags))
+            return int(words[words.index("--batch_size_per_gpu") + 1])
+    return args.batch_size_per_gpu
 
 
 # ---- model ----
@@ -468,7 +444,8 @@ def train(student, run, data, first_step, total_steps, args, device):
     teacher, dino_loss, optimizer, scaler = (run.objects[k] for k in ("teacher", "dino_loss", "optimizer", "scaler"))
     steps_per_epoch, logger, signals = total_steps // args.epochs, run.logger, distributed.StopSignals()
     multicrop = build_multicrop(args, args.compile)
-    keys = iter_batch_keys(first_step, total_steps, len(data.train), args.seed, args.batch_size_per_gpu,
+    last_step = min(first_step + 2, total_steps) if args.dry_run else total_steps
+    keys = iter_batch_keys(first_step, last_step, len(data.train), args.seed, args.batch_size_per_gpu,
                            args.accum_steps, distributed.get_rank(), distributed.get_world_size())
     loader = build_train_loader(data.train, multicrop, keys, args.seed, args.num_workers, device.type == "cuda",
                                 args.timeout_minutes)
@@ -480,9 +457,9 @@ def train(student, run, data, first_step, total_steps, args, device):
         if args.profile and distributed.is_rank_zero():
             logger.start_profiler(args.profile, run.path.with_name("trace.json"))
 
-        for step in range(first_step, total_steps):
+        for step in range(first_step, last_step):
             epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
-            is_log_step = is_epoch_end or (step + 1) % args.log_every == 0
+            is_log_step = is_epoch_end or (step + 1) % args.log_every == 0 or step == 0
             loaded, is_save_step = signals.wait(lambda: [logger.next_batch(batches) for _ in range(args.accum_steps)],
                                                 run.is_save_due(args.save_every_minutes))
             micro_batches, _, corrupt = zip(*loaded)
@@ -502,6 +479,8 @@ def train(student, run, data, first_step, total_steps, args, device):
                 unchecked = completed
             if is_log_step:
                 log_train_step(stats, schedule, step, total_steps, args, run)
+            elif step == first_step:  # of a resumed run, whose log is that of an uninterrupted one
+                logger.progress.set_postfix_str(f"loss {stats[0].item():.3f}")
             if is_epoch_end:
                 previous_stats = warn_if_collapsed(run, previous_stats, epoch, args)
             if is_save_step:
@@ -532,58 +511,101 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
                   wd=schedule.weight_decay, momentum=schedule.momentum, teacher_temp=schedule.teacher_temp,
                   **run.logger.throughput(run.fixed["global_batch_size"], total_steps - step - 1),
                   corrupt_images=len(run.logger.corrupt_images), loss_scale=run.objects["scaler"].get_scale())
-    line = "loss {loss:.3f} (ln K {ln_k:.2f}) entropy {teacher_entropy:.2f} kl {kl:.3f} lr {lr:.1e}"
-    run.logger.log_step(record, args.epochs, line if args.loss == "ce" else line.replace(" kl {kl:.3f}", ""))
+    fields = ["loss {loss:.3f}", "(ln K {ln_k:.2f})", "entropy {teacher_entropy:.2f}", "kl {kl:.3f}", "lr {lr:.1e}"]
+    run.logger.log_step(record, args.epochs, [x for x in fields if args.loss == "ce" or not x.startswith("kl")])
 
 
 # ---- the whole run ----
 
 def main(args):
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
-    logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
     data = distributed.run_on_rank_zero_first(
         lambda: open_data(args.data_path, output_dir=args.output_dir, value_range=args.value_range))
     args.value_range = tuple(getattr(data.train, "value_range", None) or ()) or None
     distributed.check_same_on_all_ranks("images:", len(data.train))
+    args.batch_size_per_gpu = read_batch_size(args)
+    with estimate.temporary_run(args) if args.dry_run else contextlib.nullcontext():
+        pretrain(args, data, rank, world_size, device)
+
+
+def pretrain(args, data, rank, world_size, device):
+    """The run that the flags describe, from its first or next step to the end, or to a signal."""
+    logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
+    memory = *estimate.available_memory(device), estimate.peak_memory(device)
+    objects = build_training(args, device, world_size)
+    set_matmul_precision(args.device, args.precision, objects["student"].backbone.embed_dim)
+    logger.print(data.note)
+    crops = MultiCropDataset(data.train, build_multicrop(args), args.seed)
+    args.batch_size_per_gpu = estimate.fit_batch_size(objects["student"], objects["teacher"], lambda i: crops[0, i],
+                                                      len(data.train), args, device, memory, logger.print)
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     total_steps = args.epochs * (len(data.train) // global_batch_size)
     if total_steps == 0:
         raise DataError(f"{args.data_path}: {len(data.train)} images are fewer than the global batch size "
-                        f"{global_batch_size} (batch_size_per_gpu x accum_steps x GPUs), lower --batch_size_per_gpu")
-    objects = build_training(args, device, world_size)
+                        f"{global_batch_size} (batch_size_per_gpu x accum_steps x GPUs): set --batch_size_per_gpu "
+                        f"{max(1, len(data.train) // (args.accum_steps * world_size))}")
     print_setup(objects["student"], data, global_batch_size, total_steps, args, world_size, logger)
     run, first_step = start_run(objects, data, global_batch_size, total_steps, args, logger)
-    set_matmul_precision(args.device, args.precision, objects["student"].backbone.embed_dim)
     student = wrap_student(objects["student"], objects["teacher"], args, device, world_size)
-    is_complete = train(student, run, data, first_step, total_steps, args, device)
-    knn = run.progress["knn"]
-    if is_complete and knn and args.knn_every:
-        names = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
-        logger.print("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
-        logger.print(f"next: python evaluate.py knn --ckpt {run.path.with_name('teacher.safetensors')}"
-                     + f" --data_path {args.data_path}" * (not args.data_path.startswith("shapes")))
+    if train(student, run, data, first_step, total_steps, args, device):
+        (finish_dry_run if args.dry_run else print_results)(run, data, total_steps, args)
 
 
 def print_setup(student, data, global_batch_size, total_steps, args, world_size, logger):
-    """Print data, model and effective learning rate, and advice on flags that do not fit the images."""
+    """Print model and effective learning rate, and advice on flags that do not fit the images."""
     millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
     sizes = f"/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks" if args.patch_size else \
         f": width {student.backbone.embed_dim}"
-    logger.print(data.note)
     logger.print(f"{args.arch}{sizes}, {millions:.1f} M parameters; {args.out_dim} prototypes; {args.precision} on "
                  f"{world_size} x {args.device}")
-    logger.print(f"{args.epochs} epochs of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
+    logger.print(f"epochs: {args.epochs} of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
     if args.compile:
         logger.print("compiling: the first steps take a minute or more, --compile false avoids it")
     if distributed.is_rank_zero():  # the other ranks need not decode images for it
-        sample = sample_images(data.train)
-        for note in advise_on_flags(args, len(data.train), typical_side(sample), total_steps):
+        sample = estimate.sample_images(data.train)
+        side = estimate.typical_side(sample)
+        for note in estimate.advise_on_flags(args, len(data.train), side, total_steps):
             logger.print(f"NOTE: {note}")
-        if sample and all(map(is_nearly_black, sample)):
+        if sample and all(map(estimate.is_nearly_black, sample)):
             logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of "
                          "more than 8 bits; color of 16 bits is read by its upper 8, scale it before")
+
+
+def print_results(run, data, total_steps, args):
+    """Print accuracies, where the files of the run are, and commands to go on with."""
+    log, knn, quote = run.logger.print, run.progress["knn"], shlex.quote
+    ckpt = f"--ckpt {quote(str(run.path.with_name('teacher.safetensors')))}"
+    data_path = f" --data_path {quote(args.data_path)}" * (not args.data_path.startswith("shapes"))
+    image = quote(os.path.join(data.train.root, data.train.files[0])) if hasattr(data.train, "files") else "shapes"
+    if knn and args.knn_every:
+        names = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
+        log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
+        if better := [name for name in list(names)[:-1] if knn[name][0] >= knn[list(knn)[-1]][0]]:
+            log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs, smaller "
+                f"--patch_size and --global_crops_size, or a higher --lr")
+    log(f"the run is in {args.output_dir}, the model in teacher.safetensors; next:")
+    log(f"  python visualize.py run {quote(args.output_dir)}")
+    if data.val is not None:
+        log(f"  python evaluate.py knn {ckpt}{data_path}")
+    if args.arch in SIZES:
+        log(f"  python visualize.py attention {ckpt} {image}")
+    if image != "shapes":
+        log(f"  python retrieve.py search {ckpt}{data_path} {image}")
+    log(f"  python export.py {ckpt}")
+
+
+def finish_dry_run(run, data, total_steps, args):
+    """Resume from the checkpoint of a dry run, and print what the whole run will take."""
+    distributed.all_gather_objects(None)  # rank 0 has saved
+    checkpoint, disk, memory = run.path.stat(), shutil.disk_usage(run.path.parent), estimate.peak_memory(args.device)
+    run.start(args, total_steps)
+    seconds = run.logger.step_time
+    run.logger.print(
+        f"dry run: {memory / 1e9:.1f} GB of memory; {seconds:.2f} seconds per step, about "
+        f"{estimate.format_duration(seconds * total_steps)} for {total_steps} steps without evaluation; checkpoints "
+        f"of {checkpoint.st_size / 1e6:.0f} MB, {disk.free / 1e9:.0f} GB free; nothing was kept")
 
 
 def start_run(objects, data, global_batch_size, total_steps, args, logger):
@@ -594,6 +616,9 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
               args.keep, extra=dict(info=model_info(args, data)))
     first_step = run.start(args, total_steps)
     if distributed.is_rank_zero():
+        if first_step < total_steps:
+            logger.log(dict(run=dict(first_step=first_step, flags=vars(args)) | describe_environment(args.device)
+                            | hash_images(data.train)))
         write_flags(run.path.with_name("flags.txt"), args)
     if first_step:
         save_models(run)  # they may be older or newer than the checkpoint
@@ -613,4 +638,5 @@ def wrap_student(student, teacher, args, device, world_size):
 
 
 if __name__ == "__main__":
-    cli.run_command(main, parse_args, DataError, BackboneError, CheckpointError, FloatingPointError)
+    cli.run_command(main, parse_args, DataError, BackboneError, CheckpointError, estimate.MemoryEstimateError,
+                    FloatingPointError)

@@ -111,7 +111,7 @@ def log_every(metrics, loader, *_, flags, data, run):
             record = dict(epoch=step // len(loader), step=step,
                           **{name: metrics.meters[name].value for name in ("loss", "lr", "wd")},
                           **logger.throughput(flags.batch_size_per_gpu, total_steps - step - 1))
-            logger.log_step(record, flags.epochs, "loss {loss:.3f} lr {lr:.1e}")
+            logger.log_step(record, flags.epochs, ["loss {loss:.3f}", "lr {lr:.1e}"])
     run.progress["step"] = step + 1
     train.save_models(run)
     train.finish_epoch(step + 1, len(loader), data, flags, run)

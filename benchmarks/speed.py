@@ -22,7 +22,6 @@ import json
 import math
 import statistics
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ import train
 from backbones import build_backbone
 from benchmarks import checkout
 from common import cli
+from common.estimate import time_call
 from common.precision import DTYPES, autocast, reset_matmul_precision, resolve_precision, set_matmul_precision
 from data.datasets import DataError, open_data
 from data.loaders import MultiCropDataset, build_multicrop
@@ -274,15 +274,6 @@ def measure_peak_flops(device, precision):
     set_matmul_precision(device, precision)
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[precision])
     return 2 * size**3 / min(time_call(lambda: a @ b, device) for _ in range(3))
-
-
-def time_call(call, device):
-    module = torch.get_device_module(device)
-    module.synchronize()
-    start = time.perf_counter()
-    call()
-    module.synchronize()
-    return time.perf_counter() - start
 
 
 def measure_memory(build, device):

@@ -6,21 +6,30 @@
         crops = logger.next_batch(batches)
         ...
         logger.count_step()
-        logger.log_step(dict(epoch=0, step=step, loss=2.3) | logger.throughput(64, 999 - step), "loss {loss:.3f}", ...)
+        record = dict(epoch=0, step=step, loss=2.3) | logger.throughput(64, 999 - step)
+        logger.log_step(record, 10, ["loss {loss:.3f}"])
     logger.close()
 
-This file needs torch and tqdm.
+This file needs torch, tqdm and common/distributed.py.
 """
 
 import datetime
+import importlib.metadata
 import json
 import math
+import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 
 import torch
 from tqdm import tqdm
+
+from common.distributed import get_world_size
+
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}{postfix}"  # within 80 columns, shorter first
 
 
 class Logger:
@@ -68,8 +77,9 @@ class Logger:
     def start_progress(self, first_step, total_steps):
         """Start counting steps; a terminal gets a progress bar, anything else a line per `log_step`."""
         self.total_steps = total_steps
-        self.progress = tqdm(total=total_steps, initial=first_step, unit="step",
+        self.progress = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR_FORMAT,
                              disable=self.is_silent or not sys.stderr.isatty())
+        self.started = time.monotonic()
         self.reset_timer()
 
     def reset_timer(self):
@@ -104,18 +114,26 @@ class Logger:
         waited = sum(a.elapsed_time(b) / 1000 if self.uses_events else b - a for a, b in self.waits)
         step_time, data_time = (time.monotonic() - self.since) / self.steps, waited / self.steps
         self.reset_timer()
+        self.step_time = step_time
         return dict(images_per_sec=images_per_step / step_time, data_time=data_time, step_time=step_time,
                     eta=steps_left * step_time)
 
-    def log_step(self, record, epochs, line):
-        """Log the record of a step and print `line`, formatted with it, between its place in the run and its speed."""
+    def log_step(self, record, epochs, fields):
+        """Log the record of a step, and show it in the progress bar or, without one, in a line.
+
+        Args:
+            fields: formats of the record's values, the most important first.
+        """
         self.log(record)
-        line = line.format(**record) + " {images_per_sec:.0f} img/s data {share:.0%} eta {left}".format(
-            **record, share=record["data_time"] / record["step_time"],
-            left=datetime.timedelta(seconds=round(record["eta"])))
-        self.progress.set_postfix_str(line)
+        first, *rest = (field.format(**record) for field in fields)
+        speed = f"{record['images_per_sec']:.0f} img/s data {record['data_time'] / record['step_time']:.0%}"
+        self.progress.set_postfix_str(" ".join([first, speed, *rest]))
         if self.progress.disable:
-            self.print(f"epoch {record['epoch']}/{epochs} [{record['step'] + 1}/{self.total_steps}] {line}")
+            elapsed, left = (datetime.timedelta(seconds=round(seconds))
+                             for seconds in (time.monotonic() - self.started, record["eta"]))
+            self.print(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} epoch {record['epoch']}/{epochs} "
+                       f"[{record['step'] + 1}/{self.total_steps}] {' '.join([first, *rest])} {speed} "
+                       f"elapsed {elapsed} eta {left}")
 
     def log_corrupt(self, messages):
         """Print each corrupt image once, on the rank that met it."""
@@ -137,3 +155,18 @@ class Logger:
             schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), record_shapes=True,
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
         self.profiler.start()
+
+
+def describe_environment(device):
+    """Versions, device and commit, for the log of a run: {name: plain value}."""
+    versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "pillow")}
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = ["git", "-C", root, "describe", "--always", "--dirty=, modified", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a copy without a repository
+        commit = None
+    return dict(commit=commit, python=platform.python_version(), torch=torch.__version__, **versions,
+                platform=platform.platform(), device=name, world_size=get_world_size(),
+                time=datetime.datetime.now().isoformat("T", "seconds"))

@@ -9,6 +9,7 @@
 Indexing a corrupt image raises `ImageReadError`; data/loaders.py skips such images.
 """
 
+import hashlib
 import inspect
 import os
 from collections import Counter
@@ -196,6 +197,16 @@ def describe_passed_over(counts):
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(8))
     hint = "; pip install pillow-heif for .heic" * (".heic" in counts and "HEIF" not in DECODERS)
     return f" (passed over {counts.total():,}: {kinds}{hint})" if counts else ""
+
+
+def hash_images(images, samples=1000):
+    """Number of images and, of a folder, SHA-256 of their paths below it and of the sizes of some: plain values."""
+    if not isinstance(images, ImageFolder):
+        return dict(num_images=len(images))
+    digest = hashlib.sha256("\0".join(images.files).encode(errors="surrogateescape"))
+    for file in images.files[::-(-len(images) // samples)]:  # not of all, which takes minutes on a network disk
+        digest.update(b"%d " % os.path.getsize(os.path.join(images.root, file)))
+    return dict(num_images=len(images), sha256=digest.hexdigest())
 
 
 # ---- torchvision and built-in shapes ----

@@ -268,13 +268,14 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
                                      lr=max(group["lr"] for group in optimizer.param_groups),
                                      **logger.throughput(global_batch_size, total_steps - step - 1),
                                      corrupt_images=len(logger.corrupt_images)),
-                                args.epochs, "loss {loss:.3f} lr {lr:.1e}")
+                                args.epochs, ["loss {loss:.3f}", "lr {lr:.1e}"])
             if is_epoch_end and not is_last and args.val_freq and (epoch + 1) % args.val_freq == 0:
                 broadcast_buffers(network.eval())
                 metrics = evaluate()
                 network.train()
                 logger.log(dict(epoch=epoch) | metrics)
-                logger.print(f"epoch {epoch}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+                words = (f"{name.replace('_', ' ').replace('top1', 'top-1')} {metrics[name]:.2f}%" for name in metrics)
+                logger.print(f"epoch {epoch}: {', '.join(words)}")
                 logger.reset_timer()
             if is_last or is_save_step:
                 run.save(completed)

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import evaluate
 import export
 import infer
 import train
+from common import estimate
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.weights import load_backbone
 from data import loaders
@@ -27,6 +29,7 @@ from data.loaders import center_crop_view
 from data.shapes import Shapes
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper
 from optim import build_optimizer, build_param_groups
+from plotting.curves import read_log
 from train import build_networks, compile_blocks, compute_schedule, train_step
 from vit import VisionTransformer
 
@@ -176,65 +179,6 @@ def test_the_finite_flag_collects_gradients_but_for_fp16():
             assert all(torch.equal(p, q) for p, q in zip(student.parameters(), before)) and scaler.get_scale() == 2**15
 
 
-# ---- advice on flags ----
-
-def advise(*flags, num_images=50_000, side=32, steps=10_000):
-    return train.advise_on_flags(train.parse_args([*flags, "--device", "cpu"]), num_images, side, steps)
-
-
-@pytest.mark.parametrize("recipe, num_images, side, batch_size", [
-    ("demo.txt", 10_000, 32, 32), ("cifar10.txt", 50_000, 32, 64), ("cifar10_gpu.txt", 50_000, 32, 256),
-    ("as_released/cifar10.txt", 50_000, 32, 64), ("as_released/imagenette.txt", 9_469, 128, 32),
-    ("imagenette.txt", 9_469, 128, 64), ("imagenette_gpu.txt", 9_469, 128, 128),
-    ("imagenet_vits16.txt", 1_281_167, 375, 1024), ("imagenet_resnet50.txt", 1_281_167, 375, 512)])
-def test_recipes_fit_their_images(recipe, num_images, side, batch_size):
-    flags = f"@{ROOT / 'recipes' / recipe}"
-    epochs = train.parse_args([flags, "--device", "cpu"]).epochs
-    assert advise(flags, num_images=num_images, side=side, steps=epochs * (num_images // batch_size)) == []
-
-
-def test_the_flags_of_the_paper_do_not_fit_small_images():
-    crops, prototypes, teacher = advise(num_images=50_000, side=32, steps=2_000)
-    assert "--global_crops_size 224 only upsamples images of 32 pixels" in crops
-    assert "--out_dim 65536 is more than the 50000 images" in prototypes
-    assert "--momentum_teacher 0.996 averages over 250 of the run's 2,000 steps" in teacher
-
-
-@pytest.mark.parametrize("flags, given, words", [
-    ("--out_dim 1024", dict(side=150), []), ("--out_dim 1024", dict(side=149), ["upsamples"]),
-    ("--out_dim 1024", dict(side=None), []), ("--out_dim 50000", dict(side=224), []),
-    ("--out_dim 50001", dict(side=224), ["prototypes"]),
-    ("--out_dim 1024 --momentum_teacher 0.995", dict(side=224, steps=2001), []),
-    ("--out_dim 1024 --momentum_teacher 0.995", dict(side=224, steps=1999), ["averages over 200 "]),
-    ("--out_dim 1024 --momentum_teacher 1", dict(side=224), ["averages over"]),
-    ("--out_dim 1024 --teacher student", dict(side=224, steps=10), []),
-    ("--out_dim 1024 --global_crops_size 64 --local_crops_size 16", dict(side=64), []),
-    ("--out_dim 1024 --global_crops_size 48 --local_crops_size 16", dict(side=48), ["9 patches"]),
-    ("--out_dim 1024 --arch resnet18 --global_crops_size 32", dict(side=32), [])])
-def test_each_note_has_its_bound(flags, given, words):
-    notes = advise(*flags.split(), **given)
-    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes))
-
-
-def test_what_a_note_suggests_gets_no_note():
-    for steps in (10, 100, 1000, 5000, 100_000):
-        assert advise("--out_dim", "1024", "--momentum_teacher", "0.99", side=224, steps=steps) == []
-
-
-class Sizes(list):
-    def __getitem__(self, index):
-        size = super().__getitem__(index)
-        if size is None:
-            raise OSError("corrupt")
-        return Image.new("RGB", size), 0
-
-
-def test_typical_side_is_the_median_of_what_can_be_read():
-    for sizes, side in (([(30, 40), (90, 50), None, (70, 60)], 50), ([(8, 8)] * 990 + [(99, 99)] * 10, 8),
-                        ([None, None], None), ([], None)):
-        assert train.typical_side(train.sample_images(Sizes(sizes))) == side
-
-
 # ---- whole runs ----
 
 def run(folder, flags):
@@ -314,8 +258,8 @@ def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):
     out = capsys.readouterr().out
     for words in ("effective lr 0.000125", "raw pixels", "untrained backbone", "linear top-1"):
         assert words in out
-    line = next(line for line in out.splitlines() if line.startswith("epoch 1/2 [8/8]"))
-    for words in ("loss ", "(ln K 4.16)", "entropy ", "kl ", "lr ", " img/s", "data ", "eta 0:00:00"):
+    line = next(line for line in out.splitlines() if " epoch 1/2 [8/8] " in line)
+    for words in ("loss ", "(ln K 4.16)", "entropy ", "kl ", "lr ", " img/s", "data ", "elapsed 0:0", "eta 0:00:00"):
         assert words in line
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoint.pth", "checkpoint.pth.1", "checkpoint0000.pth", "checkpoint0001.pth",
@@ -337,6 +281,112 @@ def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):
     assert all(torch.equal(value, state["teacher"][name]) for name, value in teacher.items())
     again = vars(train.parse_args([f"@{tmp_path / 'flags.txt'}"]))  # the flags written are the flags used
     assert state["flags"] == again
+
+
+def test_the_log_begins_with_what_a_reproduction_needs(scene, tmp_path, capsys):
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for i in range(9):
+        scene.rotate(i).save(folder / f"{i}.png")
+    flags = [*TINY, "--data_path", str(folder), "--batch_size_per_gpu", "2", "--log_every", "50"]
+
+    def train_epochs(epochs, name="run"):
+        args = train.parse_args([*flags, "--output_dir", str(tmp_path / name), "--epochs", str(epochs)])
+        train.main(args)
+        return vars(args), [line["run"] for line in lines(tmp_path / name) if "run" in line], capsys.readouterr().out
+
+    args, (header,), out = train_epochs(1)
+    assert lines(tmp_path / "run")[0] == {"run": header}
+    assert header["flags"] == json.loads(json.dumps(args)) and header["first_step"] == 0
+    names = "\0".join(f"{i}.png" for i in range(9))
+    sizes = "".join(f"{(folder / f'{i}.png').stat().st_size} " for i in range(9))
+    assert header["sha256"] == hashlib.sha256((names + sizes).encode()).hexdigest() and header["num_images"] == 9
+    assert header["torch"] == torch.__version__ and "commit" in header and "cpu" in header["device"]
+    # what to do next can be pasted
+    ckpt = f"--ckpt '{tmp_path}/run/teacher.safetensors'" if " " in str(tmp_path) else f"--ckpt {tmp_path}/run/teacher"
+    for words in ("visualize.py attention", "retrieve.py search", "export.py"):
+        assert f"python {words} {ckpt}" in out
+    assert f"--data_path '{folder}' '{folder}/0.png'" in out
+    assert read_log(tmp_path / "run" / "log.jsonl")["loss"].keys() == {1, 4}  # the first step is logged
+    _, headers, _ = train_epochs(2)  # resumed
+    assert [header["first_step"] for header in headers] == [0, 4]
+    assert len(read_log(tmp_path / "run" / "log.jsonl")["loss"]) == 3
+    assert train_epochs(2)[1] == headers  # complete
+    (folder / "3.png").write_bytes((folder / "4.png").read_bytes() + b" ")
+    assert train_epochs(1, "other")[1][0]["sha256"] != header["sha256"]
+
+
+def test_a_dry_run_leaves_nothing_behind(small_shapes, tmp_path, capsys):
+    def snapshot():
+        return {path.relative_to(tmp_path): path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    run(tmp_path / "run", "--epochs 1")
+    before = snapshot()
+    capsys.readouterr()
+    for folder in (tmp_path / "run", tmp_path / "not" / "yet"):
+        run(folder, "--epochs 3 --knn_every 1 --dry_run --log_every 50")
+        assert snapshot() == before
+        out = capsys.readouterr().out
+        for words in ("k-NN of untrained backbone", "epoch 0/3 [1/12]", "epoch 0/3 [2/12]", "resuming at step 2 of 12",
+                      "dry run: ", " GB of memory; ", " for 12 steps", "nothing was kept"):
+            assert words in out
+        assert "[3/12]" not in out
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY,
+               "--epochs", "1", "--dry_run", "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stdout.count("dry run: ") == 1, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_batch_size_follows_memory_and_is_kept(small_shapes, tmp_path, monkeypatch, capsys):
+    def limit(batch_size):  # memory in which a fifth is free with so many images
+        return lambda device: (COST.memory(batch_size) / 0.8 * 1.01, 1e12)
+
+    def train_epochs(epochs, folder="run"):
+        run(tmp_path / folder, f"--epochs {epochs}")
+        return load_checkpoint(tmp_path / folder / "checkpoint.pth")["fixed"]["global_batch_size"]
+
+    COST = estimate.Cost(1e9, 1e8, 1.0)
+    monkeypatch.setattr(estimate, "measure_cost", lambda *args: COST)
+    monkeypatch.setattr(estimate, "available_memory", limit(16))
+    assert train_epochs(1) == 16 and "--batch_size_per_gpu 16: a step with 64 images takes" in capsys.readouterr().out
+    monkeypatch.setattr(estimate, "available_memory", limit(64))
+    assert train_epochs(2) == 16 and "resuming at step 18 of 36" in capsys.readouterr().out
+    assert train_epochs(1, "other") == 64
+    monkeypatch.setattr(estimate, "available_memory", lambda device: (1e9, 1e9))
+    with pytest.raises(estimate.MemoryEstimateError, match="lower --out_dim"):
+        train_epochs(1, "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_run_below_raw_pixels_says_so(small_shapes, tmp_path, capsys):
+    run(tmp_path, "--epochs 1 --knn_every 1 --lr 1e-5")  # as bad as untrained
+    assert "WARNING: the trained backbone is not better than raw pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--epoch 5", "did you mean --epochs?"), ("--batch-size 8", "did you mean --batch_size_per_gpu?"),
+    ("--arch vit_smal", "did you mean vit_small?"), ("--arch resnet51", "did you mean resnet50?"),
+    ("--optimizer adam", "did you mean adamw?"), ("--qqqq 1", "unrecognized arguments: --qqqq 1\n")])
+def test_what_is_unknown_suggests_the_nearest(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(flags.split())
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", 10), ("--epochs 300", 10), ("--epochs 100", 10), ("--epochs 99", 10), ("--epochs 50", 5), ("--epochs 6", 1),
+    ("--epochs 2", 1), ("--epochs 1", 0), ("--epochs 5 --warmup_epochs 10", 1), ("--epochs 20 --warmup_epochs 10", 10),
+    ("--epochs 5 --warmup_epochs 0", 0)])
+def test_warmup_shrinks_with_few_epochs(flags, expected, capsys):
+    args = train.parse_args(["--device", "cpu", *flags.split()])
+    assert args.warmup_epochs == expected
+    assert (f"NOTE: --warmup_epochs {expected} for" in capsys.readouterr().out) == (
+        args.epochs < 100 and ("warmup" not in flags or "--epochs 5 --warmup_epochs 10" in flags))
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(small_shapes, tmp_path, monkeypatch):
@@ -419,7 +469,7 @@ def test_batched_crops_train_the_same(small_shapes, tmp_path, monkeypatch):
         run(tmp_path / where, f"--epochs 2 --views {where} --num_workers 2")
         assert batches == expected
     torch.testing.assert_close(losses(tmp_path / "cpu"), losses(tmp_path / "device"), rtol=0, atol=1e-3)
-    for record in lines(tmp_path / "device"):
+    for record in lines(tmp_path / "device")[1:]:
         assert 0 < record["data_time"] < record["step_time"]
         assert record["images_per_sec"] == pytest.approx(64 / record["step_time"])
 
@@ -500,7 +550,7 @@ def test_a_run_with_ablation_flags_resumes(small_shapes, tmp_path, flags):
     student, teacher = (load_file(tmp_path / "parts" / f"{name}.safetensors") for name in ("student", "teacher"))
     assert student.keys() - teacher.keys() == {f"head.predictor.{layer}" for layer in (
         "0.weight", "0.bias", "2.weight", "2.bias")}
-    assert (lines(tmp_path / "whole")[0]["kl"] is None) == ("mse" in flags)
+    assert (lines(tmp_path / "whole")[1]["kl"] is None) == ("mse" in flags)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.txt")), ids=lambda path: path.stem)

@@ -99,10 +99,11 @@ def run(flags):
 
 
 def records(folder):
-    """Records of log.jsonl without the times."""
+    """Records of log.jsonl without the times, and without the one of each process on its environment."""
     lines = (folder / "log.jsonl").read_text().splitlines()
     times = ("images_per_sec", "data_time", "step_time", "eta")
-    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+    found = [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+    return [record for record in found if "run" not in record]
 
 
 def steps_logged(folder):

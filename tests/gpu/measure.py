@@ -35,7 +35,7 @@ class Step:
     """
 
     def __init__(self, flags=TINY, world_size=1):
-        self.args = args = train.parse_args(f"--device cuda --compile false {flags}".split())
+        self.args = args = train.parse_args(f"--device cuda --compile false --batch_size_per_gpu 64 {flags}".split())
         device = torch.device("cuda", 0)
         if world_size > 1:
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=world_size)
@@ -120,7 +120,7 @@ def count_crops(flags):
 
     A sync that torch knows of raises.
     """
-    args = train.parse_args(["--device", "cuda", *flags.split()])
+    args = train.parse_args(["--device", "cuda", "--batch_size_per_gpu", "64", *flags.split()])
     multicrop = build_multicrop(args, args.compile)
     sizes = [(500, 350 + i) if i % 3 else (350 + i, 500) for i in range(3 * args.batch_size_per_gpu)]
     images = [(Shapes("train", 1, 64)[0][0].resize(size), 0) for size in sizes]

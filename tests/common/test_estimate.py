@@ -1,0 +1,179 @@
+import itertools
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from common import estimate
+from common.estimate import Cost, choose_batch_size, resolve_batch_size
+
+ROOT = Path(__file__).parents[2]
+GB = 10**9
+COST = Cost(fixed_bytes=0.5 * GB, bytes_per_image=0.1 * GB, seconds_per_image=1.0)
+
+
+# ---- batch size ----
+
+@pytest.mark.parametrize("available, num_images, expected", [
+    (9, 1000, 64), (8.5, 1000, 32), (5, 1000, 32), (1, 1000, 2), (0.7, 1000, 0), (9, 40, 32), (9, 63, 32), (9, 1, 1),
+    (math.inf, 64, 64)])
+def test_the_batch_size_is_the_largest_that_leaves_a_fifth_free(available, num_images, expected):
+    assert choose_batch_size(num_images, COST, available * GB) == expected
+    if expected:
+        assert COST.memory(expected) <= 0.8 * available * GB
+
+
+@pytest.mark.parametrize("batch_size, free, total, expected, words", [
+    ("auto", 16, 16, 64, ""), ("auto", 3, 16, 16, "--batch_size_per_gpu 16: a step with 64 images takes about 6.9 GB"),
+    ("auto", 2, 2.5, 8, "a step with 64 images"),
+    (64, 16, 16, 64, ""), (180, 16, 16, 180, "a step with 180 images takes about 18.5 GB, 16.0 GB are free: set --"),
+    (8, 1, 16, 8, "set --batch_size_per_gpu 2"), (1, 0.1, 16, 1, "lower --out_dim")])
+def test_a_batch_size_given_by_hand_is_kept_with_a_note(batch_size, free, total, expected, words):
+    found, note = resolve_batch_size(batch_size, 1000, COST, (free * GB, total * GB))
+    assert found == expected and words in note and bool(words) == bool(note)
+
+
+@pytest.mark.parametrize("batch_size, free, total, words", [
+    ("auto", 0.7, 16, "a step with 1 image takes about 0.6 GB, 0.7 GB are free, of 16.0 GB in all: lower --out_dim"),
+    (64, 4, 5, "a step with 64 images takes about 6.9 GB, 4.0 GB are free, of 5.0 GB in all: set --b")])
+def test_what_cannot_fit_is_refused(batch_size, free, total, words):
+    with pytest.raises(estimate.MemoryEstimateError, match=re.escape(words)):
+        resolve_batch_size(batch_size, 1000, COST, (free * GB, total * GB))
+
+
+# ---- memory ----
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_container_counts(tmp_path, version):
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    base = tmp_path / "memory" if version == 1 else tmp_path
+    unlimited = 2**63 - 4096 if version == 1 else "max"
+    for folder, limit in ((base, unlimited), (base / "pod", 8 * GB), (base / "pod/c", 9 * GB)):
+        folder.mkdir(exist_ok=True, parents=True)
+        for name, text in zip((*names, "memory.stat"), (limit, 3 * GB, f"active_file 7\ninactive_file {GB}\n")):
+            (folder / name).write_text(str(text))
+    (tmp_path / "own").write_text("7:cpu,cpuacct:/pod/c\n" + ("6:memory:" if version == 1 else "0::") + "/pod/c\n")
+    groups = list(estimate.read_cgroups(tmp_path, tmp_path / "own"))
+    assert min(groups) == (6 * GB, 8 * GB) and len(groups) == 4 - version
+
+
+MEASURE = """
+import resource, sys
+import train
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+train.main(train.parse_args(sys.argv[1:]))
+print("rose by", 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@pytest.mark.parametrize("flags", [
+    "--arch vit_tiny --batch_size_per_gpu 8", "--arch vit_tiny --batch_size_per_gpu 16 --precision fp32",
+    "--arch vit_small --batch_size_per_gpu 4", "--arch vit_small --batch_size_per_gpu 16 --precision fp32",
+    "--arch resnet18 --batch_size_per_gpu 8 --precision fp32"])
+def test_the_estimate_is_near_the_peak_of_a_run(tmp_path, flags):
+    """Of two steps, within 25%: libraries allocate too."""
+    command = [sys.executable, "-c", MEASURE, *flags.split(), "--data_path", "shapes:64", "--epochs", "1",
+               *"--knn_every 0 --device cpu --num_workers 0 --dry_run --output_dir".split(), str(tmp_path / "run")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True).stdout
+    found, expected = int(re.search(r"rose by (\d+)", out)[1]), float(re.search(r"estimated: ([\d.]+) GB", out)[1])
+    base = float(re.search(r"dry run: ([\d.]+) GB", out)[1]) - found / GB
+    assert found / GB == pytest.approx(expected - base, rel=0.25)
+
+
+def test_measuring_leaves_no_trace():
+    args = train.parse_args("--arch vit_tiny --embed_dim 32 --num_heads 2 --depth 2 --out_dim 64 --use_bn_in_head true "
+                            "--global_crops_size 32 --local_crops_size 16 --device cpu --num_workers 0".split())
+    objects = train.build_training(args, torch.device("cpu"), 1)
+    student, teacher = objects["student"], objects["teacher"]
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    cost = estimate.measure_cost(student, teacher, lambda i: i, 10, args, torch.device("cpu"))
+    assert student.training and all(p.grad is None for p in student.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert cost.fixed_bytes == pytest.approx(1.15 * 4 * 5 * sum(p.numel() for p in student.parameters()))
+
+
+def test_activation_checkpointing_takes_less():
+    args = train.parse_args("--arch vit_tiny --global_crops_size 64 --local_crops_size 32 --device cpu".split())
+    student = train.build_training(args, torch.device("cpu"), 1)["student"]
+    whole, _ = estimate.measure_forward(student, [64, 64], "fp32", "cpu", 2)
+    # a block of width D keeps x, norm(x) twice, q, k, v, the attention's output (7 D), fc1 and GELU (8 D) of each token
+    assert whole / (2 * 17 * 12 * 192 * 4) == pytest.approx(15, abs=2)
+    student.backbone.activation_checkpointing = True
+    part, _ = estimate.measure_forward(student, [64, 64], "fp32", "cpu", 2)
+    assert 0 < part < whole / 4
+
+
+def test_durations_are_in_units_that_fit():
+    assert list(map(estimate.format_duration, (0.2, 119, 120, 2400, 7199, 7200, 172_800))) == [
+        "1 second", "119 seconds", "2 minutes", "40 minutes", "120 minutes", "2 hours", "2 days"]
+
+
+# ---- advice on flags ----
+
+def advise(*flags, num_images=50_000, side=32, steps=10_000):
+    return estimate.advise_on_flags(train.parse_args([*flags, "--device", "cpu"]), num_images, side, steps)
+
+
+@pytest.mark.parametrize("recipe, num_images, side, batch_size", [
+    ("demo.txt", 10_000, 32, 32), ("cifar10.txt", 50_000, 32, 64), ("cifar10_gpu.txt", 50_000, 32, 256),
+    ("as_released/cifar10.txt", 50_000, 32, 64), ("as_released/imagenette.txt", 9_469, 128, 32),
+    ("imagenette.txt", 9_469, 128, 64), ("imagenette_gpu.txt", 9_469, 128, 128),
+    ("imagenet_vits16.txt", 1_281_167, 375, 1024), ("imagenet_resnet50.txt", 1_281_167, 375, 512)])
+def test_recipes_fit_their_images(recipe, num_images, side, batch_size):
+    flags = f"@{ROOT / 'recipes' / recipe}"
+    epochs = train.parse_args([flags, "--device", "cpu"]).epochs
+    assert advise(flags, num_images=num_images, side=side, steps=epochs * (num_images // batch_size)) == []
+
+
+def test_the_flags_of_the_paper_do_not_fit_small_images():
+    crops, prototypes, teacher = advise(num_images=50_000, side=32, steps=2_000)
+    assert "--global_crops_size 224 only upsamples images of 32 pixels" in crops
+    assert "--out_dim 65536 is more than the 50000 images" in prototypes
+    assert "--momentum_teacher 0.996 averages over 250 of the run's 2,000 steps" in teacher
+
+
+@pytest.mark.parametrize("flags, given, words", [
+    ("--out_dim 1024", dict(side=150), []), ("--out_dim 1024", dict(side=149), ["upsamples"]),
+    ("--out_dim 1024", dict(side=None), []), ("--out_dim 50000", dict(side=224), []),
+    ("--out_dim 50001", dict(side=224), ["--out_dim 50001 is more"]),
+    ("--out_dim 1024 --momentum_teacher 0.995", dict(side=224, steps=2001), []),
+    ("--out_dim 1024 --momentum_teacher 0.995", dict(side=224, steps=1999), ["averages over 200 "]),
+    ("--out_dim 1024 --momentum_teacher 1", dict(side=224), ["averages over"]),
+    ("--out_dim 1024 --teacher student", dict(side=224, steps=10), []),
+    ("--out_dim 1024 --global_crops_size 64 --local_crops_size 16", dict(side=64), []),
+    ("--out_dim 1024 --global_crops_size 48 --local_crops_size 16", dict(side=48), ["9 patches"]),
+    ("--out_dim 1024 --arch resnet18 --global_crops_size 32", dict(side=32), [])])
+def test_each_note_has_its_bound(flags, given, words):
+    notes = advise(*flags.split(), **given)
+    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes))
+
+
+@pytest.mark.parametrize("flags", ["", "--patch_size 8", "--local_crops_number 0", "--arch resnet18",
+                                   "--global_crops_size 48 --local_crops_size 16"])
+def test_what_a_note_suggests_gets_no_note(flags):
+    for num_images, side, steps in itertools.product((20, 3_068, 50_000), (20, 32, 97, 150, 375), (10, 1_000, 5_000)):
+        given = dict(num_images=num_images, side=side, steps=steps)
+        fixes = [note.partition(": set ")[2].partition(",")[0] for note in advise(*flags.split(), **given)]
+        assert advise(*flags.split(), *" ".join(fixes).split(), **given) == []
+
+
+class Sizes(list):
+    def __getitem__(self, index):
+        size = super().__getitem__(index)
+        if size is None:
+            raise OSError("corrupt")
+        return Image.new("RGB", size), 0
+
+
+def test_typical_side_is_the_median_of_what_can_be_read():
+    for sizes, side in (([(30, 40), (90, 50), None, (70, 60)], 50), ([(8, 8)] * 990 + [(99, 99)] * 10, 8),
+                        ([None, None], None), ([], None)):
+        assert estimate.typical_side(estimate.sample_images(Sizes(sizes))) == side
