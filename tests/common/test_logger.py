@@ -3,6 +3,7 @@ import math
 import os
 import platform
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -65,7 +66,10 @@ def test_the_progress_bar_fits_80_columns(tmp_path, monkeypatch):
         record = dict(epoch=98, step=183_599, loss=11.0904, kl=0.768, lr=2.5e-4, images_per_sec=1234.5, data_time=0.01,
                       step_time=0.5, eta=3725.2)
         logger.log_step(record, 100, ["loss {loss:.3f}", "kl {kl:.3f}", "lr {lr:.1e}"])
-        line = os.read(reader, 4096).decode().split("\r")[-1]
+        output = b""
+        while select.select([reader], [], [], 0.5)[0]:  # the terminal passes it on in parts
+            output += os.read(reader, 4096)
+        line = output.decode().split("\r")[-1]
         logger.close()
     assert len(line) <= 80 and " 183600/187200 10:00:00<11:45, loss 11.090 1234 img/s data 2%" in line
 
