@@ -11,6 +11,7 @@ This file needs torch only.
 import contextlib
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -159,6 +160,8 @@ def peak_memory(device):
     """Most bytes that torch has had on the device or, on a CPU, that this process has had; 0 if unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, TypeError):  # not by getrusage, which begins with the peak of the parent process
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(ImportError):  # on Windows
         import resource
 

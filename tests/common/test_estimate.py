@@ -64,16 +64,25 @@ def test_the_limit_of_a_container_counts(tmp_path, version):
 
 
 MEASURE = """
-import resource, sys
+import sys
 import train
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from common.estimate import peak_memory
+before = peak_memory("cpu")
 train.main(train.parse_args(sys.argv[1:]))
-print("rose by", 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print("rose by", peak_memory("cpu") - before)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no /proc")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    large = bytearray(b"x") * 2 * GB
+    code = "from common.estimate import peak_memory; x = bytearray(b'x') * 10**9; print(peak_memory('cpu'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert GB < int(found) < len(large)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     "--arch vit_tiny --batch_size_per_gpu 8", "--arch vit_tiny --batch_size_per_gpu 16 --precision fp32",
     "--arch vit_small --batch_size_per_gpu 4", "--arch vit_small --batch_size_per_gpu 16 --precision fp32",
