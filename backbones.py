@@ -80,8 +80,9 @@ def check_arch(arch):
         library, known, prefix, name = f"timm {timm.__version__}", timm.list_models(), "timm:", arch[5:]
     if name not in known:
         known = [*SIZES, *(f"{prefix}{other}" for other in known)]
-        close = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(arch, known, n=1))
-        raise BackboneError(f"{arch} is none of {', '.join(SIZES)} and no classifier of {library}{close}")
+        close = [other for other in known if other.startswith(arch)] or difflib.get_close_matches(arch, known)
+        raise BackboneError(f"{arch} is none of {', '.join(SIZES)} and no classifier of {library}"
+                            + "".join(f"; did you mean {match}?" for match in close[:1]))
 
 
 def build_torchvision(arch, img_size, drop_path_rate):

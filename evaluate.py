@@ -22,7 +22,7 @@ import common  # noqa: F401 (first: it checks the version of Python)
 import csv
 import io
 import os
-import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from common.distributed import get_world_size, is_rank_zero
 from common.files import create_folder, first_line, write_json, write_text
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
-from data.datasets import DataError, ImageFolder, data_name, open_data
+from data.datasets import DataError, ImageFolder, data_name, open_data, trained_data_path
 from data.loaders import build_eval_loader
 from data.retrieval import ImageFiles
 from evaluation import supervised
@@ -142,13 +142,10 @@ class EvalSetup:
         self.device = distributed.init_distributed(args.device)[2]
         self.backbone, self.info, self.origin = open_backbone(args, self.device, precision=args.precision)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
-        trained_on = str(self.info.get("data_path", ""))
-        # a path in somebody else's model file is opened only if the user passes it
-        is_trusted = not args.ckpt or re.fullmatch(r"shapes(:\d+)?", trained_on)
-        data_path = args.data_path or (trained_on if is_trusted else "")
+        data_path = args.data_path or trained_data_path(args, self.info)
         if not data_path:
-            raise DataError(f"{self.origin['ckpt']}: trained on {trained_on or 'unknown data'}; name the labeled "
-                            f"images with --data_path")
+            raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
+                            f"the labeled images with --data_path")
         self.data = distributed.run_on_rank_zero_first(lambda: open_data(
             data_path, download=bool(args.data_path), value_range=self.info.get("value_range")))
         if self.data.val is None:
@@ -415,6 +412,7 @@ def report_accuracy(logits, labels, setup, hparams):
     if setup.args.save_predictions:
         result |= list_predictions(setup, labels, predicted[:, 0])
     write_result(setup.output / "result.json", setup, result)
+    log(f"classify images: python evaluate.py predict --ckpt {shlex.quote(str(setup.output))} PATH")
 
 
 def list_predictions(setup, labels, predicted):

@@ -69,7 +69,7 @@ def open_model(file: str | bytes, provider: str = "CPUExecutionProvider") -> tup
 def check_file(path: str) -> str:
     """Return the path of a file; raises OSError for another, such as a named pipe, whose opening would block."""
     if not os.path.isfile(path):
-        raise OSError("no such file, or a pipe or device")
+        raise OSError("is a folder: name its files" if os.path.isdir(path) else "no such file, or a pipe or device")
     return path
 
 

@@ -27,7 +27,7 @@ from common import cli
 from common.files import create_folder, number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
-from data.datasets import DataError, ImageFolder, open_data
+from data.datasets import DataError, ImageFolder, open_data, trained_data_path
 from data.images import ImageReadError, read_image
 from data.video import VideoWriter, open_video
 from evaluation.features import extract_features
@@ -60,7 +60,8 @@ def parse_args(argv=None):
 
     features.add_argument("--point", type=cli.nonnegative_int, nargs=2, help="x, y: similarity to the patch there")
 
-    embedding.add_argument("--data_path", default="shapes", help="as for train.py; the held-out part if there is one")
+    embedding.add_argument("--data_path", help="as for train.py, the held-out part if there is one (default: the data "
+                           "of the newest run, or shapes)")
     embedding.add_argument("--num_images", type=cli.positive_int, default=2000, help="size of a random subset")
     embedding.add_argument("--batch_size_per_gpu", type=cli.positive_int, default=128, help="images per forward pass")
     embedding.add_argument("--seed", type=cli.seed, default=0, help="random seed of t-SNE")
@@ -182,7 +183,9 @@ def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
     model, info, origin = open_backbone(args)
     size = resolve_image_size(args.image_size, model)
-    data = open_data(args.data_path, output_dir=args.output_dir, value_range=origin["value_range"])
+    data = open_data(args.data_path or trained_data_path(args, info) or "shapes", bool(args.data_path),
+                     args.output_dir, origin["value_range"])
+    print(data.note)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
     features, labels, indices, corrupt = extract_features(model, images, size, args, args.device)

@@ -12,6 +12,7 @@ Indexing a corrupt image raises `ImageReadError`; data/loaders.py skips such ima
 import hashlib
 import inspect
 import os
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -69,6 +70,15 @@ def data_name(data_path: str) -> str:
         return f"{name}-{argument}" if argument.isdecimal() else name
     parent, name = os.path.split(os.path.abspath(data_path))
     return (os.path.basename(parent) if name.lower() in TRAIN else name)[:40] or "data"
+
+
+def trained_data_path(args, info):
+    """Path of the data that a model was trained on, "" if unknown or untrusted.
+
+    A path in somebody else's model file is opened only if the user passes it.
+    """
+    path = str(info.get("data_path", ""))
+    return path if not args.ckpt or re.fullmatch(r"shapes(:\d+)?", path) else ""
 
 
 def hold_out_every_tenth(train, path, note):
