@@ -236,7 +236,7 @@ def check_run_flags(parser, args, warmup_epochs=0):
     if args.warmup_epochs is None or args.warmup_epochs > args.epochs:
         args.warmup_epochs = min(warmup_epochs, math.ceil(args.epochs * warmup_epochs / 100)) if args.epochs > 1 else 0
         if args.epochs < 100 and os.environ.get("RANK", "0") == "0":
-            print(f"NOTE: --warmup_epochs {args.warmup_epochs} for {args.epochs} epochs; {warmup_epochs} for 100")
+            print(f"NOTE: --warmup_epochs {args.warmup_epochs} with --epochs {args.epochs}, {warmup_epochs} with 100")
     args.precision = resolve_precision(args.precision, args.device)
 
 

@@ -77,9 +77,9 @@ def measure_forward(student, sizes, precision, device, largest=64):
         with cast_weights(student, precision), autocast(device, precision):
             return student(crops)
 
-    saved, batch_size, times = [], 1, []
+    saved, batch_size, times, start = [], 1, [], time.perf_counter()
     student.eval()
-    while len(saved) < 2 or (times[-1] * batch_size < 0.4 and batch_size <= largest):
+    while len(saved) < 2 or (time.perf_counter() - start < 1 and batch_size <= largest):
         times.append(time_call(lambda: saved.append(count_saved_bytes(forward)), device) / batch_size)
         batch_size *= 2
     student.train()

@@ -385,7 +385,7 @@ def test_what_is_unknown_suggests_the_nearest(flags, words, capsys):
 def test_warmup_shrinks_with_few_epochs(flags, expected, capsys):
     args = train.parse_args(["--device", "cpu", *flags.split()])
     assert args.warmup_epochs == expected
-    assert (f"NOTE: --warmup_epochs {expected} for" in capsys.readouterr().out) == (
+    assert (f"NOTE: --warmup_epochs {expected} with" in capsys.readouterr().out) == (
         args.epochs < 100 and ("warmup" not in flags or "--epochs 5 --warmup_epochs 10" in flags))
 
 
