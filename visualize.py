@@ -122,7 +122,7 @@ def visualize_attention(args, errors):
             np.save(folder / f"{name}.npy", maps)
         for head, values in enumerate(maps if args.separate else [], start=1):
             draw.colorize(values, view.size).save(folder / f"{name}.head{head}.attention.png")
-        print(f"{name}: {len(maps)} heads of {maps.shape[1]} x {maps.shape[2]} patches -> {path}")
+        print(f"{name}: {len(maps)} heads of {maps.shape[2]} x {maps.shape[1]} patches -> {path}")
 
 
 def visualize_video(args, errors):
