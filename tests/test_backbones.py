@@ -204,7 +204,7 @@ def test_layer_decay_of_a_backbone_without_blocks():
 @pytest.fixture(scope="module")
 def data_path(tmp_path_factory):
     """A folder of 16 training and 8 validation images of two classes."""
-    folder = tmp_path_factory.mktemp("images")
+    folder = tmp_path_factory.mktemp("data") / "photos"
     for part, count in (("train", 16), ("val", 8)):
         shapes = Shapes("train" if part == "train" else "test", count, 48)
         for i in range(count):
@@ -266,7 +266,7 @@ def test_knn_uses_its_features_and_equals_online_knn(runs, data_path):
         expected = backbone(torch.stack([center_crop_view(data.train_labeled[i][0], 32) for i in range(16)]))
     features, = (x for x in load_file(folder / "f.safetensors").values() if x.shape == expected.shape)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
-    knn = json.loads((folder / "teacher.knn.images0.json").read_text())["knn"]["16"]
+    knn = json.loads((folder / "teacher.knn.photos.json").read_text())["knn"]["16"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]
     assert log["eval"] == "epoch 1" and [knn["top1"], knn["top5"]] == [log["knn_top1"], log["knn_top5"]]
 
@@ -284,11 +284,11 @@ def test_linear_and_finetune(runs, data_path):
     evaluate.main(evaluate.parse_args(["linear", *flags, "--lr", "0.01"]))
     evaluate.main(evaluate.parse_args(["finetune", *flags, "--warmup_epochs", "0", "--lr", "0.1"]))
     evaluate.main(evaluate.parse_args(["finetune", *flags, "--warmup_epochs", "0", "--test_only"]))
-    tuned, _ = load_backbone(folder / "teacher.finetune.images0" / "classifier.safetensors")
+    tuned, _ = load_backbone(folder / "teacher.finetune.photos" / "classifier.safetensors")
     before, _ = load_backbone(folder / "teacher.safetensors")
     assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), before.parameters()))
-    assert json.loads((folder / "teacher.finetune.images0" / "result.json").read_text())["num_images"] == 8
-    ckpt, output = folder / "teacher.finetune.images0" / "classifier.safetensors", str(folder / "classifier.onnx")
+    assert json.loads((folder / "teacher.finetune.photos" / "result.json").read_text())["num_images"] == 8
+    ckpt, output = folder / "teacher.finetune.photos" / "classifier.safetensors", str(folder / "classifier.onnx")
     classifier = load_file(ckpt)
     if runs[0] != ARCHS[0]:
         return
