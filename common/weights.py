@@ -73,7 +73,7 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
     path = weights_file(path)
     try:
         weights, info, network = read_weights(path, key, log)
-        inside, outside, arguments = match_weights(weights, info.get("backbone"), path, log)
+        inside, outside, arguments, network = match_weights(weights, info.get("backbone"), network, key, path, log)
         model, matched = build_with_weights(arguments, inside)
     except (CheckpointError, OSError, ModuleNotFoundError):  # the last: timm is not installed
         raise
@@ -167,13 +167,6 @@ def read_weights(path, key, log=lambda text: None):
     info = checkpoint.rename_old_keys(info) if isinstance(info, dict) else {}
     if not isinstance(info.get("backbone"), dict):
         info = {"backbone": {"num_heads": int(heads)}} if str(heads).isdecimal() else {}
-    prefixes = [match[1] for name in weights if (match := re.fullmatch(ANCHOR, name))]
-    if prefixes and not network and "arch" not in info.get("backbone", ()):  # those have names of other libraries
-        prefix, network = choose_network(prefixes, key, path, log)
-        weights = {name: tensor for name, tensor in weights.items()
-                   if name.startswith(prefix) or not name.startswith(tuple(prefixes))}
-    if key and network != key:
-        raise CheckpointError(f"{path}: holds no network named {key}, leave --checkpoint_key out")
     return weights, info, network
 
 
@@ -187,23 +180,32 @@ def choose_network(names, key, path, log):
     return taken, "teacher" if taken in teachers else "student" if taken in students else None
 
 
-def match_weights(weights, arguments, path, log):
+def match_weights(weights, arguments, network, key, path, log):
     """Match the names of a file's weights, and the arguments in its description or None, to a backbone.
 
+    Args:
+        network: key of the network that the weights are of, None if they may be of several or it is not known.
+
     Returns:
-        {name in our backbone: tensor}, the names of the other tensors, and the arguments of build_backbone.
+        {name in our backbone: tensor}, the names of tensors of no network, the arguments of build_backbone, and the
+        key of the network.
     """
-    anchors = (re.fullmatch(ANCHOR, name) for name in weights)
+    prefixes = [match[1] for name in weights if (match := re.fullmatch(ANCHOR, name))] or [""]
     is_headless = arguments and "arch" in arguments  # a file of this repository with the names of another library
-    prefix = "backbone." if is_headless else next((match[1] for match in anchors if match), "")
+    prefix = "backbone." if is_headless else prefixes[0]
+    if prefixes != [""] and not network and not is_headless:
+        prefix, network = choose_network(prefixes, key, path, log)
+    if key and network != key:
+        raise CheckpointError(f"{path}: holds no network named {key}, leave --checkpoint_key out")
     inside = {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    outside = [name for name in weights if not name.startswith(prefix)]
+    outside = [name for name in weights if not name.startswith((prefix, *prefixes))]
     if is_headless:
-        return inside, outside, arguments
+        return inside, outside, arguments, network
     if "layer1.0.conv1.weight" in inside or "patch_embed.proj.0.0.weight" in inside:
         arch, ours = identify_classifier(inside)
         parts = {name.split(".")[1] for name in ours} | {"pos_embeder"}  # the last: of the released XCiT files
-        return ours, outside + [name for name in inside if name.split(".")[0] not in parts], dict(arch=arch)
+        outside += [name for name in inside if name.split(".")[0] not in parts]
+        return ours, outside, dict(arch=arch), network
     ours = to_vit_names(inside)
     if "pos_embed" not in ours or "patch_embed.proj.weight" not in ours:
         raise CheckpointError(f"{path}: none of its {len(weights)} tensors is a ViT's (as named by DINO, timm or "
@@ -213,7 +215,7 @@ def match_weights(weights, arguments, path, log):
     if not heads:
         log(f"{path}: does not hold the number of heads, assuming {inferred['num_heads']} of 64 channels; "
             f'if it has others, write {{"num_heads": N}} to a config.json beside it')
-    return ours, outside, inferred | heads
+    return ours, outside, inferred | heads, network
 
 
 def identify_classifier(weights):
