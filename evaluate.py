@@ -450,7 +450,7 @@ def predict(args):
         if not os.path.exists(path):
             raise DataError(f"{path}: no such image or folder")
         if os.path.isdir(path):
-            folder = ImageFolder(path)
+            folder = ImageFolder(path, value_range=info.get("value_range"))
             log(f"{len(folder):,} images in {path}{folder.passed_over}")
             paths += [os.path.join(path, name) for name in folder.files]
         else:

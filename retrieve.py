@@ -203,6 +203,7 @@ def search(args):
     if encoder.rank > 0:
         return
     create_folder(sheets := output / data_name(args.data_path))
+    model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
     for query, i in zip(queries, indices.tolist()):
         path, scores = args.query[i], features @ query
         others = (j for j in scores.argsort(descending=True).tolist() if not os.path.samefile(paths[j], path))
@@ -212,7 +213,6 @@ def search(args):
         captions = [f"query: {os.path.basename(path)}"] + [
             f"{rank}: cosine {score:.3f} {os.path.relpath(file, args.data_path)}"
             for rank, (file, score) in enumerate(nearest, start=1)]
-        model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
         draw_nearest([path, *(file for file, _ in nearest)], captions, read, 1200, model).save(sheet)
         print(f"  -> {sheet}")
     if corrupt:
@@ -221,7 +221,7 @@ def search(args):
 
 def index_folder(encoder, folder, output):
     """Features and paths of the images of a folder; the index is one file per model, folder and image size."""
-    root, images = os.path.realpath(folder), ImageFolder(folder, output)
+    root, images = os.path.realpath(folder), ImageFolder(folder, output, value_range=encoder.origin["value_range"])
     encoder.log(f"{len(images):,} images in {folder}{images.passed_over}")
     create_folder(output)
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]

@@ -343,7 +343,7 @@ def check_finite(finite, scaler, first, last, images, args, run):
             write_step_images(path, last, images, args)
     else:
         message = f"steps {first} to {last}: {message}, or with --log_every 1 to find the step and its images"
-    distributed.all_gather_objects(None)  # the first process that ends stops all others
+    distributed.wait_for_all_ranks()  # the first process that ends stops all others
     raise FloatingPointError(message)
 
 
@@ -598,7 +598,7 @@ def print_results(run, data, total_steps, args):
 
 def finish_dry_run(run, data, total_steps, args):
     """Resume from the checkpoint of a dry run, and print what the whole run will take."""
-    distributed.all_gather_objects(None)  # rank 0 has saved
+    distributed.wait_for_all_ranks()  # rank 0 has saved
     checkpoint, disk, memory = run.path.stat(), shutil.disk_usage(run.path.parent), estimate.peak_memory(args.device)
     run.start(args, total_steps)
     seconds = run.logger.step_time

@@ -104,11 +104,16 @@ def is_rank_zero():
 def run_on_rank_zero_first(function):
     """Call `function` on rank 0, then on the other ranks, so that a download happens once; returns its result."""
     if not is_rank_zero():
-        all_gather_objects(None)
+        wait_for_all_ranks()
     result = function()
     if is_rank_zero():
-        all_gather_objects(None)
+        wait_for_all_ranks()
     return result
+
+
+def wait_for_all_ranks():
+    """Return when every rank has called this. On the hosts, by gloo, so that no GPU waits."""
+    all_gather_objects(None)
 
 
 def all_gather_objects(value):

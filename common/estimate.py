@@ -308,4 +308,4 @@ def temporary_run(args):
         args.resume, args.overwrite, args.knn_images = "auto", False, min(args.knn_images, 500)
         args.log_every, args.save_every_steps = 1, 2
         yield
-        distributed.all_gather_objects(None)  # all have read what is removed now
+        distributed.wait_for_all_ranks()  # all have read what is removed now
