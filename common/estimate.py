@@ -44,7 +44,7 @@ class Cost(NamedTuple):
         return self.fixed_bytes + batch_size * self.bytes_per_image
 
 
-def measure_cost(student, teacher, load, num_images, args, device):
+def measure_cost(student, teacher, load, num_images, args, device, available=math.inf):
     """Cost of a step, from forward passes of one image and more and from loading some images.
 
     Peaks of whole runs on a CPU were within 10% of the memory.
@@ -52,10 +52,12 @@ def measure_cost(student, teacher, load, num_images, args, device):
     Args:
         student, teacher: MultiCropWrappers on the device, which are left as they are.
         load: index -> crops of an image, as a data loader worker makes them.
-        args: sizes and number of crops, out_dim, precision, num_workers.
+        args: sizes and number of crops, batch_size_per_gpu, out_dim, precision, num_workers.
+        available: free bytes of the device.
     """
+    largest = 64 if args.batch_size_per_gpu == "auto" else args.batch_size_per_gpu
     sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
-    saved, forward_seconds = measure_forward(student, sizes, args.precision, device)
+    saved, forward_seconds = measure_forward(student, sizes, args.precision, device, largest, available)
     parameters, frozen = (sum(p.numel() for p in network.parameters()) for network in (student, teacher))
     is_on_host = device.type == "cpu"
     batches = 2 + 2 * args.num_workers * is_on_host  # of crops: in the step, and waiting in shared memory
@@ -67,10 +69,10 @@ def measure_cost(student, teacher, load, num_images, args, device):
                 seconds + loading if is_on_host or not args.num_workers else max(seconds, loading))
 
 
-def measure_forward(student, sizes, precision, device, largest=64):
+def measure_forward(student, sizes, precision, device, largest=64, available=math.inf):
     """Bytes that backward needs of each image, and seconds of the student's forward pass per image.
 
-    Runs in eval mode on one image and more, up to `largest` on a fast device.
+    Runs in eval mode on one image, two and more: up to `largest` on a fast device, in a quarter of the free bytes.
     """
     def forward():
         crops = [torch.zeros(batch_size, 3, size, size, device=device) for size in sizes]
@@ -79,7 +81,7 @@ def measure_forward(student, sizes, precision, device, largest=64):
 
     saved, batch_size, times, start = [], 1, [], time.perf_counter()
     student.eval()
-    while len(saved) < 2 or (time.perf_counter() - start < 1 and batch_size <= largest):
+    while len(saved) < 2 or (batch_size <= largest and 8 * saved[-1] < available and time.perf_counter() - start < 1):
         times.append(time_call(lambda: saved.append(count_saved_bytes(forward)), device) / batch_size)
         batch_size *= 2
     student.train()
@@ -216,7 +218,7 @@ def fit_batch_size(student, teacher, load, num_images, args, device, memory, log
     """
     cost = None
     if distributed.is_rank_zero():
-        cost = measure_cost(student, teacher, load, num_images, args, device)
+        cost = measure_cost(student, teacher, load, num_images, args, device, memory[0])
     cost, (*memory, base) = distributed.all_gather_objects((cost, memory))[0]
     world_size = distributed.get_world_size()
     images = max(1, num_images // (args.accum_steps * world_size))

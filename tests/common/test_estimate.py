@@ -109,6 +109,18 @@ def test_measuring_leaves_no_trace():
     assert cost.fixed_bytes == pytest.approx(1.15 * 4 * 5 * sum(p.numel() for p in student.parameters()))
 
 
+@pytest.mark.parametrize("batch_size, share, expected", [("auto", 8, [1, 2]), (2, 1e9, [1, 2]), (4, 1e9, [1, 2, 4])])
+def test_measuring_takes_no_more_than_the_batch_and_the_memory(batch_size, share, expected):
+    args = train.parse_args("--arch vit_tiny --depth 1 --out_dim 64 --global_crops_size 32 --local_crops_size 16 "
+                            f"--device cpu --num_workers 0 --batch_size_per_gpu {batch_size}".split())
+    objects, seen = train.build_training(args, torch.device("cpu"), 1), []
+    student, teacher = objects["student"], objects["teacher"]
+    two, _ = estimate.measure_forward(student, [32] * 2 + [16] * 8, args.precision, "cpu", 2)
+    student.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0][0])))
+    estimate.measure_cost(student, teacher, lambda i: i, 10, args, torch.device("cpu"), share * two)
+    assert seen == expected
+
+
 def test_activation_checkpointing_takes_less():
     args = train.parse_args("--arch vit_tiny --global_crops_size 64 --local_crops_size 32 --device cpu".split())
     student = train.build_training(args, torch.device("cpu"), 1)["student"]
