@@ -6,7 +6,7 @@
 
 Writes to --output_dir: teacher.safetensors and student.safetensors (backbone and head), teacher_best.safetensors (best
 k-NN so far, if there are labels), checkpoint.pth (to resume from), log.jsonl and flags.txt. Interrupted runs resume
-automatically: repeat the command. The loss starts at ln(out_dim), stays there for the first hundreds of steps, then
+automatically: repeat the command. The loss starts near ln(out_dim), stays there for the first hundreds of steps, then
 falls while the KL divergence between teacher and student stays above zero.
 """
 
