@@ -192,7 +192,7 @@ def resolve_batch_size(batch_size, num_images, cost, memory):
         memory: free and total bytes, see `available_memory`.
 
     Raises:
-        MemoryEstimateError: no batch size fits, or the number needs more memory than there is in all.
+        MemoryEstimateError: no batch size fits, or the number needs over 1.2 times all memory.
     """
     (free, total), best = memory, choose_batch_size(num_images, cost, memory[0])
     is_auto, wanted = batch_size == "auto", batch_size
