@@ -68,7 +68,7 @@ def test_maps_equal_the_cls_row_of_the_attention_matrix(model, photos, capsys):
         for head in range(4):
             drawn = Image.open(output / f"{name}.head{head + 1}.attention.png")
             assert drawn.size == image.size and np.array_equal(drawn, colorize(expected[head], image.size))
-    assert "a.png: 4 heads of 6 x 9 patches" in capsys.readouterr().out
+    assert "a.png: 4 heads of 9 x 6 patches" in capsys.readouterr().out
     page = np.asarray(Image.open(output / "a.png.attention.png"))
     side = (640 - GAP) // 6 - GAP  # 640 pixels: image, mean and four heads
     assert page.shape[1] == 640

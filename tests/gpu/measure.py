@@ -136,12 +136,13 @@ def count_crops(flags):
     return summarize(take_counts())
 
 
-def count_syncs_of_runs(flags, batch_sizes):
-    """Host syncs of whole runs of train.py with these batch sizes."""
+def count_syncs_of_runs(flags, data_paths):
+    """Host syncs of whole runs of train.py on these folders of images, two to a batch."""
     syncs = []
-    for batch_size in batch_sizes:
+    for data_path in data_paths:
         with tempfile.TemporaryDirectory() as folder:
-            argv = f"{TINY} --device cuda --precision bf16 {flags} --batch_size_per_gpu {batch_size}".split()
+            argv = [*f"{TINY} --device cuda --precision bf16 --batch_size_per_gpu 2 {flags}".split(),
+                    "--data_path", data_path]
             take_counts()
             train.main(train.parse_args([*argv, "--output_dir", folder]))
             syncs.append(summarize(take_counts())["syncs"])
