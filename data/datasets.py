@@ -13,19 +13,15 @@ import hashlib
 import inspect
 import os
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from data.images import DECODERS, find_common_range, is_image, read_image, read_or_message, to_rgb, wrap_decode_errors
+from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder
+from data.images import to_rgb, wrap_decode_errors
 from data.shapes import Shapes
-
-
-class DataError(ValueError):
-    """Missing or unusable data; the message names the path and what was expected there."""
 
 
 class Data(NamedTuple):
@@ -89,12 +85,6 @@ def hold_out_every_tenth(train, path, note):
 
 # ---- folders ----
 
-TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "dev", "test", "testing")  # in lower case
-SYSTEM_FOLDERS = ("@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "lost+found", "__macosx")
-OUTPUT_ENDINGS = (  # of infer.py, retrieve.py and visualize.py
-    ".attention.png", ".nearest.png", ".crops.png", ".features.png", ".embedding.png", ".thumbnails.png")
-
-
 def open_folder(root, output_dir=None, value_range=None):
     """A folder of images; `train` beside `val` or the like is found whether root is that folder or the one above."""
     root = os.path.abspath(root)
@@ -116,97 +106,6 @@ def open_folder(root, output_dir=None, value_range=None):
         except DataError as error:
             note += f", not used: {error}"
     return hold_out_every_tenth(train, root, note)
-
-
-class ImageFolder(Dataset):
-    """All images below a folder, sorted by path; its direct subfolders are the classes.
-
-    There are no labels (-1 for every image) if images lie outside of subfolders, in fewer than two of them, or only in
-    some that are named like parts of a dataset (train, test). Hidden files and folders, folders of systems and runs,
-    files that are no images, and outputs of other commands are skipped and counted in `passed_over`.
-
-    Args:
-        output_dir: folder to which the command writes; not searched.
-        classes: the classes, if they are those of another folder; this one may lack some, but have no others.
-        value_range: black and white of images of more than 8 bits (see `read_image`); None to find one for all of them.
-
-    Raises:
-        DataError: no such folder, no images in it, none that can be read, some outside of the given classes, or
-            outputs would be written among them.
-    """
-
-    def __init__(self, root: str, output_dir: str | None = None, classes: list[str] | None = None,
-                 value_range: tuple[float, float] | None = None):
-        if output_dir and os.path.realpath(output_dir) == os.path.realpath(root):
-            raise DataError(f"{root}: outputs would be written among the images, choose another --output_dir")
-        self.root, self.files = root, sorted(iter_images(root, passed_over := Counter(), output_dir))
-        self.passed_over = describe_passed_over(passed_over)
-        if not self.files:
-            raise DataError(f"{root}: no such folder, or no image found in it or below{self.passed_over}")
-        self.value_range = value_range or find_common_range(root, self.files)
-        folders = [file[:max(file.find(os.sep), 0)] for file in self.files]  # "" for images outside of subfolders
-        names = sorted(set(folders))
-        if not classes and len(names) > 1 and names[0] and set(map(str.lower, names)) - {*TRAIN, *HELD_OUT}:
-            classes = names
-        elif classes and not set(names) <= set(classes):
-            raise DataError(f"{root}: holds images outside of the folders of the training classes")
-        self.classes, class_index = classes, {name: i for i, name in enumerate(classes or [])}
-        self.labels = [class_index.get(name, -1) for name in folders]
-        if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in range(len(self))):
-            raise DataError(f"{root}: none of its {len(self)} images can be read; the last: {last}")
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        return self.read_reduced(i)
-
-    def read_reduced(self, i, reduction=None):
-        """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
-        path = os.path.join(self.root, self.files[i])
-        return read_image(path, reduction, value_range=self.value_range), self.labels[i]
-
-
-def iter_images(root, passed_over, output_dir=None):
-    """Yield the path of each image below root, relative to it, and count what is passed over: {kind: number}."""
-    for parent, names in walk_folders(root, passed_over, output_dir):
-        for name in names:
-            path, is_output = os.path.join(parent, name), name.lower().endswith(OUTPUT_ENDINGS)
-            if not name.startswith(".") and not is_output and is_image(path):
-                yield os.path.relpath(path, root)
-            else:
-                ending = "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "without ending"
-                passed_over["output(s) of other commands" if is_output else ending] += 1
-
-
-def walk_folders(root, passed_over, output_dir):
-    """Yield (folder, names of its files) for root and all below.
-
-    Links to folders are followed after the others, so that images keep their own path, and not to where root lies in.
-    """
-    home, starts, seen = os.path.realpath(root), [root], {os.path.realpath(output_dir)} if output_dir else set()
-    for start in starts:  # root, then links
-        for parent, folders, names in os.walk(start, True, lambda _: passed_over.update(["unreadable folder(s)"]),
-                                              followlinks=True):
-            real = os.path.realpath(parent)
-            if real in seen or home.startswith(os.path.join(real, "")):
-                folders.clear()
-                continue
-            seen.add(real)
-            kept = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)
-                    if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
-                    and not os.path.isfile(os.path.join(parent, name, "log.jsonl"))}  # a run, which may hold plots
-            passed_over.update(f"{name}/" for name in folders if name not in kept)
-            folders[:] = [name for name, path in kept.items() if path == os.path.join(real, name)]
-            starts += [os.path.join(parent, name) for name in kept if name not in folders]
-            yield parent, names
-
-
-def describe_passed_over(counts):
-    """" (passed over 102: 100 .heic, 2 hidden)", the most frequent kinds first; "" if there is nothing."""
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(8))
-    hint = "; pip install pillow-heif for .heic" * (".heic" in counts and "HEIF" not in DECODERS)
-    return f" (passed over {counts.total():,}: {kinds}{hint})" if counts else ""
 
 
 def hash_images(images, samples=1000):

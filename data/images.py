@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -31,18 +32,20 @@ class ImageReadError(OSError):
 
 
 def read_image(path: str, reduction: Callable[[int, int], int] | None = None, upright: bool = True,
-               value_range: tuple[float, float] | None = None) -> Image.Image:
+               value_range: tuple[float, float] | None = None, content: bytes | None = None) -> Image.Image:
     """Decode an image file: RGB, upright, transparency on white.
 
     Args:
+        path: of the file or, with `content`, its name for messages.
         reduction: (width, height) -> power of two to downsample by; a JPEG is not decoded at a higher resolution.
         upright: apply the EXIF orientation.
         value_range: black and white of grayscale of more than 8 bits; None for those of `find_value_range`.
+        content: the bytes of the file, if it is inside of another.
 
     Raises:
         ImageReadError: the file is missing, corrupt or no image, or the image is too large or too elongated.
     """
-    with wrap_decode_errors(path), open_image(path) as image:
+    with wrap_decode_errors(path), open_image(path, content) as image:
         check_aspect(image)
         width, height = image.size
         factor = reduction(width, height) if reduction else 1
@@ -57,9 +60,9 @@ def read_image(path: str, reduction: Callable[[int, int], int] | None = None, up
         return rgb.reduce(factor) if factor > 1 else rgb
 
 
-def open_image(path):
-    """Open an image file without decoding it; raises nearly anything."""
-    return Image.open(check_file(path), formats=DECODERS)
+def open_image(path, content=None):
+    """Open an image file, or its bytes, without decoding it; raises nearly anything."""
+    return Image.open(check_file(path) if content is None else io.BytesIO(content), formats=DECODERS)
 
 
 def is_image(path: str) -> bool:
@@ -87,7 +90,8 @@ def wrap_decode_errors(name):
     try:
         yield
     except Exception as error:  # decoders raise nearly anything on corrupt files
-        raise ImageReadError(f"{name}: {getattr(error, 'strerror', None) or error or type(error).__name__}") from None
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise ImageReadError(f"{name}: {reason or type(error).__name__}") from None
 
 
 def check_aspect(image):
@@ -126,11 +130,15 @@ def find_value_range(values):
     return low, high if high > low else low + 1
 
 
-def find_common_range(root, files, max_images=100):
-    """One `find_value_range` for the grayscale of more than 8 bits among evenly spaced files; None without any."""
-    files, values = [file for file in files if not file.lower().endswith((".jpg", ".jpeg"))], []
+def find_common_range(files, open_file=open_image, max_images=100):
+    """One `find_value_range` for the grayscale of more than 8 bits among evenly spaced files; None without any.
+
+    Args:
+        open_file: opens one of the files without decoding it, as `open_image`.
+    """
+    files, values = [file for file in files if not str(file).lower().endswith((".jpg", ".jpeg"))], []
     for file in files[::-(-len(files) // max_images) or 1]:
-        with contextlib.suppress(Exception), open_image(os.path.join(root, file)) as image:  # raises nearly anything
+        with contextlib.suppress(Exception), open_file(file) as image:  # raises nearly anything
             if image.mode[0] in "IF":
                 values.append(sample_values(image))
     return find_value_range(np.concatenate(values)) if values else None

@@ -42,7 +42,7 @@ def open_video(path):
         if not files:
             raise DataError(f"{path}: no image in this folder")
         files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
-        read = partial(read_image, value_range=find_common_range(path, [file.name for file in files]))
+        read = partial(read_image, value_range=find_common_range(files))
         return Video(((file.name, read_or_message(read, file)) for file in files), None, len(files))
     import av
 

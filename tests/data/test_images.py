@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import infer
-from data.images import ImageReadError, find_value_range, read_image
+from data.images import ImageReadError, find_value_range, read_image, wrap_decode_errors
 from data.segmentation import read_mask
 
 RAMP = np.tile(np.arange(256), (64, 1))
@@ -135,3 +135,18 @@ def test_pipes_sockets_and_devices_are_not_waited_for(tmp_path, monkeypatch, cap
             for read in (read_image, lambda path: read_mask(path, (8, 8))):
                 with pytest.raises(ImageReadError, match=f"{path}: is not a regular file"):
                     read(path)
+
+
+def test_bytes_of_a_file_inside_of_another(scene, tmp_path):
+    """Decoded as the file is, and named in messages, which are one line."""
+    file = io.BytesIO()
+    scene.save(file, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(file.getvalue())
+    for options in ({}, dict(reduction=lambda width, height: 2)):
+        found = read_image("a.tar/a.jpg", content=file.getvalue(), **options)
+        assert found.tobytes() == read_image(tmp_path / "a.jpg", **options).tobytes()
+    for content in (b"", b"no image", file.getvalue()[:300]):
+        with pytest.raises(ImageReadError, match="^a.tar/a.jpg: [^\n]+$"):
+            read_image("a.tar/a.jpg", content=content)
+    with pytest.raises(ImageReadError, match="^x: two lines$"), wrap_decode_errors("x"):
+        raise ValueError("two\n  lines ")
