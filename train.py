@@ -55,7 +55,7 @@ from vit import SIZES
 FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
-    "value_range", "seed")
+    "value_range", "shuffle", "seed")
 
 
 def parse_args(argv=None):
@@ -106,6 +106,8 @@ def parse_args(argv=None):
     add(run, "--data_path", "shapes", "image folder, torchvision dataset as NAME:ROOT, or shapes[:PIXELS]")
     add(run, "--value_range", None, "black and white of images of more than 8 bits (default: found in the data)",
         cli.finite_float, nargs=2)
+    add(run, "--shuffle", "full", "order of an epoch; blocks: reads neighbors together, for slow disks and networks",
+        choices=["full", "blocks"])
     add(run, "--output_dir", "runs/dino", "folder of the run")
     cli.add_run_flags(run)
     add(run, "--save_every_steps", 0, "steps between checkpoints within an epoch, 0 for none", nonnegative_int)
@@ -340,18 +342,18 @@ def check_finite(finite, scaler, first, last, images, args, run):
         path = run.path.with_name("nonfinite.json")
         message = f"step {last}: {message}; the images of the step are listed in {path}"
         if distributed.is_rank_zero():
-            write_step_images(path, last, images, args)
+            write_step_images(path, last, images, args, run.fixed["shuffle"])
     else:
         message = f"steps {first} to {last}: {message}, or with --log_every 1 to find the step and its images"
     distributed.wait_for_all_ranks()  # the first process that ends stops all others
     raise FloatingPointError(message)
 
 
-def write_step_images(path, step, images, args):
+def write_step_images(path, step, images, args, shuffle):
     """Write the (epoch, index) keys of a step's images, and their files where there are any."""
     world_size = distributed.get_world_size()
     batches = (iter_batch_keys(step, step + 1, len(images), args.seed, args.batch_size_per_gpu, args.accum_steps, rank,
-                               world_size) for rank in range(world_size))
+                               world_size, shuffle) for rank in range(world_size))
     keys = [key for batch in itertools.chain.from_iterable(batches) for key in batch]
     files = getattr(images, "files", None)
     write_json(path, dict(step=step, images=[dict(epoch=epoch, index=index) | ({"file": files[index]} if files else {})
@@ -446,7 +448,7 @@ def train(student, run, data, first_step, total_steps, args, device):
     multicrop = build_multicrop(args, args.compile)
     last_step = min(first_step + 2, total_steps) if args.dry_run else total_steps
     keys = iter_batch_keys(first_step, last_step, len(data.train), args.seed, args.batch_size_per_gpu,
-                           args.accum_steps, distributed.get_rank(), distributed.get_world_size())
+                           args.accum_steps, distributed.get_rank(), distributed.get_world_size(), run.fixed["shuffle"])
     loader = build_train_loader(data.train, multicrop, keys, args.seed, args.num_workers, device.type == "cuda",
                                 args.timeout_minutes)
     batches = iter_on_device(loader, multicrop, device)

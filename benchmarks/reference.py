@@ -46,6 +46,7 @@ def load_flags(run):
     if not isinstance(state, dict) or not {"flags", "fixed"} <= state.keys():
         raise checkout.ReferenceImplementationError(f"--like {run}: not a run of train.py")
     flags = argparse.Namespace(**vars(train.parse_args([])) | state["flags"])
+    flags.shuffle = state["fixed"].get("shuffle", "randperm")  # of runs that began before this flag
     checkout.check_flags(flags, state["fixed"]["global_batch_size"] // flags.batch_size_per_gpu // flags.accum_steps)
     return flags, state["fixed"]["num_images"]
 
@@ -54,12 +55,13 @@ class EpochSampler(list):
     """(epoch, index) keys of one epoch in the order of train.py; replaces DistributedSampler."""
 
     def __init__(self, num_images, flags):
-        self.order = num_images, flags.seed, flags.batch_size_per_gpu
+        self.order = dict(num_images=num_images, seed=flags.seed, batch_size=flags.batch_size_per_gpu,
+                          shuffle=flags.shuffle)
         self.steps = num_images // flags.batch_size_per_gpu
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
-        keys = iter_batch_keys(epoch * self.steps, (epoch + 1) * self.steps, *self.order)
+        keys = iter_batch_keys(epoch * self.steps, (epoch + 1) * self.steps, **self.order)
         self[:] = itertools.chain.from_iterable(keys)
 
 

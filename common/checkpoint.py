@@ -237,6 +237,10 @@ class Run:
 
     def restore(self, state, path):
         """Load a checkpoint into objects and progress; raises nearly anything if it does not fit."""
+        if "shuffle" in self.fixed:  # a run that began before this flag keeps the order of torch.randperm
+            order = state["fixed"].setdefault("shuffle", "randperm")
+            if (order, self.fixed["shuffle"]) == ("randperm", "full"):
+                self.fixed["shuffle"] = order
         for name, value in state["fixed"].items():
             if name not in self.fixed:
                 raise RunMismatchError(f"{path} is from another kind of run: choose another --output_dir")

@@ -22,12 +22,14 @@ import sys
 import threading
 from multiprocessing import resource_tracker
 
+import numpy as np
 import torch
 from torchvision.transforms import functional as TF
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, EvalTransform, MultiCrop
 from common.checkpoint import iter_tensors
 from common.distributed import TIMEOUT_MINUTES
+from data.order import block_order, full_order
 
 MAX_CORRUPT_IN_A_ROW = 1000  # images; more means that the storage fails, not the images
 
@@ -39,22 +41,37 @@ def derive_seed(*key):
 
 # ---- training ----
 
-def iter_batch_keys(first_step, last_step, num_images, seed, batch_size, accum_steps=1, rank=0, world_size=1):
+def iter_batch_keys(first_step, last_step, num_images, seed, batch_size, accum_steps=1, rank=0, world_size=1,
+                    shuffle="full"):
     """Yield the (epoch, index) keys of each micro-batch of this rank, from first_step to before last_step.
 
     Each epoch is one permutation of the images, cut into steps, then ranks, then micro-batches, so the images of a
     step do not depend on the number of ranks. The images left over after the last full step of an epoch are dropped.
+
+    Args:
+        shuffle: key of ORDERS.
     """
-    per_step = batch_size * accum_steps * world_size
-    steps_per_epoch = num_images // per_step
+    per_rank = batch_size * accum_steps
+    steps_per_epoch = num_images // (per_rank * world_size)
     for step in range(first_step, last_step):
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if step == first_step or step_in_epoch == 0:
-            generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
-            order = torch.randperm(num_images, generator=generator)
-        indices = order[step_in_epoch * per_step:(step_in_epoch + 1) * per_step]
-        for micro_batch in indices.view(world_size, accum_steps, -1)[rank].tolist():
+        positions = np.arange(per_rank) + (step_in_epoch * world_size + rank) * per_rank
+        indices = ORDERS[shuffle](positions, num_images, seed, epoch)
+        for micro_batch in indices.reshape(accum_steps, -1).tolist():
             yield [(epoch, index) for index in micro_batch]
+
+
+def torch_order(positions, num_images, seed, epoch):
+    """Order of runs that began before data/order.py."""
+    return draw_permutation(num_images, derive_seed("order", seed, epoch))[positions]
+
+
+@functools.lru_cache(maxsize=1)
+def draw_permutation(num_images, seed):
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+ORDERS = {"full": full_order, "blocks": block_order, "randperm": torch_order}  # (positions, images, seed, epoch)
 
 
 def build_multicrop(args, compile=False):

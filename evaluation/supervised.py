@@ -221,7 +221,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16" and not network.frozen)
     objects = dict(network=network.heads if network.frozen else network, optimizer=optimizer, scaler=scaler)
     fixed = fixed | dict(epochs=args.epochs, seed=args.seed, crop_scale=list(args.crop_scale), num_images=len(images),
-                         global_batch_size=global_batch_size, image_size=args.image_size)
+                         global_batch_size=global_batch_size, image_size=args.image_size, shuffle="full")
     run = Run(output, "classification", objects, fixed, dict(precision=args.precision), {}, logger)
     first_step = run.start(args, total_steps)
 
@@ -234,7 +234,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
     multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
         args.image_size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0))
     keys = iter_batch_keys(first_step, total_steps, len(images), args.seed, args.batch_size_per_gpu, rank=rank,
-                           world_size=world_size)
+                           world_size=world_size, shuffle=run.fixed["shuffle"])
     loader = build_train_loader(images, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
     batches, signals = iter_on_device(loader, multicrop, device), StopSignals()
     logger.start_progress(first_step, total_steps)

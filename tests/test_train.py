@@ -389,8 +389,9 @@ def test_warmup_shrinks_with_few_epochs(flags, expected, capsys):
         args.epochs < 100 and ("warmup" not in flags or "--epochs 5 --warmup_epochs 10" in flags))
 
 
-def test_an_interrupted_run_equals_an_uninterrupted_one(small_shapes, tmp_path, monkeypatch):
-    flags = "--drop_path_rate 0.2 --epochs 3"
+@pytest.mark.parametrize("shuffle", ["full", "blocks"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(small_shapes, tmp_path, monkeypatch, shuffle):
+    flags = f"--drop_path_rate 0.2 --epochs 3 --shuffle {shuffle}"
     run(tmp_path / "whole", flags)
 
     class Killed(Exception):
@@ -424,6 +425,7 @@ def test_a_run_of_the_version_before_the_redesign_resumes(small_shapes, tmp_path
     expected = {line["step"]: line["loss"] for line in expected if "loss" in line}
     found = {line["step"]: line["loss"] for line in lines(tmp_path / "run") if "loss" in line}
     assert found.keys() == expected.keys() and found == pytest.approx(expected, abs=1e-5)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["fixed"]["shuffle"] == "randperm"
     teacher, expected = (load_file(path) for path in (tmp_path / "run" / "teacher.safetensors",
                                                       BEFORE / "teacher_uninterrupted.safetensors"))
     for name, value in expected.items():
@@ -611,7 +613,8 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ("--seed 1", "seed 0, not 1"), ("--batch_size_per_gpu 32", "global_batch_size 64, not 32"),
-    ("--norm_last_layer false", "norm_last_layer True, not False"), ("--embed_dim 64", "embed_dim 32, not 64")])
+    ("--norm_last_layer false", "norm_last_layer True, not False"), ("--embed_dim 64", "embed_dim 32, not 64"),
+    ("--shuffle blocks", "shuffle full, not blocks")])
 def test_another_run_is_not_continued(small_shapes, tmp_path, flags, words):
     run(tmp_path, "--epochs 1")
     before = (tmp_path / "checkpoint.pth").read_bytes()

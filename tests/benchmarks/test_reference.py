@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 from argparse import Namespace
@@ -70,10 +71,10 @@ def test_not_a_run_or_not_a_checkout(tmp_path, run):
 
 
 def test_order_of_images_is_that_of_train():
-    sampler = reference.EpochSampler(11, Namespace(batch_size_per_gpu=3, seed=5))
-    for epoch in (0, 1):
+    for shuffle, epoch in itertools.product(("full", "randperm"), (0, 1)):
+        sampler = reference.EpochSampler(11, Namespace(batch_size_per_gpu=3, seed=5, shuffle=shuffle))
         sampler.set_epoch(epoch)
-        keys = [key for batch in iter_batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3) for key in batch]
+        keys = [key for batch in iter_batch_keys(3 * epoch, 3 * epoch + 3, 11, 5, 3, shuffle=shuffle) for key in batch]
         assert list(sampler) == keys and len(sampler) == 9
         assert {e for e, _ in keys} == {epoch}
 

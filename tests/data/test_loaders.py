@@ -27,9 +27,11 @@ from data.loaders import (
 from data.shapes import Shapes
 
 
-def test_the_images_of_a_step_do_not_depend_on_how_it_is_divided():
+@pytest.mark.parametrize("shuffle", ["full", "blocks", "randperm"])
+def test_the_images_of_a_step_do_not_depend_on_how_it_is_divided(shuffle):
     def images_of(batch, accum, world_size):
-        ranks = [list(iter_batch_keys(0, 9, 50, 0, batch, accum, rank, world_size)) for rank in range(world_size)]
+        ranks = [list(iter_batch_keys(0, 9, 50, 0, batch, accum, rank, world_size, shuffle))
+                 for rank in range(world_size)]
         return [sorted(key for rank in ranks for part in rank[step * accum:(step + 1) * accum] for key in part)
                 for step in range(9)]
 
@@ -37,7 +39,18 @@ def test_the_images_of_a_step_do_not_depend_on_how_it_is_divided():
     assert whole == images_of(3, 1, 4) == images_of(3, 2, 2)
     assert len({index for _, index in sum(whole[:4], [])}) == 48  # an epoch shows no image twice
     assert whole[0] != whole[4] and {epoch for epoch, _ in whole[4]} == {1}
-    assert list(iter_batch_keys(5, 9, 50, 0, 12)) == list(iter_batch_keys(0, 9, 50, 0, 12))[5:]
+    assert list(iter_batch_keys(5, 9, 50, 0, 12, shuffle=shuffle)) == \
+        list(iter_batch_keys(0, 9, 50, 0, 12, shuffle=shuffle))[5:]
+
+
+def test_blocks_are_read_in_order():
+    """Of 192 blocks of 1,024 images, 64 are mixed, and each is read from front to back, around its end."""
+    keys = next(iter_batch_keys(0, 1, 192 * 1024, 0, 64 * 20, shuffle="blocks"))
+    by_block = {}
+    for _, index in keys:
+        by_block.setdefault(index // 1024, []).append(index % 1024)
+    steps = {(b - a) % 1024 for indices in by_block.values() for a, b in zip(indices, indices[1:])}
+    assert len(by_block) == 64 and steps == {1}
 
 
 def test_crops_depend_on_seed_epoch_and_index_only():
