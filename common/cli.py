@@ -254,7 +254,7 @@ def check_crop_flags(parser, args):
 
 # ---- running a command ----
 
-OPTIONAL_PACKAGES = ("matplotlib", "av", "timm")  # needed by some commands only
+OPTIONAL_PACKAGES = ("matplotlib", "av", "timm", "pyarrow", "fsspec", "aiohttp")  # needed by some commands only
 
 
 def run_command(main, parse_args, *errors):

@@ -4,24 +4,32 @@
     data = open_data("/photos")             # any folder of images, labels not needed
     data = open_data("cifar10:/root")       # torchvision dataset, downloaded to /root if missing
     data = open_data("shapes")              # built-in generated images with labels and masks
+    data = open_data("/data/train-{0000..1023}.tar")    # shards, see data/shards.py
+    data = open_data(["/photos", "/more"])  # one after the other, classes united by name
     image, label = data.train[0]            # PIL image in RGB; class index, or -1 without labels
 
 Indexing a corrupt image raises `ImageReadError`; data/loaders.py skips such images.
 """
 
+import bisect
 import hashlib
 import inspect
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from data.archives import is_url
 from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder
 from data.images import to_rgb, wrap_decode_errors
 from data.shapes import Shapes
+from data.shards import ShardDataset, is_source, split_parts
 
 
 class Data(NamedTuple):
@@ -33,38 +41,69 @@ class Data(NamedTuple):
     train: Dataset  # all training images, with or without labels
     train_labeled: Dataset | None  # labeled training images: the reference of k-NN, the training set of classifiers
     val: Dataset | None  # labeled held-out images: accuracies are computed on these
-    path: str  # absolute --data_path, valid from any working directory
+    path: str | list[str]  # absolute --data_path, valid from any working directory
     note: str  # "50,000 images of 10 classes in /data/train, 10,000 held out in /data/val"
 
 
-def open_data(data_path: str, download: bool = True, output_dir: str | None = None,
-              value_range: tuple[float, float] | None = None) -> Data:
+def open_data(data_path: str | Sequence[str], download: bool = True, output_dir: str | None = None,
+              value_range: tuple[float, float] | None = None, val_path: str | Sequence[str] | None = None,
+              cache_dir: str | None = None) -> Data:
     """Open the dataset that --data_path names.
 
     Args:
+        data_path: one, or several to be concatenated.
         download: allow torchvision to download; False for a data_path that comes from a file.
         output_dir: folder to which the command writes; not searched for images.
         value_range: black and white of images of more than 8 bits, see `ImageFolder`.
+        val_path: held-out images in folders or shards, in place of those that are found beside the others.
+        cache_dir: folder for the indices of shards, see data/shards.py.
 
     Raises:
         DataError: there is no such dataset, or no image in it can be read.
     """
-    name, _, argument = data_path.partition(":")
-    if os.path.exists(data_path):
-        return open_folder(data_path, output_dir, value_range)
+    parts = []
+    for paths in group_shards(data_path):
+        parts.append(open_paths(paths, download, output_dir, value_range, cache_dir, find_held_out=not val_path))
+        value_range = value_range or getattr(parts[-1].train, "value_range", None)
+    data = concatenate(parts) if len(parts) > 1 else parts[0]
+    if val_path:
+        classes = getattr(data.train, "classes", None)
+        if not classes:
+            raise DataError(f"--val_path {val_path}: the images in --data_path have no labels to compare with")
+        val = [keep_labeled(open_images(paths, output_dir, cache_dir, classes=classes, value_range=value_range))
+               for paths in group_shards(val_path)]
+        val = ConcatImages(val, [classes] * len(val), classes) if len(val) > 1 else val[0]
+        return data._replace(val=val, note=f"{data.note}, {len(val):,} held out in {describe(val_path)}")
+    if data.train_labeled is None or data.val is not None:
+        return data
+    labeled = data.train_labeled
+    return data._replace(
+        train_labeled=Subset(labeled, NotEveryTenth(len(labeled))), val=Subset(labeled, range(0, len(labeled), 10)),
+        note=f"{data.note}, every tenth held out for evaluation")
+
+
+def open_paths(paths, download, output_dir, value_range, cache_dir, find_held_out):
+    """Data of one path, or of several shards."""
+    name, _, argument = paths[0].partition(":")
+    if os.path.exists(paths[0]) or is_source(paths[0]):
+        return open_files(paths, output_dir, value_range, cache_dir, find_held_out)
     if name == "shapes":
         return open_shapes(argument)
     if argument:
         return open_torchvision(name, argument, download, value_range)
-    raise DataError(f"{data_path}: no such folder, torchvision set (NAME:ROOT) or 'shapes'")
+    raise DataError(f"{paths[0]}: no such folder, shard, torchvision set (NAME:ROOT) or 'shapes'")
 
 
-def data_name(data_path: str) -> str:
+def data_name(data_path: str | Sequence[str]) -> str:
     """Name of a dataset for file names: cifar10 of cifar10:/data, shapes-96 of shapes:96, the folder of a path."""
+    if not isinstance(data_path, str):
+        return f"{data_name(data_path[0])}+{len(data_path) - 1}"
     name, _, argument = data_path.partition(":")
-    if argument and not os.path.exists(data_path):
+    if argument and not os.path.exists(data_path) and not is_url(data_path):
         return f"{name}-{argument}" if argument.isdecimal() else name
     parent, name = os.path.split(os.path.abspath(data_path))
+    if not os.path.isdir(data_path) and is_source(data_path):
+        name = re.split(r"[{.]", name)[0].rstrip("-_")
     return (os.path.basename(parent) if name.lower() in TRAIN else name)[:40] or "data"
 
 
@@ -73,39 +112,157 @@ def trained_data_path(args, info):
 
     A path in somebody else's model file is opened only if the user passes it.
     """
-    path = str(info.get("data_path", ""))
-    return path if not args.ckpt or re.fullmatch(r"shapes(:\d+)?", path) else ""
+    path = info.get("data_path") or ""
+    return path if not args.ckpt or re.fullmatch(r"shapes(:\d+)?", str(path)) else ""
 
 
-def hold_out_every_tenth(train, path, note):
-    """Data of a labeled dataset without a held-out split."""
-    val, rest = range(0, len(train), 10), [i for i in range(len(train)) if i % 10]
-    return Data(train, Subset(train, rest), Subset(train, val), path, f"{note}, every tenth held out for evaluation")
+def describe(paths):
+    """One path, or the first of several and their number."""
+    return paths if isinstance(paths, str) else f"{paths[0]}" + f" and {len(paths) - 1} more" * (len(paths) > 1)
 
 
-# ---- folders ----
+# ---- several datasets as one, and parts of one ----
 
-def open_folder(root, output_dir=None, value_range=None):
-    """A folder of images; `train` beside `val` or the like is found whether root is that folder or the one above."""
-    root = os.path.abspath(root)
-    parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
-    parts = {name.lower(): os.path.join(parent, name) for name in next(os.walk(parent), ("", [], []))[1]}
-    held_out = [parts[name] for name in HELD_OUT if name in parts]
-    train_root = parts.get("train", parts.get("training", root)) if held_out and parent == root else root
-    held_out = held_out if train_root != parent else []  # they are not parts without one for training
-    train = ImageFolder(train_root, output_dir, value_range=value_range)
+def group_shards(paths):
+    """One or several paths -> lists of one, or of consecutive shards in one folder, as a shell makes of a pattern."""
+    def key(item):
+        number, path = item
+        is_shard = is_url(path) or (os.path.isfile(path) and is_source(path))
+        return (os.path.dirname(path), os.path.splitext(path)[1].lower()) if is_shard else number
+    paths = [paths] if isinstance(paths, str) else paths
+    return [[path for _, path in group] for _, group in itertools.groupby(enumerate(paths), key)]
+
+
+def concatenate(parts):
+    """One Data of several, with their classes united by name; what has no names of classes has no labels."""
+    names = [getattr(part.train, "classes", None) for part in parts]
+    classes = list(dict.fromkeys(itertools.chain.from_iterable(filter(None, names))))
+
+    def join(split):
+        kept = [(getattr(part, split), own) for part, own in zip(parts, names)]
+        kept = [(images, own) for images, own in kept if images is not None and (own or split == "train")]
+        return ConcatImages(*zip(*kept), classes) if kept else None
+
+    train, is_whole = join("train"), all(part.train is part.train_labeled for part in parts)
+    paths = [path for part in parts for path in ([part.path] if isinstance(part.path, str) else part.path)]
+    return Data(train, train if is_whole and classes else join("train_labeled"), join("val"), paths,
+                "; ".join(part.note for part in parts))
+
+
+class ConcatImages(Dataset):
+    """Several datasets, one after the other, with one list of classes.
+
+    Args:
+        parts: datasets.
+        part_classes: for each, the names of its classes, None for one without labels.
+        classes: all names.
+    """
+
+    def __init__(self, parts, part_classes, classes):
+        number = {name: i for i, name in enumerate(classes)}
+        self.parts, self.ends = parts, [*itertools.accumulate(map(len, parts))]
+        self.class_maps = [[*(number[name] for name in own), -1] if own else None for own in part_classes]
+        self.classes = classes or None
+        self.value_range = next(filter(None, (getattr(part, "value_range", None) for part in parts)), None)
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitem__(self, i):
+        return self.read_reduced(i)
+
+    def find(self, i):
+        """Number of the part that image i is in, and its index there."""
+        i = range(len(self))[i]
+        part = bisect.bisect_right(self.ends, i)
+        return part, i - self.ends[part] + len(self.parts[part])
+
+    def read_reduced(self, i, reduction=None):
+        """Image i, downsampled while decoding by `reduction` (see read_image) where its dataset can, and its label."""
+        part, i = self.find(i)
+        image, label = read_reduced(self.parts[part], i, reduction)
+        return image, self.class_maps[part][label] if self.class_maps[part] else -1
+
+    def name(self, i):
+        part, i = self.find(i)
+        return name_image(self.parts[part], i)
+
+
+class NotEveryTenth(Sequence):
+    """Indices below n but for 0, 10, 20 ..., without a list of them."""
+
+    def __init__(self, n):
+        self.numbers = range(n - -(-n // 10))
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        i = self.numbers[i]
+        return i + i // 9 + 1
+
+
+def keep_labeled(images):
+    """The images of a dataset that have labels."""
+    return Subset(images, np.flatnonzero(images.labels >= 0)) if getattr(images, "unlabeled", 0) else images
+
+
+def read_reduced(images, i, reduction=None):
+    """Image i of any dataset, downsampled by `reduction`, while decoding if its dataset can, and its label."""
+    while isinstance(images, Subset):
+        images, i = images.dataset, images.indices[i]
+    if hasattr(images, "read_reduced"):
+        return images.read_reduced(i, reduction)
+    image, label = images[i]
+    factor = reduction(*image.size) if reduction else 1
+    return image.reduce(factor) if factor > 1 else image, label
+
+
+def name_image(images, i):
+    """Path of image i of any dataset; its index in one that has no files."""
+    while isinstance(images, Subset):
+        images, i = images.dataset, images.indices[i]
+    return images.name(i) if hasattr(images, "name") else i
+
+
+# ---- folders and shards ----
+
+def open_images(paths, output_dir=None, cache_dir=None, **options):
+    """One folder of images, or shards, as a dataset; for the options see `ImageFolder` and `ShardDataset`."""
+    if is_source(paths[0]):
+        return ShardDataset(paths, cache_dir, **options)
+    return ImageFolder(paths[0], output_dir, **options)
+
+
+def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_held_out=True):
+    """A folder of images, or shards; `train` beside `val` or the like is found whether the path is `train` or above."""
+    paths = [path if is_url(path) else os.path.abspath(path) for path in paths]
+    root, held_out, options = paths[0], [], dict(value_range=value_range)
+    if os.path.isdir(root):
+        parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
+        parts = {name.lower(): os.path.join(parent, name) for name in next(os.walk(parent), ("", [], []))[1]}
+        held_out = [[parts[name]] for name in HELD_OUT if name in parts]
+        train_root = parts.get("train", parts.get("training", root)) if held_out and parent == root else root
+        held_out = held_out if train_root != parent else []  # they are not parts without one for training
+        paths = [train_root]
+    if is_source(paths[0]) and not held_out:
+        options["part"], held_out = split_parts(paths)
+    train = open_images(paths, output_dir, cache_dir, **options)
     values = ", values {:g} (black) to {:g} (white)".format(*train.value_range) if train.value_range else ""
+    where, path = f"{describe(paths)}{train.passed_over}{values}", paths if len(paths) > 1 else root
     if train.classes is None:
-        note = f"{len(train):,} images in {train_root}{train.passed_over}{values}, no labels"
-        return Data(train, None, None, root, ", not used: ".join([note, *held_out]))
-    note = f"{len(train):,} images of {len(train.classes)} classes in {train_root}{train.passed_over}{values}"
-    for path in held_out:
+        note = f"{len(train):,} images in {where}, no labels"
+        return Data(train, None, None, path, ", not used: ".join([note, *map(describe, held_out)]))
+    labeled, note = keep_labeled(train), f"{len(train):,} images of {len(train.classes)} classes in {where}"
+    for other in held_out if find_held_out else ():
         try:
-            val = ImageFolder(path, output_dir, train.classes, train.value_range)
-            return Data(train, train, val, root, f"{note}, {len(val):,} held out in {path}{val.passed_over}")
+            val = open_images(other, output_dir, cache_dir, classes=train.classes, value_range=train.value_range)
         except DataError as error:
             note += f", not used: {error}"
-    return hold_out_every_tenth(train, root, note)
+        else:
+            note += f", {len(val):,} held out in {describe(other)}{val.passed_over}"
+            return Data(train, labeled, keep_labeled(val), path, note)
+    return Data(train, labeled, None, path, note)
 
 
 def hash_images(images, samples=1000):
@@ -146,7 +303,7 @@ def open_torchvision(name, root, download=True, value_range=None):
         return Data(train, None, None, path, f"{note}, no class labels")
     if val:
         return Data(train, train, val[0], path, f"{note}, {len(val[0]):,} held out")
-    return hold_out_every_tenth(train, path, note)
+    return Data(train, train, None, path, note)
 
 
 class TorchvisionDataset(Dataset):

@@ -67,8 +67,11 @@ class ImageFolder(Dataset):
 
     def read_reduced(self, i, reduction=None):
         """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
-        path = os.path.join(self.root, self.files[i])
-        return read_image(path, reduction, value_range=self.value_range), self.labels[i]
+        return read_image(self.name(i), reduction, value_range=self.value_range), self.labels[i]
+
+    def name(self, i):
+        """Path of image i."""
+        return os.path.join(self.root, self.files[i])
 
 
 def iter_images(root, passed_over, output_dir=None):

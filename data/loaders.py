@@ -29,6 +29,7 @@ from torchvision.transforms import functional as TF
 from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, EvalTransform, MultiCrop
 from common.checkpoint import iter_tensors
 from common.distributed import TIMEOUT_MINUTES
+from data.datasets import read_reduced
 from data.order import block_order, full_order
 
 MAX_CORRUPT_IN_A_ROW = 1000  # images; more means that the storage fails, not the images
@@ -99,23 +100,12 @@ class MultiCropDataset(torch.utils.data.Dataset):
         corrupt = []
         for i in range(index, index + min(len(self.images), MAX_CORRUPT_IN_A_ROW)):
             try:
-                image, label = self.read(i % len(self.images))
+                image, label = read_reduced(self.images, i % len(self.images), self.multicrop.reduction)
             except OSError as error:
                 corrupt.append(str(error))
                 continue
             return self.make_crops(image, key=(self.seed, epoch, index)), label, corrupt
         raise OSError(f"{len(corrupt)} images in a row cannot be read; the last: {corrupt[-1]}")
-
-    def read(self, i):
-        """Image i, downsampled while decoding as far as the crops allow, and its label."""
-        images = self.images
-        while isinstance(images, torch.utils.data.Subset):
-            images, i = images.dataset, images.indices[i]
-        if hasattr(images, "read_reduced"):
-            return images.read_reduced(i, self.multicrop.reduction)
-        image, label = images[i]
-        factor = self.multicrop.reduction(*image.size)
-        return image.reduce(factor) if factor > 1 else image, label
 
 
 def collate_crops(samples):
@@ -166,8 +156,10 @@ def iter_on_device(loader, multicrop, device):
 
 def random_subset(images, max_images):
     """At most `max_images` of the images, the same ones every time."""
-    indices = random.Random(0).sample(range(len(images)), min(max_images, len(images)))
-    return torch.utils.data.Subset(images, sorted(indices))
+    indices = range(len(images))
+    if max_images < len(images):
+        indices = sorted(random.Random(0).sample(indices, max_images))
+    return torch.utils.data.Subset(images, indices)
 
 
 def normalize(image):

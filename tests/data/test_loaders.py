@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 from augment import BatchMultiCrop, MultiCrop
 from common.cli import explain_runtime_error, run_command
 from data import loaders
-from data.datasets import ImageFolder
+from data.datasets import ImageFolder, read_reduced
 from data.loaders import (
     MultiCropDataset,
     build_eval_loader,
@@ -106,7 +106,7 @@ def test_subsets_of_a_folder_are_reduced_while_decoding_too(tmp_path, scene):
     tree = ImageFolder(str(tmp_path))
     part = torch.utils.data.Subset(torch.utils.data.Subset(tree, [0]), [0])
     multicrop = MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2)
-    one, two = (MultiCropDataset(images, multicrop, 0).read(0)[0] for images in (tree, part))
+    one, two = (read_reduced(images, 0, multicrop.reduction)[0] for images in (tree, part))
     assert one.size == two.size and one.width < 970 and one.tobytes() == two.tobytes()
     assert two.tobytes() != tree[0][0].reduce(970 // one.width).tobytes()  # a JPEG is not decoded at full size
 
@@ -116,7 +116,7 @@ def test_large_images_are_reduced_from_any_dataset(tmp_path, scene):
     multicrop.reduction = lambda width, height: 4 if (width, height) == (970, 610) else 1
     scene.resize((970, 610)).save(tmp_path / "a.png")
     tree = ImageFolder(str(tmp_path))
-    (one, _), (two, _) = (MultiCropDataset(images, multicrop, 0).read(0) for images in (tree, [tree[0]]))
+    (one, _), (two, _) = (read_reduced(images, 0, multicrop.reduction) for images in (tree, [tree[0]]))
     assert one.size == two.size == (243, 153) and one.tobytes() == two.tobytes() == tree[0][0].reduce(4).tobytes()
 
 
@@ -132,7 +132,7 @@ def test_a_disk_that_vanishes_ends_the_run(monkeypatch):
     tried = []
     monkeypatch.setattr(loaders, "MAX_CORRUPT_IN_A_ROW", 5)
     with pytest.raises(OSError, match="5 images in a row cannot be read; the last: 11.jpg: gone"):
-        MultiCropDataset(Gone(), None, seed=0)[0, 7]
+        MultiCropDataset(Gone(), MultiCrop(8, (0.4, 1), 4, (0.1, 0.4), 2), seed=0)[0, 7]
     assert tried == [7, 8, 9, 10, 11]
 
 

@@ -1,0 +1,366 @@
+"""Images inside tar, zip and Parquet files and lists of paths: where they lie, and their bytes. Nothing is extracted.
+
+    members, keys, names, passed_over = scan_shard("/data/train-0000.tar")
+    data = read_member("/data/train-0000.tar", members[0])
+
+Archives may come from anyone: links, devices, sparse and encrypted files, names with `..` and whatever declares more
+than MAX_BYTES are passed over, and inflating stops at the size that the archive declares.
+"""
+
+import bisect
+import csv
+import functools
+import io
+import itertools
+import json
+import os
+import re
+import struct
+import tarfile
+import time
+import zipfile
+import zlib
+from collections import Counter
+
+import numpy as np
+
+from data.folders import SYSTEM_FOLDERS, DataError
+from data.images import EXTENSIONS
+
+MAX_BYTES = 2**29  # of a file in an archive, deflated or not
+MAX_TEXT = 2**20  # bytes of a header, a .cls or a .json
+URL_TRIES = 5
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+
+STORED, DEFLATED, ROW, PATH = range(4)  # how an image is kept: bytes, deflated bytes, row of Parquet, file of its own
+MEMBER = np.dtype([
+    ("shard", "<i4"), ("method", "u1"),
+    ("offset", "<i8"), ("size", "<u4"),  # bytes in the shard; offset is the row in Parquet
+    ("length", "<u4"),  # bytes after inflation
+    ("name", "<i4"), ("label", "<i4"),  # line of the table of names; class, or -1
+    ("key_end", "<i8")])  # the key is between the end of the one before and this
+
+
+def is_url(path: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
+# ---- reading ----
+
+def read_member(path: str, member: np.void) -> bytes:
+    """The bytes of an image of a shard.
+
+    Args:
+        member: MEMBER of scan_shard, of any method but PATH.
+
+    Raises:
+        OSError, ValueError, zlib.error: the shard is missing, truncated or corrupt.
+    """
+    method, offset, size, length = (member[field].item() for field in ("method", "offset", "size", "length"))
+    if method == ROW:
+        return read_row(path, offset)
+    data = read_bytes(path, offset, size)
+    return inflate(data, length) if method == DEFLATED else data
+
+
+def read_bytes(path, offset, size):
+    if is_url(path):
+        data = call_url(path, lambda files, name: files.cat_file(name, start=offset, end=offset + size))
+    elif hasattr(os, "pread"):  # processes that share a descriptor do not share a position
+        data = os.pread(open_file(os.getpid(), path).fileno(), size, offset)
+    else:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
+    if len(data) > size:
+        raise DataError(f"{path}: the server does not support range requests")
+    if len(data) < size:
+        raise ValueError(f"truncated shard, {len(data)} of {size} bytes")
+    return data
+
+
+@functools.lru_cache(maxsize=128)
+def open_file(process, path):
+    """File that one process uses; closed when 128 others were opened since it was used."""
+    return open(path, "rb", buffering=0)
+
+
+def inflate(data, length):
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = inflater.decompress(data, length + 1)
+    if len(data) != length or not inflater.eof:
+        raise ValueError(f"does not inflate to {length} bytes")
+    return data
+
+
+def call_url(url, call):
+    """call(file system of fsspec, path there), repeated after a pause while the connection fails."""
+    import fsspec
+    for attempt in range(URL_TRIES):
+        try:
+            return call(*fsspec.core.url_to_fs(url))
+        except (ImportError, ValueError) as error:  # no such protocol, no range requests
+            raise DataError(f"{url}: {error}") from None
+        except Exception as error:  # every protocol has errors of its own; fsspec has no file where no server answers
+            message = f"{type(error).__name__}: {error}"
+            time.sleep(0.1 * 2**attempt)
+    raise DataError(f"{url}: {URL_TRIES} tries failed, the last: {message}")
+
+
+class UrlFile(io.RawIOBase):
+    """Seekable file at a URL, read by range requests."""
+
+    def __init__(self, url):
+        self.url, self.position = url, 0
+        self.size = call_url(url, lambda files, name: files.size(name))
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def readinto(self, buffer):
+        size = max(min(len(buffer), self.size - self.position), 0)
+        buffer[:size] = read_bytes(self.url, self.position, size) if size else b""
+        self.position += size
+        return size
+
+
+# ---- scanning ----
+
+def scan_shard(path: str) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Counter]:
+    """Find the images of a shard.
+
+    Returns:
+        members: MEMBER [N]; shard is 0 and label -1, which are for an index to fill in.
+        keys: UTF-8 (surrogateescape) names of the images, one after the other.
+        names: table of (is_label, name): a label, or else the top folder of the image, "" if there is none.
+        passed_over: {kind: number} of whatever else the shard holds.
+
+    Raises:
+        DataError: the shard cannot be read at present (permissions, network), or is a compressed tar.
+    """
+    keys, names, passed_over = bytearray(), {}, Counter()
+    scans = {".tar": scan_tar, ".zip": scan_zip, ".parquet": scan_parquet}
+    scan = scans.get(os.path.splitext(path)[1].lower(), scan_list)
+
+    def iter_members():
+        try:
+            for key, method, offset, size, length, name in scan(path, passed_over):
+                keys.extend(key.encode("utf-8", "surrogateescape"))
+                yield 0, method, offset, size, length, names.setdefault(name, len(names)), -1, len(keys)
+        except (DataError, ImportError):
+            raise
+        except Exception as error:  # hostile archives raise nearly anything
+            if isinstance(error, OSError) and error.errno:  # pyarrow raises OSError for corrupt files
+                raise DataError(f"{path}: {error.strerror}") from None
+            passed_over["corrupt or truncated shard(s)"] += 1
+
+    members = np.fromiter(iter_members(), MEMBER)
+    return members, bytes(keys), list(names), passed_over
+
+
+def scan_tar(path, passed_over):
+    with HeaderReader(UrlFile(path), 2**22) if is_url(path) else HeaderReader(io.FileIO(path)) as file:
+        start = file.read(6)
+        for magic, command in COMPRESSED.items():
+            if start.startswith(magic):
+                raise DataError(f"{path}: a compressed tar has no random access, decompress it ({command})")
+        end = file.seek(0, io.SEEK_END)
+        yield from group_samples(iter_tar(file, 0, end, passed_over), file, passed_over)
+
+
+class HeaderReader(io.BufferedReader):
+    """File that reads no more than MAX_TEXT bytes at once, whatever a header declares."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= MAX_TEXT:
+            raise ValueError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def iter_tar(file, start, end, passed_over, label=None):
+    """Yield (name, method, offset, size, length, label) of the files of a tar from `start` to `end` of a file.
+
+    A tar inside gives its files, with its stem as their label.
+    """
+    try:
+        file.seek(start)
+        tar = tarfile.TarFile(fileobj=file)
+        while (member := tar.next()) is not None and member.offset < end:
+            tar.members.clear()  # would hold all of them
+            name, offset, size = member.name, member.offset_data, member.size
+            is_file = member.isfile() and not member.issparse()
+            if not member.offset < tar.offset < end + tarfile.BLOCKSIZE or (is_file and offset + size > end):
+                raise ValueError("truncated, or a size that leads back")
+            if not is_file:
+                passed_over["link(s), device(s), sparse file(s)"] += not member.isdir()
+            elif label is None and name.lower().endswith(".tar"):
+                yield from iter_tar(file, offset, offset + size, passed_over, os.path.basename(name)[:-4])
+            elif is_usable(name, size, passed_over):
+                yield name, STORED, offset, size, size, label
+        file.seek(tar.offset)
+        if member is None and tar.offset < end and any(file.read(tarfile.BLOCKSIZE)):
+            raise ValueError("corrupt header")  # where tarfile ends without an error
+    except (DataError, OSError):
+        raise
+    except Exception:  # the files before it are whole
+        passed_over["corrupt or truncated tar(s)"] += 1
+
+
+def scan_zip(path, passed_over):
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        end = os.fstat(file.fileno()).st_size
+        yield from group_samples(iter_zip(file, archive, end, passed_over), file, passed_over)
+
+
+def iter_zip(file, archive, end, passed_over):
+    """Yield (name, method, offset, size, length, None) of the files of a zip."""
+    methods = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
+    for info in archive.infolist():
+        size, length = info.compress_size, info.file_size
+        name = info.filename.replace("\\", "/")  # of archivers on Windows
+        if info.flag_bits & 1 or info.compress_type not in methods:
+            passed_over["encrypted or compressed otherwise"] += 1
+        elif info.external_attr >> 28 == 0o12:  # S_IFLNK
+            passed_over["link(s), device(s), sparse file(s)"] += 1
+        elif not info.is_dir() and is_usable(name, max(size, length), passed_over):
+            file.seek(info.header_offset)
+            signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30).ljust(30))
+            offset = info.header_offset + 30 + name_length + extra_length
+            if signature != b"PK\3\4" or offset + size > end or (info.compress_type == 0 and size != length):
+                passed_over["corrupt or truncated"] += 1
+            else:
+                yield name, methods[info.compress_type], offset, size, length, None
+
+
+def is_usable(name, length, passed_over):
+    """Whether a file in an archive has a plain name and size; counts it otherwise."""
+    parts = name.removeprefix("./").split("/")
+    system = next((part for part in parts[:-1] if part.lower() in SYSTEM_FOLDERS), None)
+    kind = ("unsafe name(s)" if name.startswith("/") or ".." in parts else
+            "hidden" if any(part.startswith(".") for part in parts) else
+            f"{system}/" if system else
+            f"file(s) above {MAX_BYTES >> 20} MB" if length > MAX_BYTES else None)
+    passed_over.update([kind] if kind else [])
+    return kind is None
+
+
+def group_samples(files, shard, passed_over):
+    """Files of an archive -> (key, method, offset, size, length, name) of its images, see scan_shard.
+
+    Consecutive files whose names agree up to the first dot of the base name are one sample, as in WebDataset.
+    """
+    files = ((name.removeprefix("./"), *rest) for name, *rest in files)
+    for key, sample in itertools.groupby(files, lambda file: re.match("(?s)(.*/)?[^/.]*", file[0])[0]):
+        images, label = [], None
+        for file in sample:
+            name, *place, tar_label = file
+            ending = os.path.splitext(name)[1].lower()
+            if ending in EXTENSIONS:
+                images.append(file)
+            elif name in (f"{key}.cls", f"{key}.json"):
+                label = read_label(shard, ending, *place, passed_over) or label
+            else:
+                passed_over[ending or "without ending"] += 1
+        if label:  # KEY.seg.png is no image of the sample
+            images = [file for file in images if file[0] == key + os.path.splitext(file[0])[1]] or images
+        for name, *place, tar_label in images:
+            folder = name.partition("/")[0] if "/" in name else ""
+            yield name, *place, (True, label or tar_label) if label or tar_label else (False, folder)
+
+
+def read_label(file, ending, method, offset, size, length, passed_over):
+    """Class name in a .cls or .json, None if there is none."""
+    position = file.tell()
+    try:
+        if max(size, length) > MAX_TEXT:
+            raise ValueError("too long")
+        file.seek(offset)
+        text = file.read(size)
+        text = (inflate(text, length) if method == DEFLATED else text).decode()
+        return to_label(text if ending == ".cls" else json.loads(text).get("label"))
+    except (ValueError, AttributeError, RecursionError, zlib.error):  # AttributeError: JSON, but no object
+        passed_over[f"corrupt {ending}"] += 1
+    finally:
+        file.seek(position)
+
+
+def to_label(value):
+    """Class name of an integer or text; None for -1, an empty text, and what is no single class."""
+    value = str(value).strip() if isinstance(value, (int, str)) else ""
+    return None if value in ("", "-1") else value
+
+
+def scan_list(path, passed_over):
+    """Lines `path` or `path,label` of a text file; a first line that names its columns may name more."""
+    columns = (0, 1)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for number, row in enumerate(csv.reader(file, skipinitialspace=True)):
+            names = [name.lower() for name in row]
+            if number == 0 and (heads := {"path", "file_name", "filename", "image"} & {*names}):
+                columns = names.index(heads.pop()), names.index("label") if "label" in names else len(names)
+            elif row and (len(row) <= max(2, *columns) + 1) and len(row) > columns[0] and row[columns[0]]:
+                label = to_label(row[columns[1]]) if len(row) > columns[1] else None
+                yield row[columns[0]], PATH, 0, 0, 0, (True, label) if label else (False, "")
+            else:
+                passed_over["line(s) that are not path,label"] += bool(row)
+
+
+# ---- Parquet ----
+
+def scan_parquet(path, passed_over):
+    file, _, column, field = open_parquet(os.getpid(), path)
+    schema = file.schema_arrow
+    features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
+    names = (features.get("label") or {}).get("names") or []
+    columns = ["label"] * ("label" in schema.names)
+    if field and schema.field(column).type.get_field_index("path") >= 0:
+        columns.append(f"{column}.path")
+    row = 0
+    for group in range(file.num_row_groups):
+        values = file.read_row_group(group, columns, use_threads=False).to_pydict() if columns else {}
+        num_rows = file.metadata.row_group(group).num_rows
+        for label, image in zip(values.get("label", [None] * num_rows), values.get(column, [None] * num_rows)):
+            if isinstance(label, int) and 0 <= label < len(names):
+                label = names[label]
+            label, key = to_label(label), (image or {}).get("path") or f"row {row}"
+            yield key, ROW, row, 0, 0, (True, label) if label else (False, "")
+            row += 1
+
+
+@functools.lru_cache(maxsize=8)
+def open_parquet(process, path):
+    """ParquetFile, first row of each row group, column of the images, "bytes" if that is a struct or None."""
+    import pyarrow
+    import pyarrow.parquet
+    file = pyarrow.parquet.ParquetFile(path)
+    sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    binary = (pyarrow.binary(), pyarrow.large_binary())
+    for column in sorted(file.schema_arrow, key=lambda column: column.name != "image"):
+        kind = column.type
+        is_struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if kind in binary or is_struct and kind.field("bytes").type in binary:
+            return file, [0, *itertools.accumulate(sizes)], column.name, "bytes" if is_struct else None
+    raise DataError(f"{path}: no column of images (binary, or a struct with `bytes`)")
+
+
+@functools.lru_cache(maxsize=2)
+def read_row_group(process, path, group):
+    file, _, column, field = open_parquet(process, path)
+    return file.read_row_group(group, [f"{column}.{field}" if field else column], use_threads=False)[column]
+
+
+def read_row(path, row):
+    _, starts, _, field = open_parquet(os.getpid(), path)
+    group = bisect.bisect_right(starts, row) - 1
+    value = read_row_group(os.getpid(), path, group)[row - starts[group]].as_py()
+    data = value["bytes"] if field and value else value
+    if data is None:
+        raise ValueError("null")
+    return data

@@ -1,0 +1,444 @@
+"""Datasets inside archives: a memory-mapped index of their images, built once.
+
+    images = ShardDataset(["/data/in1k/train-{0000..1023}.tar"])
+    image, label = images[0]                      # PIL image in RGB; class index, or -1 without labels
+
+    python -m data.shards index /data/in1k --output /data/in1k/train.shardindex     # stays beside the shards
+
+A source is a shard, a folder of shards, a brace pattern, the URL of a tar, or an index. Shards are .tar files in
+WebDataset layout (KEY.jpg with KEY.cls, or `label` in KEY.json), with one folder per class, or with one tar per class
+inside as ILSVRC2012_img_train.tar; .zip files of the same layouts; .parquet files of the `datasets` library; .csv and
+.txt files with lines `path` or `path,label`. data/archives.py reads them.
+
+The index is one file of arrays: a record per image, the keys, a header. Forked workers share its pages, and nothing
+per image is a Python object. It is kept in the user's cache folder, or where its owner put it beside the shards.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import multiprocessing
+import operator
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from data.archives import MEMBER, PATH, call_url, is_url, read_member, scan_shard
+from data.folders import HELD_OUT, TRAIN, DataError, describe_passed_over
+from data.images import EXTENSIONS, find_common_range, open_image, read_image, read_or_message, wrap_decode_errors
+
+INDEX_ENDING = ".shardindex"
+FOLDER_ENDINGS = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz")  # a folder's shards have the first that occurs
+ENDINGS = (*FOLDER_ENDINGS, ".csv", ".txt")
+MAGIC = b"images 2"
+MAX_SHARDS = 10**6
+MAX_CORRUPT_AT_START = 1000
+describe_shard = operator.itemgetter("path", "size", "changed")
+
+
+# ---- sources ----
+
+def is_source(path: str) -> bool:
+    """Whether a path names shards. A folder of shards holds neither images nor folders."""
+    if not os.path.isdir(path):
+        return is_url(path) or path.lower().endswith((INDEX_ENDING, *ENDINGS))
+    has_others = any(not entry.name.startswith(".") and (
+        entry.is_dir() or os.path.splitext(entry.name)[1].lower() in EXTENSIONS) for entry in os.scandir(path))
+    return not has_others and bool(find_shards(path))
+
+
+def find_shards(source: str) -> list[str]:
+    """Absolute paths, or URLs, of the shards of a source; [] for a folder that holds none.
+
+    Raises:
+        DataError: a shard is missing, or of no known kind.
+    """
+    if source.endswith(INDEX_ENDING):
+        return [shard["path"] for shard in ShardIndex.open(source).shards]
+    if os.path.isdir(source):
+        files = sorted(entry.path for entry in os.scandir(os.path.abspath(source))
+                       if entry.is_file() and not entry.name.startswith("."))
+        by_ending = ([file for file in files if file.lower().endswith(ending)] for ending in FOLDER_ENDINGS)
+        return next(filter(None, by_ending), [])
+    paths = [source] if os.path.exists(source) else expand_braces(source)
+    if not is_url(source):
+        paths = [os.path.abspath(path) for path in paths]
+        missing = [path for path in paths if not os.path.isfile(path)]
+        if missing:
+            raise DataError(f"{source}: {len(missing)} of {len(paths)} shards do not exist, the first is {missing[0]}")
+    for path in paths:
+        if not path.lower().endswith(".tar" if is_url(path) else ENDINGS):
+            raise DataError(f"{path}: unknown kind of shard, known are {' '.join(ENDINGS)}, and .tar at URLs")
+    return paths
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """"a-{00..11}.{tar,zip}" -> its 24 names, as shells do."""
+    names = [pattern]
+    while match := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", names[0]):
+        first, last, alternatives = match.groups()
+        options = alternatives.split(",") if alternatives else range(int(first), int(last) + 1)
+        if not 0 < len(options) * len(names) <= MAX_SHARDS:
+            raise DataError(f"{pattern}: {match[0]} makes it 0 shards, or more than {MAX_SHARDS:,}")
+        width = max(len(first), len(last)) if first and first.startswith("0") and first != "0" else 0
+        names = [name.replace(match[0], str(option).zfill(width) if first else option, 1)
+                 for name in names for option in options]
+    return names
+
+
+def find_part(path):
+    """Which part of a dataset the name of a shard states: "train" of in1k-train-0007.tar; None if it states none."""
+    words = re.split("[^a-z]+", os.path.basename(path).lower())
+    return next((word for word in words if word in (*TRAIN, *HELD_OUT)), None)
+
+
+def split_parts(sources):
+    """Training part of sources by the names of shards, and the shards of each held-out part beside them; None, []."""
+    shards = [path for source in sources for path in find_shards(source)]
+    parts, folder, ending = {*map(find_part, shards)}, *os.path.split(shards[0] if shards else "")
+    part, is_folder = next((part for part in TRAIN if part in parts), None), os.path.isdir(sources[0])
+    if part is None or is_url(folder) or (len(parts) > 1 and not is_folder):
+        return None, []
+    ending = os.path.splitext(ending)[1]
+    beside = shards if is_folder else sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}")))
+    held_out = [[path for path in beside if find_part(path) == other] for other in HELD_OUT]
+    return (part, [*filter(None, held_out)]) if any(held_out) else (None, [])
+
+
+def list_shards(sources, part=None):
+    """[{path, size, changed}] of all shards of some sources, or of those whose names state a part."""
+    paths = [path for source in sources for path in find_shards(source) if part in (None, find_part(path))]
+    if not paths:
+        raise DataError(f"{' '.join(sources)}: no shards ({' '.join(FOLDER_ENDINGS[:3])})")
+    with concurrent.futures.ThreadPoolExecutor(16) as executor:
+        return [dict(path=path, size=size, changed=changed)
+                for path, (size, changed) in zip(paths, executor.map(stat_shard, paths))]
+
+
+def stat_shard(path):
+    """(bytes, time or tag of the last change) of a shard."""
+    if is_url(path):
+        info = call_url(path, lambda files, name: files.info(name))
+        return info["size"], str([info.get(key) for key in ("ETag", "Last-Modified", "LastModified", "mtime")])
+    try:
+        return (status := os.stat(path)).st_size, status.st_mtime_ns
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+# ---- index ----
+
+class ShardIndex:
+    """Where each image lies, in memory-mapped arrays.
+
+    Arrays are for whole sets. `read` takes single images from the file instead: a process that touches the arrays at
+    random seems to hold all of them, 5 GB for 10^8 images.
+
+    Attributes:
+        members: data.archives.MEMBER [N].
+        shards: [{path, size, changed, count, passed_over}].
+        names: the table that `name` of a member refers to: [is_label, name].
+        classes: names of the classes, sorted; [] without labels.
+        unlabeled: number of images without a label.
+    """
+
+    def __init__(self, members, keys, file, shards, names, classes, unlabeled):
+        self.members, self.keys, self.file = members, keys, file
+        self.shards, self.names, self.classes, self.unlabeled = shards, names, classes, unlabeled
+        self.starts = [0, *itertools.accumulate(shard["count"] for shard in shards)]
+
+    @classmethod
+    def open(cls, path: str, changed: int | None = None) -> "ShardIndex":
+        """Map an index file.
+
+        Args:
+            changed: time of its last change, in nanoseconds, if it must be that one.
+
+        Raises:
+            DataError: it is missing or no complete index of this version.
+        """
+        try:
+            file = open(path, "rb", buffering=0)  # noqa: SIM115, stays open for `read`
+            is_index = file.read(len(MAGIC)) == MAGIC
+            tail = file.seek(-8 - len(MAGIC), os.SEEK_END)
+            start = int.from_bytes(file.read(8), "little")
+            if not is_index or file.read() != MAGIC:
+                raise ValueError("incomplete, or no index of this version")
+            if changed not in (None, os.fstat(file.fileno()).st_mtime_ns):
+                raise ValueError("rebuilt by another process")
+            file.seek(start)
+            header = json.loads(file.read(tail - start))
+            count = sum(shard["count"] for shard in header["shards"])
+            key_start = len(MAGIC) + count * MEMBER.itemsize
+            members = np.memmap(file, MEMBER, "r", len(MAGIC), count).view(np.ndarray)
+            keys = np.memmap(file, np.uint8, "r", key_start, start - key_start).view(np.ndarray)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise DataError(f"{path}: {error}") from None
+        for shard in header["shards"]:
+            if not is_url(shard["path"]):
+                shard["path"] = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), shard["path"]))
+        return cls(members, keys, file, **header)
+
+    def __reduce__(self):  # spawned workers map the same file
+        return ShardIndex.open, (self.file.name, os.fstat(self.file.fileno()).st_mtime_ns)
+
+    def __len__(self):
+        return len(self.members)
+
+    def read(self, i: int) -> tuple[np.void, str]:
+        """Member and key of image i."""
+        i = range(len(self))[i]
+        first, size = max(i - 1, 0), MEMBER.itemsize
+        has_pread = hasattr(os, "pread")
+        if has_pread:
+            data = os.pread(self.file.fileno(), (i + 1 - first) * size, len(MAGIC) + first * size)
+        members = np.frombuffer(data, MEMBER) if has_pread else self.members[first:i + 1]
+        start, end = members["key_end"][0].item() if i else 0, members["key_end"][-1].item()
+        if has_pread:
+            key = os.pread(self.file.fileno(), end - start, len(MAGIC) + self.members.nbytes + start)
+        else:
+            key = self.keys[start:end].tobytes()
+        return members[-1], key.decode("utf-8", "surrogateescape")
+
+    def part(self, number):
+        """What scan_shard returned for one shard."""
+        start, end = self.starts[number:number + 2]
+        key_start, key_end = (self.members["key_end"][i - 1].item() if i else 0 for i in (start, end))
+        members = self.members[start:end].copy()
+        members["key_end"] -= key_start
+        used, members["name"] = np.unique(members["name"], return_inverse=True)
+        names = [tuple(self.names[name]) for name in used]
+        return members, self.keys[key_start:key_end].tobytes(), names, Counter(self.shards[number]["passed_over"])
+
+
+def open_index(sources: list[str], cache_dir: str | None = None, part: str | None = None,
+               num_workers: int | None = None) -> ShardIndex:
+    """Open the index of all shards of some sources; build it, or the part of it whose shards have changed.
+
+    Args:
+        cache_dir: folder for the index; default: dino/ in the user's cache folder.
+        part: see `list_shards`.
+
+    Raises:
+        DataError: no shards, no images in them, or the folder is not writable.
+    """
+    shards = list_shards(sources, part)
+    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dino")
+    key = [part or "", *(source if is_url(source) else os.path.abspath(source) for source in sources)]
+    digest = hashlib.sha256("\0".join(key).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    path, beside = os.path.join(cache_dir, digest + INDEX_ENDING), os.path.dirname(shards[0]["path"])
+    previous = []
+    for candidate in (path, *sorted(glob.glob(os.path.join(glob.escape(beside), f"*{INDEX_ENDING}"))),
+                      *(source for source in sources if source.endswith(INDEX_ENDING))):
+        with contextlib.suppress(DataError):  # one that is corrupt or of other data is as good as none
+            previous.append(ShardIndex.open(candidate))
+            if [*map(describe_shard, previous[-1].shards)] == [*map(describe_shard, shards)]:
+                return previous[-1]
+    return build_index(path, shards, previous, num_workers)
+
+
+def build_index(path, shards, previous, num_workers=None, relative=False):
+    """Write the index of shards to a file and open it.
+
+    Two processes that build the same index at a time do not disturb each other.
+
+    Args:
+        shards: see list_shards.
+        previous: list of indices, of which the parts are used whose shards have not changed; it is emptied.
+        relative: write the paths relative to the file.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            with (open(os.path.join(temporary, "index"), "w+b") as file,
+                  open(os.path.join(temporary, "keys"), "w+b") as key_file):
+                write_index(file, key_file, iter_parts(shards, previous, num_workers), folder if relative else None)
+            previous.clear()  # Windows does not replace open files
+            os.replace(file.name, path)
+    except OSError as error:
+        message = f"the index cannot be written ({error.strerror or error}), choose another folder"
+        raise DataError(f"{path}: {message}") from None
+    return ShardIndex.open(path)
+
+
+def iter_parts(shards, previous, num_workers):
+    """Yield each shard, and what scan_shard returns for it or a previous index holds; scans with several processes."""
+    known = {describe_shard(shard): (index, i) for index in previous for i, shard in enumerate(index.shards)}
+    changed = [shard["path"] for shard in shards if describe_shard(shard) not in known]
+    num_workers = min(num_workers or os.cpu_count(), len(changed))
+    with contextlib.ExitStack() as stack:
+        scanned = map(scan_shard, changed)
+        if num_workers > 1:
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # as loaders of torch
+            ignore_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            executor = concurrent.futures.ProcessPoolExecutor(num_workers, context, ignore_interrupt)
+            stack.callback(executor.shutdown, cancel_futures=True)
+            scanned = executor.map(scan_shard, changed)
+        for shard in tqdm(shards, "index", unit="shard", leave=False, disable=None):
+            index, i = known.get(describe_shard(shard), (None, 0))
+            yield shard, *(index.part(i) if index else next(scanned))
+
+
+def write_index(file, key_file, parts, relative_to=None):
+    """Write MAGIC, members, keys, JSON header, its offset (8 bytes), MAGIC, one part after the other."""
+    shards, names, num_images, key_bytes, unlabeled, passed_over = [], {}, 0, 0, 0, Counter()
+    file.write(MAGIC)
+    for shard, members, keys, own_names, own_passed_over in parts:
+        rows = [names.setdefault(name, len(names)) for name in own_names]
+        members["shard"], members["name"] = len(shards), np.array(rows, np.int32)[members["name"]]
+        members["key_end"] += key_bytes
+        file.write(members.tobytes())
+        key_file.write(keys)
+        num_images, key_bytes = num_images + len(members), key_bytes + len(keys)
+        shards.append(shard | dict(count=len(members), passed_over=own_passed_over))
+        passed_over += own_passed_over
+        if relative_to and not is_url(shard["path"]):
+            shards[-1]["path"] = os.path.relpath(shard["path"], relative_to)
+    if not num_images:
+        raise DataError(f"{shard['path']}: no image in {len(shards)} shard(s){describe_passed_over(passed_over)}")
+    classes, labels = choose_classes(list(names))
+    file.flush()
+    members = np.memmap(file, MEMBER, "r+", len(MAGIC), num_images)
+    for start in range(0, num_images, 2**20):
+        members["label"][start:start + 2**20] = part = labels[members["name"][start:start + 2**20]]
+        unlabeled += int((part < 0).sum())
+    members.flush()
+    key_file.seek(0)
+    shutil.copyfileobj(key_file, file, 2**20)
+    start = file.tell()
+    file.write(json.dumps(dict(shards=shards, names=list(names), classes=classes, unlabeled=unlabeled)).encode())
+    file.write(start.to_bytes(8, "little") + MAGIC)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def choose_classes(names):
+    """[(is_label, name)] -> classes, class of each line or -1.
+
+    Labels that are numbers are sorted as such. Folders are the classes where there are no labels, under the conditions
+    of ImageFolder.
+    """
+    classes = {name for is_label, name in names if is_label}
+    has_labels, folders = bool(classes), {name for _, name in names}
+    if not has_labels and len(folders) > 1 and "" not in folders and {*map(str.lower, folders)} - {*TRAIN, *HELD_OUT}:
+        classes = folders
+    are_numbers = has_labels and all(map(str.isdecimal, classes))
+    classes = sorted(classes, key=lambda name: (int(name) if are_numbers else 0, name))
+    number = {(has_labels, name): i for i, name in enumerate(classes)}
+    return classes, np.array([number.get(line, -1) for line in names], np.int32)
+
+
+# ---- dataset ----
+
+class ShardDataset(Dataset):
+    """All images in the shards of some sources, in their order.
+
+    Args:
+        sources: see find_shards.
+        cache_dir, part: see open_index.
+        classes: the classes, if they are those of another set; this one may lack some, but have no others.
+        value_range: black and white of images of more than 8 bits (see `read_image`); None to find one for all of them.
+
+    Attributes:
+        classes: names of the classes; None without labels.
+        labels: class of each image, or -1; memory-mapped unless `classes` differ from those of the sources.
+        unlabeled: number of images without a label.
+        passed_over: what is no image, and how many images have no label, as text; "" if there is nothing.
+
+    Raises:
+        DataError: missing or unusable shards, no images, none that can be read, other classes than the given ones.
+    """
+
+    def __init__(self, sources: list[str], cache_dir: str | None = None, classes: list[str] | None = None,
+                 value_range: tuple[float, float] | None = None, part: str | None = None,
+                 num_workers: int | None = None):
+        self.index = index = open_index(sources, cache_dir, part, num_workers)
+        self.classes, self.class_map, self.unlabeled = classes or index.classes or None, None, index.unlabeled
+        if classes and list(classes) != index.classes:
+            if not index.classes or not set(index.classes) <= set(classes):
+                other = ", ".join(sorted(set(index.classes) - set(classes))[:3]) or "images without labels"
+                raise DataError(f"{' '.join(sources)}: not the classes of the training images ({other})")
+            self.class_map = np.array([*map(list(classes).index, index.classes), -1])
+        self.passed_over = describe_passed_over(sum((Counter(s["passed_over"]) for s in index.shards), Counter()))
+        if index.classes and index.unlabeled:
+            self.passed_over += f", {index.unlabeled:,} without a label"
+        found = map(self.find, range(0, len(self), -(-len(self) // 16)))  # few: each may be a row group of Parquet
+        sample = {name: member for member, name in found}
+        self.value_range = value_range or find_common_range(
+            sample, lambda name: open_image(name, self.read_content(sample[name], name)))
+        first = range(min(len(self), MAX_CORRUPT_AT_START))
+        if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in first):
+            raise DataError(f"{' '.join(sources)}: none of the first {len(first)} images can be read; the last: {last}")
+
+    def __len__(self):
+        return len(self.index)
+
+    @property
+    def labels(self):
+        labels = self.index.members["label"]
+        return labels if self.class_map is None else self.class_map[labels]
+
+    def __getitem__(self, i):
+        return self.read_reduced(i)
+
+    def read_reduced(self, i, reduction=None):
+        """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
+        member, name = self.find(i)
+        image = read_image(name, reduction, value_range=self.value_range, content=self.read_content(member, name))
+        return image, int(member["label"] if self.class_map is None else self.class_map[member["label"]])
+
+    def name(self, i):
+        """Path of image i, or its place in a shard as SHARD/KEY."""
+        return self.find(i)[1]
+
+    def find(self, i):
+        """data.archives.MEMBER of image i, and its name."""
+        member, key = self.index.read(i)
+        path = self.index.shards[member["shard"]]["path"]
+        if member["method"] == PATH:
+            return member, os.path.join(os.path.dirname(path), key)
+        return member, "".join(letter if letter.isprintable() else "?" for letter in f"{path}/{key}")
+
+    def read_content(self, member, name):
+        """The bytes of an image, None for a file of its own."""
+        with wrap_decode_errors(name):
+            path = self.index.shards[member["shard"]]["path"]
+            return None if member["method"] == PATH else read_member(path, member)
+
+
+# ---- command ----
+
+def index(args):
+    """write an index to a file; one beside the shards is used by every command"""
+    built = build_index(args.output, list_shards(args.paths), [], relative=True)
+    print(f"{args.output}: {len(built):,} images, {len(built.classes)} classes, {len(built.shards)} shards")
+
+
+def parse_args(argv=None):
+    from common import cli
+    parser = cli.build_parser("python -m data.shards", __doc__)
+    subparser = cli.add_subcommands(parser, {"index": index})["index"]
+    subparser.add_argument("paths", nargs="+", metavar="PATH", help="shard, folder of shards, brace pattern or URL")
+    subparser.add_argument("--output", required=True, metavar="FILE", help=f"file to write; NAME{INDEX_ENDING}")
+    args = parser.parse_args(argv)
+    if not args.output.endswith(INDEX_ENDING):
+        parser.error(f"--output {args.output}: must end in {INDEX_ENDING}")
+    return args
+
+
+if __name__ == "__main__":
+    from common import cli
+    cli.run_command(index, parse_args, DataError)
