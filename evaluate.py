@@ -38,7 +38,7 @@ from common.distributed import get_world_size, is_rank_zero
 from common.files import create_folder, first_line, write_json, write_text
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
-from data.datasets import DataError, ImageFolder, data_name, open_data, trained_data_path
+from data.datasets import DataError, ImageFolder, data_name, describe_paths, name_image, open_data, trained_data_path
 from data.loaders import build_eval_loader
 from data.retrieval import ImageFiles
 from evaluation import supervised
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add = cli.add_flag
     for task in (knn, linear, finetune):
         cli.add_model_flags(task)
-        add(task, "--data_path", None, "labeled images, named as for train.py (default: the data of the newest run)")
+        cli.add_data_flags(task, None, "labeled images, named as for train.py (default: the data of the newest run)")
         add(task, "--image_size", None, "side of the center crop (default: the size in training)", cli.image_side)
         add(task, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
         task.add_argument("--save_predictions", action="store_true",
@@ -143,13 +143,16 @@ class EvalSetup:
         self.backbone, self.info, self.origin = open_backbone(args, self.device, precision=args.precision)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
         data_path = args.data_path or trained_data_path(args, self.info)
+        val_path = args.val_path or (None if args.data_path or args.ckpt else self.info.get("val_path"))
         if not data_path:
             raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
                             f"the labeled images with --data_path")
         self.data = distributed.run_on_rank_zero_first(lambda: open_data(
-            data_path, download=bool(args.data_path), value_range=self.info.get("value_range")))
+            data_path, download=bool(args.data_path), value_range=self.info.get("value_range"), val_path=val_path,
+            cache_dir=args.cache_dir))
         if self.data.val is None:
-            raise DataError(f"{data_path}: no labels; expected one folder per class, best in train/ and val/")
+            raise DataError(f"{describe_paths(data_path)}: no labels; expected one folder per class, best in train/ "
+                            f"and val/")
         sizes = [len(self.data.train_labeled), len(self.data.val)]
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)
@@ -422,13 +425,6 @@ def list_predictions(setup, labels, predicted):
             for i, label, other in zip(setup.images.tolist(), labels.tolist(), predicted.tolist())]
     matrix = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
     return dict(classes=classes, predictions=rows, confusion_matrix=matrix.tolist())
-
-
-def name_image(images, i):
-    """Path of image i of a folder; its index in a dataset that has no files."""
-    while isinstance(images, Subset):
-        images, i = images.dataset, images.indices[i]
-    return os.path.join(images.root, images.files[i]) if hasattr(images, "files") else i
 
 
 def write_result(path, setup, result):

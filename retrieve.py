@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Subset
 
 from common import cli, distributed
 from common.files import create_folder, number_name, write_json
 from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
-from data.datasets import DataError, ImageFolder, data_name
+from data.datasets import DataError, ImageFolder, data_name, open_images
 from data.images import read_image
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import NoImagesError, extract_features
@@ -44,7 +45,8 @@ def parse_args(argv=None):
     search, copies, landmarks = cli.add_subcommands(parser, TASKS).values()
     for task in (search, copies, landmarks):
         cli.add_model_flags(task)
-        task.add_argument("--data_path", required=True, metavar="DIR", help="folder of images, or of the benchmark")
+        task.add_argument("--data_path", required=True, metavar="DIR", help="images (search: or shards), or benchmark")
+    cli.add_cache_flag(search)
     search.add_argument("query", nargs="+", help="query images; one that lies in the folder is not its own result")
     search.add_argument("--image_size", type=cli.image_side, help="side of the center crop (default: as in training)")
     search.add_argument("--nearest", type=cli.positive_int, default=11, help="number of results")
@@ -87,8 +89,11 @@ class ImageEncoder:
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
+        return self.encode_images(retrieval.ImageFiles(paths, boxes, self.upright, self.origin["value_range"]))
+
+    def encode_images(self, images):
+        """As `encode`, of any dataset."""
         model = partial(self.extract, self.backbone)
-        images = retrieval.ImageFiles(paths, boxes, self.upright, self.origin["value_range"])
         try:
             features, _, *rest = extract_features(model, images, self.size, self.args, self.device, self.view)
             return features, *rest
@@ -194,19 +199,18 @@ def evaluate_landmarks(args):
 # ---- search ----
 
 def search(args):
-    """Nearest images of a folder by cosine similarity of CLS features, and a contact sheet of them."""
+    """Nearest images of a folder or of shards by cosine similarity of CLS features, and a contact sheet of them."""
     encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), loaders.center_crop_view)
     output, taken = output_folder(encoder.origin, args, "search"), []
     queries, indices, corrupt = encoder.encode(args.query)
-    features, paths = index_folder(encoder, args.data_path, output)
-    read = partial(read_image, value_range=encoder.origin["value_range"])
+    features, paths, read = index_images(encoder, args.data_path, output)
     if encoder.rank > 0:
         return
     create_folder(sheets := output / data_name(args.data_path))
     model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
     for query, i in zip(queries, indices.tolist()):
         path, scores = args.query[i], features @ query
-        others = (j for j in scores.argsort(descending=True).tolist() if not os.path.samefile(paths[j], path))
+        others = (j for j in scores.argsort(descending=True).tolist() if not is_same_file(paths[j], path))
         nearest = [(paths[j], scores[j].item()) for j in itertools.islice(others, args.nearest)]
         print("\n".join([f"{path}:", *(f"  {score:6.3f}  {file}" for file, score in nearest)]))
         sheet = sheets / f"{number_name(os.path.basename(path), taken)}.nearest.png"
@@ -219,19 +223,35 @@ def search(args):
         raise DataError(f"{len(corrupt)} of {len(args.query)} queries cannot be read; the first: {corrupt[0]}")
 
 
-def index_folder(encoder, folder, output):
-    """Features and paths of the images of a folder; the index is one file per model, folder and image size."""
-    root, images = os.path.realpath(folder), ImageFolder(folder, output, value_range=encoder.origin["value_range"])
-    encoder.log(f"{len(images):,} images in {folder}{images.passed_over}")
+def is_same_file(path, other):
+    return os.path.exists(path) and os.path.samefile(path, other)
+
+
+def index_images(encoder, source, output):
+    """Features and names of the images of a folder or of shards, and a function: name, or path -> image.
+
+    The index is one file per model, source and image size.
+    """
+    value_range, root = encoder.origin["value_range"], os.path.realpath(source)
+    images = distributed.run_on_rank_zero_first(
+        lambda: open_images([source], output, encoder.args.cache_dir, value_range=value_range))
+    encoder.log(f"{len(images):,} images in {source}{images.passed_over}")
     create_folder(output)
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]
-    key += encoder.origin["value_range"] or []
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(key + (value_range or [])).encode()).hexdigest()[:8]
     path = output / f"{os.path.basename(root)[:60]}-{digest}.safetensors"
-    features, names = update_index(path, root, images.files, encoder.encode, encoder.log)
+    if isinstance(images, ImageFolder):
+        features, names = update_index(path, root, images.files, encoder.encode, encoder.log)
+        names, numbers = [os.path.join(source, name) for name in names], {}
+    else:
+        numbers = {images.name(i): i for i in range(len(images))}
+        features, names = update_index(
+            path, "", list(numbers), lambda names: encoder.encode_images(Subset(images, [*map(numbers.get, names)])),
+            encoder.log, stat=lambda name: images.stat(numbers[name]))
     if not names:
-        raise DataError(f"{folder}: no readable images")
-    return features, [os.path.join(folder, name) for name in names]
+        raise DataError(f"{source}: no readable images")
+    return features, names, lambda name: (
+        images[numbers[name]][0] if name in numbers else read_image(name, value_range=value_range))
 
 
 TASKS = {"search": search, "copies": evaluate_copies, "landmarks": evaluate_landmarks}

@@ -36,7 +36,7 @@ from common.files import atomic_write, read_text, write_json, write_text
 from common.logger import Logger, describe_environment
 from common.precision import autocast, cast_weights, set_matmul_precision
 from common.weights import save_model
-from data.datasets import DataError, hash_images, open_data
+from data.datasets import DataError, describe_paths, hash_images, make_absolute, open_data
 from data.loaders import (
     MultiCropDataset,
     build_multicrop,
@@ -103,7 +103,8 @@ def parse_args(argv=None):
     cli.add_crop_flags(parser.add_argument_group("crops"))
 
     run = parser.add_argument_group("run")
-    add(run, "--data_path", "shapes", "image folder, torchvision dataset as NAME:ROOT, or shapes[:PIXELS]")
+    cli.add_data_flags(run, "shapes", "image folders, shards, lists of files, torchvision sets as NAME:ROOT, or "
+                       "shapes[:PIXELS]; several are concatenated")
     add(run, "--value_range", None, "black and white of images of more than 8 bits (default: found in the data)",
         cli.finite_float, nargs=2)
     add(run, "--shuffle", "full", "order of an epoch; blocks: reads neighbors together, for slow disks and networks",
@@ -253,7 +254,7 @@ def model_info(args, data):
     backbone, head = model_arguments(args)
     return dict(arch=args.arch, backbone=backbone, head=head, patch_size=args.patch_size,
                 image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path,
-                value_range=args.value_range)
+                value_range=args.value_range) | ({"val_path": make_absolute(args.val_path)} if args.val_path else {})
 
 
 def save_run(run, step):
@@ -355,9 +356,9 @@ def write_step_images(path, step, images, args, shuffle):
     batches = (iter_batch_keys(step, step + 1, len(images), args.seed, args.batch_size_per_gpu, args.accum_steps, rank,
                                world_size, shuffle) for rank in range(world_size))
     keys = [key for batch in itertools.chain.from_iterable(batches) for key in batch]
-    files = getattr(images, "files", None)
-    write_json(path, dict(step=step, images=[dict(epoch=epoch, index=index) | ({"file": files[index]} if files else {})
-                                             for epoch, index in keys]))
+    write_json(path, dict(step=step, images=[
+        dict(epoch=epoch, index=index) | ({"file": images.name(index)} if hasattr(images, "name") else {})
+        for epoch, index in keys]))
 
 
 # ---- training ----
@@ -522,7 +523,8 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
 def main(args):
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     data = distributed.run_on_rank_zero_first(
-        lambda: open_data(args.data_path, output_dir=args.output_dir, value_range=args.value_range))
+        lambda: open_data(args.data_path, output_dir=args.output_dir, value_range=args.value_range,
+                          val_path=args.val_path, cache_dir=args.cache_dir))
     args.value_range = tuple(getattr(data.train, "value_range", None) or ()) or None
     distributed.check_same_on_all_ranks("images:", len(data.train))
     args.batch_size_per_gpu = read_batch_size(args)
@@ -543,8 +545,8 @@ def pretrain(args, data, rank, world_size, device):
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     total_steps = args.epochs * (len(data.train) // global_batch_size)
     if total_steps == 0:
-        raise DataError(f"{args.data_path}: {len(data.train)} images are fewer than the global batch size "
-                        f"{global_batch_size} (batch_size_per_gpu x accum_steps x GPUs): set --batch_size_per_gpu "
+        raise DataError(f"{describe_paths(args.data_path)}: {len(data.train)} images are fewer than the global batch "
+                        f"size {global_batch_size} (batch_size_per_gpu x accum_steps x GPUs): set --batch_size_per_gpu "
                         f"{max(1, len(data.train) // (args.accum_steps * world_size))}")
     print_setup(objects["student"], data, global_batch_size, total_steps, args, world_size, logger)
     run, first_step = start_run(objects, data, global_batch_size, total_steps, args, logger)
@@ -579,8 +581,10 @@ def print_results(run, data, total_steps, args):
     """Print accuracies, where the files of the run are, and commands to go on with."""
     log, knn, quote = run.logger.print, run.progress["knn"], shlex.quote
     ckpt = f"--ckpt {quote(str(run.path.with_name('teacher.safetensors')))}"
-    data_path = f" --data_path {quote(args.data_path)}" * (not args.data_path.startswith("shapes"))
-    image = quote(os.path.join(data.train.root, data.train.files[0])) if hasattr(data.train, "files") else "shapes"
+    paths = [args.data_path] if isinstance(args.data_path, str) else args.data_path
+    data_path = f" --data_path {shlex.join(paths)}" * (not paths[0].startswith("shapes"))
+    image = str(data.train.name(0)) if hasattr(data.train, "name") else ""
+    image = quote(image) if os.path.isfile(image) else "shapes"
     if knn and args.knn_every:
         names = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
         log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
@@ -593,7 +597,7 @@ def print_results(run, data, total_steps, args):
         log(f"  python evaluate.py knn {ckpt}{data_path}")
     if args.arch in SIZES:
         log(f"  python visualize.py attention {ckpt} {image}")
-    if image != "shapes":
+    if image != "shapes" and len(paths) == 1:
         log(f"  python retrieve.py search {ckpt}{data_path} {image}")
     log(f"  python export.py {ckpt}")
 

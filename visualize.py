@@ -27,7 +27,7 @@ from common import cli
 from common.files import create_folder, number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
-from data.datasets import DataError, ImageFolder, open_data, trained_data_path
+from data.datasets import DataError, is_source, open_data, open_images, trained_data_path
 from data.images import ImageReadError, read_image
 from data.video import VideoWriter, open_video
 from evaluation.features import extract_features
@@ -60,8 +60,8 @@ def parse_args(argv=None):
 
     features.add_argument("--point", type=cli.nonnegative_int, nargs=2, help="x, y: similarity to the patch there")
 
-    embedding.add_argument("--data_path", help="as for train.py, the held-out part if there is one (default: the data "
-                           "of the newest run, or shapes)")
+    cli.add_data_flags(embedding, None, "as for train.py, the held-out part if there is one (default: the data of the "
+                       "newest run, or shapes)")
     embedding.add_argument("--num_images", type=cli.positive_int, default=2000, help="size of a random subset")
     embedding.add_argument("--batch_size_per_gpu", type=cli.positive_int, default=128, help="images per forward pass")
     embedding.add_argument("--seed", type=cli.seed, default=0, help="random seed of t-SNE")
@@ -81,9 +81,9 @@ def parse_args(argv=None):
 
 def expand_images(name, output_dir, value_range=None):
     """(name, function that decodes it) of each image of a file, a folder or shapes[:PIXELS]."""
-    if os.path.isdir(name):
-        images = ImageFolder(name, output_dir, value_range=value_range)
-        return [(file, lambda i=i: images[i][0]) for i, file in enumerate(images.files)]
+    if os.path.isdir(name) or is_source(name):
+        images = open_images([name], output_dir, value_range=value_range)
+        return [(os.path.relpath(images.name(i), name), lambda i=i: images[i][0]) for i in range(len(images))]
     if name.partition(":")[0] == "shapes" and not os.path.exists(name):
         shapes = open_data(name).val
         return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]
@@ -184,7 +184,7 @@ def visualize_embedding(args, errors):
     model, info, origin = open_backbone(args)
     size = resolve_image_size(args.image_size, model)
     data = open_data(args.data_path or trained_data_path(args, info) or "shapes", bool(args.data_path),
-                     args.output_dir, origin["value_range"])
+                     args.output_dir, origin["value_range"], args.val_path, args.cache_dir)
     print(data.note)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")

@@ -190,6 +190,25 @@ def add_model_flags(group, workers=True, output_dir=True):
     add_device_flags(group, workers)
 
 
+class StoreOneOrMore(argparse.Action):
+    """Stores one value as itself, several as a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
+
+
+def add_data_flags(group, default, help):
+    """Add the flags of `data.datasets.open_data`: --data_path, --val_path and --cache_dir."""
+    group.add_argument("--data_path", nargs="+", action=StoreOneOrMore, default=default, metavar="PATH", help=help)
+    group.add_argument("--val_path", nargs="+", action=StoreOneOrMore, metavar="PATH",
+                       help="held-out images in folders or shards (default: found beside --data_path)")
+    add_cache_flag(group)
+
+
+def add_cache_flag(group):
+    group.add_argument("--cache_dir", metavar="DIR", help="folder for indices of shards (default: ~/.cache/dino)")
+
+
 def add_device_flags(group, workers=True):
     """Add --device and, for commands with data loader workers, --num_workers."""
     group.add_argument("--device", type=device_name, default="auto", help="cuda, mps or cpu; auto: the first available")

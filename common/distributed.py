@@ -102,11 +102,14 @@ def is_rank_zero():
 
 
 def run_on_rank_zero_first(function):
-    """Call `function` on rank 0, then on the other ranks, so that a download happens once; returns its result."""
-    if not is_rank_zero():
-        wait_for_all_ranks()
-    result = function()
-    if is_rank_zero():
+    """Call `function` on rank 0, then on one rank of each other machine, then on all others; returns its result.
+
+    So a download happens once, and what is cached in a folder of each machine is made once there.
+    """
+    own_turn = 0 if is_rank_zero() else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for turn in range(3):
+        if turn == own_turn:
+            result = function()
         wait_for_all_ranks()
     return result
 

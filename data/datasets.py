@@ -69,11 +69,11 @@ def open_data(data_path: str | Sequence[str], download: bool = True, output_dir:
     if val_path:
         classes = getattr(data.train, "classes", None)
         if not classes:
-            raise DataError(f"--val_path {val_path}: the images in --data_path have no labels to compare with")
+            raise DataError(f"--val_path {describe_paths(val_path)}: the training images have no labels")
         val = [keep_labeled(open_images(paths, output_dir, cache_dir, classes=classes, value_range=value_range))
                for paths in group_shards(val_path)]
         val = ConcatImages(val, [classes] * len(val), classes) if len(val) > 1 else val[0]
-        return data._replace(val=val, note=f"{data.note}, {len(val):,} held out in {describe(val_path)}")
+        return data._replace(val=val, note=f"{data.note}, {len(val):,} held out in {describe_paths(val_path)}")
     if data.train_labeled is None or data.val is not None:
         return data
     labeled = data.train_labeled
@@ -116,9 +116,16 @@ def trained_data_path(args, info):
     return path if not args.ckpt or re.fullmatch(r"shapes(:\d+)?", str(path)) else ""
 
 
-def describe(paths):
+def describe_paths(paths):
     """One path, or the first of several and their number."""
     return paths if isinstance(paths, str) else f"{paths[0]}" + f" and {len(paths) - 1} more" * (len(paths) > 1)
+
+
+def make_absolute(paths):
+    """One path, or several, as valid from any working directory."""
+    if isinstance(paths, str):
+        return paths if is_url(paths) else os.path.abspath(paths)
+    return [*map(make_absolute, paths)]
 
 
 # ---- several datasets as one, and parts of one ----
@@ -236,7 +243,7 @@ def open_images(paths, output_dir=None, cache_dir=None, **options):
 
 def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_held_out=True):
     """A folder of images, or shards; `train` beside `val` or the like is found whether the path is `train` or above."""
-    paths = [path if is_url(path) else os.path.abspath(path) for path in paths]
+    paths = make_absolute(paths)
     root, held_out, options = paths[0], [], dict(value_range=value_range)
     if os.path.isdir(root):
         parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
@@ -249,10 +256,10 @@ def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_he
         options["part"], held_out = split_parts(paths)
     train = open_images(paths, output_dir, cache_dir, **options)
     values = ", values {:g} (black) to {:g} (white)".format(*train.value_range) if train.value_range else ""
-    where, path = f"{describe(paths)}{train.passed_over}{values}", paths if len(paths) > 1 else root
+    where, path = f"{describe_paths(paths)}{train.passed_over}{values}", paths if len(paths) > 1 else root
     if train.classes is None:
         note = f"{len(train):,} images in {where}, no labels"
-        return Data(train, None, None, path, ", not used: ".join([note, *map(describe, held_out)]))
+        return Data(train, None, None, path, ", not used: ".join([note, *map(describe_paths, held_out)]))
     labeled, note = keep_labeled(train), f"{len(train):,} images of {len(train.classes)} classes in {where}"
     for other in held_out if find_held_out else ():
         try:
@@ -260,7 +267,7 @@ def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_he
         except DataError as error:
             note += f", not used: {error}"
         else:
-            note += f", {len(val):,} held out in {describe(other)}{val.passed_over}"
+            note += f", {len(val):,} held out in {describe_paths(other)}{val.passed_over}"
             return Data(train, labeled, keep_labeled(val), path, note)
     return Data(train, labeled, None, path, note)
 

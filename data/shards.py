@@ -404,6 +404,14 @@ class ShardDataset(Dataset):
         """Path of image i, or its place in a shard as SHARD/KEY."""
         return self.find(i)[1]
 
+    def stat(self, i):
+        """List of plain values that changes when image i does, or its shard."""
+        member, name = self.find(i)
+        shard = self.index.shards[member["shard"]]
+        if member["method"] == PATH:
+            return [*stat_shard(name)] if os.path.exists(name) else []
+        return [shard["size"], shard["changed"]]
+
     def find(self, i):
         """data.archives.MEMBER of image i, and its name."""
         member, key = self.index.read(i)

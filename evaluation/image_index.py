@@ -16,7 +16,13 @@ from common import distributed
 from common.files import atomic_write, check_file
 
 
-def update_index(path, root, names, extract, log=print, save_every=10_000):
+def stat_file(path):
+    """[size in bytes, modification time in ns] of a file; [] if it is missing."""
+    status = os.stat(path) if os.path.exists(path) else None
+    return [status.st_size, status.st_mtime_ns] if status else []
+
+
+def update_index(path, root, names, extract, log=print, save_every=10_000, stat=stat_file):
     """Update an index file; all ranks must call this.
 
     Args:
@@ -25,11 +31,12 @@ def update_index(path, root, names, extract, log=print, save_every=10_000):
         names: images, as paths below `root`.
         extract: paths -> (features [M, D], their indices among the paths [M], messages on corrupt images), the same
             on all ranks.
+        stat: path -> list of integers that changes when the image does.
 
     Returns:
         features [M, D] and their names: those of `names` that can be read.
     """
-    stamps = {name: stat_file(os.path.join(root, name)) for name in names}
+    stamps = {name: stat(os.path.join(root, name)) for name in names}
     features, files, corrupt = load_index(path)
     valid = [row for row, (name, *stamp) in enumerate(files) if stamps.get(name) == stamp]
     features, files = features[valid], [files[row] for row in valid]
@@ -51,12 +58,6 @@ def update_index(path, root, names, extract, log=print, save_every=10_000):
         if distributed.is_rank_zero():
             save_index(path, features, files, corrupt)
     return features, [name for name, *_ in files]
-
-
-def stat_file(path):
-    """[size in bytes, modification time in ns] of a file; [] if it is missing."""
-    status = os.stat(path) if os.path.exists(path) else None
-    return [status.st_size, status.st_mtime_ns] if status else []
 
 
 def save_index(path, features, files, corrupt):

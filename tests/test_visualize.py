@@ -15,6 +15,7 @@ import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from common import cli
 from common.weights import save_model
+from data.folders import ImageFolder
 from data.shapes import Shapes
 from data.video import VideoWriter, open_video
 from plotting import attention, embedding, sheet
@@ -182,7 +183,7 @@ def test_outputs_do_not_become_inputs(model, photos, exit_message):
     run("attention", photos / "a.png", *flags, "--output_dir", photos / "one", "--separate")
     run("features", photos / "a.png", *flags, "--output_dir", photos / "one")
     assert len(list((photos / "one").iterdir())) == 6  # a sheet, four heads, features
-    assert visualize.ImageFolder(str(photos)).files == ["a.png", "below/b.png"]
+    assert list(ImageFolder(str(photos)).files) == ["a.png", "below/b.png"]
     assert "lies in it" in exit_message(run, "video", photos, photos / "below" / "out", *flags)
     for task in (["attention", photos, *flags], ["crops", photos]):
         assert "choose another --output_dir" in exit_message(run, *task, "--output_dir", photos)

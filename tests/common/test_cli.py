@@ -254,7 +254,7 @@ def test_from_the_shell(tmp_path):
     result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data_path", "nowhere"], cwd=tmp_path, text=True,
                             capture_output=True, timeout=120)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == "train.py: nowhere: no such folder, torchvision set (NAME:ROOT) or 'shapes'\n"
+    assert result.stderr == "train.py: nowhere: no such folder, shard, torchvision set (NAME:ROOT) or 'shapes'\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ import pickle
 import re
 import socketserver
 import struct
+import sys
 import tarfile
 import threading
 import tracemalloc
@@ -20,9 +21,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+import evaluate
+import retrieve
+import train
+import visualize
 from common.cli import run_command
 from data import archives, shards
 from data.archives import scan_shard
@@ -246,7 +253,7 @@ def test_a_held_out_part_that_does_not_fit_is_noted(tmp_path):
     data = open_data(str(tmp_path / "train.tar"))
     assert "not used: " in data.note and "(images without labels)" in data.note and len(data.val) == 2
     (tmp_path / "train.tar").write_bytes(tar_bytes([("1.jpg", jpeg())]))
-    with pytest.raises(DataError, match="--val_path .* no labels to compare with"):
+    with pytest.raises(DataError, match="--val_path .*: the training images have no labels"):
         open_data(str(tmp_path / "train.tar"), val_path=str(make_folder(tmp_path)))
     with pytest.raises(DataError, match="not the classes of the training images"):
         open_data(str(tmp_path / "folder"), val_path=str(tmp_path / "val.tar"))
@@ -337,6 +344,87 @@ def test_brace_patterns(tmp_path):
     with pytest.raises(DataError, match="unknown kind of shard"):
         find_shards(__file__)
     assert find_shards(os.path.dirname(__file__)) == []
+
+
+# ---- commands ----
+
+CPU = ["--device", "cpu", "--num_workers", "0"]
+TINY = [*CPU, *("--arch vit_tiny --patch_size 8 --embed_dim 16 --depth 1 --num_heads 2 --out_dim 16 --hidden_dim 16 "
+                "--global_crops_size 16 --local_crops_size 8 --local_crops_number 2 --warmup_epochs 0 --lr 0.01 "
+                "--precision fp32 --batch_size_per_gpu 4 --knn_every 1").split()]
+
+
+def save_state_of_run(folder, source, *flags):
+    """Weights after a run of train.py, and its log without times, which holds the k-NN accuracies."""
+    train.main(train.parse_args([*TINY, "--output_dir", str(folder), "--data_path", str(source), *flags]))
+    weights = {name: load_file(folder / f"{name}.safetensors") for name in ("student", "teacher")}
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    names = ("loss", "knn_top1", "knn_top5", "eval", "step")
+    return weights, [{name: record[name] for name in names if name in record} for record in records]
+
+
+@pytest.mark.parametrize("epochs", [2, pytest.param(17, marks=pytest.mark.slow)])  # of 3 steps
+def test_training_is_the_same_from_every_form(tmp_path, epochs):
+    forms = [make_folder, make_tars, make_nested, make_zip, make_parquet, make_list]
+    results = [save_state_of_run(tmp_path / make.__name__, make(tmp_path), "--epochs", str(epochs), "--log_every", "1")
+               for make in forms]
+    expected, log = results[0]
+    assert sum("loss" in record for record in log) == 3 * epochs and sum("knn_top1" in record for record in log) > 2
+    for make, (weights, other_log) in zip(forms, results):
+        assert other_log == log, make
+        for name in ("student", "teacher"):
+            assert all(torch.equal(value, weights[name][key]) for key, value in expected[name].items()), make
+
+
+def test_several_paths_and_held_out_shards_in_every_command(tmp_path, capsys):
+    """train.py keeps one path as text and several as a list, and the other commands find them in its model file."""
+    tars, table = make_tars(tmp_path), make_parquet(tmp_path)
+    flags = ["--epochs", "1", "--val_path", str(table), "--cache_dir", str(tmp_path / "indices")]
+    save_state_of_run(tmp_path / "run", tars / "0.tar", str(make_zip(tmp_path)), *flags)
+    assert f"4 images in {tars}/0.tar, no labels; 12 images of 3 classes in {tmp_path}/images.zip, 12 held out in " \
+        f"{table}" in capsys.readouterr().out
+    again = train.parse_args([f"@{tmp_path / 'run' / 'flags.txt'}"])
+    assert again.data_path == (f"{tars}/0.tar", f"{tmp_path}/images.zip") and again.val_path == str(table)
+    assert len(list((tmp_path / "indices").iterdir())) == 3
+    save_state_of_run(tmp_path / "run", *again.data_path, *flags[:1], "2", *flags[2:])
+    printed = capsys.readouterr().out
+    assert "resuming at step 4 of 8" in printed and printed.count("changed since") == 1
+
+    ckpt = str(tmp_path / "run" / "teacher.safetensors")
+    found = []
+    for source in (["--data_path", str(tars), "--val_path", str(table)],
+                   ["--data_path", str(make_folder(tmp_path)), "--val_path", str(tmp_path / "folder")]):
+        evaluate.main(evaluate.parse_args(["knn", "--ckpt", ckpt, *CPU, *source, "--nb_knn", "3", "--save_predictions",
+                                           "--output_dir", str(tmp_path / "knn")]))
+        path = max((tmp_path / "knn").glob("*.json"), key=os.path.getmtime)
+        found.append(json.loads(path.read_text())["knn"]["3"])
+    files = [[prediction.pop("file") for prediction in result["predictions"]] for result in found]
+    assert found[0] == found[1] and files[1][5] == f"{tmp_path}/folder/dog/1.jpg"
+    assert files[0][5] == f"{table}/0.parquet/dog/1.jpg"
+
+    capsys.readouterr()
+    for source in (tars, tmp_path / "folder"):
+        for _ in range(2):
+            retrieve.main(retrieve.parse_args(["search", "--ckpt", ckpt, *CPU, "--data_path", str(source), "--nearest",
+                                               "3", str(tmp_path / "folder" / "dog" / "1.jpg")]))
+    printed = capsys.readouterr().out
+    assert "12 of 12 images indexed" in printed and f" 1.000  {tars}/1.tar/dog/1.jpg" in printed
+    parts = printed.split(f"{tmp_path}/folder/dog/1.jpg:\n")[1:]
+    nearest = [re.findall(r"[a-z]{3}/[0-9]\.jpg", part) for part in parts]
+    assert nearest[0][1:3] == nearest[2][:2] and nearest[0] == nearest[1]  # of a folder, the query is left out
+
+    visualize.main(visualize.parse_args(["attention", str(tars / "0.tar"), "--ckpt", ckpt, "--device", "cpu",
+                                         "--output_dir", str(tmp_path / "attention")]))
+    assert sorted(path.name for path in (tmp_path / "attention").iterdir()) == [
+        f"cat_{i}.jpg.attention.png" for i in range(4)]
+
+
+def test_packages_that_are_missing_are_one_line(tmp_path, exit_message, monkeypatch):
+    for name, source in (("pyarrow", str(make_parquet(tmp_path))), ("fsspec", "https://127.0.0.1/a.tar")):
+        monkeypatch.setitem(sys.modules, name, None)
+        line = exit_message(train.main, train.parse_args([*TINY, "--data_path", source, "--output_dir",
+                                                          str(tmp_path / "run")]))
+        assert f"{name} is not installed: pip install {name}" in line
 
 
 # ---- hostile and corrupt archives ----
