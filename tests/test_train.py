@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -432,12 +433,19 @@ def test_a_run_of_the_version_before_the_redesign_resumes(small_shapes, tmp_path
         torch.testing.assert_close(teacher[name], value, rtol=0, atol=1e-5)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path):
+@pytest.mark.parametrize("form", ["folder", pytest.param("tar", marks=pytest.mark.slow)])
+def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path, form):
     for i in range(301):
         part = tmp_path / "images" / ("val" if i > 240 else "train") / str(i % 3)
         part.mkdir(parents=True, exist_ok=True)
         scene.rotate(7 * i).resize((40, 40)).save(part / f"{i}.png")
-    flags = TINY + ["--data_path", str(tmp_path / "images"), *(
+    if form == "tar":
+        (tmp_path / "tars").mkdir()
+        for part in ("train", "val"):
+            with tarfile.open(tmp_path / "tars" / f"{part}.tar", "w") as tar:
+                tar.add(tmp_path / "images" / part, ".")
+    images = tmp_path / ("tars" if form == "tar" else "images")
+    flags = TINY + ["--data_path", str(images), "--cache_dir", str(tmp_path / "cache"), *(
         "--epochs 4 --batch_size_per_gpu 24 --lr 0.02 --knn_every 4 --knn_images 241".split())]
 
     def start(*command):

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -140,10 +141,15 @@ def assert_identical(whole, parts):
 
 # ---- killed ----
 
-def test_killed_at_random_steps(flags, tmp_path, request):
+@pytest.mark.parametrize("form", ["folder", pytest.param("tar", marks=pytest.mark.slow)])
+def test_killed_at_random_steps(flags, images, tmp_path, request, form):
     """SIGKILL after a random number of steps; each start has another number of workers."""
     kills = request.config.getoption("--kills") or (12 if request.config.getoption("--slow") else 3)
     more = f"--epochs {1 + kills} --save_every_steps 4"
+    if form == "tar":
+        with tarfile.open(tmp_path / "images.tar", "w") as tar:
+            tar.add(images, ".")
+        more += f" --data_path {tmp_path}/images.tar --cache_dir {tmp_path}/cache --shuffle blocks"
     run(flags("whole", more))
     rng, done, parts = random.Random(0), 0, tmp_path / "parts"
     while done < kills:
