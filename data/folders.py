@@ -6,7 +6,9 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from data.images import DECODERS, find_common_range, is_image, open_image, read_image, read_or_message
@@ -42,20 +44,20 @@ class ImageFolder(Dataset):
                  value_range: tuple[float, float] | None = None):
         if output_dir and os.path.realpath(output_dir) == os.path.realpath(root):
             raise DataError(f"{root}: outputs would be written among the images, choose another --output_dir")
-        self.root, self.files = root, sorted(iter_images(root, passed_over := Counter(), output_dir))
+        self.root, files = root, sorted(iter_images(root, passed_over := Counter(), output_dir))
         self.passed_over = describe_passed_over(passed_over)
-        if not self.files:
+        if not files:
             raise DataError(f"{root}: no such folder, or no image found in it or below{self.passed_over}")
         self.value_range = value_range or find_common_range(
-            self.files, lambda file: open_image(os.path.join(root, file)))
-        folders = [file[:max(file.find(os.sep), 0)] for file in self.files]  # "" for images outside of subfolders
+            files, lambda file: open_image(os.path.join(root, file)))
+        folders = [file[:max(file.find(os.sep), 0)] for file in files]  # "" for images outside of subfolders
         names = sorted(set(folders))
         if not classes and len(names) > 1 and names[0] and set(map(str.lower, names)) - {*TRAIN, *HELD_OUT}:
             classes = names
         elif classes and not set(names) <= set(classes):
             raise DataError(f"{root}: holds images outside of the folders of the training classes")
         self.classes, class_index = classes, {name: i for i, name in enumerate(classes or [])}
-        self.labels = [class_index.get(name, -1) for name in folders]
+        self.files, self.labels = PathTable(files), np.array([class_index.get(name, -1) for name in folders], np.int32)
         if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in range(len(self))):
             raise DataError(f"{root}: none of its {len(self)} images can be read; the last: {last}")
 
@@ -67,11 +69,27 @@ class ImageFolder(Dataset):
 
     def read_reduced(self, i, reduction=None):
         """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
-        return read_image(self.name(i), reduction, value_range=self.value_range), self.labels[i]
+        return read_image(self.name(i), reduction, value_range=self.value_range), int(self.labels[i])
 
     def name(self, i):
         """Path of image i."""
         return os.path.join(self.root, self.files[i])
+
+
+class PathTable(Sequence):
+    """A sequence of paths in one array. Forked workers share it, while they copy a list page by page as they read."""
+
+    def __init__(self, paths: list[str]):
+        encoded = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.content = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return os.fsdecode(self.content[self.ends[i]:self.ends[i + 1]].tobytes())
 
 
 def iter_images(root, passed_over, output_dir=None):

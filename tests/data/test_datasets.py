@@ -1,5 +1,6 @@
 import io
 import os
+import pickle
 import struct
 
 import numpy as np
@@ -11,6 +12,7 @@ from torchvision.transforms import functional as TF
 
 from augment import MultiCrop
 from data.datasets import DataError, ImageFolder, NotEveryTenth, TorchvisionDataset, data_name, open_data
+from data.folders import PathTable
 from data.images import DECODERS, ImageReadError, is_image, read_image
 from data.shapes import Shapes
 from data.video import open_video
@@ -111,7 +113,7 @@ def test_unusable_held_out_part_is_noted(tmp_path, files, reason):
 def test_names_of_parts_are_never_all_classes(tmp_path):
     save_images(tmp_path / "flat", "train/1.jpg", "valid/2.jpg")
     data = open_data(str(tmp_path / "flat"))
-    assert data.train.classes is None and data.train.files == ["1.jpg"]
+    assert data.train.classes is None and list(data.train.files) == ["1.jpg"]
     assert data.note == f"1 images in {tmp_path}/flat/train, no labels, not used: {tmp_path}/flat/valid"
     save_images(tmp_path / "held_out", "valid/cat/1.jpg", "Test/cat/2.jpg", "Test/dog/3.jpg")
     for images in (open_data(str(tmp_path / "held_out")).train, ImageFolder(str(tmp_path / "held_out"))):
@@ -130,7 +132,7 @@ def test_symbolic_links_and_hidden_folders(tmp_path):
     (tmp_path / "root" / "dog" / "again").symlink_to(tmp_path / "root")
     (tmp_path / "root" / "bird").symlink_to(tmp_path / "elsewhere")
     images = ImageFolder(str(tmp_path / "root"))
-    assert images.files == ["bird/5.jpg", "cat/1.jpg", "dog/2.jpg"] and images.classes == ["bird", "cat", "dog"]
+    assert list(images.files) == ["bird/5.jpg", "cat/1.jpg", "dog/2.jpg"] and images.classes == ["bird", "cat", "dog"]
 
 
 def test_links_between_class_folders_change_no_label(tmp_path):
@@ -142,14 +144,15 @@ def test_links_between_class_folders_change_no_label(tmp_path):
                          "c/below/up": "..", "c/root": "../..", "0": "b/below", "b/home": "../../.."}.items():
         (root / link).symlink_to(target)
     images = ImageFolder(str(root))
-    assert images.files == names and images.classes == ["a", "b", "c"] and images.labels == [0] * 3 + [1] * 3 + [2] * 3
+    assert list(images.files) == names and images.classes == ["a", "b", "c"]
+    assert images.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     (root / "d").symlink_to("../beside")  # data sets are linked together
     (root / "e").symlink_to("../beside")
     (root / ".store").mkdir()
     save_images(root, ".store/5.png")
     (root / "f").symlink_to(".store")
     images = ImageFolder(str(root))
-    assert images.files == [*names, "d/4.png", "f/5.png"] and images.classes == ["a", "b", "c", "d", "f"]
+    assert list(images.files) == [*names, "d/4.png", "f/5.png"] and images.classes == ["a", "b", "c", "d", "f"]
 
 
 def test_deep_images_have_one_range(tmp_path, scene):
@@ -210,7 +213,7 @@ def test_images_are_recognized_by_their_content(tmp_path, scene, name, kind):
     smooth = scene.resize((9, 6)).resize(scene.size)
     (tmp_path / name).write_bytes(encoded(smooth, kind))
     images = ImageFolder(str(tmp_path))
-    assert images.files == [name] and images.passed_over == ""
+    assert list(images.files) == [name] and images.passed_over == ""
     difference = TF.pil_to_tensor(images[0][0]).int() - TF.pil_to_tensor(smooth).int()
     assert difference.abs().float().mean() < 10
 
@@ -224,7 +227,7 @@ def test_heic(tmp_path, scene):
     for name in ("a.HEIC", "none"):
         (tmp_path / name).write_bytes(encoded(scene, "HEIF"))
     images = ImageFolder(str(tmp_path))
-    assert images.files == ["a.HEIC", "b.jpg", "none"] and images[0][0].size == images[2][0].size == scene.size
+    assert list(images.files) == ["a.HEIC", "b.jpg", "none"] and images[0][0].size == images[2][0].size == scene.size
 
 
 def test_interpreted_formats_raw_and_text_files_are_no_images(tmp_path, scene):
@@ -246,7 +249,7 @@ def test_what_is_passed_over_is_counted(tmp_path):
     for name in [f"cat/{i}.RAW" for i in range(12)] + ["cat/a.raw", "dog/LICENSE", "readme.txt"]:
         (tmp_path / name).write_text("x")
     data = open_data(str(tmp_path))
-    assert data.train.files == ["cat/1.jpg", "dog/2.jpg"] and data.train.classes == ["cat", "dog"]
+    assert list(data.train.files) == ["cat/1.jpg", "dog/2.jpg"] and data.train.classes == ["cat", "dog"]
     assert data.note.startswith(f"2 images of 2 classes in {tmp_path} (passed over 21: 13 .raw, 2 @eaDir/, ")
     for kind in ("1 $RECYCLE.BIN/", "1 lost+found/", "1 hidden", "1 .cache/", "1 without ending", "1 .txt"):
         assert kind in data.note
@@ -276,7 +279,7 @@ def test_files_of_known_endings_are_not_opened_by_the_scan(tmp_path):
     for name in ("b.jpg", "c.gif", "d.txt", "e.json", "pipe"):
         os.mkfifo(tmp_path / name)
     images = ImageFolder(str(tmp_path))
-    assert images.files == ["a.jpg", "b.jpg", "c.gif"]
+    assert list(images.files) == ["a.jpg", "b.jpg", "c.gif"]
     assert sorted(images.passed_over[17:-1].split(", ")) == ["1 .json", "1 .txt", "1 without ending"]
 
 
@@ -287,7 +290,7 @@ def test_outputs_do_not_become_inputs(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for output_dir in (tmp_path / "out", tmp_path / "link"):
         data = open_data(str(tmp_path), output_dir=str(output_dir))
-        assert data.train.files == ["a.jpg"]
+        assert list(data.train.files) == ["a.jpg"]
         assert data.note.endswith("(passed over 4: 3 output(s) of other commands, 1 one/), no labels")
     assert len(open_data(str(tmp_path), output_dir=str(tmp_path.parent)).train) == 2
     with pytest.raises(DataError, match="outputs would be written among the images, choose another --output_dir"):
@@ -519,3 +522,12 @@ def test_shapes_mean_color_does_not_predict_the_class():
     assert 100 * (predicted == test_labels).float().mean() < bound
 
 
+
+
+def test_paths_are_one_array():
+    names = ["a.jpg", "ü/b c.jpg", os.fsdecode(b"\xff.jpg"), "x" * 300]
+    paths = PathTable(names)
+    assert list(paths) == names and paths[-1] == names[3] and len(paths) == 4 and len(PathTable([])) == 0
+    assert list(pickle.loads(pickle.dumps(paths))) == names
+    with pytest.raises(IndexError):
+        paths[4]
