@@ -38,7 +38,17 @@ from common.distributed import get_world_size, is_rank_zero
 from common.files import create_folder, first_line, write_json, write_text
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
-from data.datasets import DataError, ImageFolder, data_name, describe_paths, name_image, open_data, trained_data_path
+from data.datasets import (
+    ConcatImages,
+    DataError,
+    data_name,
+    describe_paths,
+    is_source,
+    name_image,
+    open_data,
+    open_images,
+    trained_data_path,
+)
 from data.loaders import build_eval_loader
 from data.retrieval import ImageFiles
 from evaluation import supervised
@@ -92,11 +102,12 @@ def parse_args(argv=None):
         task.add_argument("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run")
         cli.add_run_flags(task)
 
-    predict.add_argument("images", nargs="+", metavar="PATH", help="images, or folders of images")
+    predict.add_argument("images", nargs="+", metavar="PATH", help="images, folders of images, or shards")
     predict.add_argument("--ckpt", required=True, help="classifier.safetensors of linear or finetune, or its folder")
     predict.add_argument("--output", default="predictions.csv", metavar="FILE.csv", help="file, class, probability")
     add(predict, "--topk", 1, "classes of each image, the most probable first", positive_int)
     add(predict, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
+    cli.add_cache_flag(predict)
     cli.add_device_flags(predict)
 
     # the tasks that lack one of these flags need its value
@@ -441,25 +452,25 @@ def predict(args):
     network, info = supervised.load_classifier(args.ckpt)
     set_matmul_precision(device, "fp32", network.tokens.backbone.embed_dim)
     network.to(device)
-    classes, paths = info["classes"], []
+    classes, parts = info["classes"], []
     for path in args.images:
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such image or folder")
-        if os.path.isdir(path):
-            folder = ImageFolder(path, value_range=info.get("value_range"))
-            log(f"{len(folder):,} images in {path}{folder.passed_over}")
-            paths += [os.path.join(path, name) for name in folder.files]
+        if os.path.isdir(path) or is_source(path):
+            parts.append(distributed.run_on_rank_zero_first(
+                lambda path=path: open_images([path], cache_dir=args.cache_dir, value_range=info.get("value_range"))))
+            log(f"{len(parts[-1]):,} images in {path}{parts[-1].passed_over}")
+        elif os.path.exists(path):
+            parts.append(ImageFiles([path], value_range=info.get("value_range")))
         else:
-            paths.append(path)
+            raise DataError(f"{path}: no such image or folder")
     create_folder(Path(args.output).parent)
-    k, images = min(args.topk, len(classes)), ImageFiles(paths, value_range=info.get("value_range"))
+    k, images = min(args.topk, len(classes)), ConcatImages(parts, [None] * len(parts), [])
     top, _, indices, corrupt = extract_features(
         lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), images, info["image_size"], args, device)
     for message in corrupt:
         log(f"skipped corrupt image {message}")
     rows = [["file", *(name + f"_{i}" * (i > 1) for i in range(1, k + 1) for name in ("class", "probability"))]]
     for i, values in zip(indices.tolist(), top.tolist()):
-        rows.append([paths[i]])
+        rows.append([images.name(i)])
         for probability, label in zip(values[:k], values[k:]):
             rows[-1] += [classes[int(label)], f"{probability:.6f}"]
     counts = ", ".join(f"{name} {count}" for name, count in Counter(row[1] for row in rows[1:]).most_common(10))

@@ -25,13 +25,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Subset
 
 from common import cli, distributed
 from common.files import create_folder, number_name, write_json
 from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
-from data.datasets import DataError, ImageFolder, data_name, open_images
+from data.datasets import DataError, data_name, open_images
 from data.images import read_image
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import NoImagesError, extract_features
@@ -202,22 +201,26 @@ def search(args):
     """Nearest images of a folder or of shards by cosine similarity of CLS features, and a contact sheet of them."""
     encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), loaders.center_crop_view)
     output, taken = output_folder(encoder.origin, args, "search"), []
-    queries, indices, corrupt = encoder.encode(args.query)
-    features, paths, read = index_images(encoder, args.data_path, output)
+    queries, numbers, corrupt = encoder.encode(args.query)
+    images, features, indices = index_images(encoder, args.data_path, output)
     if encoder.rank > 0:
         return
     create_folder(sheets := output / data_name(args.data_path))
     model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
-    for query, i in zip(queries, indices.tolist()):
-        path, scores = args.query[i], features @ query
-        others = (j for j in scores.argsort(descending=True).tolist() if not is_same_file(paths[j], path))
-        nearest = [(paths[j], scores[j].item()) for j in itertools.islice(others, args.nearest)]
-        print("\n".join([f"{path}:", *(f"  {score:6.3f}  {file}" for file, score in nearest)]))
+
+    def read(image):
+        return images[image][0] if isinstance(image, int) else read_image(image, value_range=images.value_range)
+
+    for query, number in zip(queries, numbers.tolist()):
+        path, scores = args.query[number], features @ query
+        others = ((indices[j], scores[j].item()) for j in scores.argsort(descending=True).tolist()
+                  if not is_same_file(images.name(indices[j]), path))
+        nearest = list(itertools.islice(others, args.nearest))
+        print("\n".join([f"{path}:", *(f"  {score:6.3f}  {images.name(i)}" for i, score in nearest)]))
         sheet = sheets / f"{number_name(os.path.basename(path), taken)}.nearest.png"
         captions = [f"query: {os.path.basename(path)}"] + [
-            f"{rank}: cosine {score:.3f} {os.path.relpath(file, args.data_path)}"
-            for rank, (file, score) in enumerate(nearest, start=1)]
-        draw_nearest([path, *(file for file, _ in nearest)], captions, read, 1200, model).save(sheet)
+            f"{rank}: cosine {score:.3f} {images.key(i)}" for rank, (i, score) in enumerate(nearest, start=1)]
+        draw_nearest([path, *(i for i, _ in nearest)], captions, read, 1200, model).save(sheet)
         print(f"  -> {sheet}")
     if corrupt:
         raise DataError(f"{len(corrupt)} of {len(args.query)} queries cannot be read; the first: {corrupt[0]}")
@@ -228,7 +231,7 @@ def is_same_file(path, other):
 
 
 def index_images(encoder, source, output):
-    """Features and names of the images of a folder or of shards, and a function: name, or path -> image.
+    """Images of a folder or of shards, features [M, D] of the readable ones, and the indices [M] of these.
 
     The index is one file per model, source and image size.
     """
@@ -240,18 +243,10 @@ def index_images(encoder, source, output):
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]
     digest = hashlib.sha256(json.dumps(key + (value_range or [])).encode()).hexdigest()[:8]
     path = output / f"{os.path.basename(root)[:60]}-{digest}.safetensors"
-    if isinstance(images, ImageFolder):
-        features, names = update_index(path, root, images.files, encoder.encode, encoder.log)
-        names, numbers = [os.path.join(source, name) for name in names], {}
-    else:
-        numbers = {images.name(i): i for i in range(len(images))}
-        features, names = update_index(
-            path, "", list(numbers), lambda names: encoder.encode_images(Subset(images, [*map(numbers.get, names)])),
-            encoder.log, stat=lambda name: images.stat(numbers[name]))
-    if not names:
+    features, indices = update_index(path, images, encoder.encode_images, encoder.log)
+    if not indices:
         raise DataError(f"{source}: no readable images")
-    return features, names, lambda name: (
-        images[numbers[name]][0] if name in numbers else read_image(name, value_range=value_range))
+    return images, features, indices
 
 
 TASKS = {"search": search, "copies": evaluate_copies, "landmarks": evaluate_landmarks}

@@ -83,7 +83,7 @@ def expand_images(name, output_dir, value_range=None):
     """(name, function that decodes it) of each image of a file, a folder or shapes[:PIXELS]."""
     if os.path.isdir(name) or is_source(name):
         images = open_images([name], output_dir, value_range=value_range)
-        return [(os.path.relpath(images.name(i), name), lambda i=i: images[i][0]) for i in range(len(images))]
+        return [(images.key(i), lambda i=i: images[i][0]) for i in range(len(images))]
     if name.partition(":")[0] == "shapes" and not os.path.exists(name):
         shapes = open_data(name).val
         return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]

@@ -66,17 +66,21 @@ def read_member(path: str, member: np.void) -> bytes:
 def read_bytes(path, offset, size):
     if is_url(path):
         data = call_url(path, lambda files, name: files.cat_file(name, start=offset, end=offset + size))
-    elif hasattr(os, "pread"):  # processes that share a descriptor do not share a position
-        data = os.pread(open_file(os.getpid(), path).fileno(), size, offset)
     else:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
+        data = read_at(open_file(os.getpid(), path), size, offset)
     if len(data) > size:
         raise DataError(f"{path}: the server does not support range requests")
     if len(data) < size:
         raise ValueError(f"truncated shard, {len(data)} of {size} bytes")
     return data
+
+
+def read_at(file, size, offset):
+    """Bytes of an unbuffered file. Forked processes that share it do not disturb each other."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)  # on Windows, where processes do not share files
+    return file.read(size)
 
 
 @functools.lru_cache(maxsize=128)

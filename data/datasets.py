@@ -273,12 +273,18 @@ def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_he
 
 
 def hash_images(images, samples=1000):
-    """Number of images and, of a folder, SHA-256 of their paths below it and of the sizes of some: plain values."""
-    if not isinstance(images, ImageFolder):
-        return dict(num_images=len(images))
-    digest = hashlib.sha256("\0".join(images.files).encode(errors="surrogateescape"))
-    for i in range(0, len(images), -(-len(images) // samples)):  # not of all, which takes minutes on a network disk
-        digest.update(b"%d " % os.path.getsize(images.name(i)))
+    """Number of images and, of folders and shards, SHA-256 of the names of files and of the sizes of some."""
+    digest = hashlib.sha256()
+    for part in getattr(images, "parts", [images]):
+        if isinstance(part, ImageFolder):
+            sample = range(0, len(part), -(-len(part) // samples))  # of all it takes minutes on a network disk
+            names, sizes = part.files, [os.path.getsize(part.name(i)) for i in sample]
+        elif isinstance(part, ShardDataset):
+            names, sizes = ([shard[key] for shard in part.index.shards] for key in ("path", "size"))
+            names = map(os.path.basename, names)
+        else:
+            return dict(num_images=len(images))
+        digest.update("\0".join(names).encode(errors="surrogateescape") + b"".join(b"%d " % size for size in sizes))
     return dict(num_images=len(images), sha256=digest.hexdigest())
 
 

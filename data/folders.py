@@ -73,7 +73,15 @@ class ImageFolder(Dataset):
 
     def name(self, i):
         """Path of image i."""
-        return os.path.join(self.root, self.files[i])
+        return os.path.join(self.root, self.key(i))
+
+    def key(self, i):
+        """Path of image i, relative to the folder."""
+        return self.files[i]
+
+    def stat(self, i):
+        """List of numbers that changes when image i does."""
+        return stat_file(self.name(i))
 
 
 class PathTable(Sequence):
@@ -90,6 +98,14 @@ class PathTable(Sequence):
     def __getitem__(self, i):
         i = range(len(self))[i]
         return os.fsdecode(self.content[self.ends[i]:self.ends[i + 1]].tobytes())
+
+
+def stat_file(path):
+    """[size in bytes, modification time in ns] of a file; [] if it is missing."""
+    try:
+        return [(status := os.stat(path)).st_size, status.st_mtime_ns]
+    except OSError:
+        return []
 
 
 def iter_images(root, passed_over, output_dir=None):

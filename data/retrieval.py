@@ -32,6 +32,10 @@ class ImageFiles(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
+    def name(self, i):
+        """Path of image i."""
+        return self.paths[i]
+
     def __getitem__(self, i):
         image = read_image(self.paths[i], upright=self.upright, value_range=self.value_range)
         if self.boxes:

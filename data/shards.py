@@ -35,8 +35,8 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.archives import MEMBER, PATH, call_url, is_url, read_member, scan_shard
-from data.folders import HELD_OUT, TRAIN, DataError, describe_passed_over
+from data.archives import MEMBER, PATH, call_url, is_url, read_at, read_member, scan_shard
+from data.folders import HELD_OUT, TRAIN, DataError, describe_passed_over, stat_file
 from data.images import EXTENSIONS, find_common_range, open_image, read_image, read_or_message, wrap_decode_errors
 
 INDEX_ENDING = ".shardindex"
@@ -128,14 +128,13 @@ def list_shards(sources, part=None):
 
 
 def stat_shard(path):
-    """(bytes, time or tag of the last change) of a shard."""
+    """[bytes, time or tag of the last change] of a shard."""
     if is_url(path):
         info = call_url(path, lambda files, name: files.info(name))
-        return info["size"], str([info.get(key) for key in ("ETag", "Last-Modified", "LastModified", "mtime")])
-    try:
-        return (status := os.stat(path)).st_size, status.st_mtime_ns
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        return [info["size"], str([info.get(key) for key in ("ETag", "Last-Modified", "LastModified", "mtime")])]
+    if not (stamp := stat_file(path)):
+        raise DataError(f"{path}: no such shard, or no permission to see it")
+    return stamp
 
 
 # ---- index ----
@@ -201,15 +200,9 @@ class ShardIndex:
         """Member and key of image i."""
         i = range(len(self))[i]
         first, size = max(i - 1, 0), MEMBER.itemsize
-        has_pread = hasattr(os, "pread")
-        if has_pread:
-            data = os.pread(self.file.fileno(), (i + 1 - first) * size, len(MAGIC) + first * size)
-        members = np.frombuffer(data, MEMBER) if has_pread else self.members[first:i + 1]
+        members = np.frombuffer(read_at(self.file, (i + 1 - first) * size, len(MAGIC) + first * size), MEMBER)
         start, end = members["key_end"][0].item() if i else 0, members["key_end"][-1].item()
-        if has_pread:
-            key = os.pread(self.file.fileno(), end - start, len(MAGIC) + self.members.nbytes + start)
-        else:
-            key = self.keys[start:end].tobytes()
+        key = read_at(self.file, end - start, len(MAGIC) + self.members.nbytes + start)
         return members[-1], key.decode("utf-8", "surrogateescape")
 
     def part(self, number):
@@ -375,6 +368,8 @@ class ShardDataset(Dataset):
         self.passed_over = describe_passed_over(sum((Counter(s["passed_over"]) for s in index.shards), Counter()))
         if index.classes and index.unlabeled:
             self.passed_over += f", {index.unlabeled:,} without a label"
+        paths = [shard["path"] for shard in index.shards]
+        self.root = None if any(map(is_url, paths)) else os.path.commonpath(map(os.path.dirname, paths))
         found = map(self.find, range(0, len(self), -(-len(self) // 16)))  # few: each may be a row group of Parquet
         sample = {name: member for member, name in found}
         self.value_range = value_range or find_common_range(
@@ -404,13 +399,15 @@ class ShardDataset(Dataset):
         """Path of image i, or its place in a shard as SHARD/KEY."""
         return self.find(i)[1]
 
+    def key(self, i):
+        """Name of image i, relative to the folder of all shards."""
+        return os.path.relpath(self.name(i), self.root) if self.root else self.name(i)
+
     def stat(self, i):
         """List of plain values that changes when image i does, or its shard."""
         member, name = self.find(i)
         shard = self.index.shards[member["shard"]]
-        if member["method"] == PATH:
-            return [*stat_shard(name)] if os.path.exists(name) else []
-        return [shard["size"], shard["changed"]]
+        return stat_file(name) if member["method"] == PATH else [shard["size"], shard["changed"]]
 
     def find(self, i):
         """data.archives.MEMBER of image i, and its name."""

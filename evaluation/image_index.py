@@ -1,54 +1,48 @@
-"""Image index: features of a folder's images in a file; an update extracts only what is new or has changed.
+"""Image index: features of images in a file; an update extracts only what is new or has changed.
 
-    features, names = update_index("photos.safetensors", "/photos", names, extract)
+    features, indices = update_index("photos.safetensors", ImageFolder("/photos"), extract)
 
 The file holds features [M, D] and, for each, the name, size and modification time of its image.
 """
 
 import json
-import os
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.data import Subset
 
 from common import distributed
 from common.files import atomic_write, check_file
 
 
-def stat_file(path):
-    """[size in bytes, modification time in ns] of a file; [] if it is missing."""
-    status = os.stat(path) if os.path.exists(path) else None
-    return [status.st_size, status.st_mtime_ns] if status else []
-
-
-def update_index(path, root, names, extract, log=print, save_every=10_000, stat=stat_file):
+def update_index(path, images, extract, log=print, save_every=10_000):
     """Update an index file; all ranks must call this.
 
     Args:
         path: index file, created if missing or corrupt. Rank 0 writes it every `save_every` new images, or every half
             as many as it holds; all ranks read it.
-        names: images, as paths below `root`.
-        extract: paths -> (features [M, D], their indices among the paths [M], messages on corrupt images), the same
-            on all ranks.
-        stat: path -> list of integers that changes when the image does.
+        images: dataset with `key` and `stat`, as ImageFolder and ShardDataset.
+        extract: dataset -> (features [M, D], their indices there [M], messages on corrupt images), the same on all
+            ranks.
 
     Returns:
-        features [M, D] and their names: those of `names` that can be read.
+        features [M, D] and the indices [M] of their images: those that can be read.
     """
-    stamps = {name: stat(os.path.join(root, name)) for name in names}
+    numbers = {images.key(i): i for i in range(len(images))}
+    stamps = {name: images.stat(i) for name, i in numbers.items()}
     features, files, corrupt = load_index(path)
     valid = [row for row, (name, *stamp) in enumerate(files) if stamps.get(name) == stamp]
     features, files = features[valid], [files[row] for row in valid]
     corrupt = [[name, *stamp] for name, *stamp in corrupt if stamps.get(name) == stamp]
     known = {name for name, *_ in files + corrupt}
-    new = [name for name in names if name not in known]
+    new = [name for name in numbers if name not in known]
     distributed.check_same_on_all_ranks("new images:", len(new))
-    log(f"{path}: {len(files)} of {len(names)} images indexed, {len(corrupt)} corrupt, {len(new)} new")
+    log(f"{path}: {len(files)} of {len(numbers)} images indexed, {len(corrupt)} corrupt, {len(new)} new")
     while new:
         count = max(save_every, len(files) // 2)
         part, new = new[:count], new[count:]
-        found, indices, messages = extract([os.path.join(root, name) for name in part])
+        found, indices, messages = extract(Subset(images, [numbers[name] for name in part]))
         for message in messages:
             log(f"skipped corrupt image {message}")
         features = torch.cat((features, found))
@@ -57,7 +51,7 @@ def update_index(path, root, names, extract, log=print, save_every=10_000, stat=
         corrupt += [[name, *stamps[name]] for i, name in enumerate(part) if i not in readable]
         if distributed.is_rank_zero():
             save_index(path, features, files, corrupt)
-    return features, [name for name, *_ in files]
+    return features, [numbers[name] for name, *_ in files]
 
 
 def save_index(path, features, files, corrupt):

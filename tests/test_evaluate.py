@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +344,12 @@ def test_predict(trained, capsys, exit_message, task, flags):
         assert (row[1], row[3]) == (f"class{first}", f"class{second}")
         assert [float(row[2]), float(row[4])] == pytest.approx(values[[first, second]].tolist(), abs=1e-5)
     before = Path("predictions.csv").read_bytes()
+    with tarfile.open("new.tar", "w") as tar:
+        for i in order:
+            tar.add(folder / "new" / names[i], names[i])
+    run("predict", "--num_workers", "0", "--ckpt", str(ckpt), "--topk", "2", "--output", "tar.csv", "new.tar")
+    with open("tar.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file))[1:] == [[f"{folder}/new.tar/{row[0][4:]}", *row[1:]] for row in rows[:3]]
     run("predict", "--num_workers", "0", "--ckpt", str(output), "--output", "out/new.csv", "new/b.png")  # the folder
     assert len(Path("out/new.csv").read_text().splitlines()) == 2 and Path("predictions.csv").read_bytes() == before
     for argv, message in (([str(ckpt), "missing.png"], "missing.png: no such image or folder"),

@@ -1,5 +1,6 @@
 import concurrent.futures
 import csv
+import hashlib
 import http.server
 import io
 import json
@@ -33,7 +34,7 @@ import visualize
 from common.cli import run_command
 from data import archives, shards
 from data.archives import scan_shard
-from data.datasets import DataError, ImageFolder, data_name, group_shards, name_image, open_data
+from data.datasets import DataError, ImageFolder, data_name, group_shards, hash_images, name_image, open_data
 from data.images import ImageReadError
 from data.shards import ShardDataset, ShardIndex, expand_braces, find_shards, open_index
 
@@ -219,6 +220,16 @@ def test_sources_are_concatenated_and_classes_united_by_name(tmp_path):
     assert name_image(data.train, 47) == f"{sources[3]}/emu/3.jpg"
     assert data.train.read_reduced(5, lambda width, height: 2)[0].size == (12, 8)
     assert f"1 images in {sources[5]}, no labels; 3 images of 2 classes in {sources[6]}, 1 without a label" in data.note
+
+
+def test_hash_of_shards_and_folders(tmp_path):
+    """Of the names and sizes of shards and, beside them, of the files of a folder."""
+    sources = [str(make(tmp_path)) for make in (make_tars, make_folder)]
+    sizes = [os.path.getsize(os.path.join(sources[0], name)) for name in ("0.tar", "1.tar", "2.tar")]
+    text = "0.tar\0001.tar\0002.tar" + "".join(f"{size} " for size in sizes)
+    text += "\0".join(name for name, _ in IMAGES) + "".join(f"{len(data)} " for _, data in IMAGES)
+    assert hash_images(open_data(sources).train) == dict(
+        num_images=24, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
 def test_shards_of_a_pattern_that_the_shell_expands_are_one_source(tmp_path, cache):
@@ -416,7 +427,7 @@ def test_several_paths_and_held_out_shards_in_every_command(tmp_path, capsys):
     visualize.main(visualize.parse_args(["attention", str(tars / "0.tar"), "--ckpt", ckpt, "--device", "cpu",
                                          "--output_dir", str(tmp_path / "attention")]))
     assert sorted(path.name for path in (tmp_path / "attention").iterdir()) == [
-        f"cat_{i}.jpg.attention.png" for i in range(4)]
+        f"0.tar_cat_{i}.jpg.attention.png" for i in range(4)]
 
 
 def test_packages_that_are_missing_are_one_line(tmp_path, exit_message, monkeypatch):
@@ -700,7 +711,7 @@ def test_index_beside_the_shards(tmp_path, cache, capsys, exit_message):
     assert not cache.exists()
     (tmp_path / "moved" / "2.tar").unlink()
     assert len(ShardDataset([str(tmp_path / "moved")])) == 8 and cache.exists()
-    with pytest.raises(DataError, match="2.tar: No such file"):
+    with pytest.raises(DataError, match="2.tar: no such shard"):
         ShardDataset([str(tmp_path / "moved" / "train.shardindex")])
     (tmp_path / "moved" / "train.shardindex").write_bytes(EVIL)
     assert len(ShardDataset([str(tmp_path / "moved")])) == 8

@@ -4,7 +4,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.folders import stat_file
 from evaluation.image_index import load_index, update_index
+
+
+class Files(torch.utils.data.Dataset):
+    """Paths of the files in a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.names = folder, sorted(os.listdir(folder))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return self.folder / self.names[i]
+
+    def key(self, i):
+        return self.names[i]
+
+    def stat(self, i):
+        return stat_file(self[i])
 
 
 @pytest.fixture
@@ -18,22 +38,22 @@ def folder(tmp_path):
 
 def build_extract(requested):
     """Feature extraction in which a file's feature is its length, and files with a question mark are corrupt."""
-    def extract(paths):
+    def extract(images):
+        paths = [images[i] for i in range(len(images))]
         requested.extend(os.path.basename(path) for path in paths)
         texts = [Path(path).read_text() if os.path.exists(path) else "?" for path in paths]
         good = [i for i, text in enumerate(texts) if "?" not in text]
         features = torch.tensor([[float(len(texts[i])), 1.0] for i in good]) if good else torch.empty(0)
-        return features, torch.tensor(good, dtype=torch.int64), [p for p, text in zip(paths, texts) if "?" in text]
+        return features, torch.tensor(good, dtype=torch.int64), [str(p) for p, text in zip(paths, texts) if "?" in text]
     return extract
 
 
 def update(folder, requested, lines=None, **kwargs):
-    names = sorted(os.listdir(folder))
-    features, found = update_index(str(folder.parent / "g.safetensors"), str(folder), names, build_extract(requested),
-                                   (lines if lines is not None else []).append, **kwargs)
-    sizes = {name: os.path.getsize(folder / name) for name in found}
-    assert features[:, 0].tolist() == list(sizes.values())
-    return sorted(found)
+    images = Files(folder)
+    features, indices = update_index(str(folder.parent / "g.safetensors"), images, build_extract(requested),
+                                     (lines if lines is not None else []).append, **kwargs)
+    assert features[:, 0].tolist() == [os.path.getsize(images[i]) for i in indices]
+    return sorted(images.names[i] for i in indices)
 
 
 def test_only_new_and_changed_images_are_extracted(folder):
@@ -82,8 +102,7 @@ def test_interrupted_update_resumes(folder):
             raise KeyboardInterrupt
         return extract(paths)
     with pytest.raises(KeyboardInterrupt):
-        update_index(str(folder.parent / "g.safetensors"), str(folder), sorted(os.listdir(folder)), interrupted,
-                     lambda text: None, save_every=2)
+        update_index(str(folder.parent / "g.safetensors"), Files(folder), interrupted, lambda text: None, save_every=2)
     assert len(load_index(folder.parent / "g.safetensors")[1]) == 4
     assert len(update(folder, requested, save_every=2)) == 7
     assert sorted(requested) == [f"{i}.jpg" for i in range(7)]
