@@ -9,7 +9,7 @@ every epoch and of every resume. Here a position is mapped to its image alone: a
 permutes [0, 2^b) whatever its round function is, and cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary
 finite domains") restricts it to [0, n): it is applied again where the result is n or more, at most once on average.
 
-All orders are defined for up to 2^53 images.
+full_order is defined for up to 2^53 images, block_order for up to 2^40.
 """
 
 import functools
@@ -30,40 +30,28 @@ def block_order(positions, num_images: int, seed: int, epoch: int, block_size: i
                 mixed_blocks: int = 64) -> np.ndarray:
     """Indices [N] of the images at positions [N] of an epoch in which blocks of consecutive images are read in order.
 
-    The blocks are permuted, and each `mixed_blocks` of them are a window, which is read in rows: a row is the next
-    image of each of its blocks, in random order. Every block starts at a random image and wraps, so that which images
-    meet in a row differs between epochs. The last block may be shorter; it is the last block of a random window.
-    Blocks are smaller where there would be fewer than `mixed_blocks` of them.
+    The blocks begin at a random image and are permuted. Each `mixed_blocks` of them, or up to twice as many, are a
+    window, which is read in rows: a row is the next image of each of its blocks, in random order. Within a block,
+    reading starts at a random image and wraps, so that which images meet in a row differs between epochs. The images
+    after the last whole block, others in each epoch, come last. Blocks are smaller where there would be fewer than
+    `mixed_blocks` of them.
     """
-    p = np.atleast_1d(np.asarray(positions, np.uint64))
-    key = derive_key(seed, epoch)
+    p, key = np.atleast_1d(np.asarray(positions, np.int64)), derive_key(seed, epoch)
     block_size = max(min(block_size, num_images // mixed_blocks), 1)
-    B, W = np.uint64(block_size), np.uint64(mixed_blocks)
-    num_blocks = -(-num_images // block_size)
-    num_windows = -(-num_blocks // mixed_blocks)
-    last_width = np.uint64(num_blocks - (num_windows - 1) * mixed_blocks)
-    short_size = np.uint64(num_images - (num_blocks - 1) * block_size)
-    short_window = permute(0, num_blocks, key ^ 1)[0] // W
-    short_slot = np.uint64(min((int(short_window) + 1) * mixed_blocks, num_blocks) - 1)
+    blocks = num_images // block_size
+    windows = max(blocks // mixed_blocks, 1)
+    window = ((p // block_size + 1) * windows - 1) // blocks
+    window_start = window * blocks // windows  # in blocks
+    width = (window + 1) * blocks // windows - window_start
+    row, column = np.divmod(p - window_start * block_size, width)
 
-    p = p + np.where(p >= (short_slot + np.uint64(1)) * B - (B - short_size), B - short_size, np.uint64(0))
-    window = p // (W * B)
-    place = p - window * (W * B)  # in the window
-    width = np.where(window == num_windows - 1, last_width, W)  # blocks of the window
-    rows = np.where(window == short_window, short_size, B)  # after which the short block is used up
-    narrow = np.maximum(width, np.uint64(2)) - np.uint64(1)
-    is_narrow = place >= rows * width
-    rest = place - np.where(is_narrow, rows * width, np.uint64(0))
-    width = np.where(is_narrow, narrow, width)
-    row, column = np.where(is_narrow, rows, np.uint64(0)) + rest // width, rest % width
-
-    slot = window * W + permute(column, width, mix_bits((window * B + row) ^ np.uint64(key)))
-    is_short = slot == short_slot
-    whole = permute(np.where(is_short, np.uint64(0), slot - (slot > short_slot)), max(num_blocks - 1, 1), key ^ 2)
-    block = np.where(is_short, np.uint64(num_blocks - 1), whole)
-    size = np.where(is_short, short_size, B)
-    start = mix_bits(block ^ np.uint64(key ^ 3)) % size
-    return (block * B + (start + row) % size).astype(np.int64)
+    row_key = mix_bits((window_start * block_size + row).astype(np.uint64) ^ np.uint64(key))
+    is_rest = p >= blocks * block_size
+    slot = window_start + permute(np.where(is_rest, 0, column), width, row_key).astype(np.int64)
+    block = permute(np.where(is_rest, 0, slot), blocks, key ^ 1)
+    first = (mix_bits(block ^ np.uint64(key ^ 2)) % np.uint64(block_size)).astype(np.int64)
+    index = block.astype(np.int64) * block_size + (first + row) % block_size
+    return (np.where(is_rest, p, index) + key % num_images) % num_images
 
 
 @functools.lru_cache(maxsize=8)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.order import block_order, full_order, mix_bits, permute
+from data.order import block_order, derive_key, full_order, mix_bits, permute
 
 CHI_SQUARE = {5: 20.5, 23: 49.7, 99: 148.2, 119: 172.7}  # quantiles at 1 - 1e-3, by degrees of freedom
 
@@ -58,7 +58,7 @@ def test_orders_stay_as_they_are():
     assert full_order(np.arange(8), 1_281_167, 0, 1).tolist() == \
         [607646, 479967, 407246, 455347, 683145, 27678, 338886, 1195426]
     assert block_order(np.arange(8), 1_281_167, 0, 1).tolist() == \
-        [966490, 1167530, 1123779, 542182, 895232, 137699, 122037, 1267680]
+        [89895, 905646, 479742, 641893, 756294, 1046950, 1134907, 754218]
 
 
 @pytest.mark.parametrize("n, freedom", [(3, 5), (4, 23), (5, 119)])
@@ -97,19 +97,28 @@ def test_seeds_and_epochs_have_orders_of_their_own():
 @pytest.mark.parametrize("num_images", [100_000, 100_001, 99_999, 64_123])
 def test_blocks_are_read_in_order_and_mixed(num_images):
     block_size, mixed_blocks = 100, 8
-    indices = block_order(np.arange(num_images), num_images, 0, 5, block_size, mixed_blocks)
+    order = block_order(np.arange(num_images), num_images, 0, 5, block_size, mixed_blocks)
+    indices = (order - derive_key(0, 5) % num_images) % num_images  # where the first block begins
     blocks = indices // block_size
+    rest = num_images % block_size
+    assert (indices[num_images - rest:] == np.arange(num_images - rest, num_images)).all()
     first, last = (np.full(blocks.max() + 1, -1) for _ in range(2))
     last[blocks] = np.arange(num_images)
     first[blocks[::-1]] = np.arange(num_images)[::-1]
-    assert (last - first < block_size * mixed_blocks).all()  # all of a block is read within one window
-    window = indices[:block_size * (mixed_blocks - 1)]
-    assert len({*(window // block_size)}) == mixed_blocks
-    assert all(len({*row}) == mixed_blocks for row in (window // block_size)[:400].reshape(-1, mixed_blocks))
+    assert (last - first < block_size * (mixed_blocks + 1)).all()  # all of a block is read within one window
+    width = next(width for width in range(8, 17) if len({*blocks[:width]}) == len({*blocks[:50 * width]}) == width)
+    rows = blocks[:width * block_size].reshape(-1, width)
+    assert (np.sort(rows) == np.sort(rows[0])).all() and len({tuple(row) for row in rows}) > 90
     steps = [np.diff(indices[blocks == block]) for block in range(20)]
     assert all((step == 1).sum() >= len(step) - 1 for step in steps)  # but for the one wrap
-    starts = [indices[blocks == block][0] % block_size for block in range(len(first) - 1)]
+    starts = [indices[blocks == block][0] % block_size for block in range(num_images // block_size)]
     assert chi_square(np.bincount(np.array(starts) // 10, minlength=10)) < 27.9
+
+
+def test_blocks_begin_at_another_image_in_each_epoch():
+    """So that the images after the last whole block, which end an epoch and may be dropped, are others in each."""
+    last = np.array([block_order(np.arange(990, 1000), 1000, 0, epoch, 99, 8) for epoch in range(2000)])
+    assert (np.diff(last) % 1000 == 1).all() and chi_square(np.bincount(last[:, 0] // 10)) < CHI_SQUARE[99]
 
 
 def test_every_position_of_blocks_is_uniform():
@@ -119,5 +128,5 @@ def test_every_position_of_blocks_is_uniform():
 
 
 def test_few_images_are_in_as_many_blocks():
-    indices = block_order(np.arange(640), 640, 0, 0)
+    indices = (block_order(np.arange(640), 640, 0, 0) - derive_key(0, 0) % 640) % 640
     assert all(len({*row}) == 64 for row in (indices // 10).reshape(-1, 64))
