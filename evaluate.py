@@ -48,6 +48,7 @@ from data.datasets import (
     open_data,
     open_images,
     trained_data_path,
+    trained_val_path,
 )
 from data.loaders import build_eval_loader
 from data.retrieval import ImageFiles
@@ -154,13 +155,12 @@ class EvalSetup:
         self.backbone, self.info, self.origin = open_backbone(args, self.device, precision=args.precision)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
         data_path = args.data_path or trained_data_path(args, self.info)
-        val_path = args.val_path or (None if args.data_path or args.ckpt else self.info.get("val_path"))
         if not data_path:
             raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
                             f"the labeled images with --data_path")
         self.data = distributed.run_on_rank_zero_first(lambda: open_data(
-            data_path, download=bool(args.data_path), value_range=self.info.get("value_range"), val_path=val_path,
-            cache_dir=args.cache_dir))
+            data_path, download=bool(args.data_path), value_range=self.info.get("value_range"),
+            val_path=trained_val_path(args, self.info), cache_dir=args.cache_dir))
         if self.data.val is None:
             raise DataError(f"{describe_paths(data_path)}: no labels; expected one folder per class, best in train/ "
                             f"and val/")

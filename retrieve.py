@@ -30,7 +30,7 @@ from common import cli, distributed
 from common.files import create_folder, number_name, write_json
 from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
-from data.datasets import DataError, data_name, open_images
+from data.datasets import DataError, data_name, make_absolute, open_images
 from data.images import read_image
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import NoImagesError, extract_features
@@ -82,7 +82,7 @@ class ImageEncoder:
         self.args, self.extract, self.view, self.upright = args, extract, view, upright
         flags = ("image_size", "distractors", "whitening", "multiscale", "crop_queries")
         self.origin |= {name: value for name, value in vars(args).items() if name in flags}
-        self.origin["data_path"] = os.path.abspath(args.data_path)
+        self.origin["data_path"] = make_absolute(args.data_path)
         self.result_path = result_file(self.origin, args, f"{args.task}.{data_name(args.data_path)}")
         self.log = print if self.rank == 0 else lambda text: None
 

@@ -594,7 +594,8 @@ def print_results(run, data, total_steps, args):
     log(f"the run is in {args.output_dir}, the model in teacher.safetensors; next:")
     log(f"  python visualize.py run {quote(args.output_dir)}")
     if data.val is not None:
-        log(f"  python evaluate.py knn {ckpt}{data_path}")
+        val_paths = [args.val_path] if isinstance(args.val_path, str) else args.val_path or ()
+        log(f"  python evaluate.py knn {ckpt}{data_path}" + f" --val_path {shlex.join(val_paths)}" * bool(val_paths))
     if args.arch in SIZES:
         log(f"  python visualize.py attention {ckpt} {image}")
     if image != "shapes" and len(paths) == 1:

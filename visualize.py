@@ -27,7 +27,7 @@ from common import cli
 from common.files import create_folder, number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
-from data.datasets import DataError, is_source, open_data, open_images, trained_data_path
+from data.datasets import DataError, is_source, open_data, open_images, trained_data_path, trained_val_path
 from data.images import ImageReadError, read_image
 from data.video import VideoWriter, open_video
 from evaluation.features import extract_features
@@ -45,7 +45,8 @@ def parse_args(argv=None):
         size = "center crop (default: as trained)" if task is embedding else "shorter side (default: 480/224 of that)"
         task.add_argument("--image_size", type=cli.image_side, help=size)
     for task in (attention, features, crops):
-        task.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or shapes[:PIXELS], four shapes")
+        task.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, shards, or shapes[:PIXELS]")
+        cli.add_cache_flag(task)
         task.add_argument("--width", type=sheet_width, default=1000, help="width of a contact sheet in pixels")
 
     attention.add_argument("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
@@ -79,10 +80,10 @@ def parse_args(argv=None):
 
 # ---- images ----
 
-def expand_images(name, output_dir, value_range=None):
-    """(name, function that decodes it) of each image of a file, a folder or shapes[:PIXELS]."""
+def expand_images(name, output_dir, cache_dir, value_range=None):
+    """(name, function that decodes it) of each image of a file, a folder, shards, or of four of shapes[:PIXELS]."""
     if os.path.isdir(name) or is_source(name):
-        images = open_images([name], output_dir, value_range=value_range)
+        images = open_images([name], output_dir, cache_dir, value_range=value_range)
         return [(images.key(i), lambda i=i: images[i][0]) for i in range(len(images))]
     if name.partition(":")[0] == "shapes" and not os.path.exists(name):
         shapes = open_data(name).val
@@ -90,10 +91,10 @@ def expand_images(name, output_dir, value_range=None):
     return [(os.path.basename(name), lambda: read_image(name, value_range=value_range))]
 
 
-def iter_readable_images(names, errors, output_dir, value_range=None):
+def iter_readable_images(args, errors, output_dir, value_range=None):
     """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
     taken = []
-    for name, read in sum((expand_images(name, output_dir, value_range) for name in names), []):
+    for name, read in sum((expand_images(name, output_dir, args.cache_dir, value_range) for name in args.images), []):
         name = number_name(name.replace(os.sep, "_"), taken)
         try:
             yield name, read()
@@ -109,7 +110,7 @@ def visualize_attention(args, errors):
     folder = output_folder(origin, args, "attention")
     create_folder(folder)
     noted = False
-    for name, image in iter_readable_images(args.images, errors, folder, origin["value_range"]):
+    for name, image in iter_readable_images(args, errors, folder, origin["value_range"]):
         view, maps = extract_attention(image)
         noted = noted or attention.note_coarse_map(name, image, maps.shape[1:], origin["patch_size"],
                                                    "set" if view is image else "export with")
@@ -161,7 +162,7 @@ def visualize_features(args, errors):
     path, p = output_file(origin, args, "features.png"), model.patch_size
     shorter_side = args.image_size or loaders.default_attention_size(model.grid[0] * p, p)
     images, tokens, patch, noted = [], [], None, False
-    for name, image in iter_readable_images(args.images, errors, path.parent, origin["value_range"]):
+    for name, image in iter_readable_images(args, errors, path.parent, origin["value_range"]):
         if args.point and not images and errors:
             raise DataError(f"--point lies in the first image, which cannot be read: {errors[0]}")
         x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p))[None].to(args.device)
@@ -184,7 +185,7 @@ def visualize_embedding(args, errors):
     model, info, origin = open_backbone(args)
     size = resolve_image_size(args.image_size, model)
     data = open_data(args.data_path or trained_data_path(args, info) or "shapes", bool(args.data_path),
-                     args.output_dir, origin["value_range"], args.val_path, args.cache_dir)
+                     args.output_dir, origin["value_range"], trained_val_path(args, info), args.cache_dir)
     print(data.note)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
@@ -227,7 +228,7 @@ def visualize_crops(args, errors):
     cli.check_crop_flags(parser, flags)
     multicrop = loaders.build_multicrop(flags)
     create_folder(args.output_dir)
-    for name, image in iter_readable_images(args.images, errors, args.output_dir):
+    for name, image in iter_readable_images(args, errors, args.output_dir):
         path = Path(args.output_dir, f"{name}.crops.png")
         sheet.draw_crops(name, multicrop, image, (args.seed, name), args.width).save(path)
         print(f"{2 + flags.local_crops_number} crops -> {path}")

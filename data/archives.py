@@ -24,12 +24,12 @@ from collections import Counter
 
 import numpy as np
 
-from data.folders import SYSTEM_FOLDERS, DataError
+from data.folders import SYSTEM_FOLDERS, DataError, stat_file
 from data.images import EXTENSIONS
 
 MAX_BYTES = 2**29  # of a file in an archive, deflated or not
 MAX_TEXT = 2**20  # bytes of a header, a .cls or a .json
-URL_TRIES = 5
+URL_TRIES = 8
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 STORED, DEFLATED, ROW, PATH = range(4)  # how an image is kept: bytes, deflated bytes, row of Parquet, file of its own
@@ -47,31 +47,43 @@ def is_url(path: str) -> bool:
 
 # ---- reading ----
 
-def read_member(path: str, member: np.void) -> bytes:
+def read_member(path: str, member: np.void, version: int | None = None) -> bytes:
     """The bytes of an image of a shard.
 
     Args:
         member: MEMBER of scan_shard, of any method but PATH.
+        version: of the shard when it was scanned, see `stat_shard`; None for any.
 
     Raises:
-        OSError, ValueError, zlib.error: the shard is missing, truncated or corrupt.
+        OSError, ValueError, zlib.error: the shard is missing, truncated, corrupt, or of another version.
+        DataError: a URL cannot be read.
     """
     method, offset, size, length = (member[field].item() for field in ("method", "offset", "size", "length"))
     if method == ROW:
-        return read_row(path, offset)
-    data = read_bytes(path, offset, size)
+        return read_row(path, version, offset)
+    data = read_bytes(path, offset, size, version)
     return inflate(data, length) if method == DEFLATED else data
 
 
-def read_bytes(path, offset, size):
+def stat_shard(path):
+    """[bytes, version] of a shard: the time of its last change in nanoseconds or, of a URL, its tag and the like."""
+    if is_url(path):
+        info = call_url(path, lambda files, name: files.info(name))
+        return [info["size"], str([info.get(key) for key in ("ETag", "Last-Modified", "LastModified", "mtime")])]
+    if not (stamp := stat_file(path)):
+        raise DataError(f"{path}: no such shard, or no permission to see it")
+    return stamp
+
+
+def read_bytes(path, offset, size, version=None):
     if is_url(path):
         data = call_url(path, lambda files, name: files.cat_file(name, start=offset, end=offset + size))
     else:
-        data = read_at(open_file(os.getpid(), path), size, offset)
+        data = read_at(open_file(os.getpid(), path, version), size, offset)
     if len(data) > size:
         raise DataError(f"{path}: the server does not support range requests")
     if len(data) < size:
-        raise ValueError(f"truncated shard, {len(data)} of {size} bytes")
+        raise (DataError if is_url(path) else ValueError)(f"{path}: truncated, {len(data)} of {size} bytes")
     return data
 
 
@@ -84,9 +96,15 @@ def read_at(file, size, offset):
 
 
 @functools.lru_cache(maxsize=128)
-def open_file(process, path):
+def open_file(process, path, version):
     """File that one process uses; closed when 128 others were opened since it was used."""
+    check_version(path, version)
     return open(path, "rb", buffering=0)
+
+
+def check_version(path, version):
+    if version not in (None, stat_shard(path)[1]):
+        raise ValueError("the shard has changed since it was indexed")
 
 
 def inflate(data, length):
@@ -105,7 +123,7 @@ def call_url(url, call):
             return call(*fsspec.core.url_to_fs(url))
         except (ImportError, ValueError) as error:  # no such protocol, no range requests
             raise DataError(f"{url}: {error}") from None
-        except Exception as error:  # every protocol has errors of its own; fsspec has no file where no server answers
+        except Exception as error:  # every protocol has its own; FileNotFoundError also where no server answers
             message = f"{type(error).__name__}: {error}"
             time.sleep(0.1 * 2**attempt)
     raise DataError(f"{url}: {URL_TRIES} tries failed, the last: {message}")
@@ -117,6 +135,7 @@ class UrlFile(io.RawIOBase):
     def __init__(self, url):
         self.url, self.position = url, 0
         self.size = call_url(url, lambda files, name: files.size(name))
+        call_url(url, lambda files, name: files.open(name).read(1))  # ValueError if it is all that the server sends
 
     def readable(self):
         return True
@@ -158,7 +177,7 @@ def scan_shard(path: str) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Co
             for key, method, offset, size, length, name in scan(path, passed_over):
                 keys.extend(key.encode("utf-8", "surrogateescape"))
                 yield 0, method, offset, size, length, names.setdefault(name, len(names)), -1, len(keys)
-        except (DataError, ImportError):
+        except (DataError, ImportError, MemoryError):
             raise
         except Exception as error:  # hostile archives raise nearly anything
             if isinstance(error, OSError) and error.errno:  # pyarrow raises OSError for corrupt files
@@ -201,17 +220,17 @@ def iter_tar(file, start, end, passed_over, label=None):
             name, offset, size = member.name, member.offset_data, member.size
             is_file = member.isfile() and not member.issparse()
             if not member.offset < tar.offset < end + tarfile.BLOCKSIZE or (is_file and offset + size > end):
-                raise ValueError("truncated, or a size that leads back")
+                raise ValueError("truncated, or a negative size")
             if not is_file:
                 passed_over["link(s), device(s), sparse file(s)"] += not member.isdir()
             elif label is None and name.lower().endswith(".tar"):
                 yield from iter_tar(file, offset, offset + size, passed_over, os.path.basename(name)[:-4])
-            elif is_usable(name, size, passed_over):
+            elif accept_file(name, size, passed_over):
                 yield name, STORED, offset, size, size, label
         file.seek(tar.offset)
-        if member is None and tar.offset < end and any(file.read(tarfile.BLOCKSIZE)):
-            raise ValueError("corrupt header")  # where tarfile ends without an error
-    except (DataError, OSError):
+        if member is None and tar.offset < end and any(file.read(min(2 * tarfile.RECORDSIZE, end - tar.offset))):
+            raise ValueError("corrupt header, or another tar behind this one")  # where tarfile ends without an error
+    except (DataError, OSError, MemoryError):
         raise
     except Exception:  # the files before it are whole
         passed_over["corrupt or truncated tar(s)"] += 1
@@ -226,14 +245,14 @@ def scan_zip(path, passed_over):
 def iter_zip(file, archive, end, passed_over):
     """Yield (name, method, offset, size, length, None) of the files of a zip."""
     methods = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
-    for info in archive.infolist():
+    for info in sorted(archive.infolist(), key=lambda info: info.filename):  # a zip may hold its files in any order
         size, length = info.compress_size, info.file_size
         name = info.filename.replace("\\", "/")  # of archivers on Windows
         if info.flag_bits & 1 or info.compress_type not in methods:
             passed_over["encrypted or compressed otherwise"] += 1
         elif info.external_attr >> 28 == 0o12:  # S_IFLNK
             passed_over["link(s), device(s), sparse file(s)"] += 1
-        elif not info.is_dir() and is_usable(name, max(size, length), passed_over):
+        elif not info.is_dir() and accept_file(name, max(size, length), passed_over):
             file.seek(info.header_offset)
             signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30).ljust(30))
             offset = info.header_offset + 30 + name_length + extra_length
@@ -243,8 +262,8 @@ def iter_zip(file, archive, end, passed_over):
                 yield name, methods[info.compress_type], offset, size, length, None
 
 
-def is_usable(name, length, passed_over):
-    """Whether a file in an archive has a plain name and size; counts it otherwise."""
+def accept_file(name, length, passed_over):
+    """Whether a file in an archive has a plain name and size; counts it as passed over otherwise."""
     parts = name.removeprefix("./").split("/")
     system = next((part for part in parts[:-1] if part.lower() in SYSTEM_FOLDERS), None)
     kind = ("unsafe name(s)" if name.startswith("/") or ".." in parts else
@@ -272,6 +291,8 @@ def group_samples(files, shard, passed_over):
                 label = read_label(shard, ending, *place, passed_over) or label
             else:
                 passed_over[ending or "without ending"] += 1
+        if label and not images:
+            passed_over["label(s) without an image beside"] += 1
         if label:  # KEY.seg.png is no image of the sample
             images = [file for file in images if file[0] == key + os.path.splitext(file[0])[1]] or images
         for name, *place, tar_label in images:
@@ -302,24 +323,37 @@ def to_label(value):
 
 
 def scan_list(path, passed_over):
-    """Lines `path` or `path,label` of a text file; a first line that names its columns may name more."""
-    columns = (0, 1)
+    """Lines `path` or `path,label` of a text file; a first line that names its columns may name more.
+
+    A line of a .txt that ends as images do is a path, with all of its commas.
+    """
+    path_column, label_column, count = 0, 1, 2
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for number, row in enumerate(csv.reader(file, skipinitialspace=True)):
+        rows = csv.reader(file, skipinitialspace=True) if path.lower().endswith(".csv") else map(split_line, file)
+        for number, row in enumerate(rows):
             names = [name.lower() for name in row]
-            if number == 0 and (heads := {"path", "file_name", "filename", "image"} & {*names}):
-                columns = names.index(heads.pop()), names.index("label") if "label" in names else len(names)
-            elif row and (len(row) <= max(2, *columns) + 1) and len(row) > columns[0] and row[columns[0]]:
-                label = to_label(row[columns[1]]) if len(row) > columns[1] else None
-                yield row[columns[0]], PATH, 0, 0, 0, (True, label) if label else (False, "")
+            head = next((name for name in ("path", "file_name", "filename", "image") if name in names), None)
+            if number == 0 and head:
+                path_column, count = names.index(head), len(names)
+                label_column = names.index("label") if "label" in names else count
+            elif path_column < len(row) <= count and row[path_column]:
+                label = to_label(row[label_column]) if len(row) > label_column else None
+                yield row[path_column], PATH, 0, 0, 0, (True, label) if label else (False, "")
             else:
                 passed_over["line(s) that are not path,label"] += bool(row)
+
+
+def split_line(line):
+    line = line.rstrip("\r\n")
+    if os.path.splitext(line)[1].lower() in EXTENSIONS:
+        return [line]
+    return next(csv.reader([line], skipinitialspace=True), [])
 
 
 # ---- Parquet ----
 
 def scan_parquet(path, passed_over):
-    file, _, column, field = open_parquet(os.getpid(), path)
+    file, _, column, field = open_parquet(os.getpid(), path, None)
     schema = file.schema_arrow
     features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
     names = (features.get("label") or {}).get("names") or []
@@ -339,10 +373,11 @@ def scan_parquet(path, passed_over):
 
 
 @functools.lru_cache(maxsize=8)
-def open_parquet(process, path):
+def open_parquet(process, path, version):
     """ParquetFile, first row of each row group, column of the images, "bytes" if that is a struct or None."""
     import pyarrow
     import pyarrow.parquet
+    check_version(path, version)
     file = pyarrow.parquet.ParquetFile(path)
     sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     binary = (pyarrow.binary(), pyarrow.large_binary())
@@ -355,15 +390,15 @@ def open_parquet(process, path):
 
 
 @functools.lru_cache(maxsize=2)
-def read_row_group(process, path, group):
-    file, _, column, field = open_parquet(process, path)
+def read_row_group(process, path, version, group):
+    file, _, column, field = open_parquet(process, path, version)
     return file.read_row_group(group, [f"{column}.{field}" if field else column], use_threads=False)[column]
 
 
-def read_row(path, row):
-    _, starts, _, field = open_parquet(os.getpid(), path)
+def read_row(path, version, row):
+    _, starts, _, field = open_parquet(os.getpid(), path, version)
     group = bisect.bisect_right(starts, row) - 1
-    value = read_row_group(os.getpid(), path, group)[row - starts[group]].as_py()
+    value = read_row_group(os.getpid(), path, version, group)[row - starts[group]].as_py()
     data = value["bytes"] if field and value else value
     if data is None:
         raise ValueError("null")

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from data.archives import is_url
-from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder
+from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder, describe_paths
 from data.images import to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 from data.shards import ShardDataset, is_source, split_parts
@@ -78,7 +78,8 @@ def open_data(data_path: str | Sequence[str], download: bool = True, output_dir:
         return data
     labeled = data.train_labeled
     return data._replace(
-        train_labeled=Subset(labeled, NotEveryTenth(len(labeled))), val=Subset(labeled, range(0, len(labeled), 10)),
+        train_labeled=Subset(labeled, np.flatnonzero(np.arange(len(labeled)) % 10)),
+        val=Subset(labeled, range(0, len(labeled), 10)),
         note=f"{data.note}, every tenth held out for evaluation")
 
 
@@ -116,9 +117,9 @@ def trained_data_path(args, info):
     return path if not args.ckpt or re.fullmatch(r"shapes(:\d+)?", str(path)) else ""
 
 
-def describe_paths(paths):
-    """One path, or the first of several and their number."""
-    return paths if isinstance(paths, str) else f"{paths[0]}" + f" and {len(paths) - 1} more" * (len(paths) > 1)
+def trained_val_path(args, info):
+    """Path of the held-out data of the newest run, unless the user names data or a model."""
+    return args.val_path or (None if args.data_path or args.ckpt else info.get("val_path"))
 
 
 def make_absolute(paths):
@@ -195,20 +196,6 @@ class ConcatImages(Dataset):
         return name_image(self.parts[part], i)
 
 
-class NotEveryTenth(Sequence):
-    """Indices below n but for 0, 10, 20 ..., without a list of them."""
-
-    def __init__(self, n):
-        self.numbers = range(n - -(-n // 10))
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, i):
-        i = self.numbers[i]
-        return i + i // 9 + 1
-
-
 def keep_labeled(images):
     """The images of a dataset that have labels."""
     return Subset(images, np.flatnonzero(images.labels >= 0)) if getattr(images, "unlabeled", 0) else images
@@ -244,7 +231,7 @@ def open_images(paths, output_dir=None, cache_dir=None, **options):
 def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_held_out=True):
     """A folder of images, or shards; `train` beside `val` or the like is found whether the path is `train` or above."""
     paths = make_absolute(paths)
-    root, held_out, options = paths[0], [], dict(value_range=value_range)
+    root, held_out, num_others, options = paths[0], [], 0, dict(value_range=value_range)
     if os.path.isdir(root):
         parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
         parts = {name.lower(): os.path.join(parent, name) for name in next(os.walk(parent), ("", [], []))[1]}
@@ -253,10 +240,11 @@ def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_he
         held_out = held_out if train_root != parent else []  # they are not parts without one for training
         paths = [train_root]
     if is_source(paths[0]) and not held_out:
-        options["part"], held_out = split_parts(paths)
+        options["part"], held_out, num_others = split_parts(paths)
     train = open_images(paths, output_dir, cache_dir, **options)
     values = ", values {:g} (black) to {:g} (white)".format(*train.value_range) if train.value_range else ""
-    where, path = f"{describe_paths(paths)}{train.passed_over}{values}", paths if len(paths) > 1 else root
+    others = f" ({num_others} other shards not used)" if num_others else ""
+    where, path = f"{describe_paths(paths)}{train.passed_over}{others}{values}", paths if len(paths) > 1 else root
     if train.classes is None:
         note = f"{len(train):,} images in {where}, no labels"
         return Data(train, None, None, path, ", not used: ".join([note, *map(describe_paths, held_out)]))

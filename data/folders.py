@@ -48,8 +48,6 @@ class ImageFolder(Dataset):
         self.passed_over = describe_passed_over(passed_over)
         if not files:
             raise DataError(f"{root}: no such folder, or no image found in it or below{self.passed_over}")
-        self.value_range = value_range or find_common_range(
-            files, lambda file: open_image(os.path.join(root, file)))
         folders = [file[:max(file.find(os.sep), 0)] for file in files]  # "" for images outside of subfolders
         names = sorted(set(folders))
         if not classes and len(names) > 1 and names[0] and set(map(str.lower, names)) - {*TRAIN, *HELD_OUT}:
@@ -58,6 +56,8 @@ class ImageFolder(Dataset):
             raise DataError(f"{root}: holds images outside of the folders of the training classes")
         self.classes, class_index = classes, {name: i for i, name in enumerate(classes or [])}
         self.files, self.labels = PathTable(files), np.array([class_index.get(name, -1) for name in folders], np.int32)
+        self.value_range = value_range or find_common_range(
+            range(len(self)), lambda i: open_image(self.name(i)), self.name)
         if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in range(len(self))):
             raise DataError(f"{root}: none of its {len(self)} images can be read; the last: {last}")
 
@@ -148,3 +148,8 @@ def describe_passed_over(counts):
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(8))
     hint = "; pip install pillow-heif for .heic" * (".heic" in counts and "HEIF" not in DECODERS)
     return f" (passed over {counts.total():,}: {kinds}{hint})" if counts else ""
+
+
+def describe_paths(paths):
+    """One path, or the first of several and their number."""
+    return paths if isinstance(paths, str) else f"{paths[0]}" + f" and {len(paths) - 1} more" * (len(paths) > 1)

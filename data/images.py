@@ -20,6 +20,7 @@ with contextlib.suppress(ImportError):
     __import__("pillow_heif").register_heif_opener()  # HEIC, where it is installed
 # Pillow's others may start programs
 DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF QOI".split() if name in Image.OPEN]
+OTHER_ENDINGS = (".txt", ".json", ".xml", ".csv", ".tar", ".zip", ".parquet", ".gz", ".tgz")  # of files without pixels
 EXTENSIONS = frozenset(ending for ending, name in Image.registered_extensions().items() if name in DECODERS)
 MAX_ASPECT = 100  # resizing the shorter side to the crop would make the longer one of such an image huge
 FULL_SCALES = (1, *(2**bits - 1 for bits in range(8, 17)))  # of floats, and of 8 to 16 bits
@@ -68,7 +69,7 @@ def open_image(path, content=None):
 def is_image(path: str) -> bool:
     """Whether read_image takes a file: by its ending or, if that is unknown, by its first bytes and header."""
     ending = os.path.splitext(path)[1].lower()
-    if ending in EXTENSIONS or ending in (".txt", ".json", ".xml", ".csv") or not os.path.isfile(path):
+    if ending in EXTENSIONS or ending in OTHER_ENDINGS or not os.path.isfile(path):
         return ending in EXTENSIONS
     formats = [name for name in DECODERS if name != "TIFF" or not ending]  # raw files of cameras are TIFFs
     with contextlib.suppress(Exception), Image.open(path, formats=formats):  # raises nearly anything on corrupt files
@@ -130,13 +131,16 @@ def find_value_range(values):
     return low, high if high > low else low + 1
 
 
-def find_common_range(files, open_file=open_image, max_images=100):
+def find_common_range(files, open_file=open_image, name=str, max_images=100, max_names=10_000):
     """One `find_value_range` for the grayscale of more than 8 bits among evenly spaced files; None without any.
 
     Args:
-        open_file: opens one of the files without decoding it, as `open_image`.
+        files: sequence of paths, or of whatever the functions take.
+        open_file: opens one of the files without decoding it.
+        name: its name; files that are named as JPEGs are not opened.
     """
-    files, values = [file for file in files if not str(file).lower().endswith((".jpg", ".jpeg"))], []
+    files, values = files[::-(-len(files) // max_names) or 1], []
+    files = [file for file in files if not name(file).lower().endswith((".jpg", ".jpeg"))]
     for file in files[::-(-len(files) // max_images) or 1]:
         with contextlib.suppress(Exception), open_file(file) as image:  # raises nearly anything
             if image.mode[0] in "IF":

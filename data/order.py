@@ -12,7 +12,6 @@ finite domains") restricts it to [0, n): it is applied again where the result is
 full_order is defined for up to 2^53 images, block_order for up to 2^40.
 """
 
-import functools
 import random
 
 import numpy as np
@@ -23,7 +22,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 
 def full_order(positions, num_images: int, seed: int, epoch: int) -> np.ndarray:
     """Indices [N] of the images at positions [N] of an epoch: a permutation of all images."""
-    return permute(positions, num_images, derive_key(seed, epoch)).astype(np.int64)
+    return permute(positions, num_images, derive_seed("order", seed, epoch)).astype(np.int64)
 
 
 def block_order(positions, num_images: int, seed: int, epoch: int, block_size: int = 1024,
@@ -36,7 +35,7 @@ def block_order(positions, num_images: int, seed: int, epoch: int, block_size: i
     after the last whole block, others in each epoch, come last. Blocks are smaller where there would be fewer than
     `mixed_blocks` of them.
     """
-    p, key = np.atleast_1d(np.asarray(positions, np.int64)), derive_key(seed, epoch)
+    p, key = np.atleast_1d(np.asarray(positions, np.int64)), derive_seed("order", seed, epoch)
     block_size = max(min(block_size, num_images // mixed_blocks), 1)
     blocks = num_images // block_size
     windows = max(blocks // mixed_blocks, 1)
@@ -54,10 +53,9 @@ def block_order(positions, num_images: int, seed: int, epoch: int, block_size: i
     return (np.where(is_rest, p, index) + key % num_images) % num_images
 
 
-@functools.lru_cache(maxsize=8)
-def derive_key(seed, epoch):
-    """64-bit key of an epoch."""
-    return random.Random(repr(("order", seed, epoch))).getrandbits(64)
+def derive_seed(*key) -> int:
+    """63-bit seed that depends on the key only."""
+    return random.Random(repr(key)).getrandbits(63)
 
 
 def permute(x, n, key) -> np.ndarray:

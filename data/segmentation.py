@@ -20,7 +20,7 @@ from torchvision.transforms import functional as TF
 from common.files import read_text
 from data.datasets import DataError, open_data
 from data.images import ImageReadError, open_image, read_image, read_or_message, wrap_decode_errors
-from data.loaders import DataLoader
+from data.workers import DataLoader
 
 VOID = 255  # index of unlabeled pixels in a mask with a palette
 

@@ -19,15 +19,13 @@ import contextlib
 import functools
 import glob
 import hashlib
+import importlib
 import itertools
 import json
-import multiprocessing
 import operator
 import os
 import re
 import shutil
-import signal
-import sys
 import tempfile
 from collections import Counter
 
@@ -35,28 +33,29 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.archives import MEMBER, PATH, call_url, is_url, read_at, read_member, scan_shard
-from data.folders import HELD_OUT, TRAIN, DataError, describe_passed_over, stat_file
+from common.files import atomic_write
+from data.archives import MAX_TEXT, MEMBER, PATH, is_url, read_at, read_member, scan_shard, stat_shard
+from data.folders import HELD_OUT, TRAIN, DataError, describe_passed_over, describe_paths, iter_images, stat_file
 from data.images import EXTENSIONS, find_common_range, open_image, read_image, read_or_message, wrap_decode_errors
+from data.workers import DataLoader
 
 INDEX_ENDING = ".shardindex"
 FOLDER_ENDINGS = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz")  # a folder's shards have the first that occurs
 ENDINGS = (*FOLDER_ENDINGS, ".csv", ".txt")
-MAGIC = b"images 2"
+MAGIC = b"images 3"
 MAX_SHARDS = 10**6
 MAX_CORRUPT_AT_START = 1000
-describe_shard = operator.itemgetter("path", "size", "changed")
+SCAN_MINUTES = 24 * 60  # of a shard, which may be a tar of all images on a slow disk
+get_stamp = operator.itemgetter("path", "size", "version")
 
 
 # ---- sources ----
 
 def is_source(path: str) -> bool:
-    """Whether a path names shards. A folder of shards holds neither images nor folders."""
+    """Whether a path names shards. A folder of shards holds no images, nor do folders in it."""
     if not os.path.isdir(path):
         return is_url(path) or path.lower().endswith((INDEX_ENDING, *ENDINGS))
-    has_others = any(not entry.name.startswith(".") and (
-        entry.is_dir() or os.path.splitext(entry.name)[1].lower() in EXTENSIONS) for entry in os.scandir(path))
-    return not has_others and bool(find_shards(path))
+    return bool(find_shards(path)) and not any(iter_images(path, Counter()))
 
 
 def find_shards(source: str) -> list[str]:
@@ -86,55 +85,63 @@ def find_shards(source: str) -> list[str]:
 
 def expand_braces(pattern: str) -> list[str]:
     """"a-{00..11}.{tar,zip}" -> its 24 names, as shells do."""
-    names = [pattern]
-    while match := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", names[0]):
-        first, last, alternatives = match.groups()
-        options = alternatives.split(",") if alternatives else range(int(first), int(last) + 1)
-        if not 0 < len(options) * len(names) <= MAX_SHARDS:
-            raise DataError(f"{pattern}: {match[0]} makes it 0 shards, or more than {MAX_SHARDS:,}")
-        width = max(len(first), len(last)) if first and first.startswith("0") and first != "0" else 0
-        names = [name.replace(match[0], str(option).zfill(width) if first else option, 1)
-                 for name in names for option in options]
-    return names
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    first, last, alternatives = match.groups()
+    options, names = alternatives.split(",") if alternatives else range(int(first), int(last) + 1), {}
+    width = max(len(first), len(last)) if first and first.startswith("0") and first != "0" else 0
+    for option in options:
+        option = option if alternatives else str(option).zfill(width)
+        names |= dict.fromkeys(expand_braces(pattern[:match.start()] + option + pattern[match.end():]))
+        if len(names) > MAX_SHARDS:
+            break
+    if not 0 < len(names) <= MAX_SHARDS:
+        raise DataError(f"{pattern}: {match[0]} makes it 0 shards, or more than {MAX_SHARDS:,}")
+    return list(names)
 
 
 def find_part(path):
-    """Which part of a dataset the name of a shard states: "train" of in1k-train-0007.tar; None if it states none."""
-    words = re.split("[^a-z]+", os.path.basename(path).lower())
-    return next((word for word in words if word in (*TRAIN, *HELD_OUT)), None)
+    """Part of a dataset in the name of a shard, and its other words: in1k-train-7.tar -> "train", [in, k, tar]."""
+    words = re.findall("[a-z]+", os.path.basename(path).lower())
+    part = next((word for word in words if word in (*TRAIN, *HELD_OUT)), None)
+    return part, [word for word in words if word != part]
 
 
 def split_parts(sources):
-    """Training part of sources by the names of shards, and the shards of each held-out part beside them; None, []."""
-    shards = [path for source in sources for path in find_shards(source)]
-    parts, folder, ending = {*map(find_part, shards)}, *os.path.split(shards[0] if shards else "")
-    part, is_folder = next((part for part in TRAIN if part in parts), None), os.path.isdir(sources[0])
-    if part is None or is_url(folder) or (len(parts) > 1 and not is_folder):
-        return None, []
-    ending = os.path.splitext(ending)[1]
-    beside = shards if is_folder else sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}")))
-    held_out = [[path for path in beside if find_part(path) == other] for other in HELD_OUT]
-    return (part, [*filter(None, held_out)]) if any(held_out) else (None, [])
+    """Parts of a dataset by the names of its shards.
+
+    Returns:
+        name of the training part; the shards of each held-out part beside it, whose other words are the same; the
+        number of shards that are in neither. None, [], 0 if there are no such parts.
+    """
+    shards, is_folder = [path for source in sources for path in find_shards(source)], os.path.isdir(sources[0])
+    parts = {part for part, _ in map(find_part, shards)}
+    part = next((part for part in TRAIN if part in parts), None)
+    if part is None or is_url(shards[0]) or (len(parts) > 1 and not is_folder):
+        return None, [], 0
+    if not is_folder:
+        folder, ending = os.path.split(shards[0])[0], os.path.splitext(shards[0])[1]
+        shards = sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}")))
+    found = {path: find_part(path) for path in shards}
+    words = next(words for name, words in found.values() if name == part)
+    held_out = [[path for path in shards if found[path] == (name, words)] for name in HELD_OUT]
+    if not any(held_out):
+        return None, [], 0
+    num_others = len(shards) - sum(map(len, held_out)) - sum(name == part for name, _ in found.values())
+    return part, [*filter(None, held_out)], num_others * is_folder
 
 
 def list_shards(sources, part=None):
-    """[{path, size, changed}] of all shards of some sources, or of those whose names state a part."""
-    paths = [path for source in sources for path in find_shards(source) if part in (None, find_part(path))]
+    """[{path, size, version}] of all shards of some sources, or of those whose names state a part."""
+    paths = [path for source in sources for path in find_shards(source) if part in (None, find_part(path)[0])]
     if not paths:
-        raise DataError(f"{' '.join(sources)}: no shards ({' '.join(FOLDER_ENDINGS[:3])})")
+        raise DataError(f"{describe_paths(sources)}: no shards ({' '.join(FOLDER_ENDINGS[:3])})")
+    if any(path.lower().endswith(".parquet") for path in paths):
+        importlib.import_module("pyarrow")  # here, because the error of a worker does not have the name of the package
     with concurrent.futures.ThreadPoolExecutor(16) as executor:
-        return [dict(path=path, size=size, changed=changed)
-                for path, (size, changed) in zip(paths, executor.map(stat_shard, paths))]
-
-
-def stat_shard(path):
-    """[bytes, time or tag of the last change] of a shard."""
-    if is_url(path):
-        info = call_url(path, lambda files, name: files.info(name))
-        return [info["size"], str([info.get(key) for key in ("ETag", "Last-Modified", "LastModified", "mtime")])]
-    if not (stamp := stat_file(path)):
-        raise DataError(f"{path}: no such shard, or no permission to see it")
-    return stamp
+        return [dict(path=path, size=size, version=version)
+                for path, (size, version) in zip(paths, executor.map(stat_shard, paths))]
 
 
 # ---- index ----
@@ -147,7 +154,7 @@ class ShardIndex:
 
     Attributes:
         members: data.archives.MEMBER [N].
-        shards: [{path, size, changed, count, passed_over}].
+        shards: [{path, size, version, count, passed_over}].
         names: the table that `name` of a member refers to: [is_label, name].
         classes: names of the classes, sorted; [] without labels.
         unlabeled: number of images without a label.
@@ -202,8 +209,15 @@ class ShardIndex:
         first, size = max(i - 1, 0), MEMBER.itemsize
         members = np.frombuffer(read_at(self.file, (i + 1 - first) * size, len(MAGIC) + first * size), MEMBER)
         start, end = members["key_end"][0].item() if i else 0, members["key_end"][-1].item()
+        if not (0 <= members["shard"][-1] < len(self.shards) and 0 <= end - start < MAX_TEXT):
+            raise DataError(f"{self.file.name}: corrupt at image {i}, delete it")
         key = read_at(self.file, end - start, len(MAGIC) + self.members.nbytes + start)
         return members[-1], key.decode("utf-8", "surrogateescape")
+
+    def lacks_formats(self, *numbers):
+        """Whether files were passed over, in all shards or some, that can be read today, as by pillow-heif."""
+        shards = [self.shards[number] for number in numbers] or self.shards
+        return any(kind in EXTENSIONS for shard in shards for kind in shard["passed_over"])
 
     def part(self, number):
         """What scan_shard returned for one shard."""
@@ -235,17 +249,17 @@ def open_index(sources: list[str], cache_dir: str | None = None, part: str | Non
     previous = []
     for candidate in (path, *sorted(glob.glob(os.path.join(glob.escape(beside), f"*{INDEX_ENDING}"))),
                       *(source for source in sources if source.endswith(INDEX_ENDING))):
-        with contextlib.suppress(DataError):  # one that is corrupt or of other data is as good as none
+        with contextlib.suppress(DataError):  # a corrupt one is as good as none
             previous.append(ShardIndex.open(candidate))
-            if [*map(describe_shard, previous[-1].shards)] == [*map(describe_shard, shards)]:
+            if [*map(get_stamp, previous[-1].shards)] == [*map(get_stamp, shards)] and not previous[-1].lacks_formats():
                 return previous[-1]
+    for index in previous:
+        print(f"{index.file.name}: of shards of other names, sizes or times, what is the same is taken from it")
     return build_index(path, shards, previous, num_workers)
 
 
 def build_index(path, shards, previous, num_workers=None, relative=False):
     """Write the index of shards to a file and open it.
-
-    Two processes that build the same index at a time do not disturb each other.
 
     Args:
         shards: see list_shards.
@@ -255,46 +269,55 @@ def build_index(path, shards, previous, num_workers=None, relative=False):
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            with (open(os.path.join(temporary, "index"), "w+b") as file,
-                  open(os.path.join(temporary, "keys"), "w+b") as key_file):
-                write_index(file, key_file, iter_parts(shards, previous, num_workers), folder if relative else None)
+        with tempfile.TemporaryFile(dir=folder) as members, tempfile.TemporaryFile(dir=folder) as keys:
+            header = write_parts(members, keys, iter_parts(shards, previous, num_workers), relative and folder)
             previous.clear()  # Windows does not replace open files
-            os.replace(file.name, path)
+            atomic_write(path, functools.partial(write_index, members, keys, header))
     except OSError as error:
-        message = f"the index cannot be written ({error.strerror or error}), choose another folder"
-        raise DataError(f"{path}: {message}") from None
+        raise DataError(f"{path}: the index cannot be written ({error.strerror or error}), choose another folder "
+                        f"(--cache_dir)") from None
     return ShardIndex.open(path)
 
 
 def iter_parts(shards, previous, num_workers):
     """Yield each shard, and what scan_shard returns for it or a previous index holds; scans with several processes."""
-    known = {describe_shard(shard): (index, i) for index in previous for i, shard in enumerate(index.shards)}
-    changed = [shard["path"] for shard in shards if describe_shard(shard) not in known]
+    known = {get_stamp(shard): (index, i) for index in previous for i, shard in enumerate(index.shards)
+             if not index.lacks_formats(i)}
+    changed = [shard["path"] for shard in shards if get_stamp(shard) not in known]
     num_workers = min(num_workers or os.cpu_count(), len(changed))
-    with contextlib.ExitStack() as stack:
-        scanned = map(scan_shard, changed)
-        if num_workers > 1:
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # as loaders of torch
-            ignore_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-            executor = concurrent.futures.ProcessPoolExecutor(num_workers, context, ignore_interrupt)
-            stack.callback(executor.shutdown, cancel_futures=True)
-            scanned = executor.map(scan_shard, changed)
-        for shard in tqdm(shards, "index", unit="shard", leave=False, disable=None):
-            index, i = known.get(describe_shard(shard), (None, 0))
-            yield shard, *(index.part(i) if index else next(scanned))
+    scanned = iter(DataLoader(ScannedShards(changed), batch_size=None, collate_fn=pass_through,
+                              num_workers=num_workers if num_workers > 1 else 0, timeout_minutes=SCAN_MINUTES))
+    for shard in tqdm(shards, "index", unit="shard", leave=False, disable=None):
+        index, i = known.get(get_stamp(shard), (None, 0))
+        yield shard, *(index.part(i) if index else next(scanned))
 
 
-def write_index(file, key_file, parts, relative_to=None):
-    """Write MAGIC, members, keys, JSON header, its offset (8 bytes), MAGIC, one part after the other."""
-    shards, names, num_images, key_bytes, unlabeled, passed_over = [], {}, 0, 0, 0, Counter()
-    file.write(MAGIC)
+class ScannedShards(Dataset):
+    """What scan_shard returns for each shard."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return scan_shard(self.paths[i])
+
+
+def pass_through(item):
+    return item
+
+
+def write_parts(members_file, keys_file, parts, relative_to=None):
+    """Write members and keys to files, one part after the other; returns the header of the index."""
+    shards, names, num_images, key_bytes, passed_over = [], {}, 0, 0, Counter()
     for shard, members, keys, own_names, own_passed_over in parts:
         rows = [names.setdefault(name, len(names)) for name in own_names]
         members["shard"], members["name"] = len(shards), np.array(rows, np.int32)[members["name"]]
         members["key_end"] += key_bytes
-        file.write(members.tobytes())
-        key_file.write(keys)
+        members_file.write(members.tobytes())
+        keys_file.write(keys)
         num_images, key_bytes = num_images + len(members), key_bytes + len(keys)
         shards.append(shard | dict(count=len(members), passed_over=own_passed_over))
         passed_over += own_passed_over
@@ -302,20 +325,25 @@ def write_index(file, key_file, parts, relative_to=None):
             shards[-1]["path"] = os.path.relpath(shard["path"], relative_to)
     if not num_images:
         raise DataError(f"{shard['path']}: no image in {len(shards)} shard(s){describe_passed_over(passed_over)}")
-    classes, labels = choose_classes(list(names))
-    file.flush()
-    members = np.memmap(file, MEMBER, "r+", len(MAGIC), num_images)
-    for start in range(0, num_images, 2**20):
-        members["label"][start:start + 2**20] = part = labels[members["name"][start:start + 2**20]]
-        unlabeled += int((part < 0).sum())
-    members.flush()
-    key_file.seek(0)
-    shutil.copyfileobj(key_file, file, 2**20)
-    start = file.tell()
-    file.write(json.dumps(dict(shards=shards, names=list(names), classes=classes, unlabeled=unlabeled)).encode())
-    file.write(start.to_bytes(8, "little") + MAGIC)
-    file.flush()
-    os.fsync(file.fileno())
+    return dict(shards=shards, names=list(names))
+
+
+def write_index(members_file, keys_file, header, path):
+    """Write MAGIC, members with their labels, keys, JSON header, its offset (8 bytes), MAGIC."""
+    classes, labels = choose_classes(header["names"])
+    unlabeled = 0
+    members_file.seek(0), keys_file.seek(0)
+    with open(path, "wb") as file:
+        file.write(MAGIC)
+        while data := members_file.read(MEMBER.itemsize * 2**20):
+            members = np.frombuffer(bytearray(data), MEMBER)
+            members["label"] = labels[members["name"]]
+            unlabeled += int((members["label"] < 0).sum())
+            file.write(members)
+        shutil.copyfileobj(keys_file, file, 2**20)
+        start = file.tell()
+        file.write(json.dumps(header | dict(classes=classes, unlabeled=unlabeled)).encode())
+        file.write(start.to_bytes(8, "little") + MAGIC)
 
 
 def choose_classes(names):
@@ -363,20 +391,18 @@ class ShardDataset(Dataset):
         if classes and list(classes) != index.classes:
             if not index.classes or not set(index.classes) <= set(classes):
                 other = ", ".join(sorted(set(index.classes) - set(classes))[:3]) or "images without labels"
-                raise DataError(f"{' '.join(sources)}: not the classes of the training images ({other})")
+                raise DataError(f"{describe_paths(sources)}: not the classes of the training images ({other})")
             self.class_map = np.array([*map(list(classes).index, index.classes), -1])
         self.passed_over = describe_passed_over(sum((Counter(s["passed_over"]) for s in index.shards), Counter()))
         if index.classes and index.unlabeled:
             self.passed_over += f", {index.unlabeled:,} without a label"
         paths = [shard["path"] for shard in index.shards]
         self.root = None if any(map(is_url, paths)) else os.path.commonpath(map(os.path.dirname, paths))
-        found = map(self.find, range(0, len(self), -(-len(self) // 16)))  # few: each may be a row group of Parquet
-        sample = {name: member for member, name in found}
-        self.value_range = value_range or find_common_range(
-            sample, lambda name: open_image(name, self.read_content(sample[name], name)))
+        self.value_range = value_range or find_common_range(range(len(self)), self.open, self.name)
         first = range(min(len(self), MAX_CORRUPT_AT_START))
         if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in first):
-            raise DataError(f"{' '.join(sources)}: none of the first {len(first)} images can be read; the last: {last}")
+            raise DataError(f"{describe_paths(sources)}: none of the first {len(first)} images can be read; the last: "
+                            f"{last}")
 
     def __len__(self):
         return len(self.index)
@@ -395,6 +421,11 @@ class ShardDataset(Dataset):
         image = read_image(name, reduction, value_range=self.value_range, content=self.read_content(member, name))
         return image, int(member["label"] if self.class_map is None else self.class_map[member["label"]])
 
+    def open(self, i):
+        """Image i, not decoded."""
+        member, name = self.find(i)
+        return open_image(name, self.read_content(member, name))
+
     def name(self, i):
         """Path of image i, or its place in a shard as SHARD/KEY."""
         return self.find(i)[1]
@@ -407,7 +438,7 @@ class ShardDataset(Dataset):
         """List of plain values that changes when image i does, or its shard."""
         member, name = self.find(i)
         shard = self.index.shards[member["shard"]]
-        return stat_file(name) if member["method"] == PATH else [shard["size"], shard["changed"]]
+        return stat_file(name) if member["method"] == PATH else [shard["size"], shard["version"]]
 
     def find(self, i):
         """data.archives.MEMBER of image i, and its name."""
@@ -419,9 +450,11 @@ class ShardDataset(Dataset):
 
     def read_content(self, member, name):
         """The bytes of an image, None for a file of its own."""
+        shard = self.index.shards[member["shard"]]
+        if is_url(shard["path"]):  # a connection that fails ends the run: no other images take the place of these
+            return read_member(shard["path"], member)
         with wrap_decode_errors(name):
-            path = self.index.shards[member["shard"]]["path"]
-            return None if member["method"] == PATH else read_member(path, member)
+            return None if member["method"] == PATH else read_member(shard["path"], member, shard["version"])
 
 
 # ---- command ----

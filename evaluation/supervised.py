@@ -30,7 +30,8 @@ from common.logger import Logger
 from common.precision import autocast
 from common.weights import check_image_size, load_backbone, read_weights
 from data.datasets import DataError
-from data.loaders import build_train_loader, derive_seed, iter_batch_keys, iter_on_device
+from data.loaders import build_train_loader, iter_batch_keys, iter_on_device
+from data.order import derive_seed
 from dino_loss import cosine_schedule
 
 # ---- networks ----

@@ -25,6 +25,7 @@ from common.checkpoint import CheckpointError, iter_tensors, list_checkpoints, l
 from data import loaders
 from data.loaders import iter_batch_keys
 from data.shapes import Shapes
+from data.workers import iter_batches
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 "
@@ -690,7 +691,7 @@ def test_every_way_a_worker_dies_is_recognized(error):
         raise error
     received = []
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
-        for batch in loaders.iter_batches(batches()):
+        for batch in iter_batches(batches()):
             received.append(batch)
     assert received == [1] and "a data loader worker died" in cli.explain_runtime_error(caught.value)
 

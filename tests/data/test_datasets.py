@@ -11,7 +11,7 @@ from PIL import EpsImagePlugin, Image, features
 from torchvision.transforms import functional as TF
 
 from augment import MultiCrop
-from data.datasets import DataError, ImageFolder, NotEveryTenth, TorchvisionDataset, data_name, open_data
+from data.datasets import DataError, ImageFolder, TorchvisionDataset, data_name, open_data
 from data.folders import PathTable
 from data.images import DECODERS, ImageReadError, is_image, read_image
 from data.shapes import Shapes
@@ -45,12 +45,6 @@ def test_names_of_datasets(tmp_path, monkeypatch):
                        (".", tmp_path.name[:40]), ("/", "data"), ("a:b", "a:b"), ("cifar10:/data", "cifar10"),
                        ("shapes", "shapes"), ("shapes:96", "shapes-96")):
         assert data_name(path) == name
-
-
-@pytest.mark.parametrize("n", [1, 9, 10, 11, 20, 21, 95])
-def test_indices_but_for_every_tenth(n):
-    indices = NotEveryTenth(n)
-    assert list(indices) == [i for i in range(n) if i % 10] and len(indices) == n - len(range(0, n, 10))
 
 
 def test_every_tenth_image_is_held_out_without_a_val_folder(tmp_path):

@@ -274,6 +274,11 @@ def test_folders_of_images_beside_archives_stay_folders(tmp_path):
     folder = make_folder(tmp_path)
     (folder / "backup.zip").write_bytes(zip_bytes(IMAGES[:3]))
     assert open_data(str(folder)).note.startswith(f"12 images of 3 classes in {folder} (passed over 1: 1 .zip)")
+    shards = make_tars(tmp_path)
+    for name in ("README.md", "logs/scan.txt", ".cache/1.jpg"):
+        (shards / name).parent.mkdir(exist_ok=True)
+        (shards / name).write_bytes(jpeg(0) if name.endswith("jpg") else b"none")
+    assert open_data(str(shards)).note.startswith(f"12 images of 3 classes in {shards},")
 
 
 def test_deep_images_in_shards_have_one_range(tmp_path):
@@ -632,9 +637,9 @@ def test_images_that_cannot_be_read_raise_image_read_error(tmp_path):
             images[i]
         except ImageReadError as error:
             messages[i] = str(error)
-    assert messages.keys() == {4, 5, 6, 11, 13, 14} and all(message.isprintable() for message in messages.values())
+    assert messages.keys() == {4, 5, 6, 7, 13, 14} and all(message.isprintable() for message in messages.values())
     assert f"{tmp_path}/a.tar/dog/evil??.jpg: cannot identify" in messages[4] and "3000 x 1 pixels" in messages[6]
-    assert messages[11].endswith("b.zip/a.jpg: does not inflate to 2000 bytes")
+    assert messages[7].endswith("b.zip/a.jpg: does not inflate to 2000 bytes")
     assert messages[13].endswith("c.parquet/b: null")
     with pytest.raises(IndexError):
         images[len(images)]
@@ -649,15 +654,20 @@ def png(width, height):
 def test_shards_that_change_while_they_are_read(tmp_path):
     path = make_tars(tmp_path) / "1.tar"
     images = ShardDataset([str(tmp_path / "tars")])
+    before = path.stat().st_mtime_ns
     os.truncate(path, 3000)
-    archives.open_file.cache_clear()
-    with pytest.raises(ImageReadError, match="1.tar/dog/3.jpg: truncated shard"):
-        images[7]
+    for times, message in (((before, before), "1.tar: truncated, 0 of "), ((1, 1), "the shard has changed since")):
+        os.utime(path, ns=times)
+        archives.open_file.cache_clear()
+        with pytest.raises(ImageReadError, match=f"1.tar/dog/3.jpg: .*{message}"):
+            images[7]
     path.unlink()
-    archives.open_file.cache_clear()
-    with pytest.raises(ImageReadError, match="1.tar/dog/0.jpg: .*No such file"):
+    with pytest.raises(ImageReadError, match="1.tar/dog/0.jpg: .*no such shard"):
         images[4]
     assert images[8][1] == 2
+    path.write_bytes(tar_bytes(IMAGES[:4]))  # while the files of the old index are open
+    again = ShardDataset([str(tmp_path / "tars")])
+    assert [again[i][0] for i in range(4, 8)] == [images[i][0] for i in range(4)]
 
 
 # ---- index ----
@@ -832,7 +842,8 @@ def server(tmp_path, monkeypatch):
         thread.join()
 
 
-def test_tars_at_urls(tmp_path, server):
+def test_tars_at_urls(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(archives, "URL_TRIES", 3)
     folder = make_folder(tmp_path)
     for i in range(2):
         (tmp_path / "served" / f"{i}.tar").write_bytes(tar_bytes(IMAGES[6 * i:6 * i + 6]))
@@ -843,10 +854,10 @@ def test_tars_at_urls(tmp_path, server):
     images = ShardDataset([source])
     images[7]
     assert server.requests == 2 and server.sent == images.index.members["size"][[0, 7]].sum()  # that of __init__, and 7
-    server.drop = 3
+    server.drop = 2
     assert read_all(images)[3][0] == read_all(ImageFolder(str(folder)))[3][0] and server.drop == 0
     server.drop = 10**6
-    with pytest.raises(ImageReadError, match="5 tries failed, the last: ") as error:
+    with pytest.raises(DataError, match="3 tries failed, the last: ") as error:  # ends the run
         images[2]
     assert "\n" not in str(error.value)
     server.drop = 0
@@ -867,17 +878,18 @@ def test_loaders_of_any_start_method(tmp_path):
         assert sum(loader, []) == expected, method
 
 
-def test_urls_that_fail(tmp_path, server):
+def test_urls_that_fail(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(archives, "URL_TRIES", 3)
     (tmp_path / "served" / "a.tar").write_bytes(tar_bytes(IMAGES))
-    for url, message in ((f"{server.url}/b.tar", "5 tries failed, the last: FileNotFoundError"),
+    for url, message in ((f"{server.url}/b.tar", "3 tries failed, the last: FileNotFoundError"),
                          (f"{server.url}/a.zip", "unknown kind of shard"),
                          ("nonsense://a/b.tar", "nonsense://a/b.tar: Protocol not known: nonsense"),
-                         ("http://127.0.0.1:9/a.tar", "5 tries failed, the last: ")):
+                         ("http://127.0.0.1:9/a.tar", "3 tries failed, the last: ")):
         with pytest.raises(DataError, match=message) as error:
             ShardDataset([url])
         assert "\n" not in str(error.value)
     server.drop = 10**6
-    with pytest.raises(DataError, match="a.tar: 5 tries failed"):
+    with pytest.raises(DataError, match="a.tar: 3 tries failed"):
         ShardDataset([f"{server.url}/a.tar"])
     server.drop = 0
     assert len(ShardDataset([f"{server.url}/a.tar"])) == 12  # a scan that failed leaves no index
