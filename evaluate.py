@@ -44,6 +44,7 @@ from data.datasets import (
     data_name,
     describe_paths,
     is_source,
+    make_absolute,
     name_image,
     open_data,
     open_images,
@@ -155,12 +156,13 @@ class EvalSetup:
         self.backbone, self.info, self.origin = open_backbone(args, self.device, precision=args.precision)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
         data_path = args.data_path or trained_data_path(args, self.info)
+        val_path = trained_val_path(args, self.info)
         if not data_path:
             raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
                             f"the labeled images with --data_path")
         self.data = distributed.run_on_rank_zero_first(lambda: open_data(
             data_path, download=bool(args.data_path), value_range=self.info.get("value_range"),
-            val_path=trained_val_path(args, self.info), cache_dir=args.cache_dir))
+            val_path=val_path, cache_dir=args.cache_dir))
         if self.data.val is None:
             raise DataError(f"{describe_paths(data_path)}: no labels; expected one folder per class, best in train/ "
                             f"and val/")
@@ -169,7 +171,7 @@ class EvalSetup:
         log(self.data.note)
         value_range = list(getattr(self.data.train, "value_range", None) or ()) or None
         self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size,
-                            value_range=value_range)
+                            value_range=value_range) | ({"val_path": make_absolute(val_path)} if val_path else {})
         self.name = data_name(self.data.path)
         self.output = output_folder(self.origin, args, f"{args.task}{'_quick' * args.quick}.{self.name}")
         self.classes = self.images = None
@@ -359,7 +361,7 @@ def measure_top1(network, images, setup):
 
 def get_fixed_settings(setup):
     """What must not change when a classifier is resumed or tested; files may have moved."""
-    origin = {name: value for name, value in setup.origin.items() if name not in ("ckpt", "data_path")}
+    origin = {name: value for name, value in setup.origin.items() if name not in ("ckpt", "data_path", "val_path")}
     return origin | {"classes": setup.classes}
 
 

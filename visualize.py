@@ -17,6 +17,7 @@ import common  # noqa: F401 (first: it checks the version of Python)
 
 # isort: split
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def iter_readable_images(args, errors, output_dir, value_range=None):
     """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
     taken = []
     for name, read in sum((expand_images(name, output_dir, args.cache_dir, value_range) for name in args.images), []):
-        name = number_name(name.replace(os.sep, "_"), taken)
+        name = number_name(re.sub(r"^(\.\._)+", "", name.replace(os.sep, "_")), taken)  # lists name files elsewhere
         try:
             yield name, read()
         except ImageReadError as error:

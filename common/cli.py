@@ -92,6 +92,7 @@ class StrictArgumentParser(argparse.ArgumentParser):
             known = re.findall(r"[^\s',]+", match[2])
         if match := match or re.search(r"unrecognized arguments: (--[^\s=]+)", message):
             word = match[1][:2] + match[1][2:].replace("-", "_")
+            known = [name for name in known if name != word]  # a flag of another task
             nearest = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known)
             message += "".join(f"; did you mean {name}?" for name in nearest[:1])
         super().error(message)

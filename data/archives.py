@@ -8,6 +8,7 @@ than MAX_BYTES are passed over, and inflating stops at the size that the archive
 """
 
 import bisect
+import contextlib
 import csv
 import functools
 import io
@@ -28,8 +29,12 @@ from data.folders import SYSTEM_FOLDERS, DataError, stat_file
 from data.images import EXTENSIONS
 
 MAX_BYTES = 2**29  # of a file in an archive, deflated or not
-MAX_TEXT = 2**20  # bytes of a header, a .cls or a .json
-URL_TRIES = 8
+MAX_TEXT = 2**20  # bytes of a .cls, a .json or a line
+MAX_HEADER = 2**15  # bytes of a tar's extended header, for which Python 3.11.9 takes time that is quadratic
+MAX_GROUP = 2**31, 2**21  # bytes and rows of a row group of Parquet
+URL_TRIES, URL_SECONDS = 8, 60
+PATH_COLUMNS = ("path", "file_name", "filename", "file_path", "filepath", "image_path", "image", "file")
+LABEL_COLUMNS = ("label", "class", "class_name", "category")
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 STORED, DEFLATED, ROW, PATH = range(4)  # how an image is kept: bytes, deflated bytes, row of Parquet, file of its own
@@ -42,7 +47,7 @@ MEMBER = np.dtype([
 
 
 def is_url(path: str) -> bool:
-    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+    return re.match(r"[a-z][a-z0-9+.-]+://", path, re.IGNORECASE) is not None
 
 
 # ---- reading ----
@@ -118,13 +123,18 @@ def inflate(data, length):
 def call_url(url, call):
     """call(file system of fsspec, path there), repeated after a pause while the connection fails."""
     import fsspec
+    options = {}
+    if url.startswith("http"):
+        import aiohttp
+
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=URL_SECONDS)}
     for attempt in range(URL_TRIES):
         try:
-            return call(*fsspec.core.url_to_fs(url))
+            return call(*fsspec.core.url_to_fs(url, **options))
         except (ImportError, ValueError) as error:  # no such protocol, no range requests
             raise DataError(f"{url}: {error}") from None
-        except Exception as error:  # every protocol has its own; FileNotFoundError also where no server answers
-            message = f"{type(error).__name__}: {error}"
+        except Exception as error:  # every protocol has its own; fsspec has no file where no server answers
+            message = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
             time.sleep(0.1 * 2**attempt)
     raise DataError(f"{url}: {URL_TRIES} tries failed, the last: {message}")
 
@@ -162,15 +172,15 @@ def scan_shard(path: str) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Co
     Returns:
         members: MEMBER [N]; shard is 0 and label -1, which are for an index to fill in.
         keys: UTF-8 (surrogateescape) names of the images, one after the other.
-        names: table of (is_label, name): a label, or else the top folder of the image, "" if there is none.
+        names: table of (is_label, name): a label, or else the two top folders of the image, "" if there are none.
         passed_over: {kind: number} of whatever else the shard holds.
 
     Raises:
         DataError: the shard cannot be read at present (permissions, network), or is a compressed tar.
     """
     keys, names, passed_over = bytearray(), {}, Counter()
-    scans = {".tar": scan_tar, ".zip": scan_zip, ".parquet": scan_parquet}
-    scan = scans.get(os.path.splitext(path)[1].lower(), scan_list)
+    scans = {".zip": scan_zip, ".parquet": scan_parquet, ".csv": scan_list, ".txt": scan_list}
+    scan = scans.get(os.path.splitext(path)[1].lower(), scan_tar)
 
     def iter_members():
         try:
@@ -182,7 +192,7 @@ def scan_shard(path: str) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Co
         except Exception as error:  # hostile archives raise nearly anything
             if isinstance(error, OSError) and error.errno:  # pyarrow raises OSError for corrupt files
                 raise DataError(f"{path}: {error.strerror}") from None
-            passed_over["corrupt or truncated shard(s)"] += 1
+            passed_over[f"corrupt or truncated: {os.path.basename(path)}"] += 1
 
     members = np.fromiter(iter_members(), MEMBER)
     return members, bytes(keys), list(names), passed_over
@@ -194,20 +204,20 @@ def scan_tar(path, passed_over):
         for magic, command in COMPRESSED.items():
             if start.startswith(magic):
                 raise DataError(f"{path}: a compressed tar has no random access, decompress it ({command})")
-        end = file.seek(0, io.SEEK_END)
-        yield from group_samples(iter_tar(file, 0, end, passed_over), file, passed_over)
+        end, name = file.seek(0, io.SEEK_END), os.path.basename(path)
+        yield from group_samples(iter_tar(file, 0, end, name, passed_over), file, passed_over)
 
 
 class HeaderReader(io.BufferedReader):
-    """File that reads no more than MAX_TEXT bytes at once, whatever a header declares."""
+    """File that reads no more than MAX_HEADER bytes at once, whatever a header declares."""
 
     def read(self, size=-1):
-        if not 0 <= size <= MAX_TEXT:
+        if not 0 <= size <= MAX_HEADER:
             raise ValueError(f"a header of {size} bytes")
         return super().read(size)
 
 
-def iter_tar(file, start, end, passed_over, label=None):
+def iter_tar(file, start, end, tar_name, passed_over, label=None):
     """Yield (name, method, offset, size, length, label) of the files of a tar from `start` to `end` of a file.
 
     A tar inside gives its files, with its stem as their label.
@@ -217,23 +227,26 @@ def iter_tar(file, start, end, passed_over, label=None):
         tar = tarfile.TarFile(fileobj=file)
         while (member := tar.next()) is not None and member.offset < end:
             tar.members.clear()  # would hold all of them
+            tar.pax_headers.clear()  # and copy the global ones for each
             name, offset, size = member.name, member.offset_data, member.size
             is_file = member.isfile() and not member.issparse()
-            if not member.offset < tar.offset < end + tarfile.BLOCKSIZE or (is_file and offset + size > end):
+            leads_back = size < 0 or not member.offset < tar.offset < end + tarfile.BLOCKSIZE
+            if leads_back or (is_file and offset + size > end):
                 raise ValueError("truncated, or a negative size")
             if not is_file:
                 passed_over["link(s), device(s), sparse file(s)"] += not member.isdir()
             elif label is None and name.lower().endswith(".tar"):
-                yield from iter_tar(file, offset, offset + size, passed_over, os.path.basename(name)[:-4])
+                name = os.path.basename(name)
+                yield from iter_tar(file, offset, offset + size, f"{name} in {tar_name}", passed_over, name[:-4])
             elif accept_file(name, size, passed_over):
                 yield name, STORED, offset, size, size, label
         file.seek(tar.offset)
-        if member is None and tar.offset < end and any(file.read(min(2 * tarfile.RECORDSIZE, end - tar.offset))):
+        if member is None and tar.offset < end and any(io.BufferedReader.read(file, min(MAX_TEXT, end - tar.offset))):
             raise ValueError("corrupt header, or another tar behind this one")  # where tarfile ends without an error
     except (DataError, OSError, MemoryError):
         raise
     except Exception:  # the files before it are whole
-        passed_over["corrupt or truncated tar(s)"] += 1
+        passed_over[f"corrupt or truncated: {tar_name}"] += 1
 
 
 def scan_zip(path, passed_over):
@@ -245,6 +258,8 @@ def scan_zip(path, passed_over):
 def iter_zip(file, archive, end, passed_over):
     """Yield (name, method, offset, size, length, None) of the files of a zip."""
     methods = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
+    if sum(info.compress_size for info in archive.infolist() if info.header_offset + info.compress_size <= end) > end:
+        raise ValueError("overlapping files")
     for info in sorted(archive.infolist(), key=lambda info: info.filename):  # a zip may hold its files in any order
         size, length = info.compress_size, info.file_size
         name = info.filename.replace("\\", "/")  # of archivers on Windows
@@ -296,8 +311,8 @@ def group_samples(files, shard, passed_over):
         if label:  # KEY.seg.png is no image of the sample
             images = [file for file in images if file[0] == key + os.path.splitext(file[0])[1]] or images
         for name, *place, tar_label in images:
-            folder = name.partition("/")[0] if "/" in name else ""
-            yield name, *place, (True, label or tar_label) if label or tar_label else (False, folder)
+            folders = "/".join(name.split("/")[:-1][:2])
+            yield name, *place, (True, label or tar_label) if label or tar_label else (False, folders)
 
 
 def read_label(file, ending, method, offset, size, length, passed_over):
@@ -307,7 +322,7 @@ def read_label(file, ending, method, offset, size, length, passed_over):
         if max(size, length) > MAX_TEXT:
             raise ValueError("too long")
         file.seek(offset)
-        text = file.read(size)
+        text = io.BufferedReader.read(file, size)
         text = (inflate(text, length) if method == DEFLATED else text).decode()
         return to_label(text if ending == ".cls" else json.loads(text).get("label"))
     except (ValueError, AttributeError, RecursionError, zlib.error):  # AttributeError: JSON, but no object
@@ -317,9 +332,11 @@ def read_label(file, ending, method, offset, size, length, passed_over):
 
 
 def to_label(value):
-    """Class name of an integer or text; None for -1, an empty text, and what is no single class."""
+    """Class name of an integer or text; None for -1, an empty or long text, and what is no single class."""
+    if isinstance(value, float) and value.is_integer():  # of pandas, beside missing labels
+        value = int(value)
     value = str(value).strip() if isinstance(value, (int, str)) else ""
-    return None if value in ("", "-1") else value
+    return None if value in ("", "-1") or len(value) > 200 or not value.isprintable() else value
 
 
 def scan_list(path, passed_over):
@@ -329,13 +346,14 @@ def scan_list(path, passed_over):
     """
     path_column, label_column, count = 0, 1, 2
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, skipinitialspace=True) if path.lower().endswith(".csv") else map(split_line, file)
+        lines = iter(lambda: file.readline(MAX_TEXT), "")
+        rows = csv.reader(lines, skipinitialspace=True) if path.lower().endswith(".csv") else map(split_line, lines)
         for number, row in enumerate(rows):
-            names = [name.lower() for name in row]
-            head = next((name for name in ("path", "file_name", "filename", "image") if name in names), None)
-            if number == 0 and head:
-                path_column, count = names.index(head), len(names)
-                label_column = names.index("label") if "label" in names else count
+            names = [name.strip().lower() for name in row]
+            heads = [[name for name in known if name in names] for known in (PATH_COLUMNS, LABEL_COLUMNS)]
+            if number == 0 and heads[0]:
+                path_column, count = names.index(heads[0][0]), len(names)
+                label_column = names.index(heads[1][0]) if heads[1] else count
             elif path_column < len(row) <= count and row[path_column]:
                 label = to_label(row[label_column]) if len(row) > label_column else None
                 yield row[path_column], PATH, 0, 0, 0, (True, label) if label else (False, "")
@@ -355,21 +373,30 @@ def split_line(line):
 def scan_parquet(path, passed_over):
     file, _, column, field = open_parquet(os.getpid(), path, None)
     schema = file.schema_arrow
-    features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
-    names = (features.get("label") or {}).get("names") or []
+    names = []
+    with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):  # without the metadata of `datasets`
+        names = list(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     columns = ["label"] * ("label" in schema.names)
     if field and schema.field(column).type.get_field_index("path") >= 0:
         columns.append(f"{column}.path")
     row = 0
     for group in range(file.num_row_groups):
+        check_row_group(file, group)
         values = file.read_row_group(group, columns, use_threads=False).to_pydict() if columns else {}
         num_rows = file.metadata.row_group(group).num_rows
         for label, image in zip(values.get("label", [None] * num_rows), values.get(column, [None] * num_rows)):
             if isinstance(label, int) and 0 <= label < len(names):
                 label = names[label]
             label, key = to_label(label), (image or {}).get("path") or f"row {row}"
-            yield key, ROW, row, 0, 0, (True, label) if label else (False, "")
+            yield str(key), ROW, row, 0, 0, (True, label) if label else (False, "")
             row += 1
+
+
+def check_row_group(file, number):
+    """Raise ValueError for one that would not fit the memory once it is inflated."""
+    group = file.metadata.row_group(number)
+    if group.total_byte_size > MAX_GROUP[0] or group.num_rows > MAX_GROUP[1]:
+        raise ValueError(f"a row group of {group.num_rows:,} rows and {group.total_byte_size:,} bytes")
 
 
 @functools.lru_cache(maxsize=8)
@@ -392,6 +419,7 @@ def open_parquet(process, path, version):
 @functools.lru_cache(maxsize=2)
 def read_row_group(process, path, version, group):
     file, _, column, field = open_parquet(process, path, version)
+    check_row_group(file, group)
     return file.read_row_group(group, [f"{column}.{field}" if field else column], use_threads=False)[column]
 
 

@@ -153,8 +153,8 @@ def concatenate(parts):
 
     train, is_whole = join("train"), all(part.train is part.train_labeled for part in parts)
     paths = [path for part in parts for path in ([part.path] if isinstance(part.path, str) else part.path)]
-    return Data(train, train if is_whole and classes else join("train_labeled"), join("val"), paths,
-                "; ".join(part.note for part in parts))
+    note = "; ".join(part.note for part in parts) + f"; {len(classes)} classes in all" * bool(classes)
+    return Data(train, train if is_whole and classes else join("train_labeled"), join("val"), paths, note)
 
 
 class ConcatImages(Dataset):

@@ -53,7 +53,7 @@ class ImageFolder(Dataset):
         if not classes and len(names) > 1 and names[0] and set(map(str.lower, names)) - {*TRAIN, *HELD_OUT}:
             classes = names
         elif classes and not set(names) <= set(classes):
-            raise DataError(f"{root}: holds images outside of the folders of the training classes")
+            raise DataError(f"{root}: {compare_classes(names, classes)}")
         self.classes, class_index = classes, {name: i for i, name in enumerate(classes or [])}
         self.files, self.labels = PathTable(files), np.array([class_index.get(name, -1) for name in folders], np.int32)
         self.value_range = value_range or find_common_range(
@@ -153,3 +153,9 @@ def describe_passed_over(counts):
 def describe_paths(paths):
     """One path, or the first of several and their number."""
     return paths if isinstance(paths, str) else f"{paths[0]}" + f" and {len(paths) - 1} more" * (len(paths) > 1)
+
+
+def compare_classes(names, classes):
+    """What is wrong with held-out classes that are not all among those of the training images."""
+    others = ", ".join(sorted(set(names) - {*classes, ""})[:3]) or "images without labels"
+    return f"its classes ({others}) are not those of the training images ({', '.join(list(classes)[:3])})"

@@ -91,7 +91,7 @@ def wrap_decode_errors(name):
     try:
         yield
     except Exception as error:  # decoders raise nearly anything on corrupt files
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).partition(" <_io.BytesIO")[0]
         raise ImageReadError(f"{name}: {reason or type(error).__name__}") from None
 
 

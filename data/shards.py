@@ -14,7 +14,6 @@ The index is one file of arrays: a record per image, the keys, a header. Forked 
 per image is a Python object. It is kept in the user's cache folder, or where its owner put it beside the shards.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import glob
@@ -22,6 +21,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import multiprocessing.pool
 import operator
 import os
 import re
@@ -33,14 +33,23 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.files import atomic_write
+from common.files import atomic_write, check_file
 from data.archives import MAX_TEXT, MEMBER, PATH, is_url, read_at, read_member, scan_shard, stat_shard
-from data.folders import HELD_OUT, TRAIN, DataError, describe_passed_over, describe_paths, iter_images, stat_file
+from data.folders import (
+    HELD_OUT,
+    TRAIN,
+    DataError,
+    compare_classes,
+    describe_passed_over,
+    describe_paths,
+    iter_images,
+    stat_file,
+)
 from data.images import EXTENSIONS, find_common_range, open_image, read_image, read_or_message, wrap_decode_errors
 from data.workers import DataLoader
 
 INDEX_ENDING = ".shardindex"
-FOLDER_ENDINGS = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz")  # a folder's shards have the first that occurs
+FOLDER_ENDINGS = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz")
 ENDINGS = (*FOLDER_ENDINGS, ".csv", ".txt")
 MAGIC = b"images 3"
 MAX_SHARDS = 10**6
@@ -55,7 +64,7 @@ def is_source(path: str) -> bool:
     """Whether a path names shards. A folder of shards holds no images, nor do folders in it."""
     if not os.path.isdir(path):
         return is_url(path) or path.lower().endswith((INDEX_ENDING, *ENDINGS))
-    return bool(find_shards(path)) and not any(iter_images(path, Counter()))
+    return not any(iter_images(path, Counter())) and bool(find_shards(path))
 
 
 def find_shards(source: str) -> list[str]:
@@ -69,23 +78,28 @@ def find_shards(source: str) -> list[str]:
     if os.path.isdir(source):
         files = sorted(entry.path for entry in os.scandir(os.path.abspath(source))
                        if entry.is_file() and not entry.name.startswith("."))
-        by_ending = ([file for file in files if file.lower().endswith(ending)] for ending in FOLDER_ENDINGS)
-        return next(filter(None, by_ending), [])
-    paths = [source] if os.path.exists(source) else expand_braces(source)
+        found = {ending: [file for file in files if file.lower().endswith(ending)] for ending in FOLDER_ENDINGS}
+        kinds = [ending for ending in found if found[ending]]
+        if len(kinds) > 1:
+            raise DataError(f"{source}: holds shards of several kinds ({', '.join(kinds)}), name those to use, as "
+                            f"{os.path.join(source, '*' + kinds[0])}")
+        return found[kinds[0]] if kinds else []
+    paths = [source] if os.path.exists(source) else sorted(glob.glob(source)) or expand_braces(source)
     if not is_url(source):
         paths = [os.path.abspath(path) for path in paths]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
-            raise DataError(f"{source}: {len(missing)} of {len(paths)} shards do not exist, the first is {missing[0]}")
+            raise DataError(f"{source}: {len(missing)} of {len(paths)} shards do not exist or are no files, the first "
+                            f"is {missing[0]}")
     for path in paths:
-        if not path.lower().endswith(".tar" if is_url(path) else ENDINGS):
-            raise DataError(f"{path}: unknown kind of shard, known are {' '.join(ENDINGS)}, and .tar at URLs")
+        if not path.lower().partition("?" if is_url(path) else "\0")[0].endswith(".tar" if is_url(path) else ENDINGS):
+            raise DataError(f"{path}: unknown kind of shard, known are .tar .zip .parquet .csv .txt, and .tar at URLs")
     return paths
 
 
 def expand_braces(pattern: str) -> list[str]:
     """"a-{00..11}.{tar,zip}" -> its 24 names, as shells do."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    match = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not match:
         return [pattern]
     first, last, alternatives = match.groups()
@@ -139,9 +153,9 @@ def list_shards(sources, part=None):
         raise DataError(f"{describe_paths(sources)}: no shards ({' '.join(FOLDER_ENDINGS[:3])})")
     if any(path.lower().endswith(".parquet") for path in paths):
         importlib.import_module("pyarrow")  # here, because the error of a worker does not have the name of the package
-    with concurrent.futures.ThreadPoolExecutor(16) as executor:
+    with multiprocessing.pool.ThreadPool(16) as pool:  # whose threads end with the command
         return [dict(path=path, size=size, version=version)
-                for path, (size, version) in zip(paths, executor.map(stat_shard, paths))]
+                for path, (size, version) in zip(paths, pool.imap(stat_shard, paths))]
 
 
 # ---- index ----
@@ -166,26 +180,24 @@ class ShardIndex:
         self.starts = [0, *itertools.accumulate(shard["count"] for shard in shards)]
 
     @classmethod
-    def open(cls, path: str, changed: int | None = None) -> "ShardIndex":
+    def open(cls, path: str, digest: str | None = None) -> "ShardIndex":
         """Map an index file.
 
         Args:
-            changed: time of its last change, in nanoseconds, if it must be that one.
+            digest: see `digest_shards`, if it must be that one.
 
         Raises:
             DataError: it is missing or no complete index of this version.
         """
         try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115, stays open for `read`
+            file = open(check_file(path), "rb", buffering=0)  # noqa: SIM115, stays open for `read`
             is_index = file.read(len(MAGIC)) == MAGIC
             tail = file.seek(-8 - len(MAGIC), os.SEEK_END)
             start = int.from_bytes(file.read(8), "little")
             if not is_index or file.read() != MAGIC:
                 raise ValueError("incomplete, or no index of this version")
-            if changed not in (None, os.fstat(file.fileno()).st_mtime_ns):
-                raise ValueError("rebuilt by another process")
             file.seek(start)
-            header = json.loads(file.read(tail - start))
+            header = check_header(json.loads(file.read(tail - start)))
             count = sum(shard["count"] for shard in header["shards"])
             key_start = len(MAGIC) + count * MEMBER.itemsize
             members = np.memmap(file, MEMBER, "r", len(MAGIC), count).view(np.ndarray)
@@ -195,10 +207,12 @@ class ShardIndex:
         for shard in header["shards"]:
             if not is_url(shard["path"]):
                 shard["path"] = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), shard["path"]))
+        if digest not in (None, digest_shards(header["shards"])):
+            raise DataError(f"{path}: another command has rebuilt it")
         return cls(members, keys, file, **header)
 
     def __reduce__(self):  # spawned workers map the same file
-        return ShardIndex.open, (self.file.name, os.fstat(self.file.fileno()).st_mtime_ns)
+        return ShardIndex.open, (self.file.name, digest_shards(self.shards))
 
     def __len__(self):
         return len(self.members)
@@ -209,7 +223,8 @@ class ShardIndex:
         first, size = max(i - 1, 0), MEMBER.itemsize
         members = np.frombuffer(read_at(self.file, (i + 1 - first) * size, len(MAGIC) + first * size), MEMBER)
         start, end = members["key_end"][0].item() if i else 0, members["key_end"][-1].item()
-        if not (0 <= members["shard"][-1] < len(self.shards) and 0 <= end - start < MAX_TEXT):
+        shard, label = members["shard"][-1], members["label"][-1]
+        if not (0 <= shard < len(self.shards) and label < len(self.classes) and 0 <= end - start < MAX_TEXT):
             raise DataError(f"{self.file.name}: corrupt at image {i}, delete it")
         key = read_at(self.file, end - start, len(MAGIC) + self.members.nbytes + start)
         return members[-1], key.decode("utf-8", "surrogateescape")
@@ -225,9 +240,24 @@ class ShardIndex:
         key_start, key_end = (self.members["key_end"][i - 1].item() if i else 0 for i in (start, end))
         members = self.members[start:end].copy()
         members["key_end"] -= key_start
-        used, members["name"] = np.unique(members["name"], return_inverse=True)
+        used, members["name"] = np.unique(members["name"].clip(0, len(self.names) - 1), return_inverse=True)
         names = [tuple(self.names[name]) for name in used]
         return members, self.keys[key_start:key_end].tobytes(), names, Counter(self.shards[number]["passed_over"])
+
+
+def digest_shards(shards):
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+
+def check_header(header):
+    """Header of an index; raises ValueError or the like unless it has all fields, of the right types."""
+    is_right = all(isinstance(shard["path"], str) and shard["count"] >= 0 and isinstance(shard["version"], (int, str))
+                   and all(isinstance(count, int) for count in shard["passed_over"].values()) and shard["size"] >= 0
+                   for shard in header["shards"])
+    is_right &= all(isinstance(name, str) for _, name in header["names"]) and header["unlabeled"] >= 0
+    if not is_right or not all(isinstance(name, str) for name in header["classes"]):
+        raise ValueError("corrupt")
+    return {name: header[name] for name in ("shards", "names", "classes", "unlabeled")}
 
 
 def open_index(sources: list[str], cache_dir: str | None = None, part: str | None = None,
@@ -271,8 +301,9 @@ def build_index(path, shards, previous, num_workers=None, relative=False):
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as members, tempfile.TemporaryFile(dir=folder) as keys:
             header = write_parts(members, keys, iter_parts(shards, previous, num_workers), relative and folder)
+            classes, labels = choose_classes(header["names"], shards[0]["path"])
             previous.clear()  # Windows does not replace open files
-            atomic_write(path, functools.partial(write_index, members, keys, header))
+            atomic_write(path, functools.partial(write_index, members, keys, header | dict(classes=classes), labels))
     except OSError as error:
         raise DataError(f"{path}: the index cannot be written ({error.strerror or error}), choose another folder "
                         f"(--cache_dir)") from None
@@ -328,9 +359,8 @@ def write_parts(members_file, keys_file, parts, relative_to=None):
     return dict(shards=shards, names=list(names))
 
 
-def write_index(members_file, keys_file, header, path):
+def write_index(members_file, keys_file, header, labels, path):
     """Write MAGIC, members with their labels, keys, JSON header, its offset (8 bytes), MAGIC."""
-    classes, labels = choose_classes(header["names"])
     unlabeled = 0
     members_file.seek(0), keys_file.seek(0)
     with open(path, "wb") as file:
@@ -342,20 +372,30 @@ def write_index(members_file, keys_file, header, path):
             file.write(members)
         shutil.copyfileobj(keys_file, file, 2**20)
         start = file.tell()
-        file.write(json.dumps(header | dict(classes=classes, unlabeled=unlabeled)).encode())
+        file.write(json.dumps(header | dict(unlabeled=unlabeled)).encode())
         file.write(start.to_bytes(8, "little") + MAGIC)
 
 
-def choose_classes(names):
+def choose_classes(names, path):
     """[(is_label, name)] -> classes, class of each line or -1.
 
     Labels that are numbers are sorted as such. Folders are the classes where there are no labels, under the conditions
-    of ImageFolder.
+    of ImageFolder; a single folder that holds all others is left out.
+
+    Raises:
+        DataError: the folders are the parts of a dataset.
     """
     classes = {name for is_label, name in names if is_label}
-    has_labels, folders = bool(classes), {name for _, name in names}
-    if not has_labels and len(folders) > 1 and "" not in folders and {*map(str.lower, folders)} - {*TRAIN, *HELD_OUT}:
-        classes = folders
+    if not (has_labels := bool(classes)):
+        folders = [name.split("/") for _, name in names]
+        if len({top for top, *_ in folders}) == 1 and all(below for _, *below in folders):
+            folders = [below for _, *below in folders]
+        names = [(False, folder) for folder, *_ in folders]
+        folders = {folder for _, folder in names}
+        if len(folders) > 1 and not {*map(str.lower, folders)} - {*TRAIN, *HELD_OUT}:
+            raise DataError(f"{path}: holds the parts {', '.join(sorted(folders))} of a dataset, pack each into shards "
+                            f"of its own")
+        classes = folders if len(folders) > 1 and "" not in folders else set()
     are_numbers = has_labels and all(map(str.isdecimal, classes))
     classes = sorted(classes, key=lambda name: (int(name) if are_numbers else 0, name))
     number = {(has_labels, name): i for i, name in enumerate(classes)}
@@ -390,8 +430,7 @@ class ShardDataset(Dataset):
         self.classes, self.class_map, self.unlabeled = classes or index.classes or None, None, index.unlabeled
         if classes and list(classes) != index.classes:
             if not index.classes or not set(index.classes) <= set(classes):
-                other = ", ".join(sorted(set(index.classes) - set(classes))[:3]) or "images without labels"
-                raise DataError(f"{describe_paths(sources)}: not the classes of the training images ({other})")
+                raise DataError(f"{describe_paths(sources)}: {compare_classes(index.classes, classes)}")
             self.class_map = np.array([*map(list(classes).index, index.classes), -1])
         self.passed_over = describe_passed_over(sum((Counter(s["passed_over"]) for s in index.shards), Counter()))
         if index.classes and index.unlabeled:

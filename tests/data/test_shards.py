@@ -1,5 +1,6 @@
 import concurrent.futures
 import csv
+import gzip
 import hashlib
 import http.server
 import io
@@ -266,8 +267,28 @@ def test_a_held_out_part_that_does_not_fit_is_noted(tmp_path):
     (tmp_path / "train.tar").write_bytes(tar_bytes([("1.jpg", jpeg())]))
     with pytest.raises(DataError, match="--val_path .*: the training images have no labels"):
         open_data(str(tmp_path / "train.tar"), val_path=str(make_folder(tmp_path)))
-    with pytest.raises(DataError, match="not the classes of the training images"):
+    with pytest.raises(DataError, match="are not those of the training images"):
         open_data(str(tmp_path / "folder"), val_path=str(tmp_path / "val.tar"))
+
+
+def test_parts_are_of_one_dataset(tmp_path):
+    for name in ("cifar-train-0", "cifar-test-0", "mnist-train-0", "mnist-test-0", "cifar-extra-0"):
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(IMAGES))
+    data = open_data(str(tmp_path / "cifar-train-0.tar"))
+    assert data.note.endswith(f"12 held out in {tmp_path}/cifar-test-0.tar")
+    for name in ("mnist-train-0", "mnist-test-0"):
+        (tmp_path / f"{name}.tar").unlink()
+    assert open_data(str(tmp_path)).note.startswith(
+        f"12 images of 3 classes in {tmp_path} (1 other shards not used), 12 held out in ")
+
+
+def test_folders_of_several_kinds_and_compressed_shards(tmp_path):
+    for name, message in (("a.tar.gz", "a.tar.gz: a compressed tar has no random access, decompress it .gunzip"),
+                          ("b.tar", f"{tmp_path}: holds shards of several kinds .\\.tar, .*name those to use")):
+        (tmp_path / name).write_bytes(gzip.compress(TWO) if name.endswith("gz") else TWO)
+        with pytest.raises(DataError, match=message):
+            open_data(str(tmp_path))
+    assert len(open_data(str(tmp_path / "*.tar")).train) == 2  # in quotes
 
 
 def test_folders_of_images_beside_archives_stay_folders(tmp_path):
@@ -291,6 +312,12 @@ def test_deep_images_in_shards_have_one_range(tmp_path):
     folder, shard = (open_data(str(tmp_path / name)).train for name in ("deep", "deep.tar"))
     assert folder.value_range == shard.value_range == (0, 4095) and read_all(folder) == read_all(shard)
     assert shard[0][0].getextrema()[0] == (0, 25)
+    for i in range(300):  # a few deep ones among JPEGs
+        (tmp_path / "deep" / f"a{i:03}.jpg").write_bytes(jpeg(i % 9))
+        files.append((f"a{i:03}.jpg", jpeg(i % 9)))
+    (tmp_path / "mixed.tar").write_bytes(tar_bytes(sorted(files)))
+    assert ShardDataset([str(tmp_path / "mixed.tar")]).value_range == (0, 4095)
+    assert ImageFolder(str(tmp_path / "deep")).value_range == (0, 4095)
     both = open_data([str(make_zip(tmp_path)), str(tmp_path / "deep.tar"), str(tmp_path / "deep")])
     assert both.train.value_range == (0, 4095) and read_all(both.train)[12:14] == read_all(shard)
     assert open_data(str(tmp_path / "deep.tar"), value_range=(0, 400)).train[0][0].getextrema()[0] == (0, 255)
@@ -301,9 +328,9 @@ def test_classes_of_another_set(tmp_path):
     (tmp_path / "flat.tar").write_bytes(tar_bytes([("1.jpg", jpeg())]))
     images = ShardDataset([str(tmp_path / "val.tar")], classes=["cat", "dog", "emu"])
     assert images.labels.tolist() == [2, 0] and images[0][1] == 2 and images.classes == ["cat", "dog", "emu"]
-    with pytest.raises(DataError, match="not the classes of the training images \\(emu\\)"):
+    with pytest.raises(DataError, match="its classes \\(emu\\) are not those of the training images \\(cat, "):
         ShardDataset([str(tmp_path / "val.tar")], classes=["cat", "dog"])
-    with pytest.raises(DataError, match="not the classes of the training images \\(images without labels\\)"):
+    with pytest.raises(DataError, match="its classes \\(images without labels\\) are not"):
         ShardDataset([str(tmp_path / "flat.tar")], classes=["cat", "dog"])
 
 
@@ -311,7 +338,8 @@ def test_classes_of_another_set(tmp_path):
     ([("a/1.jpg", 0), ("b/2.jpg", 0)], ["a", "b"], [0, 1]),
     ([("a/1.jpg", 0), ("2.jpg", 0)], None, [-1, -1]),
     ([("a/1.jpg", 0), ("a/b/2.jpg", 0)], None, [-1, -1]),
-    ([("Train/1.jpg", 0), ("test/2.jpg", 0)], None, [-1, -1]),
+    ([("./train/a/1.jpg", 0), ("./train/b/2.jpg", 0), ("./train/b/c/3.jpg", 0)], ["a", "b"], [0, 1, 1]),
+    ([("train/a/1.jpg", 0), ("train/2.jpg", 0)], None, [-1, -1]),
     ([("9/1.jpg", 0), ("10/2.jpg", 0)], ["10", "9"], [1, 0]),  # as folders
     ([("a/1.jpg", 0), ("a/1.cls", b"10\n"), ("b/2.jpg", 0), ("b/2.cls", b" 9")], ["9", "10"], [1, 0]),
     ([("1.jpg", 0), ("1.json", b'{"label": 3}'), ("2.jpg", 0), ("2.json", b"{}")], ["3"], [0, -1]),
@@ -324,6 +352,24 @@ def test_labels_of_tars(tmp_path, files, classes, labels):
     assert images.classes == classes and images.labels.tolist() == labels
     missing = labels.count(-1) if classes else 0
     assert images.passed_over == (f", {missing} without a label" if missing else "")
+
+
+def test_parts_in_one_archive_are_refused(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zip_bytes([("Train/cat/1.jpg", jpeg()), ("val/cat/2.jpg", jpeg())]))
+    with pytest.raises(DataError, match="a.zip: holds the parts Train, val of a dataset, pack each into shards of its"):
+        ShardDataset([str(tmp_path / "a.zip")])
+
+
+def test_order_of_files_in_archives(tmp_path):
+    """In a zip it does not matter; in a tar an image and its label are neighbors, or the label is counted."""
+    files = [("1.jpg", jpeg(1)), ("0.jpg", jpeg(0)), ("0.cls", b"b"), ("1.cls", b"a")]
+    (tmp_path / "a.zip").write_bytes(zip_bytes(files))
+    (tmp_path / "a.tar").write_bytes(tar_bytes(files))
+    images = ShardDataset([str(tmp_path / "a.zip")])
+    assert images.classes == ["a", "b"] and images.labels.tolist() == [1, 0] and images.passed_over == ""
+    images = ShardDataset([str(tmp_path / "a.tar")])
+    assert images.labels.tolist() == [-1, 0]
+    assert images.passed_over == " (passed over 1: 1 label(s) without an image beside), 1 without a label"
 
 
 def test_lists_of_paths(tmp_path):
@@ -343,19 +389,31 @@ def test_lists_of_paths(tmp_path):
     assert labels.passed_over == " (passed over 1: 1 line(s) that are not path,label)"
 
 
+@pytest.mark.parametrize("ending, line, head", [
+    (".txt", "Smith, John/1.jpg", ""), (".txt", "Smith, John/1.jpg", "path"), (".csv", '"Smith, John/1.jpg"', ""),
+    (".txt", "1.jpg, cat", ""), (".csv", "1.jpg,cat", " Image_Path , class"),
+    (".csv", "cat,other,1.jpg,7,8", "label,image,file_name,width,height"), (".csv", "x,1.jpg,cat", "image,path,label")])
+def test_commas_and_columns_of_lists(tmp_path, ending, line, head):
+    (tmp_path / f"list{ending}").write_text("\n".join([head] * bool(head) + [line]))
+    index = open_index([str(tmp_path / f"list{ending}")])
+    assert [index.read(i)[1] for i in range(len(index))][:1] == ["Smith, John/1.jpg" if "Smith" in line else "1.jpg"]
+    assert index.classes == (["cat"] if "cat" in line else [])
+
+
 def test_brace_patterns(tmp_path):
     assert expand_braces("a-{08..11}.tar") == [f"a-{i:02}.tar" for i in range(8, 12)]
     assert expand_braces("{1..3}{a,b}") == ["1a", "1b", "2a", "2b", "3a", "3b"]
     assert expand_braces("{0..2}/{0..2}") == [f"{i}/{j}" for i in range(3) for j in range(3)]
     assert expand_braces("{000..1000}")[::500] == ["0000", "0500", "1000"]
     assert expand_braces("plain{}{a}{1..}") == ["plain{}{a}{1..}"]
+    assert expand_braces("{a,{b,c}{0..1}}.tar") == ["a.tar", "b0.tar", "b1.tar", "c0.tar", "c1.tar"]
     for pattern in ("{5..1}.tar", "{0..99999999999999}.tar", "{0..9999}{0..9999}", "{0..9}" * 30):
         with pytest.raises(DataError, match="0 shards, or more than 1,000,000"):
             expand_braces(pattern)
     (tmp_path / "a{0..1}.tar").write_bytes(tar_bytes(IMAGES))
     assert find_shards(str(tmp_path / "a{0..1}.tar")) == [str(tmp_path / "a{0..1}.tar")]
     (tmp_path / "b0.tar").write_bytes(tar_bytes(IMAGES))
-    with pytest.raises(DataError, match=r"2 of 3 shards do not exist, the first is .*b1\.tar"):
+    with pytest.raises(DataError, match=r"2 of 3 shards do not exist or are no files, the first is .*b1\.tar"):
         find_shards(str(tmp_path / "b{0..2}.tar"))
     with pytest.raises(DataError, match="unknown kind of shard"):
         find_shards(__file__)
@@ -397,8 +455,8 @@ def test_several_paths_and_held_out_shards_in_every_command(tmp_path, capsys):
     tars, table = make_tars(tmp_path), make_parquet(tmp_path)
     flags = ["--epochs", "1", "--val_path", str(table), "--cache_dir", str(tmp_path / "indices")]
     save_state_of_run(tmp_path / "run", tars / "0.tar", str(make_zip(tmp_path)), *flags)
-    assert f"4 images in {tars}/0.tar, no labels; 12 images of 3 classes in {tmp_path}/images.zip, 12 held out in " \
-        f"{table}" in capsys.readouterr().out
+    assert f"4 images in {tars}/0.tar, no labels; 12 images of 3 classes in {tmp_path}/images.zip; 3 classes in all, " \
+        f"12 held out in {table}" in capsys.readouterr().out
     again = train.parse_args([f"@{tmp_path / 'run' / 'flags.txt'}"])
     assert again.data_path == (f"{tars}/0.tar", f"{tmp_path}/images.zip") and again.val_path == str(table)
     assert len(list((tmp_path / "indices").iterdir())) == 3
@@ -457,10 +515,10 @@ def huge_member(name, size):
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
-def huge_extended_header():
+def extended_header(content, size=None):
     member = tarfile.TarInfo("header")
-    member.size, member.type = 2**60, tarfile.XHDTYPE
-    return member.tobuf(tarfile.GNU_FORMAT) + bytes(512)
+    member.size, member.type = size or len(content), tarfile.XHDTYPE
+    return member.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
 
 
 def sparse(name):
@@ -482,15 +540,22 @@ def without_end(data):
 
 FIRST = without_end(tar_bytes([GOOD[0]]))
 BAD_TARS = {  # kind: (content, images that are indexed, what is passed over or raised)
-    "truncated in a file": (FIRST + FIRST[:600], 1, "1 corrupt or truncated tar(s)"),
-    "truncated in a header": (FIRST + FIRST[:100], 1, "1 corrupt or truncated tar(s)"),
-    "corrupt header": (corrupt_header(TWO), 1, "1 corrupt or truncated tar(s)"),
-    "wrong checksum": (FIRST + b"x" + FIRST[1:], 1, "1 corrupt or truncated tar(s)"),
+    "truncated in a file": (FIRST + FIRST[:600], 1, "1 corrupt or truncated: a.tar"),
+    "truncated in a header": (FIRST + FIRST[:100], 1, "1 corrupt or truncated: a.tar"),
+    "corrupt header": (corrupt_header(TWO), 1, "1 corrupt or truncated: a.tar"),
+    "wrong checksum": (FIRST + b"x" + FIRST[1:], 1, "1 corrupt or truncated: a.tar"),
     "no end": (FIRST, 1, ""),
-    "empty": (b"", 0, "no image in 1 shard(s) (passed over 1: 1 corrupt or truncated tar(s))"),
+    "two tars": (TWO + TWO, 2, "1 corrupt or truncated: a.tar"),
+    "zeros inside": (FIRST + bytes(3000) + TWO, 1, "1 corrupt or truncated: a.tar"),
+    "small negative size": (FIRST + huge_member("a.jpg", -1) + bytes(1024), 1, "1 corrupt or truncated: a.tar"),
+    "slow extended header": (FIRST + extended_header(b"1" * 10**6), 1, "1 corrupt or truncated: a.tar"),
+    "global headers": (tar_bytes(GOOD, format=tarfile.PAX_FORMAT, pax_headers={f"k{i}": "v" for i in range(900)}), 4,
+                       ""),
+    "label of 5,000 digits": (tar_bytes([*GOOD, ("a.jpg", jpeg()), ("a.cls", b"9" * 5000)]), 5, ""),
+    "empty": (b"", 0, "no image in 1 shard(s) (passed over 1: 1 corrupt or truncated: a.tar)"),
     "empty tar": (bytes(10240), 0, "no image in 1 shard(s)"),
-    "no tar": (b"GIF89a" * 1000, 0, "no image in 1 shard(s) (passed over 1: 1 corrupt or truncated tar(s))"),
-    "html": (b"<html>not found</html>", 0, "(passed over 1: 1 corrupt or truncated tar(s))"),
+    "no tar": (b"GIF89a" * 1000, 0, "no image in 1 shard(s) (passed over 1: 1 corrupt or truncated: a.tar)"),
+    "html": (b"<html>not found</html>", 0, "(passed over 1: 1 corrupt or truncated: a.tar)"),
     "gzip": (b"\x1f\x8b\x08\0" + TWO, 0, "a compressed tar has no random access, decompress it (gunzip)"),
     "zstd": (b"\x28\xb5\x2f\xfd" + TWO, 0, "decompress it (unzstd)"),
     "parent names": (tar_bytes([*GOOD, ("../../x.jpg", jpeg()), ("a/../../x.jpg", jpeg())]), 4, "2 unsafe name(s)"),
@@ -500,10 +565,10 @@ BAD_TARS = {  # kind: (content, images that are indexed, what is passed over or 
     "devices": (tar_bytes([*GOOD, special("a.jpg", tarfile.FIFOTYPE), special("b.jpg", tarfile.CHRTYPE),
                            special("c.jpg", tarfile.BLKTYPE)]), 4, "3 link(s), device(s), sparse file(s)"),
     "sparse": (without_end(tar_bytes(GOOD)) + sparse("a.jpg"), 4, "1 link(s), device(s), sparse file(s)"),
-    "huge member": (FIRST + huge_member("a.jpg", 2**62) + bytes(1024), 1, "1 corrupt or truncated tar(s)"),
-    "huge directory": (FIRST + huge_member("a/", 2**62) + bytes(1024), 1, "1 corrupt or truncated tar(s)"),
-    "huge extended header": (FIRST + huge_extended_header(), 1, "1 corrupt or truncated tar(s)"),
-    "negative size": (FIRST + huge_member("a.jpg", -1000) + bytes(1024), 1, "1 corrupt or truncated tar(s)"),
+    "huge member": (FIRST + huge_member("a.jpg", 2**62) + bytes(1024), 1, "1 corrupt or truncated: a.tar"),
+    "huge directory": (FIRST + huge_member("a/", 2**62) + bytes(1024), 1, "1 corrupt or truncated: a.tar"),
+    "huge extended header": (FIRST + extended_header(b"", 2**60) + bytes(512), 1, "1 corrupt or truncated: a.tar"),
+    "negative size": (FIRST + huge_member("a.jpg", -1000) + bytes(1024), 1, "1 corrupt or truncated: a.tar"),
     "hidden": (tar_bytes([*GOOD, (".x.jpg", EVIL), ("cat/._0.jpg", EVIL), (".git/a.jpg", EVIL)]), 4, "3 hidden"),
     "folders of systems": (tar_bytes([*GOOD, ("__MACOSX/cat/0.jpg", EVIL)]), 4, "1 __MACOSX/"),
     "other files": (tar_bytes([*GOOD, ("a.mp3", EVIL), ("README", EVIL), ("a.mp3.exe", EVIL)]), 4,
@@ -516,7 +581,7 @@ BAD_TARS = {  # kind: (content, images that are indexed, what is passed over or 
     "label of many classes": (tar_bytes([*GOOD, ("a.jpg", jpeg()), ("a.json", b'{"label": [1, 2]}')]), 5, ""),
     "tar in tar in tar": (tar_bytes([("a.tar", tar_bytes([("b.tar", TWO), GOOD[0]]))]), 1, "1 .tar"),
     "corrupt tar inside": (tar_bytes([("a.tar", corrupt_header(TWO)), ("b.tar", EVIL * 100), ("c.tar", TWO)]), 3,
-                           "2 corrupt or truncated tar(s)"),
+                           "1 corrupt or truncated: a.tar in a.tar, 1 corrupt or truncated: b.tar in a.tar"),
     "tar inside without end": (tar_bytes([("a.tar", FIRST), ("b.tar", FIRST)]), 2, ""),
     "names of any bytes": (tar_bytes([*GOOD, ("\udcff\n\x1b[31m.jpg", jpeg())]), 5, ""),
 }
@@ -538,9 +603,9 @@ BAD_ZIPS = {
     "encrypted": (patch(patch(zip_bytes(GOOD), CENTRAL, 8, b"\1"), LOCAL, 6, b"\1"), 0,
                   "(passed over 4: 4 encrypted or compressed otherwise)"),
     "bzip2": (zip_bytes(GOOD[:2], zipfile.ZIP_BZIP2), 0, "(passed over 2: 2 encrypted or compressed otherwise)"),
-    "truncated": (zip_bytes(GOOD)[:-100], 0, "(passed over 1: 1 corrupt or truncated shard(s))"),
-    "no zip": (EVIL * 100, 0, "(passed over 1: 1 corrupt or truncated shard(s))"),
-    "empty": (b"", 0, "(passed over 1: 1 corrupt or truncated shard(s))"),
+    "truncated": (zip_bytes(GOOD)[:-100], 0, "(passed over 1: 1 corrupt or truncated: a.zip)"),
+    "no zip": (EVIL * 100, 0, "(passed over 1: 1 corrupt or truncated: a.zip)"),
+    "empty": (b"", 0, "(passed over 1: 1 corrupt or truncated: a.zip)"),
     "link": (zip_bytes([*GOOD, (link, "/etc/passwd")]), 4, "1 link(s), device(s), sparse file(s)"),
     "parent and absolute names": (zip_bytes([*GOOD, ("../x.jpg", EVIL), ("/x.jpg", EVIL), ("..\\x.jpg", EVIL)]), 4,
                                   "3 unsafe name(s)"),
@@ -548,6 +613,8 @@ BAD_ZIPS = {
     "no local headers": (patch(zip_bytes(GOOD), LOCAL, 0, b"XX"), 0, "(passed over 4: 4 corrupt or truncated)"),
     "sizes that disagree": (patch(STORED_ZIP, CENTRAL, 24, struct.pack("<I", 99)), 0, "4: 4 corrupt or truncated"),
     "beyond the end": (patch(STORED_ZIP, CENTRAL, 20, struct.pack("<II", 10**8, 10**8)), 0, "4 corrupt or truncated"),
+    "overlapping": (patch(patch(STORED_ZIP, CENTRAL, 42, bytes(4)), CENTRAL, 20,
+                          struct.pack("<II", *[len(STORED_ZIP) // 2] * 2)), 0, "1 corrupt or truncated: a.zip"),
     "huge": (patch(zip_bytes(GOOD), CENTRAL, 24, b"\xff\xff\xff\xfe"), 0, "(passed over 4: 4 file(s) above 512 MB)"),
 }
 
@@ -582,7 +649,7 @@ def test_headers_of_gigabytes_are_not_read(tmp_path):
     os.truncate(tmp_path / "a.tar", 2**31)
     tracemalloc.start()
     members, _, _, passed_over = scan_shard(str(tmp_path / "a.tar"))
-    assert len(members) == 1 and passed_over == {"corrupt or truncated tar(s)": 1}
+    assert len(members) == 1 and passed_over == {"corrupt or truncated: a.tar": 1}
     assert tracemalloc.get_traced_memory()[1] < 1e7
     tracemalloc.stop()
 
@@ -607,7 +674,7 @@ def test_bad_parquet(tmp_path, kind):
         path.write_bytes({"truncated": content[:-100], "no parquet": EVIL * 50, "empty": b"",
                           "corrupt pages": content[:4] + bytes(half) + content[4 + half:]}[kind])
     with pytest.raises(DataError, match="no column of images" if kind == "no images" else
-                       "1 corrupt or truncated shard|none of the first 12 images can be read"):
+                       "1 corrupt or truncated: a.parquet|none of the first 12 images can be read"):
         ShardDataset([str(path)])
 
 
@@ -765,7 +832,10 @@ def test_arrays_are_mapped_and_shared(tmp_path):
     assert copy.read(7) == images.index.read(7) and len(copy) == 12
     assert copy.read(-1)[1] == "emu/3.jpg" and copy.read(0)[1] == "cat/0.jpg"
     os.utime(images.index.file.name)
-    with pytest.raises(DataError, match="rebuilt by another process"):
+    assert len(pickle.loads(data)) == 12
+    (tmp_path / "tars" / "1.tar").write_bytes(tar_bytes(IMAGES[:1]))
+    assert len(ShardDataset([str(tmp_path / "tars")])) == 9 and images.index.read(7)[1] == "dog/3.jpg"
+    with pytest.raises(DataError, match="another command has rebuilt it"):
         pickle.loads(data)
 
 
