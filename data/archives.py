@@ -31,7 +31,7 @@ from data.images import EXTENSIONS
 MAX_BYTES = 2**29  # of a file in an archive, deflated or not
 MAX_TEXT = 2**20  # bytes of a .cls, a .json or a line
 MAX_HEADER = 2**15  # bytes of a tar's extended header, for which Python 3.11.9 takes time that is quadratic
-MAX_GROUP = 2**31, 2**21  # bytes and rows of a row group of Parquet
+MAX_ROWS = 2**21  # of a row group of Parquet
 URL_TRIES, URL_SECONDS = 8, 60
 PATH_COLUMNS = ("path", "file_name", "filename", "file_path", "filepath", "image_path", "image", "file")
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
@@ -381,7 +381,7 @@ def scan_parquet(path, passed_over):
         columns.append(f"{column}.path")
     row = 0
     for group in range(file.num_row_groups):
-        check_row_group(file, group)
+        check_row_group(file, path, group)
         values = file.read_row_group(group, columns, use_threads=False).to_pydict() if columns else {}
         num_rows = file.metadata.row_group(group).num_rows
         for label, image in zip(values.get("label", [None] * num_rows), values.get(column, [None] * num_rows)):
@@ -392,11 +392,12 @@ def scan_parquet(path, passed_over):
             row += 1
 
 
-def check_row_group(file, number):
-    """Raise ValueError for one that would not fit the memory once it is inflated."""
+def check_row_group(file, path, number):
+    """Raise DataError for one that takes gigabytes of memory: every image of it is read with all others."""
     group = file.metadata.row_group(number)
-    if group.total_byte_size > MAX_GROUP[0] or group.num_rows > MAX_GROUP[1]:
-        raise ValueError(f"a row group of {group.num_rows:,} rows and {group.total_byte_size:,} bytes")
+    if group.total_byte_size > MAX_BYTES or group.num_rows > MAX_ROWS:
+        raise DataError(f"{path}: {group.num_rows:,} rows of {group.total_byte_size:,} bytes in one row group, write "
+                        f"it with row_group_size=100")
 
 
 @functools.lru_cache(maxsize=8)
@@ -419,7 +420,7 @@ def open_parquet(process, path, version):
 @functools.lru_cache(maxsize=2)
 def read_row_group(process, path, version, group):
     file, _, column, field = open_parquet(process, path, version)
-    check_row_group(file, group)
+    check_row_group(file, path, group)
     return file.read_row_group(group, [f"{column}.{field}" if field else column], use_threads=False)[column]
 
 

@@ -202,7 +202,7 @@ class ShardIndex:
             key_start = len(MAGIC) + count * MEMBER.itemsize
             members = np.memmap(file, MEMBER, "r", len(MAGIC), count).view(np.ndarray)
             keys = np.memmap(file, np.uint8, "r", key_start, start - key_start).view(np.ndarray)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"{path}: {error}") from None
         for shard in header["shards"]:
             if not is_url(shard["path"]):
@@ -255,7 +255,8 @@ def check_header(header):
                    and all(isinstance(count, int) for count in shard["passed_over"].values()) and shard["size"] >= 0
                    for shard in header["shards"])
     is_right &= all(isinstance(name, str) for _, name in header["names"]) and header["unlabeled"] >= 0
-    if not is_right or not all(isinstance(name, str) for name in header["classes"]):
+    classes = header["classes"]
+    if not is_right or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("corrupt")
     return {name: header[name] for name in ("shards", "names", "classes", "unlabeled")}
 
