@@ -52,7 +52,7 @@ INDEX_ENDING = ".shardindex"
 FOLDER_ENDINGS = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz")
 ENDINGS = (*FOLDER_ENDINGS, ".csv", ".txt")
 MAGIC = b"images 3"
-MAX_SHARDS = 10**6
+MAX_SHARDS = 200_000
 MAX_CORRUPT_AT_START = 1000
 SCAN_MINUTES = 24 * 60  # of a shard, which may be a tar of all images on a slow disk
 get_stamp = operator.itemgetter("path", "size", "version")
@@ -316,7 +316,8 @@ def iter_parts(shards, previous, num_workers):
     known = {get_stamp(shard): (index, i) for index in previous for i, shard in enumerate(index.shards)
              if not index.lacks_formats(i)}
     changed = [shard["path"] for shard in shards if get_stamp(shard) not in known]
-    num_workers = min(num_workers or os.cpu_count(), len(changed))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_workers = min(num_workers or cores, len(changed))
     scanned = iter(DataLoader(ScannedShards(changed), batch_size=None, collate_fn=pass_through,
                               num_workers=num_workers if num_workers > 1 else 0, timeout_minutes=SCAN_MINUTES))
     for shard in tqdm(shards, "index", unit="shard", leave=False, disable=None):

@@ -407,8 +407,8 @@ def test_brace_patterns(tmp_path):
     assert expand_braces("{000..1000}")[::500] == ["0000", "0500", "1000"]
     assert expand_braces("plain{}{a}{1..}") == ["plain{}{a}{1..}"]
     assert expand_braces("{a,{b,c}{0..1}}.tar") == ["a.tar", "b0.tar", "b1.tar", "c0.tar", "c1.tar"]
-    for pattern in ("{5..1}.tar", "{0..99999999999999}.tar", "{0..9}" * 30):
-        with pytest.raises(DataError, match="0 shards, or more than 1,000,000"):
+    for pattern in ("{5..1}.tar", "{0..99999999999999}.tar", "{0..9}" * 7):
+        with pytest.raises(DataError, match="0 shards, or more than 200,000"):
             expand_braces(pattern)
     (tmp_path / "a{0..1}.tar").write_bytes(tar_bytes(IMAGES))
     assert find_shards(str(tmp_path / "a{0..1}.tar")) == [str(tmp_path / "a{0..1}.tar")]
@@ -692,7 +692,7 @@ def test_labels_and_metadata_of_parquet(tmp_path):
 def test_row_groups_of_gigabytes_are_refused(tmp_path, build):
     """Less than a MB of file."""
     with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("image", pa.binary())]), compression="zstd",
-                          use_dictionary=False) as writer:
+                          use_dictionary=False, write_statistics=False) as writer:
         writer.write_table(pa.table(dict(image=build())), row_group_size=2**24)
     with pytest.raises(DataError, match="a.parquet: .* in one row group, write it with row_group_size=100"):
         ShardDataset([str(tmp_path / "a.parquet")])
