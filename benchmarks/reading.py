@@ -1,4 +1,4 @@
-"""Images a second from a folder, from tar shards and by the webdataset package, on one core.
+"""Images a second from a folder, from tar shards and by the webdataset package, in one process.
 
     python -m benchmarks.reading --data_path /photos                             # decoded, from the page cache
     python -m benchmarks.reading --data_path /photos --cold --num_images 20000    # bytes, from disk; as root on Linux
@@ -97,8 +97,6 @@ def count_read_bytes():
 
 def main(args):
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
     with tempfile.TemporaryDirectory() as folder:
         copy_images(ImageFolder(args.data_path), root := Path(folder), args.num_images)
         size = sum(path.stat().st_size for path in root.glob("folder/*/*")) / args.num_images
