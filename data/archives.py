@@ -100,9 +100,19 @@ def read_at(file, size, offset):
     return file.read(size)
 
 
-@functools.lru_cache(maxsize=128)
+def limit_open_files():
+    """A quarter of the files that a process may open, but 10,000 at most."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 128
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 10_000 if limit == resource.RLIM_INFINITY else min(max(limit // 4, 16), 10_000)
+
+
+@functools.lru_cache(maxsize=limit_open_files())
 def open_file(process, path, version):
-    """File that one process uses; closed when 128 others were opened since it was used."""
+    """File that one process uses; closed when as many others were opened since it was used."""
     check_version(path, version)
     return open(path, "rb", buffering=0)
 

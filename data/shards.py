@@ -284,7 +284,7 @@ def open_index(sources: list[str], cache_dir: str | None = None, part: str | Non
             previous.append(ShardIndex.open(candidate))
             if [*map(get_stamp, previous[-1].shards)] == [*map(get_stamp, shards)] and not previous[-1].lacks_formats():
                 return previous[-1]
-    for index in previous:
+    for index in (index for index in previous if index.file.name != path):
         print(f"{index.file.name}: of shards of other names, sizes or times, what is the same is taken from it")
     return build_index(path, shards, previous, num_workers)
 

@@ -30,7 +30,7 @@ def run(tmp_path):
         folder.mkdir()
         args = train.parse_args([*SMALL, "--output_dir", str(folder), *flags])
         save_checkpoint(folder / "checkpoint.pth", flags=vars(args),
-                        fixed=dict(global_batch_size=global_batch_size, num_images=num_images))
+                        fixed=dict(global_batch_size=global_batch_size, num_images=num_images, shuffle="full"))
         return folder
     return run
 
