@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common import cli
 from data.datasets import DataError, ImageFolder
@@ -96,7 +95,6 @@ def count_read_bytes():
 
 
 def main(args):
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         copy_images(ImageFolder(args.data_path), root := Path(folder), args.num_images)
         size = sum(path.stat().st_size for path in root.glob("folder/*/*")) / args.num_images
