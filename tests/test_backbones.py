@@ -124,6 +124,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_broadcast_buffers_gives_all_ranks_the_statistics_of_rank_0(run_torchrun):
     run_torchrun(2, BROADCAST)
 

@@ -298,6 +298,7 @@ def test_corrupt_queries_are_skipped(model, photos, tmp_path, exit_message):
     assert (model[1].with_suffix(".search") / "photos" / "1.png.nearest.png").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(model, photos, tmp_path, capsys, run_torchrun):
     save_shape(tmp_path / "query.png", 4)
     (photos / "a" / "bad.png").write_bytes(b"bad")

@@ -390,7 +390,7 @@ def test_warmup_shrinks_with_few_epochs(flags, expected, capsys):
         args.epochs < 100 and ("warmup" not in flags or "--epochs 5 --warmup_epochs 10" in flags))
 
 
-@pytest.mark.parametrize("shuffle", ["full", "blocks"])
+@pytest.mark.parametrize("shuffle", ["full", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_an_interrupted_run_equals_an_uninterrupted_one(small_shapes, tmp_path, monkeypatch, shuffle):
     flags = f"--drop_path_rate 0.2 --epochs 3 --shuffle {shuffle}"
     run(tmp_path / "whole", flags)

@@ -268,7 +268,8 @@ def test_what_an_epoch_owes_is_made_up_for(flags, tmp_path, monkeypatch, capsys)
 
 # ---- stopped ----
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "SIGINT", "SIGUSR1"))])
 def test_signals_save_and_exit_0(flags, tmp_path, name):
     """Sent to the whole job, loader workers included, as a terminal and Slurm do."""
     more = "--epochs 4 --save_every_minutes 0"
@@ -428,6 +429,7 @@ cli.run_command(train.main, train.parse_args, FloatingPointError)
 """
 
 
+@pytest.mark.slow
 def test_a_non_finite_value_on_one_rank_stops_all(flags, tmp_path):
     two = "--batch_size_per_gpu 8 --epochs 3 --log_every 1 --knn_every 0"
     key = list(iter_batch_keys(9, 10, 96, 0, 8, 1, rank=1, world_size=2))[0][3]

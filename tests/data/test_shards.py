@@ -439,7 +439,7 @@ def save_state_of_run(folder, source, *flags):
 
 @pytest.mark.parametrize("epochs", [2, pytest.param(17, marks=pytest.mark.slow)])  # of 3 steps
 def test_training_is_the_same_from_every_form(tmp_path, epochs):
-    forms = [make_folder, make_tars, make_nested, make_zip, make_parquet, make_list]
+    forms = [make_folder, make_tars, make_webdataset, make_json, make_nested, make_zip, make_parquet, make_list]
     results = [save_state_of_run(tmp_path / make.__name__, make(tmp_path), "--epochs", str(epochs), "--log_every", "1")
                for make in forms]
     expected, log = results[0]
