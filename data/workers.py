@@ -7,6 +7,7 @@ This file needs torch, and two small ones of common/.
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -45,7 +46,7 @@ class DataLoader(torch.utils.data.DataLoader):
 
     def __iter__(self):
         try:
-            with block_job_signals():  # which the workers inherit
+            with block_job_signals(), keep_garbage():  # which the workers inherit
                 batches = super().__iter__()
         except OSError as error:
             raise OSError(f"data loader workers cannot be started ({error}): is /dev/shm usable? --num_workers 0 does "
@@ -69,6 +70,19 @@ def block_job_signals():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def keep_garbage():
+    """Leave what is garbage now to this process: workers that are forked within the context never collect it.
+
+    The destructor of a session of onnxruntime would wait for threads that a fork does not have.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def iter_batches(batches, timeout_minutes=TIMEOUT_MINUTES):

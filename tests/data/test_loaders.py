@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import resource
@@ -26,6 +27,7 @@ from data.loaders import (
 )
 from data.order import derive_seed
 from data.shapes import Shapes
+from data.workers import DataLoader
 
 
 @pytest.mark.parametrize("shuffle", ["full", "blocks", "randperm"])
@@ -209,6 +211,43 @@ def test_a_worker_that_stops_or_dies_is_one_line_and_no_hang(limit_time, capfd, 
     error = capfd.readouterr().err
     assert stop.value.code == 2 and words in error and "Traceback" not in error
     assert set(multiprocessing.active_children()) <= set(before)
+
+
+class Collecting(torch.utils.data.Dataset):
+    """Collects garbage in the worker, and returns the processes in which the garbage of this one was destroyed."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        gc.collect()
+        return list(Garbage.destroyed_in)
+
+
+class Garbage:
+    """A reference cycle."""
+
+    destroyed_in = []
+
+    def __init__(self):
+        self.cycle = self
+
+    def __del__(self):
+        Garbage.destroyed_in.append(os.getpid())
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers have no garbage of their parent")
+def test_workers_leave_the_garbage_of_their_parent_alone():
+    """It may wait for threads when it is destroyed, as sessions of onnxruntime do, which a fork does not have."""
+    gc.collect()
+    gc.disable()
+    try:
+        Garbage()
+        assert list(DataLoader(Collecting(), collate_fn=lambda samples: samples, num_workers=1)) == [[[]]]
+    finally:
+        gc.enable()
+    gc.collect()
+    assert Garbage.destroyed_in == [os.getpid()]
 
 
 def test_workers_do_not_end_on_signals_to_the_job(limit_time):
