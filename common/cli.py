@@ -214,8 +214,7 @@ def add_device_flags(group, workers=True):
     """Add --device and, for commands with data loader workers, --num_workers."""
     group.add_argument("--device", type=device_name, default="auto", help="cuda, mps or cpu; auto: the first available")
     if workers:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        group.add_argument("--num_workers", type=num_workers, default=min(10, cores),
+        group.add_argument("--num_workers", type=num_workers, default=min(10, distributed.count_cores()),
                            help="data loader workers per process")
 
 

@@ -88,6 +88,11 @@ def init_distributed(device, timeout_minutes=TIMEOUT_MINUTES):
     return rank, world_size, local_device
 
 
+def count_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def get_rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 

@@ -50,7 +50,7 @@ class ImageFolder(Dataset):
             raise DataError(f"{root}: no such folder, or no image found in it or below{self.passed_over}")
         folders = [file[:max(file.find(os.sep), 0)] for file in files]  # "" for images outside of subfolders
         names = sorted(set(folders))
-        if not classes and len(names) > 1 and names[0] and set(map(str.lower, names)) - {*TRAIN, *HELD_OUT}:
+        if not classes and len(names) > 1 and names[0] and not are_parts(names):
             classes = names
         elif classes and not set(names) <= set(classes):
             raise DataError(f"{root}: {compare_classes(names, classes)}")
@@ -98,6 +98,11 @@ class PathTable(Sequence):
     def __getitem__(self, i):
         i = range(len(self))[i]
         return os.fsdecode(self.content[self.ends[i]:self.ends[i + 1]].tobytes())
+
+
+def are_parts(names):
+    """Whether all folders are named like parts of a dataset (train, test)."""
+    return {*map(str.lower, names)} <= {*TRAIN, *HELD_OUT}
 
 
 def stat_file(path):

@@ -33,12 +33,14 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.distributed import count_cores
 from common.files import atomic_write, check_file
 from data.archives import MAX_TEXT, MEMBER, PATH, is_url, read_at, read_member, scan_shard, stat_shard
 from data.folders import (
     HELD_OUT,
     TRAIN,
     DataError,
+    are_parts,
     compare_classes,
     describe_passed_over,
     describe_paths,
@@ -316,8 +318,7 @@ def iter_parts(shards, previous, num_workers):
     known = {get_stamp(shard): (index, i) for index in previous for i, shard in enumerate(index.shards)
              if not index.lacks_formats(i)}
     changed = [shard["path"] for shard in shards if get_stamp(shard) not in known]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_workers = min(num_workers or cores, len(changed))
+    num_workers = min(num_workers or count_cores(), len(changed))
     scanned = iter(DataLoader(ScannedShards(changed), batch_size=None, collate_fn=pass_through,
                               num_workers=num_workers if num_workers > 1 else 0, timeout_minutes=SCAN_MINUTES))
     for shard in tqdm(shards, "index", unit="shard", leave=False, disable=None):
@@ -394,7 +395,7 @@ def choose_classes(names, path):
             folders = [below for _, *below in folders]
         names = [(False, folder) for folder, *_ in folders]
         folders = {folder for _, folder in names}
-        if len(folders) > 1 and not {*map(str.lower, folders)} - {*TRAIN, *HELD_OUT}:
+        if len(folders) > 1 and are_parts(folders):
             raise DataError(f"{path}: holds the parts {', '.join(sorted(folders))} of a dataset, pack each into shards "
                             f"of its own")
         classes = folders if len(folders) > 1 and "" not in folders else set()

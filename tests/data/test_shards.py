@@ -619,7 +619,9 @@ BAD_ZIPS = {
 }
 
 
-def check_bad_shard(path, count, message):
+def check_bad_shard(path, content, count, message):
+    path.parent.mkdir()
+    path.write_bytes(content)
     before = sorted(path.parent.iterdir())
     if count:
         images = ShardDataset([str(path)])
@@ -636,10 +638,7 @@ def check_bad_shard(path, count, message):
 
 @pytest.mark.parametrize("kind", BAD_TARS)
 def test_bad_tars(tmp_path, kind):
-    content, count, message = BAD_TARS[kind]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.tar").write_bytes(content)
-    check_bad_shard(tmp_path / "data" / "a.tar", count, message)
+    check_bad_shard(tmp_path / "data" / "a.tar", *BAD_TARS[kind])
 
 
 def test_headers_of_gigabytes_are_not_read(tmp_path):
@@ -656,10 +655,7 @@ def test_headers_of_gigabytes_are_not_read(tmp_path):
 
 @pytest.mark.parametrize("kind", BAD_ZIPS)
 def test_bad_zips(tmp_path, kind):
-    content, count, message = BAD_ZIPS[kind]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.zip").write_bytes(content)
-    check_bad_shard(tmp_path / "data" / "a.zip", count, message)
+    check_bad_shard(tmp_path / "data" / "a.zip", *BAD_ZIPS[kind])
 
 
 @pytest.mark.parametrize("kind", ["truncated", "no parquet", "corrupt pages", "no images", "empty"])
