@@ -12,11 +12,32 @@ Needs torch only.
 import torch
 
 
-def build_param_groups(network: torch.nn.Module) -> list[dict]:
-    """Two groups of named trainable parameters: matrices, and biases and norms, which get no weight decay."""
-    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    return [{"params": [(name, p) for name, p in trained if p.ndim > 1]},
-            {"params": [(name, p) for name, p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+def build_param_groups(network: torch.nn.Module, lr_scales: dict[int, float] | None = None) -> list[dict]:
+    """Groups of named trainable parameters: matrices, and biases and norms, which get no weight decay.
+
+    Args:
+        lr_scales: see `decay_layers`; each value gets groups of its own, with an "lr_scale".
+    """
+    groups, lr_scales = {}, lr_scales or {}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            is_decayed, lr_scale = kind = p.ndim > 1, lr_scales.get(id(p), 1.0)
+            group = {"params": [], "lr_scale": lr_scale, "is_decayed": is_decayed}
+            groups.setdefault(kind, group | ({} if is_decayed else {"weight_decay": 0.0}))["params"].append((name, p))
+    return list(groups.values())
+
+
+def decay_layers(backbone: torch.nn.Module, layer_decay: float) -> dict[int, float]:
+    """{id of a parameter: factor of its learning rate} of a backbone (ELECTRA, Clark et al. 2020; BEiT).
+
+    With L blocks, block l of 1 to L has layer_decay^(L + 1 - l), the norm behind them layer_decay, the embeddings
+    layer_decay^(L + 1). A backbone without blocks has layer_decay.
+    """
+    depth = len(backbone.blocks)
+    layers = {id(p): 0 for p in backbone.parameters()}
+    layers |= {id(p): i for i, block in enumerate(backbone.blocks, start=1) for p in block.parameters()}
+    layers |= {id(p): depth for p in backbone.norm.parameters()} if depth else {}
+    return {key: layer_decay ** (depth + 1 - layer) for key, layer in layers.items()}
 
 
 class LARS(torch.optim.Optimizer):

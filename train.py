@@ -20,6 +20,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from common import cli, distributed, estimate
 from common.checkpoint import CheckpointError, Run, list_checkpoints, was_restarted
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.files import atomic_write, read_text, write_json, write_text
+from common.initial_weights import load_initial_weights, read_initial_weights
 from common.logger import Logger, describe_environment
 from common.precision import autocast, cast_weights, set_matmul_precision
 from common.weights import save_model
@@ -47,7 +49,7 @@ from data.loaders import (
 )
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, cosine_schedule, teacher_temp_schedule, update_teacher
 from evaluation.online import detect_collapse, evaluate_online, pixel_features
-from optim import build_optimizer, build_param_groups, clip_gradients
+from optim import build_optimizer, build_param_groups, clip_gradients, decay_layers
 from vit import SIZES
 
 # ---- flags ----
@@ -55,7 +57,15 @@ from vit import SIZES
 FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
-    "value_range", "shuffle", "seed")
+    "value_range", "shuffle", "layer_decay", "seed")
+RESOLVED_FLAGS = (  # at the start of a run, from its data and initial weights; a resumed run has the same
+    "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
+    "head_layers", "bottleneck_dim", "l2_bottleneck", "batch_size_per_gpu", "lr", "warmup_epochs", "momentum_teacher",
+    "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs", "freeze_last_layer", "init_head_epochs",
+    "layer_decay")
+CONTINUE = dict(lr=0.0001, momentum_teacher=0.9995, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
+                init_head_epochs=0, layer_decay=1.0)  # with heads
+CONTINUE_BACKBONE = dict(lr=0.0002, momentum_teacher=0.9995, init_head_epochs=5, layer_decay=0.8)  # without
 
 
 def parse_args(argv=None):
@@ -76,6 +86,11 @@ def parse_args(argv=None):
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive_int)
     add(model, "--norm_last_layer", True, "fix the weight norm of the last layer; false: better, less stable", boolean)
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
+
+    add(model, "--init", None, "weights to continue from: a checkpoint or model file, also of the reference, timm or "
+        "transformers; the defaults of other flags follow it", metavar="FILE")
+    add(model, "--init_head_epochs", 0, "epochs with the backbone frozen, for --init without heads", nonnegative_int)
+    add(model, "--layer_decay", 1.0, "lr factor per block of the backbone, from the top down", fraction)
 
     teacher = parser.add_argument_group("teacher")
     add(teacher, "--momentum_teacher", 0.996, "initial EMA momentum, rises to 1; 0.9995 for small batches", fraction)
@@ -137,7 +152,11 @@ def parse_args(argv=None):
     add(ablations, "--predictor", False, "two more layers in the student's head", boolean)
     add(ablations, "--clip_mode", "per_parameter", "gradient norm to clip", choices=["per_parameter", "global"])
 
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    of_run = list_flags_of_run(parser.parse_args(argv))
+    args, given = parser.parse_given_args([*of_run, *argv])
+    if args.init and not of_run:
+        follow_initial_weights(parser, args, given)
     fill_in_arch(parser, args)
     cli.check_crop_flags(parser, args)
     if args.loss == "mse" and args.centering != "mean":
@@ -150,6 +169,30 @@ def parse_args(argv=None):
     if args.views == "auto":
         args.views = "device" if args.device == "cuda" else "cpu"
     return args
+
+
+def follow_initial_weights(parser, args, given):
+    """Set what the weights of --init determine, and the defaults of runs that continue; the given flags stay.
+
+    Ends with a parser error if a given flag is of other weights.
+    """
+    weights = read_initial_weights(args.init, log=lambda text: None)
+    backbone, head = dict(weights.backbone), weights.head or {}
+    if backbone.pop("in_chans", 3) != 3 or backbone.pop("mlp_ratio", 4) != 4:
+        parser.error(f"--init {args.init}: takes other than 3 channels, or has another mlp_ratio than 4")
+    backbone.pop("img_size", None)
+    sizes = {name: backbone.get(name) for name in SIZES["vit_small"]}
+    names = {"nlayers": "head_layers", "use_bn": "use_bn_in_head"}
+    found = {"arch": next((arch for arch in SIZES if SIZES[arch] == sizes), args.arch if args.arch in SIZES else
+                          "vit_small")} | backbone | {names.get(name, name): value for name, value in head.items()}
+    for name, value in found.items():
+        if name not in given or name == "patch_size":
+            setattr(args, name, getattr(args, name) if name in given else value)
+        elif getattr(args, name) != value:
+            parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")
+    for name, value in (CONTINUE if head else CONTINUE_BACKBONE).items():
+        if name not in given:
+            setattr(args, name, value)
 
 
 def can_compile():
@@ -194,14 +237,16 @@ def write_flags(path, args):
     write_text(path, "\n".join(lines) + "\n")
 
 
-def read_batch_size(args):
-    """--batch_size_per_gpu of the flags or, if that is auto, of the run that will be resumed, which keeps its own."""
+def list_flags_of_run(args):
+    """Arguments with RESOLVED_FLAGS of the run that will be resumed; [] for a new one."""
     flags, is_new = Path(args.output_dir, "flags.txt"), args.resume == "none" and not was_restarted()
-    if args.batch_size_per_gpu == "auto" and not is_new and list_checkpoints(flags.with_name("checkpoint.pth")):
-        with contextlib.suppress(OSError, ValueError):
-            words = shlex.split(read_text(flags))
-            return int(words[words.index("--batch_size_per_gpu") + 1])
-    return args.batch_size_per_gpu
+    if is_new or not list_checkpoints(flags.with_name("checkpoint.pth")):
+        return []
+    with contextlib.suppress(OSError, ValueError):
+        lines = [shlex.split(line) for line in read_text(flags).splitlines()]
+        return [word for name, *values in lines if name.removeprefix("--") in RESOLVED_FLAGS
+                for word in (name, *values)]
+    return []
 
 
 # ---- model ----
@@ -244,7 +289,8 @@ def build_training(args, device, world_size):
         student, teacher = map(convert_sync_batchnorm, (student, teacher))
     student, teacher = student.to(device), teacher.to(device)
     dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.loss).to(device)
-    optimizer = build_optimizer(args.optimizer, build_param_groups(student))
+    optimizer = build_optimizer(args.optimizer, build_param_groups(
+        student, decay_layers(student.backbone, args.layer_decay) if args.layer_decay < 1 else None))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     return dict(student=student, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler)
 
@@ -303,7 +349,8 @@ def finish_epoch(step, steps_per_epoch, data, args, run):
         return
     backbone, name = run.objects["teacher"].backbone, f"epoch {epoch - 1}"
     if step == 0:
-        for name, model in (("raw pixels", pixel_features), ("untrained backbone", backbone)):
+        start = "initial backbone" if args.init else "untrained backbone"
+        for name, model in (("raw pixels", pixel_features), (start, backbone)):
             if name not in run.progress["knn"]:
                 evaluate_and_log(name, model, data, args, run)
     elif (epoch % args.knn_every == 0 or epoch == args.epochs) and name not in run.progress["knn"]:
@@ -372,6 +419,7 @@ class Schedule(NamedTuple):
     teacher_temp: float
     freeze_last_layer: bool  # no gradient for the last layer (first epochs)
     teacher_lags: bool = False  # the teacher is updated before the student (ablation)
+    freeze_backbone: bool = False  # no gradient for the backbone (--init without heads)
 
 
 def compute_schedule(step, steps_per_epoch, global_batch_size, args):
@@ -387,7 +435,8 @@ def compute_schedule(step, steps_per_epoch, global_batch_size, args):
         teacher_temp=teacher_temp_schedule(epoch, args.warmup_teacher_temp, args.teacher_temp,
                                            args.warmup_teacher_temp_epochs),
         freeze_last_layer=epoch < args.freeze_last_layer,
-        teacher_lags=args.teacher == "previous_step")
+        teacher_lags=args.teacher == "previous_step",
+        freeze_backbone=epoch < args.init_head_epochs)
 
 
 def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, schedule, args, finite, log=False):
@@ -422,15 +471,15 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
             finite &= loss.detach().isfinite()
 
     for group in optimizer.param_groups:
-        group["lr"] = schedule.lr
-    optimizer.param_groups[0]["weight_decay"] = schedule.weight_decay  # the other group has none
+        group["lr"] = schedule.lr * group["lr_scale"]
+        group["weight_decay"] = schedule.weight_decay * group["is_decayed"]
     scaler.unscale_(optimizer)
     grad_norms = clip_gradients(network.parameters(), args.clip_grad, args.clip_mode == "per_parameter")
     if not scaler.is_enabled():  # the scaler skips a step whose gradients overflow
         finite &= grad_norms.isfinite().all()
-    if schedule.freeze_last_layer:
-        for p in network.head.last_layer.parameters():
-            p.grad = None
+    frozen = [network.head.last_layer] * schedule.freeze_last_layer + [network.backbone] * schedule.freeze_backbone
+    for p in itertools.chain.from_iterable(module.parameters() for module in frozen):
+        p.grad = None
     if schedule.teacher_lags:
         update_teacher(teacher, network, schedule.momentum)
     scaler.step(optimizer)
@@ -527,7 +576,6 @@ def main(args):
                           val_path=args.val_path, cache_dir=args.cache_dir))
     args.value_range = tuple(getattr(data.train, "value_range", None) or ()) or None
     distributed.check_same_on_all_ranks("images:", len(data.train))
-    args.batch_size_per_gpu = read_batch_size(args)
     with estimate.temporary_run(args) if args.dry_run else contextlib.nullcontext():
         pretrain(args, data, rank, world_size, device)
 
@@ -565,6 +613,9 @@ def print_setup(student, data, global_batch_size, total_steps, args, world_size,
     logger.print(f"epochs: {args.epochs} of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
+    if args.init:
+        flags = ", ".join(f"{name} {getattr(args, name):g}" for name in CONTINUE)
+        logger.print(f"continuing from {args.init} with {flags}; flags given by hand win")
     if args.compile:
         logger.print("compiling: the first steps take a minute or more, --compile false avoids it")
     if distributed.is_rank_zero():  # the other ranks need not decode images for it
@@ -622,6 +673,9 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
     run = Run(Path(args.output_dir), "pretraining", objects, fixed, vars(args), dict(knn={}, epoch_stats=[]), logger,
               args.keep, extra=dict(info=model_info(args, data)))
     first_step = run.start(args, total_steps)
+    if args.init and not list_checkpoints(run.path):
+        load_initial_weights(read_initial_weights(args.init, logger.print), objects["student"], objects["teacher"],
+                             objects["dino_loss"], logger.print)
     if distributed.is_rank_zero():
         if first_step < total_steps:
             logger.log(dict(run=dict(first_step=first_step, flags=vars(args)) | describe_environment(args.device)

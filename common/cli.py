@@ -67,6 +67,12 @@ class StrictArgumentParser(argparse.ArgumentParser):
                 self.error(f"empty argument after {' '.join([*args[:i], argument]).strip()}")
         return super().parse_known_args(args, namespace)
 
+    def parse_given_args(self, args=None):
+        """Parsed arguments, and the names of those that are given, not defaults."""
+        parsed = self.parse_args(args)
+        marked = self.parse_args(args, argparse.Namespace(**dict.fromkeys(vars(parsed), self)))
+        return parsed, {name for name, value in vars(marked).items() if value is not self}
+
     def read_flags(self, argument, depth=0):
         """The argument itself or, of @FILE, the words of the file and of those that it names."""
         if not argument.startswith("@"):

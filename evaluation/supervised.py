@@ -33,6 +33,7 @@ from data.datasets import DataError
 from data.loaders import build_train_loader, iter_batch_keys, iter_on_device
 from data.order import derive_seed
 from dino_loss import cosine_schedule
+from optim import build_param_groups, decay_layers
 
 # ---- networks ----
 
@@ -131,22 +132,9 @@ def build_head_groups(network, grid):
 
 
 def build_layer_decay_groups(network, lr, weight_decay, layer_decay):
-    """Parameter groups for fine-tuning with layer-wise learning rate decay (ELECTRA, Clark et al. 2020; BEiT).
-
-    With L blocks, the classifier has `lr`, the last block and the norm behind it lr * layer_decay, block l of 1 to L
-    lr * layer_decay^(L + 1 - l), the embeddings lr * layer_decay^(L + 1). A backbone without blocks has
-    lr * layer_decay. Biases and norms have no weight decay.
-    """
-    backbone, groups = network.tokens.backbone, {}
-    depth = len(backbone.blocks)
-    layers = {id(p): i + 1 for i, block in enumerate(backbone.blocks) for p in block.parameters()}
-    layers |= {id(p): depth for p in backbone.norm.parameters()} if depth else {}
-    layers |= {id(p): depth + 1 for p in network.heads.parameters()}
-    for name, p in network.named_parameters():
-        layer, decay = layers.get(id(p), 0), weight_decay if p.ndim > 1 else 0.0
-        group = {"params": [], "peak": lr * layer_decay ** (depth + 1 - layer), "weight_decay": decay}
-        groups.setdefault((layer, decay), group)["params"].append((name, p))
-    return list(groups.values())
+    """Parameter groups for fine-tuning: the classifier has `lr`, the backbone less, see `optim.decay_layers`."""
+    groups = build_param_groups(network, decay_layers(network.tokens.backbone, layer_decay))
+    return [{"weight_decay": weight_decay} | group | {"peak": lr * group["lr_scale"]} for group in groups]
 
 
 def build_mixup(num_classes, mixup, cutmix):

@@ -1,0 +1,152 @@
+"""Weights to continue from: backbone, projection heads and center of a file, as far as it has them.
+
+    weights = read_initial_weights("dino_deitsmall16_pretrain_full_checkpoint.pth")
+    weights.head                                    # {"out_dim": 65536, ...}, None for a file with a backbone alone
+    load_initial_weights(weights, student, teacher, dino_loss)
+
+Takes whatever `load_backbone` does. Full checkpoints, of this repository and the reference, have student, teacher, both
+heads and the center; the model files of a run have one network, which student and teacher then share.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.checkpoint import CheckpointError, load_checkpoint
+from common.weights import load_backbone, read_weights, weights_file
+
+HEAD_NAME = re.compile(r"(?:.*\.)?head\.((?:mlp|predictor|last_layer)\..*)")
+HEAD_RENAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+
+
+class InitialWeights(NamedTuple):
+    """Weights of a file.
+
+    Attributes:
+        path: of the file.
+        backbone: arguments of build_backbone.
+        head: arguments of DINOHead after the first, without norm_last_layer; None without heads.
+        student, teacher: {"backbone": state dict, "head": state dict, empty without heads}.
+        center: [1, K], None if the file has none.
+    """
+
+    path: str
+    backbone: dict
+    head: dict | None
+    student: dict[str, dict[str, Tensor]]
+    teacher: dict[str, dict[str, Tensor]]
+    center: Tensor | None
+
+
+def read_initial_weights(path: str, log: Callable[[str], object] = print) -> InitialWeights:
+    """Read backbone, heads and center of a file; of the folder of a run, its checkpoint.
+
+    Args:
+        log: called with lines about what was found, and what was left out.
+
+    Raises:
+        CheckpointError: see `load_backbone`, or the heads of student and teacher differ.
+    """
+    checkpoint = os.path.join(path, "checkpoint.pth")
+    path = checkpoint if os.path.exists(checkpoint) else weights_file(path)
+    state = load_checkpoint(path) if path.endswith((".pth", ".pt")) else {}
+    keys = ("student", "teacher") if isinstance(state, dict) and {"student", "teacher"} <= state.keys() else (None,)
+    networks, arguments = [], []
+    for key in keys:
+        backbone, info = load_backbone(path, key, log if key == keys[-1] else lambda text: None)
+        head = read_head(read_weights(path, key)[0])
+        networks.append(dict(backbone=backbone.state_dict(), head=head))
+        arguments.append((info["backbone"], (infer_head_arguments(head) | describe_head(info)) if head else None))
+    if arguments[0] != arguments[-1]:
+        raise CheckpointError(f"{path}: student and teacher differ in their sizes")
+    center = state.get("dino_loss", {}).get("center") if len(keys) == 2 else None
+    found = ["student and teacher" if len(keys) == 2 else "one network, for student and teacher",
+             "with heads" if networks[0]["head"] else "without heads, which start at random",
+             "the center" if center is not None else "no center, which starts at 0"]
+    log(f"{path}: {', '.join(found)}")
+    return InitialWeights(path, *arguments[0], networks[0], networks[-1], center)
+
+
+def read_head(weights):
+    """{name in DINOHead: tensor} of the weights of a network."""
+    head = {match[1]: tensor for name, tensor in weights.items() if (match := HEAD_NAME.fullmatch(name))}
+    for theirs, ours in HEAD_RENAMES.items():
+        head = {name.replace(theirs, ours): tensor for name, tensor in head.items()}
+    head.pop("last_layer.weight", None)  # computed from the other two, in some versions of torch
+    return head
+
+
+def describe_head(info):
+    """What the weights of a head do not show, from the description in a file of this repository."""
+    return {name: value for name, value in (info.get("head") or {}).items() if name == "l2_bottleneck"}
+
+
+def infer_head_arguments(head):
+    """Arguments of DINOHead, but for norm_last_layer and l2_bottleneck, from its weights."""
+    layers = [tensor for name, tensor in head.items() if name.startswith("mlp.") and tensor.ndim == 2]
+    out_dim, bottleneck_dim = head["last_layer.weight_v"].shape
+    hidden = dict(hidden_dim=layers[0].shape[0]) if len(layers) > 1 else {}
+    return dict(out_dim=out_dim, bottleneck_dim=bottleneck_dim, nlayers=len(layers),
+                use_bn=any(name.endswith("running_mean") for name in head)) | hidden
+
+
+# ---- loading ----
+
+@torch.no_grad()
+def load_initial_weights(weights: InitialWeights, student: nn.Module, teacher: nn.Module, dino_loss: nn.Module,
+                         log: Callable[[str], object] = print) -> None:
+    """Copy weights into student and teacher (MultiCropWrapper) and DINOLoss.
+
+    Patch and position embeddings are resampled for another patch or image size. Without heads, or for a predictor that
+    the file does not have, what the networks hold stays.
+
+    Raises:
+        CheckpointError: tensors of other shapes.
+    """
+    for name, network, parts in (("student", student, weights.student), ("teacher", teacher, weights.teacher)):
+        expected = network.backbone.state_dict()
+        backbone = resample_embeddings(parts["backbone"], network.backbone, log if name == "student" else None)
+        for key, tensor in [*backbone.items()]:
+            if tensor.shape != expected[key].shape:
+                raise CheckpointError(f"{weights.path}: {key} is {list(tensor.shape)}, not {list(expected[key].shape)}")
+        network.backbone.load_state_dict(backbone)
+        ours = network.head.state_dict()
+        network.head.load_state_dict(ours | {key: tensor for key, tensor in parts["head"].items() if key in ours})
+    if weights.center is not None:
+        dino_loss.center.copy_(weights.center)
+
+
+def resample_embeddings(weights, backbone, log=None):
+    """State dict of a vision transformer, for the patch size and the grid of another; others as they are."""
+    if "pos_embed" not in weights:
+        return weights
+    weights, p, log = dict(weights), backbone.patch_size, log or (lambda text: None)
+    kernel, pos_embed = weights["patch_embed.proj.weight"], weights["pos_embed"]
+    if kernel.shape[-1] != p:
+        log(f"patch embedding resampled from {kernel.shape[-1]} to {p} pixels")
+        weights["patch_embed.proj.weight"] = resample_patch_embedding(kernel, p)
+    rows, side = backbone.grid[0], round((pos_embed.shape[1] - 1) ** 0.5)
+    if side != rows:
+        log(f"position embedding resampled from {side} x {side} to {rows} x {rows} patches")
+        patches = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches.float(), (rows, rows), mode="bicubic", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+        weights["pos_embed"] = torch.cat((pos_embed[:, :1], patches), dim=1)
+    return weights
+
+
+def resample_patch_embedding(kernel: Tensor, size: int) -> Tensor:
+    """Kernel [D, C, p, p] -> [D, C, size, size] with about the same products with resized images.
+
+    The pseudoinverse of resizing, here bicubic (Beyer et al. 2023, "FlexiViT", section 3.4): exact for size >= p.
+    """
+    p = kernel.shape[-1]
+    basis = torch.eye(p * p, dtype=torch.float64).view(p * p, 1, p, p)
+    resize = F.interpolate(basis, (size, size), mode="bicubic", antialias=True).flatten(1).T  # [size^2, p^2]
+    flat = kernel.double().flatten(2) @ torch.linalg.pinv(resize)
+    return flat.view(*kernel.shape[:2], size, size).to(kernel.dtype)
