@@ -58,11 +58,10 @@ FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
     "value_range", "shuffle", "layer_decay", "seed")
-RESOLVED_FLAGS = (  # at the start of a run, from its data and initial weights; a resumed run has the same
+FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
-    "head_layers", "bottleneck_dim", "l2_bottleneck", "batch_size_per_gpu", "lr", "warmup_epochs", "momentum_teacher",
-    "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs", "freeze_last_layer", "init_head_epochs",
-    "layer_decay")
+    "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
+    "freeze_last_layer", "init_head_epochs", "layer_decay")
 CONTINUE = dict(lr=0.0001, momentum_teacher=0.9995, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
                 init_head_epochs=0, layer_decay=1.0)  # with heads
 CONTINUE_BACKBONE = dict(lr=0.0002, momentum_teacher=0.9995, init_head_epochs=5, layer_decay=0.8)  # without
@@ -238,14 +237,14 @@ def write_flags(path, args):
 
 
 def list_flags_of_run(args):
-    """Arguments with RESOLVED_FLAGS of the run that will be resumed; [] for a new one."""
+    """Arguments of the run that will be resumed that it keeps unless others are given; [] for a new one."""
     flags, is_new = Path(args.output_dir, "flags.txt"), args.resume == "none" and not was_restarted()
     if is_new or not list_checkpoints(flags.with_name("checkpoint.pth")):
         return []
     with contextlib.suppress(OSError, ValueError):
-        lines = [shlex.split(line) for line in read_text(flags).splitlines()]
-        return [word for name, *values in lines if name.removeprefix("--") in RESOLVED_FLAGS
-                for word in (name, *values)]
+        words = {name: values for name, *values in map(shlex.split, read_text(flags).splitlines())}
+        kept = ("batch_size_per_gpu", *(FLAGS_OF_INIT if "--init" in words else ()))
+        return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])]
     return []
 
 
