@@ -30,7 +30,8 @@ from torch import nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, broadcast_buffers, build_backbone, check_arch, convert_sync_batchnorm
-from common import cli, distributed, estimate
+from common import auto, cli, distributed, estimate
+from common.auto import PAPER
 from common.checkpoint import CheckpointError, Run, list_checkpoints, was_restarted
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.files import atomic_write, read_text, write_json, write_text
@@ -152,8 +153,10 @@ def parse_args(argv=None):
     add(ablations, "--clip_mode", "per_parameter", "gradient norm to clip", choices=["per_parameter", "global"])
 
     argv = sys.argv[1:] if argv is None else argv
-    of_run = list_flags_of_run(parser.parse_args(argv))
-    args, given = parser.parse_given_args([*of_run, *argv])
+    args, given = parser.parse_given_args(argv)
+    of_run, of_run_auto = list_flags_of_run(args)
+    args = parser.parse_args([*of_run, *argv])
+    args.auto = tuple(name for name in (of_run_auto if of_run else PAPER) if name not in given)
     if args.init and not of_run:
         follow_initial_weights(parser, args, given)
     fill_in_arch(parser, args)
@@ -189,9 +192,11 @@ def follow_initial_weights(parser, args, given):
             setattr(args, name, getattr(args, name) if name in given else value)
         elif getattr(args, name) != value:
             parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")
-    for name, value in (CONTINUE if head else CONTINUE_BACKBONE).items():
+    continuing = CONTINUE if head else CONTINUE_BACKBONE
+    for name, value in continuing.items():
         if name not in given:
             setattr(args, name, value)
+    args.auto = tuple(name for name in args.auto if name not in found | continuing)
 
 
 def can_compile():
@@ -207,7 +212,7 @@ def auto_or(kind):
 
 def fill_in_arch(parser, args):
     """Fill in the defaults of --arch, and end with a parser error if its sizes are inconsistent."""
-    vit_defaults = {"patch_size": 16} | SIZES.get(args.arch, SIZES["vit_small"])
+    vit_defaults = {"patch_size": PAPER["patch_size"]} | SIZES.get(args.arch, SIZES["vit_small"])
     if args.drop_path_rate is None:
         args.drop_path_rate = 0.1 if args.arch in SIZES else 0.0
     if args.arch not in SIZES:
@@ -215,6 +220,7 @@ def fill_in_arch(parser, args):
             check_arch(args.arch)
         except BackboneError as error:
             parser.error(f"--arch: {error}")
+        args.auto = tuple(name for name in args.auto if name != "patch_size")
         for name in (*vit_defaults, "activation_checkpointing"):
             if getattr(args, name):
                 parser.error(f"--{name} is for {', '.join(SIZES)}, not for --arch {args.arch}")
@@ -223,29 +229,38 @@ def fill_in_arch(parser, args):
         setattr(args, name, getattr(args, name) or value)
     if args.embed_dim % args.num_heads:
         parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
-    for name in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
-        if getattr(args, name) % args.patch_size:
-            parser.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
+    if "patch_size" not in args.auto and (problem := check_crop_sizes(args)):
+        parser.error(problem)
+
+
+def check_crop_sizes(args):
+    """What is wrong with the sizes of crops for a vision transformer, "" if nothing."""
+    names = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
+    return "".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
+                   for name in names if args.arch in SIZES and getattr(args, name) % args.patch_size)
 
 
 def write_flags(path, args):
     """Write the resolved flags so that @FILE reads them, but for those that would delete the run."""
     flags = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()
-             if name not in ("resume", "overwrite", "dry_run") and value is not None}
+             if name not in ("resume", "overwrite", "dry_run", "auto") and value is not None}
     lines = [shlex.join([f"--{name}", *map(str, values)]) for name, values in flags.items()]
+    lines[:0] = [f"# auto: {' '.join(args.auto)}"] * bool(args.auto)  # read by list_flags_of_run
     write_text(path, "\n".join(lines) + "\n")
 
 
 def list_flags_of_run(args):
-    """Arguments of the run that will be resumed that it keeps unless others are given; [] for a new one."""
+    """Arguments that the run that will be resumed keeps unless others are given, and its auto flags; [], () if new."""
     flags, is_new = Path(args.output_dir, "flags.txt"), args.resume == "none" and not was_restarted()
     if is_new or not list_checkpoints(flags.with_name("checkpoint.pth")):
-        return []
+        return [], ()
     with contextlib.suppress(OSError, ValueError):
-        words = {name: values for name, *values in map(shlex.split, read_text(flags).splitlines())}
-        kept = ("batch_size_per_gpu", *(FLAGS_OF_INIT if "--init" in words else ()))
-        return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])]
-    return []
+        lines = read_text(flags).splitlines()
+        words = {name: values for name, *values in map(shlex.split, lines) if name != "#"}
+        names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
+        kept = ("batch_size_per_gpu", *names, *(FLAGS_OF_INIT if "--init" in words else ()))
+        return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])], names
+    return [], ()
 
 
 # ---- model ----
@@ -583,6 +598,12 @@ def pretrain(args, data, rank, world_size, device):
     """The run that the flags describe, from its first or next step to the end, or to a signal."""
     logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
     memory = *estimate.available_memory(device), estimate.peak_memory(device)
+    sample = estimate.sample_images(data.train) if rank == 0 else []  # the other ranks need not decode images for it
+    side, is_new = distributed.all_gather_objects(estimate.typical_side(sample))[0], not list_flags_of_run(args)[0]
+    if is_new:
+        auto.fit_to_images(args, len(data.train), side)
+    if problem := check_crop_sizes(args):
+        raise DataError(problem)
     objects = build_training(args, device, world_size)
     set_matmul_precision(args.device, args.precision, objects["student"].backbone.embed_dim)
     logger.print(data.note)
@@ -595,15 +616,22 @@ def pretrain(args, data, rank, world_size, device):
         raise DataError(f"{describe_paths(args.data_path)}: {len(data.train)} images are fewer than the global batch "
                         f"size {global_batch_size} (batch_size_per_gpu x accum_steps x GPUs): set --batch_size_per_gpu "
                         f"{max(1, len(data.train) // (args.accum_steps * world_size))}")
-    print_setup(objects["student"], data, global_batch_size, total_steps, args, world_size, logger)
+    if is_new:
+        auto.fit_to_steps(args, total_steps)
+    print_setup(objects["student"], global_batch_size, total_steps, args, world_size, logger)
+    if args.auto:
+        logger.print(auto.describe_auto(args, len(data.train), side, total_steps))
+    if sample and all(map(estimate.is_nearly_black, sample)):
+        logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of more "
+                     "than 8 bits; color of 16 bits is read by its upper 8, scale it before")
     run, first_step = start_run(objects, data, global_batch_size, total_steps, args, logger)
     student = wrap_student(objects["student"], objects["teacher"], args, device, world_size)
     if train(student, run, data, first_step, total_steps, args, device):
         (finish_dry_run if args.dry_run else print_results)(run, data, total_steps, args)
 
 
-def print_setup(student, data, global_batch_size, total_steps, args, world_size, logger):
-    """Print model and effective learning rate, and advice on flags that do not fit the images."""
+def print_setup(student, global_batch_size, total_steps, args, world_size, logger):
+    """Print model and effective learning rate, and what follows from --init."""
     millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
     sizes = f"/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks" if args.patch_size else \
         f": width {student.backbone.embed_dim}"
@@ -617,14 +645,6 @@ def print_setup(student, data, global_batch_size, total_steps, args, world_size,
         logger.print(f"continuing from {args.init} with {flags}; flags given by hand win")
     if args.compile:
         logger.print("compiling: the first steps take a minute or more, --compile false avoids it")
-    if distributed.is_rank_zero():  # the other ranks need not decode images for it
-        sample = estimate.sample_images(data.train)
-        side = estimate.typical_side(sample)
-        for note in estimate.advise_on_flags(args, len(data.train), side, total_steps):
-            logger.print(f"NOTE: {note}")
-        if sample and all(map(estimate.is_nearly_black, sample)):
-            logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of "
-                         "more than 8 bits; color of 16 bits is read by its upper 8, scale it before")
 
 
 def print_results(run, data, total_steps, args):

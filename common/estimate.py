@@ -1,4 +1,4 @@
-"""Before the first step: memory and time of a run on this machine, the batch size that fits, advice on flags.
+"""Before the first step: memory and time of a run on this machine, the batch size that fits.
 
     bytes_per_image, seconds_per_image = measure_student(student, [224, 224, 96], "fp32", "cpu")
     cost = Cost(count_state_bytes(student, teacher), bytes_per_image, seconds_per_image)
@@ -238,36 +238,7 @@ def format_duration(seconds):
     return f"{math.ceil(seconds)} second{'s' * (seconds > 1)}"
 
 
-# ---- advice on flags ----
-
-def advise_on_flags(args, num_images, side, total_steps):
-    """One sentence for each flag that is known to cost accuracy or time with such images, with the value to set.
-
-    Args:
-        side: typical shorter side of an image in pixels, None if unknown.
-    """
-    notes, p = [], args.patch_size or 1
-    upsamples, patches = side and args.global_crops_size > 1.5 * side, (args.global_crops_size // p) ** 2
-    size = min(args.global_crops_size, int(side or args.global_crops_size))
-    p = p if args.patch_size is None else next((p for p in (p, 16, 8, 4, 2) if 4 * p <= size), 1)
-    flags = dict(patch_size=args.patch_size and p, global_crops_size=size // p * p)
-    if args.local_crops_number:
-        flags["local_crops_size"] = max(1, round(size * 3 / 7 / p)) * p  # as 96 to 224
-    fix = "set " + " ".join(f"--{name} {value}" for name, value in flags.items() if value != getattr(args, name))
-    if upsamples:
-        notes.append(f"--global_crops_size {args.global_crops_size} only upsamples images of {side:.0f} pixels, which "
-                     f"is slow: {fix}")
-    elif patches < 16:
-        notes.append(f"a global crop has only {patches} patches: {fix}")
-    if args.out_dim > num_images:
-        notes.append(f"--out_dim {args.out_dim} is more than the {num_images} images: set --out_dim "
-                     f"{2 ** max(1, num_images.bit_length() - 4)}")
-    horizon = 1 / max(1 - args.momentum_teacher, 1e-9)
-    if args.teacher == "momentum" and horizon > max(100, total_steps / 10):
-        notes.append(f"--momentum_teacher {args.momentum_teacher:g} averages over {horizon:,.0f} of the run's "
-                     f"{total_steps:,} steps: set --momentum_teacher 0.99, or more --epochs")
-    return notes
-
+# ---- a look at the images ----
 
 def sample_images(images, samples=8):
     """A few images, evenly spaced, without those that cannot be read."""

@@ -1,4 +1,3 @@
-import itertools
 import math
 import re
 import subprocess
@@ -137,54 +136,7 @@ def test_durations_are_in_units_that_fit():
         "1 second", "119 seconds", "2 minutes", "40 minutes", "120 minutes", "2 hours", "2 days"]
 
 
-# ---- advice on flags ----
-
-def advise(*flags, num_images=50_000, side=32, steps=10_000):
-    return estimate.advise_on_flags(train.parse_args([*flags, "--device", "cpu"]), num_images, side, steps)
-
-
-@pytest.mark.parametrize("recipe, num_images, side, batch_size", [
-    ("demo.txt", 10_000, 32, 32), ("cifar10.txt", 50_000, 32, 64), ("cifar10_gpu.txt", 50_000, 32, 256),
-    ("as_released/cifar10.txt", 50_000, 32, 64), ("as_released/imagenette.txt", 9_469, 128, 32),
-    ("imagenette.txt", 9_469, 128, 64), ("imagenette_gpu.txt", 9_469, 128, 128),
-    ("imagenet_vits16.txt", 1_281_167, 375, 1024), ("imagenet_resnet50.txt", 1_281_167, 375, 512)])
-def test_recipes_fit_their_images(recipe, num_images, side, batch_size):
-    flags = f"@{ROOT / 'recipes' / recipe}"
-    epochs = train.parse_args([flags, "--device", "cpu"]).epochs
-    assert advise(flags, num_images=num_images, side=side, steps=epochs * (num_images // batch_size)) == []
-
-
-def test_the_flags_of_the_paper_do_not_fit_small_images():
-    crops, prototypes, teacher = advise(num_images=50_000, side=32, steps=2_000)
-    assert "--global_crops_size 224 only upsamples images of 32 pixels" in crops
-    assert "--out_dim 65536 is more than the 50000 images" in prototypes
-    assert "--momentum_teacher 0.996 averages over 250 of the run's 2,000 steps" in teacher
-
-
-@pytest.mark.parametrize("flags, given, words", [
-    ("--out_dim 1024", dict(side=150), []), ("--out_dim 1024", dict(side=149), ["upsamples"]),
-    ("--out_dim 1024", dict(side=None), []), ("--out_dim 50000", dict(side=224), []),
-    ("--out_dim 50001", dict(side=224), ["--out_dim 50001 is more"]),
-    ("--out_dim 1024 --momentum_teacher 0.995", dict(side=224, steps=2001), []),
-    ("--out_dim 1024 --momentum_teacher 0.995", dict(side=224, steps=1999), ["averages over 200 "]),
-    ("--out_dim 1024 --momentum_teacher 1", dict(side=224), ["averages over"]),
-    ("--out_dim 1024 --teacher student", dict(side=224, steps=10), []),
-    ("--out_dim 1024 --global_crops_size 64 --local_crops_size 16", dict(side=64), []),
-    ("--out_dim 1024 --global_crops_size 48 --local_crops_size 16", dict(side=48), ["9 patches"]),
-    ("--out_dim 1024 --arch resnet18 --global_crops_size 32", dict(side=32), [])])
-def test_each_note_has_its_bound(flags, given, words):
-    notes = advise(*flags.split(), **given)
-    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes))
-
-
-@pytest.mark.parametrize("flags", ["", "--patch_size 8", "--local_crops_number 0", "--arch resnet18",
-                                   "--global_crops_size 48 --local_crops_size 16"])
-def test_what_a_note_suggests_gets_no_note(flags):
-    for num_images, side, steps in itertools.product((20, 3_068, 50_000), (20, 32, 97, 150, 375), (10, 1_000, 5_000)):
-        given = dict(num_images=num_images, side=side, steps=steps)
-        fixes = [note.partition(": set ")[2].partition(",")[0] for note in advise(*flags.split(), **given)]
-        assert advise(*flags.split(), *" ".join(fixes).split(), **given) == []
-
+# ---- a look at the images ----
 
 class Sizes(list):
     def __getitem__(self, index):

@@ -1,0 +1,61 @@
+"""Flags that follow from the data where they are not given: pure functions of number and size of images, and of steps.
+
+    args.auto = ("out_dim", "momentum_teacher", ...)                # names of the flags that were not given
+    fit_to_images(args, num_images=9469, side=128)
+    fit_to_steps(args, total_steps=5310)
+
+At a million images of 224 pixels and 125,000 steps they are the paper's. What each rule rests on is in
+docs/training.md.
+"""
+
+PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, global_crops_scale=(0.4, 1.0),
+             local_crops_scale=(0.05, 0.4), out_dim=65536, momentum_teacher=0.996)
+
+
+def fit_to_images(args, num_images: int, side: float | None) -> None:
+    """Set patch size, sizes and scales of crops, and prototypes, those of them that are in args.auto.
+
+    Args:
+        side: typical shorter side of an image in pixels, None if unknown.
+    """
+    side = side or PAPER["global_crops_size"]
+    size = min(PAPER["global_crops_size"], int(side)) if "global_crops_size" in args.auto else args.global_crops_size
+    p = choose_patch_size(size) if "patch_size" in args.auto else args.patch_size or 1
+    found = dict(patch_size=p, global_crops_size=max(1, size // p) * p, out_dim=choose_out_dim(num_images),
+                 local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
+    if side < 64:  # an object that fills its image: from a search on CIFAR-10
+        found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
+    set_auto(args, found)
+
+
+def fit_to_steps(args, total_steps: int) -> None:
+    """Set the teacher's momentum, if it is in args.auto: its horizon is a hundredth of the run, at most the paper's."""
+    horizon = min(max(total_steps / 100, 10), 250)
+    set_auto(args, dict(momentum_teacher=round(1 - 1 / horizon, 4)))
+
+
+def choose_patch_size(size: int) -> int:
+    """The largest of 16, 8, 4, 2 and 1 pixels with 64 patches or more in a crop."""
+    return next((p for p in (16, 8, 4, 2) if 8 * p <= size), 1)
+
+
+def choose_out_dim(num_images: int) -> int:
+    """Number of prototypes: a power of two, an eighth of the images to a sixteenth, 256 at least."""
+    return min(max(2 ** (num_images.bit_length() - 4), 256), PAPER["out_dim"])
+
+
+def set_auto(args, values):
+    for name in values.keys() & {*args.auto}:
+        setattr(args, name, values[name])
+
+
+def describe_auto(args, num_images: int, side: float | None, total_steps: int) -> str:
+    """"auto: out_dim 1024, patch_size 8 (9,469 images of 128 pixels); momentum_teacher 0.98 (5,310 steps)"."""
+    def describe(names):
+        return ", ".join(f"{name} {' '.join(f'{x:g}' for x in value) if isinstance(value, tuple) else f'{value:g}'}"
+                         for name in PAPER if name in names for value in [getattr(args, name)])
+    of_images, of_steps = describe({*args.auto} - {"momentum_teacher"}), describe({*args.auto} & {"momentum_teacher"})
+    size = f" of {side:.0f} pixels" if side else ""
+    parts = [f"{of_images} ({num_images:,} images{size})"] * bool(of_images) + [
+        f"{of_steps} ({total_steps:,} steps)"] * bool(of_steps)
+    return f"auto: {'; '.join(parts)}" if parts else ""

@@ -1,0 +1,72 @@
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from common.auto import PAPER, choose_out_dim, choose_patch_size, describe_auto, fit_to_images, fit_to_steps
+
+
+def fit(num_images, side, total_steps, *flags):
+    args = train.parse_args(["--device", "cpu", "--output_dir", "/nonexistent", *flags])
+    fit_to_images(args, num_images, side)
+    fit_to_steps(args, total_steps)
+    return args
+
+
+@pytest.mark.parametrize("side", [224, 256, 400.5, None])
+@pytest.mark.parametrize("num_images, total_steps", [(10**6, 125_000), (1_281_167, 125_100), (10**8, 10**7)])
+def test_a_million_images_get_the_flags_of_the_paper(num_images, side, total_steps):
+    args = fit(num_images, side, total_steps)
+    assert {name: getattr(args, name) for name in PAPER} == PAPER
+    reference = train.parse_args(["--device", "cpu", "--output_dir", "/nonexistent"])
+    assert vars(args) == vars(reference)
+
+
+def test_small_sets():
+    args = fit(50_000, 32, 10_000)
+    assert (args.patch_size, args.global_crops_size, args.local_crops_size, args.out_dim) == (4, 32, 12, 4096)
+    assert args.global_crops_scale == (0.8, 1.0) and args.momentum_teacher == 0.99
+    args = fit(9469, 128, 5310)
+    assert (args.patch_size, args.global_crops_size, args.local_crops_size, args.out_dim) == (16, 128, 48, 1024)
+    assert args.global_crops_scale == (0.4, 1.0) and args.momentum_teacher == 0.9812
+    args = fit(9469, 128, 5310, "--patch_size", "8", "--out_dim", "77", "--momentum_teacher", "0.9")
+    assert (args.patch_size, args.global_crops_size, args.out_dim, args.momentum_teacher) == (8, 128, 77, 0.9)
+    assert describe_auto(args, 9469, 128, 5310) == (
+        "auto: global_crops_size 128, local_crops_size 56, global_crops_scale 0.4 1, local_crops_scale 0.05 0.4 (9,469 "
+        "images of 128 pixels)")
+    args = fit(300, 20, 50, "--arch", "resnet18")
+    assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 32, 63, 64, 100, 127, 128, 224])
+def test_crops_are_whole_patches(size):
+    args = SimpleNamespace(auto=tuple(PAPER), **PAPER)
+    fit_to_images(args, 1000, size)
+    p = args.patch_size
+    assert args.global_crops_size % p == args.local_crops_size % p == 0 and p == choose_patch_size(size)
+    assert 0 < args.local_crops_size <= args.global_crops_size <= size and (size < 8 or size // p >= 8)
+
+
+def test_prototypes_are_fewer_than_images():
+    counts = [choose_out_dim(n) for n in (1, 1000, 3000, 5000, 10_000, 10**5, 10**6, 10**9)]
+    assert counts == [256, 256, 256, 512, 1024, 8192, 65536, 65536]
+
+
+def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
+    flags = ("--arch vit_tiny --embed_dim 16 --depth 1 --num_heads 2 --hidden_dim 16 --bottleneck_dim 8 --device cpu "
+             "--local_crops_number 1 --batch_size_per_gpu 64 --num_workers 0 --knn_every 0 --data_path shapes:32 "
+             f"--output_dir {tmp_path}/run").split()
+    train.main(train.parse_args([*flags, "--epochs", "1"]))
+    line = "auto: patch_size 4, global_crops_size 32, local_crops_size 12, global_crops_scale 0.8 1, " \
+        "local_crops_scale 0.3 0.8, out_dim 256 (300 images of 32 pixels); momentum_teacher 0.9 (4 steps)\n"
+    assert line in capsys.readouterr().out
+    (tmp_path / "run" / "flags.txt").write_text((tmp_path / "run" / "flags.txt").read_text().replace(
+        "--momentum_teacher 0.9\n", "--momentum_teacher 0.93\n"))  # as of a version with another rule
+    for epochs in ("2", "3"):
+        args = train.parse_args([*flags, "--epochs", epochs])
+        assert args.momentum_teacher == 0.93 and args.out_dim == 256 and set(args.auto) == {*PAPER}
+        train.main(args)
+        out = capsys.readouterr().out
+        assert "resuming at step" in out and "momentum_teacher 0.93" in out
+    args = train.parse_args([*flags, "--epochs", "4", "--momentum_teacher", "0.5"])
+    assert args.momentum_teacher == 0.5 and "momentum_teacher" not in args.auto and args.patch_size == 4
