@@ -20,7 +20,8 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
     """
     side = side or PAPER["global_crops_size"]
     size = min(PAPER["global_crops_size"], int(side)) if "global_crops_size" in args.auto else args.global_crops_size
-    p = choose_patch_size(size) if "patch_size" in args.auto else args.patch_size or 1
+    given = [getattr(args, name) for name in ("global_crops_size", "local_crops_size") if name not in args.auto]
+    p = choose_patch_size(size, given) if "patch_size" in args.auto else args.patch_size or 1
     found = dict(patch_size=p, global_crops_size=max(1, size // p) * p, out_dim=choose_out_dim(num_images),
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
     if side < 64:  # an object that fills its image: from a search on CIFAR-10
@@ -34,9 +35,9 @@ def fit_to_steps(args, total_steps: int) -> None:
     set_auto(args, dict(momentum_teacher=round(1 - 1 / horizon, 4)))
 
 
-def choose_patch_size(size: int) -> int:
-    """The largest of 16, 8, 4, 2 and 1 pixels with 64 patches or more in a crop."""
-    return next((p for p in (16, 8, 4, 2) if 8 * p <= size), 1)
+def choose_patch_size(size: int, multiples: tuple[int, ...] = ()) -> int:
+    """The largest of 16, 8, 4, 2 and 1 pixels with 64 patches or more in a crop, which divides the given sizes."""
+    return next((p for p in (16, 8, 4, 2) if 8 * p <= size and not any(given % p for given in multiples)), 1)
 
 
 def choose_out_dim(num_images: int) -> int:

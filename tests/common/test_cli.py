@@ -108,7 +108,8 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("train --arch resnet18 --drop_path_rate 0.1", "resnet18 has no stochastic depth: --drop_path_rate must be 0"),
     ("train --arch timm:vgg11 --drop_path_rate 0.1", "timm:vgg11 cannot be built: "),
     ("train --arch timm:vit_tiny_patch16_224.augreg_in21k", "is none of vit_tiny"),
-    ("train --arch maxvit_t --local_crops_size 96", "maxvit_t does not support images of 96 x 96 pixels"),
+    ("train --arch maxvit_t --global_crops_size 224 --local_crops_size 96",
+     "maxvit_t does not support images of 96 x 96 pixels"),
     ("train --loss mse --centering sinkhorn", "--centering sinkhorn gives probabilities, --loss mse compares logits"),
     ("train --teacher frozen", "--teacher: invalid choice: 'frozen'"),
     ("train --epochs 0", "--epochs: '0' is not an integer above 0"),
@@ -117,7 +118,7 @@ SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, 
     ("train --lr nan", "'nan' is not a number"),
     ("train --norm_last_layer maybe", "'maybe' is not true or false"),
     ("train --patch_size 9", "--global_crops_size 224 is not a multiple of --patch_size 9"),
-    ("train --local_crops_size 90", "--local_crops_size 90 is not a multiple of --patch_size 16"),
+    ("train --patch_size 16 --local_crops_size 90", "--local_crops_size 90 is not a multiple of --patch_size 16"),
     ("train --local_crops_scale 0.4 0.05", "--local_crops_scale 0.4 0.05 is not an ascending range"),
     ("train --color_jitter 0 0 0 0.7", "half a turn"),
     ("train --embed_dim 100", "--embed_dim 100 is not a multiple of --num_heads 6"),
@@ -279,7 +280,8 @@ def test_flag_files_are_quoted_as_in_a_shell(tmp_path, monkeypatch, capsys):
             args = train.parse_args([f"@{file}", "--device", "cpu"])
             assert (args.data_path, args.output_dir) == (data_path, output_dir)
         train.write_flags(tmp_path / "flags.txt", args)
-        assert train.parse_args([f"@{tmp_path}/flags.txt"]) == args
+        again = vars(train.parse_args([f"@{tmp_path}/flags.txt"]))
+        assert again | {"auto": args.auto} == vars(args) and not again["auto"]  # all are given
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "f.txt").write_text(f"--epochs 30 @{file}")  # names another
