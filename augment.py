@@ -10,7 +10,8 @@
 
     x = EvalTransform(224)(image)                           # for evaluation: resize, center crop -> [3, 224, 224]
 
-An image is a PIL image in RGB, or a tensor [3, H, W], uint8 or float in [0, 1].
+An image is a PIL image in RGB, or a tensor [3, H, W], uint8 or float in [0, 1]; with `channels`, a float tensor
+[C, H, W] in [0, 1] of any depth, whose values are not rounded.
 Caron et al. 2021, section 3.1 and appendix C; color augmentation of BYOL (Grill et al. 2020, appendix B). `sample`
 draws all crop parameters from the key, the rest is a function of image and parameters. The operations are Pillow's, on
 whole numbers from 0 to 255: resize, hue and blur are equal up to rounding, the others to the bit. The resize begins
@@ -40,10 +41,12 @@ class View(NamedTuple):
     size: int  # side of the crop after resizing, pixels
     box: tuple  # (left, top, right, bottom) in the image, pixels
     flip: bool
-    jitter: tuple  # (name, amount) in order of application, empty for none
+    jitter: tuple  # (name, amount, or with channels one for each) in order of application, empty for none
     grayscale: bool
     blur: float  # standard deviation of the Gaussian after resizing, pixels; 0 for none
     solarize: bool
+    vertical_flip: bool = False
+    turns: int = 0  # counterclockwise rotation after the flips, quarter turns
 
 
 class MultiCrop:
@@ -64,6 +67,10 @@ class MultiCrop:
         solarize: probability of solarization, second global crop only.
         mean, std: per-channel normalization of values in [0, 1].
         global_number: number of global crops, 1 or 2.
+        vertical_flip: probability of a vertical flip, for images without an up (microscopes, satellites).
+        rotate90: rotate each crop by 0, 90, 180 or 270 degrees.
+        channels: C of images that are tensors [C, H, W]; None for RGB. Brightness and contrast are then sampled for
+            each channel; there is no saturation, hue, grayscale and solarization. Needs C values of mean and std.
 
     Raises:
         TypeError, ValueError: by the calls below, on an image that is not RGB, see `to_pixels`.
@@ -74,9 +81,11 @@ class MultiCrop:
                  flip: float = 0.5, jitter: float = 0.8, brightness: float = 0.4, contrast: float = 0.4,
                  saturation: float = 0.2, hue: float = 0.1, grayscale: float = 0.2,
                  blur: tuple[float, float, float] = (1.0, 0.1, 0.5), blur_radius: Range = (0.1, 2.0),
-                 solarize: float = 0.2, mean=IMAGENET_MEAN, std=IMAGENET_STD, global_number: int = 2):
+                 solarize: float = 0.2, mean=IMAGENET_MEAN, std=IMAGENET_STD, global_number: int = 2,
+                 vertical_flip: float = 0.0, rotate90: bool = False, channels: int | None = None):
         self.arguments = dict(locals())
         del self.arguments["self"]
+        solarize, grayscale = (0.0, 0.0) if channels else (solarize, grayscale)
         first = global_size, global_scale, blur[0], 0.0  # (size, scale, blur probability, solarize probability)
         second = global_size, global_scale, blur[1], solarize
         self.kinds = [first, second][:global_number] + [(local_size, local_scale, blur[2], 0.0)] * local_number
@@ -84,14 +93,18 @@ class MultiCrop:
         self.ratio, self.flip, self.jitter = ratio, flip, jitter
         self.grayscale, self.blur_radius = grayscale, blur_radius
         self.amounts = [("brightness", 1, brightness), ("contrast", 1, contrast), ("saturation", 1, saturation),
-                        ("hue", 0, hue)]  # (name, center and half width of the amount's range)
-        self.mean, self.std = 255 * torch.tensor(mean).view(3, 1, 1), 255 * torch.tensor(std).view(3, 1, 1)
+                        ("hue", 0, hue)][:2 if channels else 4]  # (name, center and half width of the amount's range)
+        self.vertical_flip, self.rotate90, self.channels = vertical_flip, rotate90, channels
+        self.mean, self.std = 255 * torch.tensor(mean).view(-1, 1, 1), 255 * torch.tensor(std).view(-1, 1, 1)
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self.arguments.items())})"
 
     def __call__(self, image, key=None) -> list[Tensor]:
-        """RGB image -> V normalized tensors [3, s, s]; without a key the crops are new each time."""
+        """Image -> V normalized tensors [C, s, s]; without a key the crops are new each time."""
+        if self.channels:
+            height, width = check_image(image, self.channels)
+            return [self.normalize(render_channels(image[None], view))[0] for view in self.sample(width, height, key)]
         pixels = to_pixels(image).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
         height, width = pixels.shape[2:]
         return [self.normalize(render(pixels, view))[0] for view in self.sample(width, height, key)]
@@ -116,15 +129,21 @@ class MultiCrop:
             jitter=self.sample_jitter(rng) if rng.random() < self.jitter else (),
             grayscale=rng.random() < self.grayscale,
             blur=rng.uniform(*self.blur_radius) if rng.random() < blur else 0.0,
-            solarize=rng.random() < solarize) for size, scale, blur, solarize in self.kinds]
+            solarize=rng.random() < solarize,
+            vertical_flip=self.vertical_flip > 0 and rng.random() < self.vertical_flip,
+            turns=rng.randrange(4) if self.rotate90 else 0) for size, scale, blur, solarize in self.kinds]
 
     def sample_jitter(self, rng):
-        jitter = [(name, center + rng.uniform(-width, width)) for name, center, width in self.amounts]
+        def draw(center, width):
+            return center + rng.uniform(-width, width)
+
+        jitter = [(name, tuple(draw(*limits) for _ in range(self.channels)) if self.channels else draw(*limits))
+                  for name, *limits in self.amounts]
         rng.shuffle(jitter)
         return tuple(jitter)
 
     def normalize(self, x):
-        """[..., 3, s, s] in 0 to 255 -> normalized."""
+        """[..., C, s, s] in 0 to 255 -> normalized."""
         return (x - self.mean).div_(self.std)
 
 
@@ -154,44 +173,55 @@ class EvalTransform:
     Args:
         size: side of the crop, or height and width, pixels.
         mean, std: per-channel normalization of values in [0, 1].
+        channels: see `MultiCrop`.
     """
 
-    def __init__(self, size: int | tuple[int, int] = 224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, size: int | tuple[int, int] = 224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                 channels: int | None = None):
         self.size, self.mean, self.std = (size, size) if isinstance(size, int) else tuple(size), mean, std
+        self.channels = channels
 
     def __repr__(self):
-        return f"EvalTransform(size={self.size}, mean={self.mean}, std={self.std})"
+        return f"EvalTransform(size={self.size}, mean={self.mean}, std={self.std}, channels={self.channels})"
 
     def __call__(self, image) -> Tensor:
-        """RGB image -> [3, height, width]; a tensor is resized as Pillow does, up to rounding."""
-        (H, W), (height, width) = check_image(image), self.size
+        """Image -> [C, height, width]; a tensor is resized as Pillow does, up to rounding."""
+        (H, W), (height, width) = check_image(image, self.channels), self.size
         if self.size != (H, W):
             shorter = round(min(H, W) * (max(height / H, width / W) / 0.875))
             H, W = (int(shorter * side / min(H, W)) for side in (H, W))
-            if isinstance(image, Tensor):
+            if self.channels:
+                image = F.interpolate(image[None], (H, W), mode="bicubic", antialias=True)[0].clamp_(0, 1)
+            elif isinstance(image, Tensor):
                 x = to_pixels(image).permute(2, 0, 1).unsqueeze(0)
                 image = F.interpolate(x, (H, W), mode="bicubic", antialias=True)[0]
             else:
                 image = image.resize((W, H), BICUBIC)
         top, left = round((H - height) / 2), round((W - width) / 2)
-        x = to_pixels(image)[top:top + height, left:left + width].permute(2, 0, 1).float().contiguous() / 255
-        return (x - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+        if self.channels:
+            x = image[:, top:top + height, left:left + width]
+        else:
+            x = to_pixels(image)[top:top + height, left:left + width].permute(2, 0, 1).float().contiguous() / 255
+        return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
 
 
 # ---- one crop of one image ----
 
-def check_image(image) -> tuple[int, int]:
-    """Height and width of a PIL image in RGB or a tensor [3, H, W].
+def check_image(image, channels=None) -> tuple[int, int]:
+    """Height and width of a PIL image in RGB or a tensor [3, H, W]; with channels, of a float tensor [channels, H, W].
 
     Raises:
         TypeError: neither, or a tensor that is neither uint8 nor float.
         ValueError: another mode or shape.
     """
+    if channels and not (isinstance(image, Tensor) and image.is_floating_point()):
+        raise TypeError(f"expected a float tensor [{channels}, H, W], got {getattr(image, 'dtype', type(image))}")
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise TypeError(f"expected an image of uint8, or of floats in [0, 1], got {image.dtype}")
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"expected one RGB image [3, H, W], got {list(image.shape)}")
+        if image.ndim != 3 or image.shape[0] != (channels or 3):
+            expected = f"image [{channels}, H, W]" if channels else "RGB image [3, H, W]"
+            raise ValueError(f"expected one {expected}, got {list(image.shape)}")
         return tuple(image.shape[1:])
     if getattr(image, "mode", "RGB") != "RGB":
         raise ValueError(f"expected an RGB image, got mode {image.mode}: use image.convert('RGB')")
@@ -221,8 +251,7 @@ def render(pixels, view):
     left, top, right, bottom = view.box
     x = F.interpolate(pixels[..., top:bottom, left:right], (view.size, view.size), mode="bicubic", antialias=True)
     x = x.to(torch.float32, memory_format=torch.contiguous_format)
-    if view.flip:
-        x = x.flip(-1)
+    x = orient(x, view)
     for name, amount in view.jitter:
         x = JITTER[name](x, amount)
     if view.grayscale:
@@ -232,6 +261,30 @@ def render(pixels, view):
     if view.solarize:
         x = solarize(x)
     return x.expand(1, 3, view.size, view.size)
+
+
+def render_channels(image, view):
+    """Image [1, C, H, W], float in [0, 1] -> crop [1, C, s, s], float in 0 to 255, not rounded."""
+    left, top, right, bottom = view.box
+    x = F.interpolate(image[..., top:bottom, left:right], (view.size, view.size), mode="bicubic", antialias=True)
+    x = orient(x.clamp(0, 1), view)
+    for name, amounts in view.jitter:
+        base = x.mean(dim=(-2, -1), keepdim=True) if name == "contrast" else 0.0
+        x = ((x - base) * torch.tensor(amounts).view(-1, 1, 1) + base).clamp_(0, 1)
+    if view.blur:
+        weights = torch.tensor(box_weights(view.blur)).unbind()
+        for dim in BLUR_DIMS:
+            x = box_blur(x, weights, dim)
+    return 255 * x
+
+
+def orient(x, view):
+    """Flip and rotate crops [..., s, s]."""
+    if view.flip:
+        x = x.flip(-1)
+    if view.vertical_flip:
+        x = x.flip(-2)
+    return x.rot90(view.turns, (-2, -1)) if view.turns else x
 
 
 # ---- operations on whole numbers in 0 to 255, [S, 3, H, W], possibly in place; amounts are floats or [S, 1, 1, 1] ----
@@ -287,19 +340,19 @@ def solarize(x):
 
 def gaussian_blur(x, weights):
     for dim in BLUR_DIMS:
-        x = box_blur(x, weights, dim)
+        x = box_blur(x, weights, dim).round_()
     return x
 
 
 def box_blur(x, weights, dim):
-    """Blur [S, 3, H, W] along one dimension by `box_weights`, T of [] or [S, 1, 1, 1], replicating the edges."""
+    """Blur [S, C, H, W] along one dimension by `box_weights`, T of [] or [S, 1, 1, 1], replicating the edges."""
     reach, length = len(weights) - 1, x.shape[dim]
     padded = F.pad(x, (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach), mode="replicate")
     x = padded.narrow(dim, reach, length) * weights[0]
     for i in range(1, reach + 1):
         x.addcmul_(padded.narrow(dim, reach - i, length), weights[i])
         x.addcmul_(padded.narrow(dim, reach + i, length), weights[i])
-    return x.round_()
+    return x
 
 
 def box_weights(sigma):
@@ -335,12 +388,17 @@ class BatchMultiCrop(MultiCrop):
     single crop needs.
 
     Args:
-        args, kwargs: as for MultiCrop.
+        args, kwargs: as for MultiCrop, without channels.
         compile: fuse each operation with torch.compile.
+
+    Raises:
+        ValueError: channels, which MultiCrop has.
     """
 
     def __init__(self, *args, compile: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.channels:
+            raise ValueError(f"BatchMultiCrop takes RGB images, not {self.channels} channels: use MultiCrop")
         self.arguments["compile"] = compile
         self.compile, self.max_weights = compile, len(box_weights(self.blur_radius[1]))
 
@@ -353,13 +411,14 @@ class BatchMultiCrop(MultiCrop):
     def pack_view(self, view, image_size):
         """View -> P floats, which change nothing if it has no jitter or blur.
 
-        0, 1 image size, 2-6 box and flip, 7-10 jitter operations, 11-14 amounts, 15 grayscale, 16 solarize, from 17
-        blur weights.
+        0, 1 image size, 2-6 box and flip, 7-10 jitter operations, 11-14 amounts, 15 grayscale, 16 solarize, 17 vertical
+        flip, 18 quarter turns, from 19 blur weights.
         """
         operations, amounts = zip(*view.jitter or [("brightness", 1.0)] * 4)
         weights = box_weights(view.blur) if view.blur else [1.0]
         return [*image_size, *view.box, view.flip, *map(list(JITTER).index, operations), *amounts,
-                view.grayscale, view.solarize, *weights, *[0.0] * (self.max_weights - len(weights))]
+                view.grayscale, view.solarize, view.vertical_flip, view.turns,
+                *weights, *[0.0] * (self.max_weights - len(weights))]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, params: Tensor) -> list[Tensor]:
@@ -398,9 +457,11 @@ class BatchMultiCrop(MultiCrop):
         return crops
 
     def apply_operations(self, x, params, kinds):
-        """Color jitter, grayscale, blur and solarization of crops [S, 3, s, s] uint8, by parameters [P, S]."""
+        """Orientation, color jitter, grayscale, blur, solarization of crops [S, 3, s, s] uint8, by params [P, S]."""
         _, _, blurs, solarizes = zip(*kinds)
         columns = params.view(*params.shape, 1, 1, 1)
+        if self.vertical_flip or self.rotate90:
+            x = self.run(orient_crops, x, columns[17], columns[18])
         if self.jitter:
             for operation, amount in zip(columns[7:11], columns[11:15]):
                 x = self.run(jitter_crops, x, operation, amount)
@@ -408,7 +469,7 @@ class BatchMultiCrop(MultiCrop):
             x = self.run(grayscale_crops, x, columns[15])
         if any(blurs):
             for dim in BLUR_DIMS:
-                x = self.run(blur_crops, x, columns[17:].unbind(), dim)
+                x = self.run(blur_crops, x, columns[19:].unbind(), dim)
         return self.run(solarize_crops, x, columns[16]) if any(solarizes) else x
 
     def run(self, op, *args):
@@ -467,6 +528,12 @@ def sum_taps(table, index, weights):
     return x.round_().clamp_(0, 255).to(torch.uint8)
 
 
+def orient_crops(x, vertical_flip, turns):
+    x = torch.where(vertical_flip > 0, x.flip(-2), x)
+    half = torch.where(turns >= 2, x.rot90(2, (-2, -1)), x)
+    return torch.where(turns % 2 > 0, half.rot90(1, (-2, -1)), half)
+
+
 def jitter_crops(x, operation, amount):
     """Apply to each crop [S, 3, s, s] uint8 an operation of JITTER, by its number [S, 1, 1, 1]."""
     x = x.float()
@@ -482,7 +549,7 @@ def grayscale_crops(x, selected):
 
 
 def blur_crops(x, weights, dim):
-    return box_blur(x.float(), weights, dim).to(torch.uint8)
+    return box_blur(x.float(), weights, dim).round_().to(torch.uint8)
 
 
 def solarize_crops(x, selected):

@@ -51,7 +51,7 @@ from data.datasets import (
     trained_data_path,
     trained_val_path,
 )
-from data.loaders import build_eval_loader
+from data.loaders import build_eval_loader, build_view
 from data.retrieval import ImageFiles
 from evaluation import supervised
 from evaluation.features import extract_features, load_features
@@ -153,7 +153,8 @@ class EvalSetup:
     def __init__(self, args):
         self.args, self.corrupt = args, set()
         self.device = distributed.init_distributed(args.device)[2]
-        self.backbone, self.info, self.origin = open_backbone(args, self.device, precision=args.precision)
+        self.backbone, self.info, self.origin = open_backbone(args, self.device, precision=args.precision,
+                                                                 rgb_only=False)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
         data_path = args.data_path or trained_data_path(args, self.info)
         val_path = trained_val_path(args, self.info)
@@ -162,7 +163,7 @@ class EvalSetup:
                             f"the labeled images with --data_path")
         self.data = distributed.run_on_rank_zero_first(lambda: open_data(
             data_path, download=bool(args.data_path), value_range=self.info.get("value_range"),
-            val_path=val_path, cache_dir=args.cache_dir))
+            val_path=val_path, cache_dir=args.cache_dir, channels=self.info["channels"]))
         if self.data.val is None:
             raise DataError(f"{describe_paths(data_path)}: no labels; expected one folder per class, best in train/ "
                             f"and val/")
@@ -200,7 +201,8 @@ def extract(setup, model, images):
     """model(center crop) of each image, over all processes: [M, ...] float32 and labels [M]."""
     args = setup.args
     with autocast(setup.device, args.precision):
-        outputs, labels, setup.images, corrupt = extract_features(model, images, args.image_size, args, setup.device)
+        outputs, labels, setup.images, corrupt = extract_features(model, images, args.image_size, args, setup.device,
+                                                                    build_view(setup.info))
     for message in sorted(set(corrupt) - setup.corrupt):
         log(f"skipped corrupt image {message}")
     setup.corrupt.update(corrupt)
@@ -310,7 +312,7 @@ def train_and_test(network, optimizer, grid, hparams, setup):
         log_grid(network, grid, args.batch_size_per_gpu * get_world_size())
         completed = supervised.train_classifiers(
             network, optimizer, train_images, get_fixed_settings(setup) | hparams | {"grid": grid},
-            lambda: {metric: max(measure_top1(network, val_images, setup))}, setup.output, args)
+            lambda: {metric: max(measure_top1(network, val_images, setup))}, setup.output, args, setup.info)
         if not completed:  # stopped by a signal
             return
         accuracies = measure_top1(network, val_images, setup) if len(grid) > 1 else [0.0]
@@ -454,20 +456,21 @@ def predict(args):
     network, info = supervised.load_classifier(args.ckpt)
     set_matmul_precision(device, "fp32", network.tokens.backbone.embed_dim)
     network.to(device)
-    classes, parts = info["classes"], []
+    classes, parts, options = info["classes"], [], dict(value_range=info.get("value_range"), channels=info["channels"])
     for path in args.images:
         if os.path.isdir(path) or is_source(path):
             parts.append(distributed.run_on_rank_zero_first(
-                lambda path=path: open_images([path], cache_dir=args.cache_dir, value_range=info.get("value_range"))))
+                lambda path=path: open_images([path], cache_dir=args.cache_dir, **options)))
             log(f"{len(parts[-1]):,} images in {path}{parts[-1].passed_over}")
         elif os.path.exists(path):
-            parts.append(ImageFiles([path], value_range=info.get("value_range")))
+            parts.append(ImageFiles([path], **options))
         else:
             raise DataError(f"{path}: no such image or folder")
     create_folder(Path(args.output).parent)
     k, images = min(args.topk, len(classes)), ConcatImages(parts, [None] * len(parts), [])
     top, _, indices, corrupt = extract_features(
-        lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), images, info["image_size"], args, device)
+        lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), images, info["image_size"], args, device,
+        build_view(info))
     for message in corrupt:
         log(f"skipped corrupt image {message}")
     rows = [["file", *(name + f"_{i}" * (i > 1) for i in range(1, k + 1) for name in ("class", "probability"))]]

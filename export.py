@@ -8,7 +8,7 @@
     python export.py run teacher.onnx dog.jpg                      # inference: infer.py, which needs no torch
     python export.py --format transformers                         # a folder for ViTModel.from_pretrained
 
-The ONNX file takes `image`, [B, 3, H, W] normalized with the mean and std in its metadata or, with --normalize, uint8
+The ONNX file takes `image`, [B, C, H, W] normalized with the mean and std in its metadata or, with --normalize, uint8
 pixels. Its outputs are `features` [B, D] and `attention` [B, heads, H/p, W/p], CLS over patches in the last block, and
 of a classifier.safetensors of evaluate.py also `logits` [B, K], with the names of the K classes in the metadata.
 Every file is verified before it is written: ONNX Runtime against torch, on noise and on images, at several batch and
@@ -40,7 +40,6 @@ from torch.utils.benchmark import Timer
 from torchvision.transforms import functional as TF
 
 import infer
-from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import HeadlessClassifier
 from common import cli
 from common.checkpoint import CheckpointError
@@ -48,7 +47,7 @@ from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS
 from common.files import atomic_write, check_file, create_folder
 from common.precision import DTYPES
-from common.weights import check_image_size, find_model, load_backbone, save_model, sha256, sibling_path
+from common.weights import check_image_size, find_model, load_backbone, read_input, save_model, sha256, sibling_path
 from data.datasets import DataError, ImageFolder
 from data.shapes import Shapes
 from evaluation.supervised import load_classifier
@@ -119,12 +118,12 @@ def build_metadata(backbone, info, ckpt, args):
     Raises:
         CheckpointError: the model cannot be exported with these flags.
     """
-    p, depth, is_rgb = backbone.patch_size, len(backbone.blocks), backbone.in_chans == 3
+    p, depth, given = backbone.patch_size, len(backbone.blocks), read_input(info, backbone.in_chans, ckpt)
     trained_size = [info["image_size"]] if "classes" in info else [side * p for side in backbone.grid]
     size = args.image_size or trained_size
     check_image_size(backbone, *size)
-    if args.normalize and not is_rgb:
-        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, --normalize is for RGB")
+    if args.normalize and given["channels"]:
+        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels of any depth, --normalize is for RGB")
     if isinstance(backbone, HeadlessClassifier):
         for name, supported in TRACEABLE.items():
             if getattr(args, name) not in supported:
@@ -146,9 +145,8 @@ def build_metadata(backbone, info, ckpt, args):
         classes=info.get("classes"), arch=info.get("arch", getattr(backbone, "arch", "vision transformer")),
         patch_size=p, trained_size=backbone.grid[0] * p, image_size=None if is_dynamic else [size[0], size[-1]],
         batch_size=args.batch_size if args.dynamic == "none" else None,
-        mean=info.get("mean", IMAGENET_MEAN) if is_rgb else None,
-        std=info.get("std", IMAGENET_STD) if is_rgb else None, layout=args.normalize or "nchw",
-        input="uint8 RGB" if args.normalize else "RGB in [0, 1] less mean over std" if is_rgb else "as trained",
+        **given, layout=args.normalize or "nchw", input="uint8 RGB" if args.normalize else
+        f"{'value_range' if given['channels'] else 'RGB'} in [0, 1] less mean over std",
         value_range=info.get("value_range"),
         interpolation=None if is_dynamic else "bicubic: shorter side to 8/7 of the crop's, then the center",
         precision=args.precision, opset=args.opset, heads=args.heads, last_layers=args.last_layers,
@@ -212,7 +210,7 @@ def verify(backbone, model, metadata, images=(), classifier=None):
 
     Args:
         model: the file as bytes.
-        images: RGB images to compare on, besides noise and the built-in shapes.
+        images: images to compare on, besides noise and the built-in shapes.
         classifier: Classifiers, if the file has logits.
 
     Returns:
@@ -299,10 +297,13 @@ def check_half_range(session, feed):
 def build_inputs(backbone, batch, height, width, metadata, images=()):
     """Yield (normalized [B, C, H, W] for torch, the same input for the file): noise, shapes, each of the images."""
     mean, std = (torch.tensor(metadata[name] or [0.5]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    crop = metadata | {"image_size": [height, width]}
     shape = batch, backbone.in_chans, height, width
     batches = [torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()]
-    if backbone.in_chans == 3:
-        shapes, crop = Shapes("test", batch, max(height, width, 16)), metadata | {"image_size": [height, width]}
+    if metadata.get("channels"):
+        batches += [255 * torch.from_numpy(infer.prepare(image.numpy(), crop)).expand(shape) for image in images]
+    elif backbone.in_chans == 3:
+        shapes = Shapes("test", batch, max(height, width, 16))
         batches += [torch.stack([TF.pil_to_tensor(infer.prepare(image, crop)) for image in group])
                     for group in ([shapes[i][0] for i in range(batch)], *([image] * batch for image in images))]
     for pixels in batches:
@@ -365,11 +366,17 @@ def benchmark(backbone, model, metadata, batch, rounds=15):
 
 # ---- commands ----
 
+def read_images(args, channels, value_range):
+    """The first images of --images, as the model takes them."""
+    options = dict(channels=channels, value_range=value_range) if channels else {}
+    return [image for image, _ in itertools.islice(ImageFolder(args.images, **options), 5)] if args.images else []
+
+
 def main(args):
-    images = [image for image, _ in itertools.islice(ImageFolder(args.images), 5)] if args.images else []
     if args.check:
         output = args.check
         model, metadata, (backbone, _, classifier) = load_exported(output, args)
+        images = read_images(args, metadata.get("channels"), metadata.get("value_range"))
         with wrap_errors(f"{output}: its metadata does not fit its model"):
             report = verify(backbone, model, metadata, images, classifier)
     else:
@@ -388,6 +395,7 @@ def main(args):
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, ckpt, args)
+        images = read_images(args, metadata["channels"], metadata["value_range"])
         model = build_onnx(backbone, metadata, args, classifier)
         report = verify(backbone, model, metadata, images, classifier)
         atomic_write(output, lambda temporary: Path(temporary).write_bytes(model))

@@ -9,7 +9,8 @@
     features, attention = infer(session, metadata, prepare(image, metadata))    # [D], [heads, H/p, W/p] or [H/p, W/p]
     outputs = run_model(session, metadata, prepare(image, metadata))            # {"features": [D], "logits": [K], ...}
 
-Image size, layout and normalization come from the metadata of the file. This file needs onnxruntime, numpy and Pillow.
+Image size, layout and normalization come from the metadata of the file. For a model of other channels than RGB, images
+are .npy arrays, TIFFs (by tifffile) or others with these channels. This file needs onnxruntime, numpy and Pillow.
 """
 
 import contextlib
@@ -38,8 +39,9 @@ SIZE, NUMBER, TEXT = r"[1-9]\d{0,3}", r"\d{1,5}(\.\d+)?(e-\d+)?", r'"(\\.|[^"\\]
 ABOVE_0 = rf"(?=[\d.]*[1-9]){NUMBER}"
 SCHEMA = {  # key of the metadata -> pattern of the JSON that export.py writes
     "patch_size": SIZE, "trained_size": SIZE, "image_size": rf"null|\[{SIZE}, {SIZE}\]", "batch_size": f"null|{SIZE}",
-    "mean": rf"null|\[-?{NUMBER}(, -?{NUMBER}){{2}}\]", "layout": '"nchw"|"nhwc"', "precision": '"(fp32|fp16|mixed)"',
-    "std": rf"null|\[{ABOVE_0}(, {ABOVE_0}){{2}}\]", "classes": rf"null|\[({TEXT}(, {TEXT})*)?\]",
+    "mean": rf"null|\[-?{NUMBER}(, -?{NUMBER})*\]", "channels": f"null|{SIZE}", "layout": '"nchw"|"nhwc"',
+    "precision": '"(fp32|fp16|mixed)"',
+    "std": rf"null|\[{ABOVE_0}(, {ABOVE_0})*\]", "classes": rf"null|\[({TEXT}(, {TEXT})*)?\]",
     "outputs": rf'(?=.*"features": )\{{{TEXT}: {TEXT}(, {TEXT}: {TEXT})*\}}', "heads": '"each"|"mean"',
     "last_layers": r"\d{1,3}", "checkpoint": TEXT,
     "value_range": r"null|\[-?[\d.]+(e[+-]?\d+)?, -?[\d.]+(e[+-]?\d+)?\]"}
@@ -81,19 +83,56 @@ def read_metadata(texts: dict[str, str]) -> dict:
     return {key: json.loads(text) for key, text in texts.items()}
 
 
-def prepare(image: Image.Image, metadata: dict) -> Image.Image:
+def read_channels(path: str, metadata: dict) -> np.ndarray:
+    """Read an image for a model of other channels than RGB: float32 [C, H, W], value_range mapped to [0, 1]."""
+    channels, ending = metadata["channels"], os.path.splitext(check_file(path))[1].lower()
+    if ending == ".npy":
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    elif ending in (".tif", ".tiff") and channels > 1:
+        import tifffile
+
+        values = tifffile.imread(path)
+    else:
+        with Image.open(path, formats=DECODERS) as image:
+            if image.format == "PNG" and image.mode[0] != "I" and "16" in str(image.tile[0][3]):
+                raise ValueError("Pillow reads 8 of its 16 bits: convert it to .npy or TIFF")
+            image = image.convert({"1": "L", "P": "RGB", "PA": "RGBA"}.get(image.mode, image.mode))
+            with contextlib.suppress(Exception):  # broken EXIF raises nearly anything
+                image = ImageOps.exif_transpose(image)
+            values = np.asarray(image)
+    shape, values = values.shape, np.squeeze(values) if values.ndim > 3 else values
+    values = values[None] if values.ndim == 2 else values
+    if values.ndim != 3 or channels not in values.shape[::2] or values.dtype.kind not in "buif":
+        raise ValueError(f"{values.dtype} values of shape {list(shape)}, expected {channels} channels, first or last")
+    values = values if len(values) == channels else values.transpose(2, 0, 1)
+    value_range = metadata.get("value_range") or ((0, 255) if values.dtype == np.uint8 else None)
+    values = values.astype(np.float32, order="C")
+    low, high = value_range or find_value_range(values)
+    return (np.nan_to_num(values.clip(low, high), nan=low) - low) / np.float32(high - low)
+
+
+def prepare(image: Image.Image | np.ndarray, metadata: dict) -> Image.Image | np.ndarray:
     """Resize and crop an image for a model: bicubic, shorter side to 8/7 of the crop's, center crop, in RGB.
 
     A model for any size (--dynamic size) takes the whole image, cropped to multiples of its patch size, and reduced
-    if it has more than MAX_PATCHES patches.
+    if it has more than MAX_PATCHES patches. An array of `read_channels` remains one, [C, height, width].
 
     Raises:
         ValueError: the image is smaller than a patch.
     """
-    original, image, p = image, to_rgb(image, metadata.get("value_range")), metadata["patch_size"]
+    if isinstance(image, np.ndarray):
+        bands = [resize_and_crop(Image.fromarray(band), metadata) for band in image]
+        return np.stack([np.asarray(band) for band in bands]).clip(0, 1)
+    original, image = image, to_rgb(image, metadata.get("value_range"))
     image.info = dict(original.info)
     with contextlib.suppress(Exception):  # broken EXIF raises nearly anything
         ImageOps.exif_transpose(image, in_place=True)
+    return resize_and_crop(image, metadata)
+
+
+def resize_and_crop(image: Image.Image, metadata: dict) -> Image.Image:
+    """The part of `prepare` that depends on the image size only."""
+    p = metadata["patch_size"]
     sides = image.size
     if not metadata["image_size"]:
         shrink = max(1, (image.width * image.height / (p * p * MAX_PATCHES)) ** 0.5)
@@ -128,12 +167,12 @@ def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -
 
 
 def find_value_range(values: np.ndarray) -> tuple[float, float]:
-    """Black and white for values [H, W]: 0 and the full scale if half of it is used, else quantiles 0.1% and 99.9%.
+    """Black and white for values: 0 and the full scale if half of it is used, else the quantiles 0.1% and 99.9%.
 
     NaN, infinity and -3.4e38 for missing values do not count; of large images every n-th row and column does.
     """
-    step = max(1, int((values.size / 100_000) ** 0.5))
-    values = values[::step, ::step]
+    step = max(1, int((values.shape[-2] * values.shape[-1] / 100_000) ** 0.5))
+    values = values[..., ::step, ::step]
     values = values[abs(values) < 1e30]
     low, high = np.quantile(values, (0.001, 0.999)).tolist() if values.size else (0.0, 0.0)
     full = next((full for full in FULL_SCALES if high <= full), high)
@@ -142,21 +181,24 @@ def find_value_range(values: np.ndarray) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
-def infer(session, metadata: dict, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+def infer(session, metadata: dict, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Features and attention of one prepared image; attention is None for a model that has no such output."""
     outputs = run_model(session, metadata, image)
     return outputs["features"], outputs.get("attention")
 
 
-def run_model(session, metadata: dict, image: Image.Image) -> dict[str, np.ndarray]:
+def run_model(session, metadata: dict, image: Image.Image | np.ndarray) -> dict[str, np.ndarray]:
     """Features, attention and logits of one prepared image, as far as the model has them: {name: output}."""
     pixels, takes = np.asarray(image), session.get_inputs()[0]
     dtype = DTYPES[takes.type]
     if not metadata["mean"]:
         raise ValueError("the model does not take RGB images")
-    if dtype != "uint8":
+    if metadata.get("channels"):
+        mean, std = (np.reshape(metadata[name], (-1, 1, 1)) for name in ("mean", "std"))
+        pixels = (pixels - mean) / std
+    elif dtype != "uint8":
         pixels = (pixels / 255 - metadata["mean"]) / metadata["std"]
-    if metadata["layout"] == "nchw":
+    if metadata["layout"] == "nchw" and not metadata.get("channels"):
         pixels = pixels.transpose(2, 0, 1)
     batch = np.stack([pixels] * (metadata["batch_size"] or 1)).astype(dtype)
     names = [name for name in ("features", "attention", "logits") if name in metadata["outputs"]]
@@ -193,8 +235,14 @@ def write_features(path: str, images: list[str], rows: list[np.ndarray | None], 
                 writer.writerow([name, *best, *(f"{number:.9g}" for number in row)])
 
 
-def draw_attention(image: Image.Image, attention: np.ndarray) -> Image.Image:
-    """Grid of the image and its attention maps, each from black (0) to light yellow (the maximum in its caption)."""
+def draw_attention(image: Image.Image | np.ndarray, attention: np.ndarray) -> Image.Image:
+    """Grid of the image and its attention maps, each from black (0) to light yellow (the maximum in its caption).
+
+    Of an array, the first three channels are drawn, or one of fewer, with stretched contrast.
+    """
+    if isinstance(image, np.ndarray):
+        pixels = (255 * image[:3 if len(image) > 2 else 1] + 0.5).astype(np.uint8)
+        image = ImageOps.autocontrast(Image.fromarray(pixels.repeat(3 // len(pixels), 0).transpose(1, 2, 0)), 0.1)
     maps = attention.reshape(-1, *attention.shape[-2:]).astype("float32")
     levels = maps / maps.max(axis=(1, 2), keepdims=True).clip(1e-12)
     channels = zip((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # anchors of "inferno"
@@ -235,8 +283,11 @@ def main(argv: list[str]) -> int:
     for path in args.images:
         rows.append(None)
         try:
-            with Image.open(check_file(path), formats=DECODERS) as image:
-                image = prepare(image, metadata)
+            if metadata.get("channels"):
+                image = prepare(read_channels(path, metadata), metadata)
+            else:
+                with Image.open(check_file(path), formats=DECODERS) as image:
+                    image = prepare(image, metadata)
             outputs = run_model(session, metadata, image)
             features, attention = outputs["features"], outputs.get("attention")
             print(f"{path}: features {list(features.shape)}")

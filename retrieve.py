@@ -79,7 +79,8 @@ class ImageEncoder:
         self.rank, _, self.device = distributed.init_distributed(args.device)
         self.backbone, self.info, self.origin = open_backbone(args, self.device, needs)
         self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
-        self.args, self.extract, self.view, self.upright = args, extract, view, upright
+        self.args, self.extract, self.upright = args, extract, upright
+        self.view = loaders.build_view(self.info, view)
         flags = ("image_size", "distractors", "whitening", "multiscale", "crop_queries")
         self.origin |= {name: value for name, value in vars(args).items() if name in flags}
         self.origin["data_path"] = make_absolute(args.data_path)
@@ -119,15 +120,15 @@ class ImageEncoder:
             print(f"wrote {self.result_path}")
 
 
-def resize_to_square(image, size):
+def resize_to_square(image, size, **normalization):
     """RGB image -> [3, size, size], bicubic, normalized; the aspect ratio is not kept."""
-    return loaders.normalize(image.resize((size, size), Image.Resampling.BICUBIC))
+    return loaders.normalize(image.resize((size, size), Image.Resampling.BICUBIC), **normalization)
 
 
-def resize_longer_side(image, size):
+def resize_longer_side(image, size, **normalization):
     """RGB image -> [3, H, W], Lanczos, normalized; the longer side is at most `size`."""
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return loaders.normalize(image)
+    return loaders.normalize(image, **normalization)
 
 
 def build_normalizer(encoder, folder):

@@ -79,7 +79,7 @@ def evaluate_masks(args):
             skipped.append(example)
             continue
         image, objects, void = example
-        x = normalize(resize_to_patches(image, args.image_size, p))[None].to(args.device)
+        x = normalize(resize_to_patches(image, args.image_size, p), info["mean"], info["std"])[None].to(args.device)
         results, masks = zip(*(evaluate_image(m, x, objects, void, args.mass) for m in models.values()))
         scores.append(torch.stack(results))
         if len(scores) > len(cells) * len(images) // 12:  # twelve, evenly spread
@@ -136,7 +136,8 @@ def segment_videos(args):
     val_list = Path(args.data_path, "ImageSets", "2017", "val.txt")
     names = args.sequences or (read_names(val_list) if val_list.is_file() else None)
     sequences = find_sequences(args.data_path, names)
-    model, _, origin = open_backbone(args, needs="patch tokens", precision=args.precision)
+    model, info, origin = open_backbone(args, needs="patch tokens", precision=args.precision)
+    args.normalization = info["mean"], info["std"]
     output = output_folder(origin, args, f"video.{data_name(args.data_path)}")
     create_folder(output)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
@@ -175,7 +176,7 @@ def segment_sequence(model, frames, folder, args):
         raise ImageReadError(f"{mask_path(frames[0])}: has no object")
     rows, cols = compute_grid(*size, args.image_size, p)
     first = mask_to_labels(torch.from_numpy(np.searchsorted(classes, mask)), len(classes), rows, cols).to(args.device)
-    read = partial(read_frame, size=size, height=rows * p, width=cols * p)
+    read = partial(read_frame, size=size, height=rows * p, width=cols * p, normalization=args.normalization)
     features = (extract_patch_features(model, frame, args) for frame in build_loader(frames, read, args.num_workers))
     folder.mkdir(exist_ok=True)
     save_mask(folder / f"{frames[0].stem}.png", mask, palette)
@@ -208,7 +209,7 @@ def compute_grid(width, height, shorter_side, p):
     return (short, long) if height <= width else (long, short)
 
 
-def read_frame(path, size, height, width):
+def read_frame(path, size, height, width, normalization):
     """Frame of `size` pixels -> [1, 3, height, width], normalized.
 
     Resized as in the released evaluation: bilinear without antialiasing, then rounded. Its standard deviation of the
@@ -218,7 +219,7 @@ def read_frame(path, size, height, width):
     if image.size != size:
         raise ImageReadError(f"{path}: {image.width} x {image.height} pixels, the first frame {size[0]} x {size[1]}")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    return normalize(F.interpolate(pixels, size=(height, width), mode="bilinear").round() / 255)
+    return normalize(F.interpolate(pixels, size=(height, width), mode="bilinear").round() / 255, *normalization)
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ from data.loaders import (
     derive_seed,
     iter_batch_keys,
     iter_on_device,
+    measure_normalization,
 )
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, cosine_schedule, teacher_temp_schedule, update_teacher
 from evaluation.online import detect_collapse, evaluate_online, pixel_features
@@ -58,7 +59,7 @@ from vit import SIZES
 FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
-    "value_range", "shuffle", "layer_decay", "seed")
+    "value_range", "channels", "normalization", "shuffle", "layer_decay", "seed")
 FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
@@ -122,6 +123,10 @@ def parse_args(argv=None):
                        "shapes[:PIXELS]; several are concatenated")
     add(run, "--value_range", None, "black and white of images of more than 8 bits (default: found in the data)",
         cli.finite_float, nargs=2)
+    add(run, "--channels", None, "read images as so many channels, of any depth (default: as RGB of 8 bits)",
+        positive_int)
+    add(run, "--normalization", None, "imagenet; measure: found in the data (default with --channels); or means and "
+        "stds of values in [0, 1]", lambda x: x if x in ("imagenet", "measure") else cli.finite_float(x), nargs="+")
     add(run, "--shuffle", "full", "order of an epoch; blocks: reads neighbors together, for slow disks and networks",
         choices=["full", "blocks"])
     add(run, "--output_dir", "runs/dino", "folder of the run")
@@ -156,6 +161,8 @@ def parse_args(argv=None):
     args, given = parser.parse_given_args(argv)
     of_run, of_run_auto = list_flags_of_run(args)
     args = parser.parse_args([*of_run, *argv])
+    if of_run and args.normalization == ["measure"]:
+        args.normalization = parser.parse_args(of_run).normalization
     args.auto = tuple(name for name in (of_run_auto if of_run else PAPER) if name not in given)
     if args.init and not of_run:
         follow_initial_weights(parser, args, given)
@@ -166,10 +173,11 @@ def parse_args(argv=None):
     cli.check_run_flags(parser, args, warmup_epochs=10)
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         parser.error(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g} is not an ascending range")
+    check_channels(parser, args)
     if args.compile == "auto":
         args.compile = args.device == "cuda" and args.arch in SIZES and can_compile()
     if args.views == "auto":
-        args.views = "device" if args.device == "cuda" else "cpu"
+        args.views = "device" if args.device == "cuda" and not args.channels else "cpu"
     return args
 
 
@@ -197,6 +205,22 @@ def follow_initial_weights(parser, args, given):
         if name not in given:
             setattr(args, name, value)
     args.auto = tuple(name for name in args.auto if name not in found | continuing)
+
+
+def check_channels(parser, args):
+    """Fill in the default of --normalization, and end with a parser error if it or the model does not fit --channels.
+    """
+    channels = args.channels or 3
+    if channels != 3 and args.arch not in SIZES:
+        parser.error(f"--channels {channels} is for {', '.join(SIZES)}, not for --arch {args.arch}")
+    if args.channels and args.views == "device":
+        parser.error(f"--channels {channels}: --views device is for RGB, set --views cpu")
+    values = args.normalization = tuple(args.normalization or ["measure" if args.channels else "imagenet"])
+    is_named = values == ("measure",) or (values == ("imagenet",) and channels == 3)
+    if not is_named and (len(values) != 2 * channels or {"imagenet", "measure"} & {*values}
+                         or min(values[channels:]) <= 0):
+        parser.error(f"--normalization {' '.join(map(str, values))}: expected measure, or {channels} means and "
+                     f"{channels} positive standard deviations")
 
 
 def can_compile():
@@ -258,9 +282,17 @@ def list_flags_of_run(args):
         lines = read_text(flags).splitlines()
         words = {name: values for name, *values in map(shlex.split, lines) if name != "#"}
         names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
-        kept = ("batch_size_per_gpu", *names, *(FLAGS_OF_INIT if "--init" in words else ()))
+        kept = ("batch_size_per_gpu", "normalization", *names, *(FLAGS_OF_INIT if "--init" in words else ()))
         return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])], names
     return [], ()
+
+
+def image_format(args):
+    """Arguments of MultiCrop on the images: channels, mean and std, of --normalization that has been measured."""
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if args.normalization != ("imagenet",):
+        mean, std = args.normalization[:len(args.normalization) // 2], args.normalization[len(args.normalization) // 2:]
+    return dict(channels=args.channels, mean=mean, std=std)
 
 
 # ---- model ----
@@ -269,6 +301,7 @@ def model_arguments(args):
     """Arguments of build_backbone, and those of DINOHead after the first."""
     names = ("patch_size", "embed_dim", "depth", "num_heads") if args.arch in SIZES else ("arch",)
     backbone = dict(img_size=args.global_crops_size) | {name: getattr(args, name) for name in names}
+    backbone |= {"in_chans": args.channels} if args.channels and args.arch in SIZES else {}
     head = dict(out_dim=args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer,
                 nlayers=args.head_layers, hidden_dim=args.hidden_dim, bottleneck_dim=args.bottleneck_dim,
                 l2_bottleneck=args.l2_bottleneck)
@@ -313,7 +346,7 @@ def model_info(args, data):
     """Description of the model in its files, which other commands read instead of flags."""
     backbone, head = model_arguments(args)
     return dict(arch=args.arch, backbone=backbone, head=head, patch_size=args.patch_size,
-                image_size=args.global_crops_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, data_path=data.path,
+                image_size=args.global_crops_size, **image_format(args), data_path=data.path,
                 value_range=args.value_range) | ({"val_path": make_absolute(args.val_path)} if args.val_path else {})
 
 
@@ -338,7 +371,7 @@ def evaluate_and_log(name, model, data, args, run):
     knn, teacher = run.progress["knn"], run.objects["teacher"]
     best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
     broadcast_buffers(teacher.eval())
-    metrics, corrupt = evaluate_online(model, data, args)
+    metrics, corrupt = evaluate_online(model, data, args, run.extra["info"]["mean"], run.extra["info"]["std"])
     teacher.train()
     knn[name] = metrics["knn_top1"], metrics["knn_top5"]
     run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
@@ -509,7 +542,7 @@ def train(student, run, data, first_step, total_steps, args, device):
     """Train from first_step to total_steps; False if a signal stopped the run, which is then saved."""
     teacher, dino_loss, optimizer, scaler = (run.objects[k] for k in ("teacher", "dino_loss", "optimizer", "scaler"))
     steps_per_epoch, logger, signals = total_steps // args.epochs, run.logger, distributed.StopSignals()
-    multicrop = build_multicrop(args, args.compile)
+    multicrop = build_multicrop(args, args.compile, **image_format(args))
     last_step = min(first_step + 2, total_steps) if args.dry_run else total_steps
     keys = iter_batch_keys(first_step, last_step, len(data.train), args.seed, args.batch_size_per_gpu,
                            args.accum_steps, distributed.get_rank(), distributed.get_world_size(), run.fixed["shuffle"])
@@ -587,9 +620,12 @@ def main(args):
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     data = distributed.run_on_rank_zero_first(
         lambda: open_data(args.data_path, output_dir=args.output_dir, value_range=args.value_range,
-                          val_path=args.val_path, cache_dir=args.cache_dir))
+                          val_path=args.val_path, cache_dir=args.cache_dir, channels=args.channels))
     args.value_range = tuple(getattr(data.train, "value_range", None) or ()) or None
     distributed.check_same_on_all_ranks("images:", len(data.train))
+    if args.normalization == ("measure",):
+        values = sum(measure_normalization(data.train), ()) if rank == 0 else None
+        args.normalization = distributed.all_gather_objects(values)[0]
     with estimate.temporary_run(args) if args.dry_run else contextlib.nullcontext():
         pretrain(args, data, rank, world_size, device)
 
@@ -607,7 +643,7 @@ def pretrain(args, data, rank, world_size, device):
     objects = build_training(args, device, world_size)
     set_matmul_precision(args.device, args.precision, objects["student"].backbone.embed_dim)
     logger.print(data.note)
-    crops = MultiCropDataset(data.train, build_multicrop(args), args.seed)
+    crops = MultiCropDataset(data.train, build_multicrop(args, **image_format(args)), args.seed)
     args.batch_size_per_gpu = estimate.fit_batch_size(objects["student"], objects["teacher"], lambda i: crops[0, i],
                                                       len(data.train), args, device, memory, logger.print)
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
@@ -621,7 +657,7 @@ def pretrain(args, data, rank, world_size, device):
     print_setup(objects["student"], global_batch_size, total_steps, args, world_size, logger)
     if args.auto:
         logger.print(auto.describe_auto(args, len(data.train), side, total_steps))
-    if sample and all(map(estimate.is_nearly_black, sample)):
+    if sample and not args.channels and all(map(estimate.is_nearly_black, sample)):
         logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of more "
                      "than 8 bits; color of 16 bits is read by its upper 8, scale it before")
     run, first_step = start_run(objects, data, global_batch_size, total_steps, args, logger)
@@ -668,7 +704,7 @@ def print_results(run, data, total_steps, args):
         log(f"  python evaluate.py knn {ckpt}{data_path}" + f" --val_path {shlex.join(val_paths)}" * bool(val_paths))
     if args.arch in SIZES:
         log(f"  python visualize.py attention {ckpt} {image}")
-    if image != "shapes" and len(paths) == 1:
+    if image != "shapes" and len(paths) == 1 and not args.channels:
         log(f"  python retrieve.py search {ckpt}{data_path} {image}")
     log(f"  python export.py {ckpt}")
 

@@ -16,6 +16,7 @@ Figures of a model are written beside its file (NAME.attention/, NAME.features.p
 import common  # noqa: F401 (first: it checks the version of Python)
 
 # isort: split
+import functools
 import os
 import re
 from pathlib import Path
@@ -29,7 +30,7 @@ from common.files import create_folder, number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
 from data.datasets import DataError, is_source, open_data, open_images, trained_data_path, trained_val_path
-from data.images import ImageReadError, read_image
+from data.images import ImageReadError, read_image, show_channels
 from data.video import VideoWriter, open_video
 from evaluation.features import extract_features
 from evaluation.masks import threshold_attention
@@ -45,6 +46,9 @@ def parse_args(argv=None):
         cli.add_model_flags(task, workers=task is embedding, output_dir=task is not video)
         size = "center crop (default: as trained)" if task is embedding else "shorter side (default: 480/224 of that)"
         task.add_argument("--image_size", type=cli.image_side, help=size)
+    for task in (attention, features, embedding, crops):
+        task.add_argument("--show_channels", type=cli.nonnegative_int, nargs="+", metavar="C",
+                          help="one or three, from 0, to draw as gray or RGB (default: 0 1 2; 0 of fewer than three)")
     for task in (attention, features, crops):
         task.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, shards, or shapes[:PIXELS]")
         cli.add_cache_flag(task)
@@ -76,29 +80,37 @@ def parse_args(argv=None):
     crops.add_argument("--flags", metavar="FILE", help="recipe, or flags.txt of a run (default: the paper's crops)")
     crops.add_argument("--seed", type=cli.seed, default=0, help="random seed of the crops")
     crops.add_argument("--output_dir", default=".", metavar="DIR", help="output folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if len(getattr(args, "show_channels", None) or [0]) not in (1, 3):
+        parser.error(f"--show_channels {' '.join(map(str, args.show_channels))}: expected one channel or three")
+    return args
 
 
 # ---- images ----
 
-def expand_images(name, output_dir, cache_dir, value_range=None):
+def expand_images(name, output_dir, cache_dir, options):
     """(name, function that decodes it) of each image of a file, a folder, shards, or of four of shapes[:PIXELS]."""
     if os.path.isdir(name) or is_source(name):
-        images = open_images([name], output_dir, cache_dir, value_range=value_range)
+        images = open_images([name], output_dir, cache_dir, **options)
         return [(images.key(i), lambda i=i: images[i][0]) for i in range(len(images))]
-    if name.partition(":")[0] == "shapes" and not os.path.exists(name):
+    if name.partition(":")[0] == "shapes" and not os.path.exists(name) and not options.get("channels"):
         shapes = open_data(name).val
         return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]
-    return [(os.path.basename(name), lambda: read_image(name, value_range=value_range))]
+    return [(os.path.basename(name), lambda: read_image(name, **options))]
 
 
-def iter_readable_images(args, errors, output_dir, value_range=None):
-    """Yield (unique output name, RGB image); append a message on each that cannot be read to `errors`."""
+def iter_readable_images(args, errors, output_dir, **options):
+    """Yield (unique output name, image, RGB image of it); append a message on each that cannot be read to `errors`.
+
+    Args:
+        options: value_range and channels, see `read_image`.
+    """
     taken = []
-    for name, read in sum((expand_images(name, output_dir, args.cache_dir, value_range) for name in args.images), []):
+    for name, read in sum((expand_images(name, output_dir, args.cache_dir, options) for name in args.images), []):
         name = number_name(re.sub(r"^(\.\._)+", "", name.replace(os.sep, "_")), taken)  # lists name files elsewhere
         try:
-            yield name, read()
+            image = read()
+            yield name, image, show_channels(image, args.show_channels)
         except ImageReadError as error:
             errors.append(str(error))
 
@@ -111,10 +123,12 @@ def visualize_attention(args, errors):
     folder = output_folder(origin, args, "attention")
     create_folder(folder)
     noted = False
-    for name, image in iter_readable_images(args, errors, folder, origin["value_range"]):
+    options = dict(value_range=origin["value_range"], channels=origin["channels"])
+    for name, image, shown in iter_readable_images(args, errors, folder, **options):
         view, maps = extract_attention(image)
-        noted = noted or attention.note_coarse_map(name, image, maps.shape[1:], origin["patch_size"],
+        noted = noted or attention.note_coarse_map(name, shown, maps.shape[1:], origin["patch_size"],
                                                    "set" if view is image else "export with")
+        view = show_channels(view, args.show_channels)
         x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
         masks = threshold_attention(x, args.mass).view(-1, *maps.shape[1:]).numpy()
         drawn = sheet.draw_attention_sheet(name, view, maps, masks, args.mass, args.width, origin["model"])
@@ -133,7 +147,7 @@ def visualize_video(args, errors):
     if Path(args.input).resolve() in (output, *output.parents):
         raise DataError(f"{args.output}: is the input or lies in it, choose another output")
     video = open_video(args.input)
-    extract_attention, origin = attention.open_attention(args)
+    extract_attention, origin = attention.open_attention(args, rgb_only=True)
     draw_frame = draw.draw_side_by_side if args.layout == "side" else draw.draw_overlay
     written, top = 0, 0.0
     with VideoWriter(args.output, video.rate or args.fps) as writer:
@@ -159,14 +173,16 @@ def visualize_video(args, errors):
 @torch.no_grad()
 def visualize_features(args, errors):
     """Patch features: three principal components as RGB, and cosine similarity to one patch."""
-    model, info, origin = open_backbone(args, needs="patch tokens")
+    model, info, origin = open_backbone(args, needs="patch tokens", rgb_only=False)
     path, p = output_file(origin, args, "features.png"), model.patch_size
     shorter_side = args.image_size or loaders.default_attention_size(model.grid[0] * p, p)
     images, tokens, patch, noted = [], [], None, False
-    for name, image in iter_readable_images(args, errors, path.parent, origin["value_range"]):
+    options = dict(value_range=origin["value_range"], channels=info["channels"])
+    for name, image, shown in iter_readable_images(args, errors, path.parent, **options):
         if args.point and not images and errors:
             raise DataError(f"--point lies in the first image, which cannot be read: {errors[0]}")
-        x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p))[None].to(args.device)
+        x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p), info["mean"], info["std"])
+        x, image = x[None].to(args.device), shown
         tokens.append(model.get_intermediate_layers(x)[0][0, 1:].unflatten(0, (x.shape[2] // p, -1)).cpu())  # [h, w, D]
         noted = noted or attention.note_coarse_map(name, image, tokens[-1].shape, p)
         if args.point and not images:
@@ -183,14 +199,16 @@ def visualize_features(args, errors):
 
 def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
-    model, info, origin = open_backbone(args)
+    model, info, origin = open_backbone(args, rgb_only=False)
     size = resolve_image_size(args.image_size, model)
     data = open_data(args.data_path or trained_data_path(args, info) or "shapes", bool(args.data_path),
-                     args.output_dir, origin["value_range"], trained_val_path(args, info), args.cache_dir)
+                     args.output_dir, origin["value_range"], trained_val_path(args, info), args.cache_dir,
+                     info["channels"])
     print(data.note)
     images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
     path = output_file(origin, args, "embedding.png")
-    features, labels, indices, corrupt = extract_features(model, images, size, args, args.device)
+    features, labels, indices, corrupt = extract_features(model, images, size, args, args.device,
+                                                         loaders.build_view(info))
     points, method = embedding.embed_2d(features, args.seed)
     names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
     colors = getattr(data.train, "colors", None) or embedding.class_colors(len(names))
@@ -200,7 +218,8 @@ def visualize_embedding(args, errors):
         names, colors = [f"cluster {i + 1}" for i in range(labels.max() + 1)], embedding.class_colors(labels.max() + 1)
         title += "; colors: k-means clusters of the features"
     embedding.plot_scatter(points, labels, names, colors, title).savefig(path)
-    embedding.plot_thumbnails(points, labels, names, colors, lambda i: images[indices[i]][0], title).save(thumbnails)
+    embedding.plot_thumbnails(points, labels, names, colors, lambda i: show_channels(
+        images[indices[i]][0], args.show_channels), title).save(thumbnails)
     print(f"{method} of {len(points):,} images -> {path} and {thumbnails}")
     errors += corrupt
 
@@ -225,13 +244,18 @@ def visualize_crops(args, errors):
     """Crops that multi-crop augmentation makes of an image, and their boxes in it."""
     parser = cli.build_parser("visualize.py", "")
     cli.add_crop_flags(parser)
+    parser.add_argument("--channels", type=cli.positive_int)
+    parser.add_argument("--value_range", type=cli.finite_float, nargs=2)
     flags, _ = parser.parse_known_args([*([f"@{args.flags}"] if args.flags else []), "--views", "cpu"])
     cli.check_crop_flags(parser, flags)
-    multicrop = loaders.build_multicrop(flags)
+    statistics = dict(mean=[0.5] * flags.channels, std=[0.5] * flags.channels) if flags.channels else {}
+    multicrop = loaders.build_multicrop(flags, channels=flags.channels, **statistics)
     create_folder(args.output_dir)
-    for name, image in iter_readable_images(args, errors, args.output_dir):
+    options = dict(value_range=flags.value_range, channels=flags.channels)
+    for name, image, _ in iter_readable_images(args, errors, args.output_dir, **options):
         path = Path(args.output_dir, f"{name}.crops.png")
-        sheet.draw_crops(name, multicrop, image, (args.seed, name), args.width).save(path)
+        show = functools.partial(show_channels, shown=args.show_channels)
+        sheet.draw_crops(name, multicrop, image, (args.seed, name), args.width, show).save(path)
         print(f"{2 + flags.local_crops_number} crops -> {path}")
 
 

@@ -235,6 +235,9 @@ def add_crop_flags(group):
     add("--color_jitter", (0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue", fraction, nargs=4)
     add("--blur", (1.0, 0.1, 0.5), "probability for first global, second global, local crops", fraction, nargs=3)
     add("--blur_radius", (0.1, 2.0), "range of the sigma, pixels; less for small images", nonnegative_float, nargs=2)
+    for name, help in (("--vertical_flip", "flip half of the crops upside down"),
+                       ("--rotate90", "rotate crops by multiples of 90 degrees")):
+        add(name, False, f"{help}, for images without an up", boolean, nargs="?", const=True)
     add("--views", "auto", "where crops are made: loader workers (cpu) or batched (device); auto: device on CUDA",
         choices=["auto", "cpu", "device"])
 
@@ -279,7 +282,8 @@ def check_crop_flags(parser, args):
 
 # ---- running a command ----
 
-OPTIONAL_PACKAGES = ("matplotlib", "av", "timm", "pyarrow", "fsspec", "aiohttp")  # needed by some commands only
+OPTIONAL_PACKAGES = (  # needed by some commands only
+    "matplotlib", "av", "timm", "pyarrow", "fsspec", "aiohttp", "tifffile")
 
 
 def run_command(main, parse_args, *errors):

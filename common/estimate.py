@@ -75,7 +75,8 @@ def measure_forward(student, sizes, precision, device, largest=64, available=mat
     Runs in eval mode on one image, two and more: up to `largest` on a fast device, in a quarter of the free bytes.
     """
     def forward():
-        crops = [torch.zeros(batch_size, 3, size, size, device=device) for size in sizes]
+        channels = student.backbone.in_chans
+        crops = [torch.zeros(batch_size, channels, size, size, device=device) for size in sizes]
         with cast_weights(student, precision), autocast(device, precision):
             return student(crops)
 
@@ -251,7 +252,8 @@ def sample_images(images, samples=8):
 
 def typical_side(images):
     """Median shorter side of images in pixels; None for no images."""
-    return statistics.median(min(image.size) for image in images) if images else None
+    sizes = [image.shape[1:] if isinstance(image, torch.Tensor) else image.size for image in images]
+    return statistics.median(map(min, sizes)) if sizes else None
 
 
 def is_nearly_black(image):

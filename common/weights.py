@@ -10,6 +10,7 @@ needs flags for them. Loading unpickles nothing but tensors and plain values.
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision import models
 
+from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, HeadlessClassifier, build_backbone
 from common import checkpoint
 from common.checkpoint import CheckpointError
@@ -91,7 +93,7 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
     return model.eval(), info | {"backbone": arguments, "network": network}
 
 
-def open_backbone(args, device=None, needs="", precision="fp32"):
+def open_backbone(args, device=None, needs="", precision="fp32", rgb_only=True):
     """Load the backbone of --ckpt, --checkpoint_key and --untrained (see cli.add_model_flags), ready to run.
 
     Sets the matmul precision of the device for it, see `set_matmul_precision`.
@@ -100,18 +102,20 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
         device: where it goes, args.device if not given.
         needs: what only backbones of vit.py have: "attention", "patch tokens", "images of any size".
         precision: autocast dtype that it will run in.
+        rgb_only: whether images of other channels cannot be read.
 
     Returns:
-        the model in eval mode, its description (see `load_backbone`), and its origin, for output files:
+        the model in eval mode, its description (see `load_backbone` and `read_input`), and its origin, for outputs:
         {"ckpt": ..., "sha256": ..., "network": ..., "untrained": ..., "value_range": see `read_image`}.
 
     Raises:
-        CheckpointError: the file cannot be loaded, takes other than 3 channels, or lacks what is needed.
+        CheckpointError: the file cannot be loaded, takes other images than RGB, or lacks what is needed.
     """
     ckpt = find_model(args.ckpt)
     backbone, info = load_backbone(ckpt, args.checkpoint_key, print if is_rank_zero() else lambda text: None)
-    if backbone.in_chans != 3:
-        raise CheckpointError(f"{ckpt}: takes {backbone.in_chans} channels, images here have 3")
+    info |= read_input(info, backbone.in_chans, ckpt)
+    if rgb_only and info["channels"]:
+        raise CheckpointError(f"{ckpt}: takes images of {info['channels']} channels, here they are RGB")
     if needs and "arch" in info["backbone"]:
         raise CheckpointError(f"{ckpt}: {info['backbone']['arch']} gives features only; {needs} need a model of vit.py")
     if args.untrained:
@@ -120,6 +124,24 @@ def open_backbone(args, device=None, needs="", precision="fp32"):
     origin = dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained,
                   value_range=info.get("value_range"))
     return backbone.to(device or args.device), info, origin
+
+
+def read_input(info, in_chans, path):
+    """What the description of a model says about its input: {"channels", "mean", "std"}, each as for `MultiCrop`.
+
+    RGB with the mean and std of ImageNet where it says nothing, or values in [-1, 1] of other numbers of channels.
+
+    Raises:
+        CheckpointError: not those of a model with `in_chans` channels.
+    """
+    is_rgb = in_chans == 3
+    found = dict(channels=None if is_rgb else in_chans, mean=IMAGENET_MEAN if is_rgb else [0.5] * in_chans,
+                 std=IMAGENET_STD if is_rgb else [0.5] * in_chans)
+    found |= {name: info[name] for name in found if info.get(name)}
+    for name in ("mean", "std"):
+        if len(found[name]) != in_chans or not all(math.isfinite(x) and (x > 0 or name == "mean") for x in found[name]):
+            raise CheckpointError(f"{path}: its {name} {str(found[name])[:100]} is not that of {in_chans} channels")
+    return found
 
 
 def build_untrained(info):

@@ -47,7 +47,7 @@ class Data(NamedTuple):
 
 def open_data(data_path: str | Sequence[str], download: bool = True, output_dir: str | None = None,
               value_range: tuple[float, float] | None = None, val_path: str | Sequence[str] | None = None,
-              cache_dir: str | None = None) -> Data:
+              cache_dir: str | None = None, channels: int | None = None) -> Data:
     """Open the dataset that --data_path names.
 
     Args:
@@ -57,21 +57,22 @@ def open_data(data_path: str | Sequence[str], download: bool = True, output_dir:
         value_range: black and white of images of more than 8 bits, see `ImageFolder`.
         val_path: held-out images in folders or shards, in place of those that are found beside the others.
         cache_dir: folder for the indices of shards, see data/shards.py.
+        channels: of folders and shards whose images are read as tensors, see `read_image`; None: RGB.
 
     Raises:
         DataError: there is no such dataset, or no image in it can be read.
     """
     parts = []
     for paths in group_shards(data_path):
-        parts.append(open_paths(paths, download, output_dir, value_range, cache_dir, find_held_out=not val_path))
+        parts.append(open_paths(paths, download, output_dir, value_range, cache_dir, channels, not val_path))
         value_range = value_range or getattr(parts[-1].train, "value_range", None)
     data = concatenate(parts) if len(parts) > 1 else parts[0]
     if val_path:
         classes = getattr(data.train, "classes", None)
         if not classes:
             raise DataError(f"--val_path {describe_paths(val_path)}: the training images have no labels")
-        val = [keep_labeled(open_images(paths, output_dir, cache_dir, classes=classes, value_range=value_range))
-               for paths in group_shards(val_path)]
+        options = dict(classes=classes, value_range=value_range, channels=channels)
+        val = [keep_labeled(open_images(paths, output_dir, cache_dir, **options)) for paths in group_shards(val_path)]
         val = ConcatImages(val, [classes] * len(val), classes) if len(val) > 1 else val[0]
         return data._replace(val=val, note=f"{data.note}, {len(val):,} held out in {describe_paths(val_path)}")
     if data.train_labeled is None or data.val is not None:
@@ -83,11 +84,13 @@ def open_data(data_path: str | Sequence[str], download: bool = True, output_dir:
         note=f"{data.note}, every tenth held out for evaluation")
 
 
-def open_paths(paths, download, output_dir, value_range, cache_dir, find_held_out):
+def open_paths(paths, download, output_dir, value_range, cache_dir, channels, find_held_out):
     """Data of one path, or of several shards."""
     name, _, argument = paths[0].partition(":")
     if os.path.exists(paths[0]) or is_source(paths[0]):
-        return open_files(paths, output_dir, value_range, cache_dir, find_held_out)
+        return open_files(paths, output_dir, value_range, cache_dir, channels, find_held_out)
+    if channels:
+        raise DataError(f"{paths[0]}: no folder or shard, where images of {channels} channel(s) must be")
     if name == "shapes":
         return open_shapes(argument)
     if argument:
@@ -228,10 +231,10 @@ def open_images(paths, output_dir=None, cache_dir=None, **options):
     return ImageFolder(paths[0], output_dir, **options)
 
 
-def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_held_out=True):
+def open_files(paths, output_dir=None, value_range=None, cache_dir=None, channels=None, find_held_out=True):
     """A folder of images, or shards; `train` beside `val` or the like is found whether the path is `train` or above."""
     paths = make_absolute(paths)
-    root, held_out, num_others, options = paths[0], [], 0, dict(value_range=value_range)
+    root, held_out, num_others, options = paths[0], [], 0, dict(value_range=value_range, channels=channels)
     if os.path.isdir(root):
         parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
         parts = {name.lower(): os.path.join(parent, name) for name in next(os.walk(parent), ("", [], []))[1]}
@@ -251,7 +254,8 @@ def open_files(paths, output_dir=None, value_range=None, cache_dir=None, find_he
     labeled, note = keep_labeled(train), f"{len(train):,} images of {len(train.classes)} classes in {where}"
     for other in held_out if find_held_out else ():
         try:
-            val = open_images(other, output_dir, cache_dir, classes=train.classes, value_range=train.value_range)
+            val = open_images(other, output_dir, cache_dir, classes=train.classes, value_range=train.value_range,
+                              channels=channels)
         except DataError as error:
             note += f", not used: {error}"
         else:

@@ -34,6 +34,7 @@ class ImageFolder(Dataset):
         output_dir: folder to which the command writes; not searched.
         classes: the classes, if they are those of another folder; this one may lack some, but have no others.
         value_range: black and white of images of more than 8 bits (see `read_image`); None to find one for all of them.
+        channels: see `read_image`.
 
     Raises:
         DataError: no such folder, no images in it, none that can be read, some outside of the given classes, or
@@ -41,10 +42,10 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, root: str, output_dir: str | None = None, classes: list[str] | None = None,
-                 value_range: tuple[float, float] | None = None):
+                 value_range: tuple[float, float] | None = None, channels: int | None = None):
         if output_dir and os.path.realpath(output_dir) == os.path.realpath(root):
             raise DataError(f"{root}: outputs would be written among the images, choose another --output_dir")
-        self.root, files = root, sorted(iter_images(root, passed_over := Counter(), output_dir))
+        self.root, files = root, sorted(iter_images(root, passed_over := Counter(), output_dir, channels))
         self.passed_over = describe_passed_over(passed_over)
         if not files:
             raise DataError(f"{root}: no such folder, or no image found in it or below{self.passed_over}")
@@ -56,8 +57,8 @@ class ImageFolder(Dataset):
             raise DataError(f"{root}: {compare_classes(names, classes)}")
         self.classes, class_index = classes, {name: i for i, name in enumerate(classes or [])}
         self.files, self.labels = PathTable(files), np.array([class_index.get(name, -1) for name in folders], np.int32)
-        self.value_range = value_range or find_common_range(
-            range(len(self)), lambda i: open_image(self.name(i)), self.name)
+        self.channels, self.value_range = channels, value_range or find_common_range(
+            range(len(self)), lambda i: None if channels else open_image(self.name(i)), self.name, channels)
         if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in range(len(self))):
             raise DataError(f"{root}: none of its {len(self)} images can be read; the last: {last}")
 
@@ -69,7 +70,8 @@ class ImageFolder(Dataset):
 
     def read_reduced(self, i, reduction=None):
         """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
-        return read_image(self.name(i), reduction, value_range=self.value_range), int(self.labels[i])
+        image = read_image(self.name(i), reduction, value_range=self.value_range, channels=self.channels)
+        return image, int(self.labels[i])
 
     def name(self, i):
         """Path of image i."""
@@ -113,12 +115,12 @@ def stat_file(path):
         return []
 
 
-def iter_images(root, passed_over, output_dir=None):
+def iter_images(root, passed_over, output_dir=None, channels=None):
     """Yield the path of each image below root, relative to it, and count what is passed over: {kind: number}."""
     for parent, names in walk_folders(root, passed_over, output_dir):
         for name in names:
             path, is_output = os.path.join(parent, name), name.lower().endswith(OUTPUT_ENDINGS)
-            if not name.startswith(".") and not is_output and is_image(path):
+            if not name.startswith(".") and not is_output and is_image(path, channels):
                 yield os.path.relpath(path, root)
             else:
                 ending = "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "without ending"

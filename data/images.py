@@ -1,7 +1,8 @@
-"""Image decoding: any file -> upright RGB image, or ImageReadError.
+"""Image decoding: any file -> upright RGB image, or tensor of any channels and depth, or ImageReadError.
 
     image = read_image("dog.jpg")
     image = read_image("ct.tif", value_range=(-1024, 3071))    # black and white of images of more than 8 bits
+    tensor = read_image("cells.tif", value_range=(0, 65535), channels=5)    # float [5, H, W] in [0, 1]
 """
 
 import contextlib
@@ -11,7 +12,10 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
+from torchvision.io import ImageReadMode, decode_image
 
 from common.files import check_file
 
@@ -33,8 +37,9 @@ class ImageReadError(OSError):
 
 
 def read_image(path: str, reduction: Callable[[int, int], int] | None = None, upright: bool = True,
-               value_range: tuple[float, float] | None = None, content: bytes | None = None) -> Image.Image:
-    """Decode an image file: RGB, upright, transparency on white.
+               value_range: tuple[float, float] | None = None, content: bytes | None = None,
+               channels: int | None = None) -> Image.Image | torch.Tensor:
+    """Decode an image file: RGB, upright, transparency on white; or with all its channels and depth.
 
     Args:
         path: of the file or, with `content`, its name for messages.
@@ -42,12 +47,18 @@ def read_image(path: str, reduction: Callable[[int, int], int] | None = None, up
         upright: apply the EXIF orientation.
         value_range: black and white of grayscale of more than 8 bits; None for those of `find_value_range`.
         content: the bytes of the file, if it is inside of another.
+        channels: C for a float32 tensor [C, H, W] with the value_range mapped to [0, 1], see `read_values`; None: RGB.
 
     Raises:
         ImageReadError: the file is missing, corrupt or no image, or the image is too large or too elongated.
     """
+    if channels:
+        with wrap_decode_errors(path):
+            x = scale_values(read_values(path, channels, content), value_range)
+            factor = reduction(x.shape[2], x.shape[1]) if reduction else 1
+            return F.avg_pool2d(x, factor, ceil_mode=True) if factor > 1 else x
     with wrap_decode_errors(path), open_image(path, content) as image:
-        check_aspect(image)
+        check_aspect(image.size)
         width, height = image.size
         factor = reduction(width, height) if reduction else 1
         image.draft(None, (width // factor, height // factor))  # JPEG only, by 8 at most, to no smaller than this
@@ -66,9 +77,11 @@ def open_image(path, content=None):
     return Image.open(check_file(path) if content is None else io.BytesIO(content), formats=DECODERS)
 
 
-def is_image(path: str) -> bool:
+def is_image(path: str, channels: int | None = None) -> bool:
     """Whether read_image takes a file: by its ending or, if that is unknown, by its first bytes and header."""
     ending = os.path.splitext(path)[1].lower()
+    if channels and ending == ".npy":
+        return True
     if ending in EXTENSIONS or ending in OTHER_ENDINGS or not os.path.isfile(path):
         return ending in EXTENSIONS
     formats = [name for name in DECODERS if name != "TIFF" or not ending]  # raw files of cameras are TIFFs
@@ -87,23 +100,25 @@ def read_or_message(read, *args):
 
 @contextlib.contextmanager
 def wrap_decode_errors(name):
-    """Raise ImageReadError for any error inside, and for images above twice Image.MAX_IMAGE_PIXELS."""
+    """Raise ImageReadError for any error but a missing package, and for images above twice Image.MAX_IMAGE_PIXELS."""
     try:
         yield
+    except ModuleNotFoundError:  # of a package that the file needs
+        raise
     except Exception as error:  # decoders raise nearly anything on corrupt files
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()).partition(" <_io.BytesIO")[0]
         raise ImageReadError(f"{name}: {reason or type(error).__name__}") from None
 
 
-def check_aspect(image):
-    """Raise ValueError if one side of an image is more than MAX_ASPECT times the other."""
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels, one side is more than {MAX_ASPECT} times the other")
+def check_aspect(size):
+    """Raise ValueError if one side of an image, (width, height), is more than MAX_ASPECT times the other."""
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(f"{size[0]} x {size[1]} pixels, one side is more than {MAX_ASPECT} times the other")
 
 
 def to_rgb(image, value_range=None):
     """PIL image of any mode -> RGB, transparency on white; for value_range see `read_image`."""
-    check_aspect(image)
+    check_aspect(image.size)
     if image.mode[0] in "IF":
         low, high = value_range or find_value_range(sample_values(image))
         values = np.nan_to_num(np.asarray(image, np.float32).clip(low, high), nan=low)
@@ -116,9 +131,10 @@ def to_rgb(image, value_range=None):
 
 
 def sample_values(image):
-    """About 100,000 evenly spaced values of an image, without NaN, infinity and -3.4e38 for missing ones."""
-    step = max(1, int((image.width * image.height / 100_000) ** 0.5))
-    values = np.asarray(image, np.float32)[::step, ::step]
+    """Values of an image or array [C, H, W] at about 100,000 pixels, without NaN, infinity and -3.4e38 for missing."""
+    values = np.asarray(image, np.float32)
+    step = max(1, int((values.shape[-2] * values.shape[-1] / 100_000) ** 0.5))
+    values = values[..., ::step, ::step]
     return values[abs(values) < 1e30]
 
 
@@ -131,18 +147,97 @@ def find_value_range(values):
     return low, high if high > low else low + 1
 
 
-def find_common_range(files, open_file=open_image, name=str, max_images=100, max_names=10_000):
+def find_common_range(files, open_file=open_image, name=str, channels=None, max_images=100, max_names=10_000):
     """One `find_value_range` for the grayscale of more than 8 bits among evenly spaced files; None without any.
 
     Args:
         files: sequence of paths, or of whatever the functions take.
         open_file: opens one of the files without decoding it.
         name: its name; files that are named as JPEGs are not opened.
+        channels: see `read_image`; all channels and depths then share the range, and open_file returns a path or bytes.
     """
     files, values = files[::-(-len(files) // max_names) or 1], []
     files = [file for file in files if not name(file).lower().endswith((".jpg", ".jpeg"))]
     for file in files[::-(-len(files) // max_images) or 1]:
-        with contextlib.suppress(Exception), open_file(file) as image:  # raises nearly anything
-            if image.mode[0] in "IF":
-                values.append(sample_values(image))
+        with contextlib.suppress(Exception):  # raises nearly anything
+            if channels:
+                values.append(sample_values(read_values(name(file), channels, open_file(file))))
+                continue
+            with open_file(file) as image:
+                if image.mode[0] in "IF":
+                    values.append(sample_values(image))
     return find_value_range(np.concatenate(values)) if values else None
+
+
+# ---- any number of channels ----
+
+def read_values(path, channels, content=None):
+    """Decode an image without loss of depth: array [channels, H, W], of 8 or 16 bits or float.
+
+    .npy arrays and TIFFs (by tifffile) have the channels first or last, or in one page each; PNG, JPEG and so on those
+    of their mode.
+
+    Raises:
+        ModuleNotFoundError: a TIFF of several channels without tifffile.
+    """
+    file, ending = check_file(path) if content is None else io.BytesIO(content), os.path.splitext(path)[1].lower()
+    if ending == ".npy":
+        values = np.load(file, mmap_mode="r" if content is None else None, allow_pickle=False)
+    elif ending in (".tif", ".tiff") and channels > 1:
+        import tifffile
+
+        with tifffile.TiffFile(file) as tiff:
+            values = tiff.series[0]
+            if np.prod(values.shape, dtype=float) > 2 * channels * Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{' x '.join(map(str, values.shape))} values are too many for {channels} channels")
+            values = values.asarray()
+    else:
+        values = read_bands(file)
+    shape, values = values.shape, np.squeeze(values) if values.ndim > 3 else values
+    values = values[None] if values.ndim == 2 else values
+    if values.ndim == 3 and channels not in values.shape[::2] or values.ndim != 3 or values.dtype.kind not in "buif":
+        raise ValueError(f"{values.dtype} values of shape {list(shape)}, expected {channels} channels, first or last")
+    values = values if len(values) == channels else values.transpose(2, 0, 1)
+    check_aspect(values.shape[:0:-1])
+    return values
+
+
+def read_bands(file):
+    """Array [H, W] or [H, W, bands] of an image file that Pillow opens; PNG of 16 bits by torchvision."""
+    with Image.open(file, formats=DECODERS) as image:
+        check_aspect(image.size)
+        if image.format == "PNG" and image.mode[0] != "I" and "16" in str(image.tile[0][3]):  # Pillow keeps 8 bits
+            image.fp.seek(0)
+            encoded = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            return decode_image(encoded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        image = image.convert({"1": "L", "P": "RGB", "PA": "RGBA"}.get(image.mode, image.mode))
+        with contextlib.suppress(Exception):  # broken EXIF raises nearly anything
+            image = ImageOps.exif_transpose(image)
+        return np.asarray(image)
+
+
+def scale_values(values, value_range=None):
+    """Array [C, H, W] -> float32 tensor with the range at [0, 1]; None for that of 8 bits, or `find_value_range`."""
+    low, high = value_range or ((0, 255) if values.dtype == np.uint8 else find_value_range(sample_values(values)))
+    values = np.nan_to_num(np.asarray(values, np.float32, order="C").clip(low, high), nan=low)
+    return torch.from_numpy((values - low) / np.float32(high - low))
+
+
+def show_channels(image, shown=None):
+    """RGB image of a tensor [C, H, W], for drawing: three channels, or one as grayscale, with stretched contrast.
+
+    Args:
+        image: of `read_image`; a PIL image is returned as it is.
+        shown: the channels, from 0; None for the first three, or the first of two.
+
+    Raises:
+        ImageReadError: the image does not have them.
+    """
+    if not isinstance(image, torch.Tensor):
+        return image
+    shown = list(shown or range(3 if len(image) > 2 else 1))
+    if max(shown) >= len(image):
+        raise ImageReadError(f"--show_channels {max(shown)}: the images have channels 0 to {len(image) - 1}")
+    chosen = image[shown].expand(3, -1, -1)
+    pixels = (255 * chosen).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return ImageOps.autocontrast(Image.fromarray(pixels), cutoff=0.1)

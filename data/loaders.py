@@ -7,8 +7,9 @@
     for images, labels, indices, corrupt in build_eval_loader(images, size=224, batch_size=128): ...
 
 No random state is consumed, so a run that resumes at step 700 asks for the keys from step 700 on, and neither the
-number of processes nor that of workers changes what a step sees. `images` is a sequence of (PIL image, label) that
-raises OSError for an image that cannot be decoded; such images are skipped, and `corrupt` lists the messages.
+number of processes nor that of workers changes what a step sees. `images` is a sequence of (image, label), a PIL image
+or tensor as of `read_image`, that raises OSError for an image that cannot be decoded; such images are skipped, and
+`corrupt` lists the messages.
 """
 
 import contextlib
@@ -63,13 +64,18 @@ def draw_permutation(num_images, seed):
 ORDERS = {"full": full_order, "blocks": block_order, "randperm": torch_order}  # (positions, images, seed, epoch)
 
 
-def build_multicrop(args, compile=False):
-    """Multi-crop augmentation from the crop flags: MultiCrop for --views cpu, BatchMultiCrop for --views device."""
+def build_multicrop(args, compile=False, channels=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Multi-crop augmentation from the crop flags: MultiCrop for --views cpu, BatchMultiCrop for --views device.
+
+    Args:
+        channels, mean, std: see `MultiCrop`.
+    """
     brightness, contrast, saturation, hue = args.color_jitter
     kind = functools.partial(BatchMultiCrop, compile=compile) if args.views == "device" else MultiCrop
     return kind(args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
                 args.local_crops_number, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
-                blur=args.blur, blur_radius=args.blur_radius)
+                blur=args.blur, blur_radius=args.blur_radius, mean=mean, std=std,
+                vertical_flip=0.5 * args.vertical_flip, rotate90=args.rotate90, channels=channels)
 
 
 class MultiCropDataset(torch.utils.data.Dataset):
@@ -150,15 +156,34 @@ def random_subset(images, max_images):
     return torch.utils.data.Subset(images, indices)
 
 
-def normalize(image):
-    """RGB image or [3, H, W] in [0, 1] -> [3, H, W], ImageNet mean and standard deviation."""
+def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """RGB image or [C, H, W] in [0, 1] -> [C, H, W], normalized."""
     image = image if isinstance(image, torch.Tensor) else TF.to_tensor(image)
-    return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+    return TF.normalize(image, mean, std)
 
 
-def center_crop_view(image, height, width=None):
-    """RGB image -> [3, height, width], normalized: the view that features are evaluated on."""
-    return EvalTransform((height, width or height))(image)
+def center_crop_view(image, height, width=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Image -> [C, height, width], normalized: the view that features are evaluated on."""
+    channels = len(image) if isinstance(image, torch.Tensor) else None
+    return EvalTransform((height, width or height), mean, std, channels)(image)
+
+
+def build_view(info, view=center_crop_view):
+    """A view with the mean and std in the description of a model, see `read_input`; it can be pickled."""
+    return functools.partial(view, mean=tuple(info["mean"]), std=tuple(info["std"]))
+
+
+def measure_normalization(images, max_images=1000):
+    """Mean and standard deviation of each channel, of values in [0, 1], from evenly spaced images: two tuples."""
+    moments = []
+    for i in range(0, len(images), -(-len(images) // max_images)):
+        with contextlib.suppress(OSError):
+            image = images[i][0]
+            x = (image if isinstance(image, torch.Tensor) else TF.to_tensor(image)).flatten(1).double()
+            moments.append(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
+    mean, square = torch.stack(moments).mean(dim=0)
+    std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a channel may be empty
+    return tuple(round(x, 6) for x in mean.tolist()), tuple(round(x, 6) for x in std.tolist())
 
 
 def default_attention_size(trained_size, patch_size):
@@ -167,14 +192,14 @@ def default_attention_size(trained_size, patch_size):
 
 
 def resize_to_patches(image, shorter_side, patch_size):
-    """RGB image or [3, H, W], resized (bicubic) so that both sides are multiples of the patch size."""
+    """RGB image or [C, H, W], resized (bicubic) so that both sides are multiples of the patch size."""
     _, H, W = TF.get_dimensions(image)
     sides = [max(1, round(side * shorter_side / min(H, W) / patch_size)) * patch_size for side in (H, W)]
     return TF.resize(image, sides, TF.InterpolationMode.BICUBIC)
 
 
 def collate_views(images, size, view, indices):
-    """Read images: views [B, 3, H, W], labels [B], indices [B] of the readable ones, messages on corrupt ones."""
+    """Read images: views [B, C, H, W], labels [B], indices [B] of the readable ones, messages on corrupt ones."""
     samples, corrupt = [], []
     for i in indices:
         try:
@@ -193,7 +218,7 @@ def build_eval_loader(images, size, batch_size, num_workers=0, rank=0, world_siz
     """DataLoader over this rank's share of the images, each image on exactly one rank: batches of collate_views.
 
     Args:
-        view: (RGB image, size) -> [3, H, W].
+        view: (image, size) -> [C, H, W].
     """
     return DataLoader(
         range(rank, len(images), world_size), batch_size=batch_size, num_workers=num_workers,

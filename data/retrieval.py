@@ -23,11 +23,12 @@ class ImageFiles(torch.utils.data.Dataset):
 
     Args:
         boxes: crop of each image (left, top, right, bottom), pixels.
-        upright, value_range: see `read_image`.
+        upright, value_range, channels: see `read_image`.
     """
 
-    def __init__(self, paths, boxes=None, upright=True, value_range=None):
-        self.paths, self.boxes, self.upright, self.value_range = paths, boxes, upright, value_range
+    def __init__(self, paths, boxes=None, upright=True, value_range=None, channels=None):
+        self.paths, self.boxes = paths, boxes
+        self.options = dict(upright=upright, value_range=value_range, channels=channels)
 
     def __len__(self):
         return len(self.paths)
@@ -37,7 +38,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return self.paths[i]
 
     def __getitem__(self, i):
-        image = read_image(self.paths[i], upright=self.upright, value_range=self.value_range)
+        image = read_image(self.paths[i], **self.options)
         if self.boxes:
             left, top, right, bottom = self.boxes[i]
             box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)

@@ -415,6 +415,7 @@ class ShardDataset(Dataset):
         cache_dir, part: see open_index.
         classes: the classes, if they are those of another set; this one may lack some, but have no others.
         value_range: black and white of images of more than 8 bits (see `read_image`); None to find one for all of them.
+        channels: see `read_image`.
 
     Attributes:
         classes: names of the classes; None without labels.
@@ -428,7 +429,7 @@ class ShardDataset(Dataset):
 
     def __init__(self, sources: list[str], cache_dir: str | None = None, classes: list[str] | None = None,
                  value_range: tuple[float, float] | None = None, part: str | None = None,
-                 num_workers: int | None = None):
+                 num_workers: int | None = None, channels: int | None = None):
         self.index = index = open_index(sources, cache_dir, part, num_workers)
         self.classes, self.class_map, self.unlabeled = classes or index.classes or None, None, index.unlabeled
         if classes and list(classes) != index.classes:
@@ -440,7 +441,8 @@ class ShardDataset(Dataset):
             self.passed_over += f", {index.unlabeled:,} without a label"
         paths = [shard["path"] for shard in index.shards]
         self.root = None if any(map(is_url, paths)) else os.path.commonpath(map(os.path.dirname, paths))
-        self.value_range = value_range or find_common_range(range(len(self)), self.open, self.name)
+        self.channels, open_file = channels, (lambda i: self.read_content(*self.find(i))) if channels else self.open
+        self.value_range = value_range or find_common_range(range(len(self)), open_file, self.name, channels)
         first = range(min(len(self), MAX_CORRUPT_AT_START))
         if all(isinstance(last := read_or_message(self.__getitem__, i), str) for i in first):
             raise DataError(f"{describe_paths(sources)}: none of the first {len(first)} images can be read; the last: "
@@ -460,7 +462,8 @@ class ShardDataset(Dataset):
     def read_reduced(self, i, reduction=None):
         """Image i, downsampled while decoding by `reduction` (see read_image), and its label."""
         member, name = self.find(i)
-        image = read_image(name, reduction, value_range=self.value_range, content=self.read_content(member, name))
+        image = read_image(name, reduction, value_range=self.value_range, content=self.read_content(member, name),
+                           channels=self.channels)
         return image, int(member["label"] if self.class_map is None else self.class_map[member["label"]])
 
     def open(self, i):

@@ -10,23 +10,25 @@ import math
 import torch
 import torch.nn.functional as F
 
+from augment import IMAGENET_MEAN, IMAGENET_STD
 from common.distributed import get_rank, get_world_size
 from common.precision import autocast
-from data.loaders import build_eval_loader, random_subset
+from data.loaders import build_eval_loader, build_view, random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
 from evaluation.linear import linear_probe_accuracy
 
 
-def evaluate_online(model, data, args):
+def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Accuracy of a model's features on the held-out labeled images, and messages on corrupt images.
 
     Args:
-        model: images [B, 3, H, W] -> features [B, D], in eval mode.
+        model: images [B, C, H, W] -> features [B, D], in eval mode.
         data: see `open_data`.
         args: global_crops_size, the side of the center crop; knn_images, at most so many train images and a fifth as
             many test images; linear_probe, whether to train linear classifiers on the same features;
             batch_size_per_gpu, num_workers, timeout_minutes, device, precision.
+        mean, std: see `EvalTransform`.
 
     Returns:
         {"knn_top1", "knn_top5"} in percent, for k = 20, and with linear_probe "linear_top1" (see
@@ -37,7 +39,7 @@ def evaluate_online(model, data, args):
         # the last batch is smaller, which would compile again
         with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
             images, loader = open_subset(images, max_images, args.global_crops_size, args.batch_size_per_gpu,
-                                         args.num_workers, args.timeout_minutes)
+                                         args.num_workers, args.timeout_minutes, tuple(mean), tuple(std))
             x, labels, _, messages = extract_features(model, images, args.global_crops_size, args, args.device,
                                                       loader=loader)
         features += [x, labels]
@@ -52,15 +54,15 @@ def evaluate_online(model, data, args):
 
 
 @functools.lru_cache(maxsize=2)  # those of one run, whose workers are kept
-def open_subset(images, max_images, size, batch_size, num_workers, timeout_minutes):
+def open_subset(images, max_images, size, batch_size, num_workers, timeout_minutes, mean, std):
     """The images of `random_subset`, and a DataLoader of this rank's share."""
     images = random_subset(images, max_images)
     return images, build_eval_loader(images, size, batch_size, num_workers, get_rank(), get_world_size(),
-                                     timeout_minutes=timeout_minutes)
+                                     build_view(dict(mean=mean, std=std)), timeout_minutes)
 
 
 def pixel_features(images):
-    """Raw pixels as a baseline, averaged to 32 x 32: [B, 3, H, W] -> [B, 3*32*32]."""
+    """Raw pixels as a baseline, averaged to 32 x 32: [B, C, H, W] -> [B, C*32*32]."""
     return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
 
 

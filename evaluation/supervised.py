@@ -28,7 +28,7 @@ from common.cli import image_side
 from common.distributed import StopRequested, StopSignals, all_gather_objects, get_rank, get_world_size
 from common.logger import Logger
 from common.precision import autocast
-from common.weights import check_image_size, load_backbone, read_weights
+from common.weights import check_image_size, load_backbone, read_input, read_weights
 from data.datasets import DataError
 from data.loaders import build_train_loader, iter_batch_keys, iter_on_device
 from data.order import derive_seed
@@ -118,6 +118,7 @@ def load_classifier(path):
         network = Classifiers(extractor, len(info["classes"]))
         network.heads[0].load_state_dict({name: weights[f"classifier.{name}"] for name in ("weight", "bias")})
         check_image_size(backbone, info["image_size"])
+        info |= read_input(info, backbone.in_chans, path)
     except Exception as error:  # the description may hold anything
         raise CheckpointError(f"{path}: not a classifier for its backbone and classes: {error}") from None
     return network.eval(), info
@@ -181,7 +182,7 @@ def supervised_step(network, optimizer, scaler, images, labels, lr_factor=1.0, p
 
 # ---- all steps ----
 
-def train_classifiers(network, optimizer, images, fixed, evaluate, output, args):
+def train_classifiers(network, optimizer, images, fixed, evaluate, output, args, info):
     """Train Classifiers on random crops and flips with a cosine schedule, resuming from the newest checkpoint.
 
     Args:
@@ -191,6 +192,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
         evaluate: () -> {name: metric}, called every args.val_freq epochs with the network in eval mode.
         output: Path of the folder for checkpoint.pth and log.jsonl.
         args: flags of evaluate.py; image_size, the side of a crop in pixels, must be set.
+        info: "channels", "mean" and "std" of the images, see `read_input`.
 
     Returns:
         False if a signal stopped the run, which is then saved; the same call resumes it.
@@ -220,8 +222,9 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args)
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     mixup = build_mixup(network.heads[0].out_features, args.mixup, args.cutmix)
-    multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
-        args.image_size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0))
+    multicrop = (BatchMultiCrop if device.type == "cuda" and not info["channels"] else MultiCrop)(
+        args.image_size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0),
+        **{name: info[name] for name in ("channels", "mean", "std")})
     keys = iter_batch_keys(first_step, total_steps, len(images), args.seed, args.batch_size_per_gpu, rank=rank,
                            world_size=world_size, shuffle=run.fixed["shuffle"])
     loader = build_train_loader(images, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")

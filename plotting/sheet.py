@@ -212,23 +212,29 @@ def draw_features(images, tokens, width, model, patch=None):
 
 # ---- crops ----
 
-def draw_crops(name, multicrop, image, key, width):
+def draw_crops(name, multicrop, image, key, width, show=lambda image: image):
     """Contact sheet of the crops of one image, and of the image with their boxes.
 
     Args:
         multicrop: see `augment.MultiCrop`.
         key: seed of the crops.
+        show: tensor [C, H, W] in [0, 1] -> RGB image, if there are channels.
     """
-    views, font, tags = multicrop.sample(*image.size, key), load_font(width), []
+    crops, image, tags = multicrop(image, key), show(image), []
+    views, font = multicrop.sample(*image.size, key), load_font(width)
     across = choose_columns(len(views) - 2, width)
     boxes = ImageOps.contain(image, [cell_side(width, 3)] * 2, Image.Resampling.LANCZOS)
     draw, cells = ImageDraw.Draw(boxes), [(boxes, name)]
-    for i, (view, x) in enumerate(zip(views, multicrop(image, key))):
+    for i, (view, x) in enumerate(zip(views, crops)):
         color, label, columns = (GLOBAL, f"G{i + 1}", 3) if i < 2 else (LOCAL, f"L{i - 1}", across)
         side = cell_side(width, columns)
-        pixels = (x * multicrop.std + multicrop.mean).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+        pixels = (x * multicrop.std + multicrop.mean).clamp(0, 255)
+        if multicrop.channels:
+            crop = show(pixels / 255)
+        else:
+            crop = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
         resampling = Image.Resampling.NEAREST if side > 2 * view.size else Image.Resampling.LANCZOS
-        crop = Image.fromarray(pixels).resize([max(1, side - 2 * FRAME)] * 2, resampling)
+        crop = crop.resize([max(1, side - 2 * FRAME)] * 2, resampling)
         cells.append((ImageOps.expand(crop, FRAME, color), f"{label}: {', '.join(describe_view(view, image))}"))
         left, top, right, bottom = box = [edge * boxes.width / image.width for edge in view.box]
         draw.rectangle(box, outline=color, width=3 if i < 2 else 2)
@@ -251,7 +257,7 @@ def describe_view(view, image):
     left, top, right, bottom = view.box
     area = (right - left) * (bottom - top) / (image.width * image.height)
     used = {"flip": view.flip, "jitter": view.jitter, "gray": view.grayscale, f"blur {view.blur:.1f}": view.blur,
-            "solarize": view.solarize}
+            "solarize": view.solarize, "upside down": view.vertical_flip, f"rotated {90 * view.turns}°": view.turns}
     return [f"{area:.0%}", *(name for name, value in used.items() if value)]
 
 

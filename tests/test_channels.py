@@ -1,0 +1,159 @@
+"""Images of other channels than RGB, in every command: 5 channels of 16 bits, generated."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import export
+import infer
+import retrieve
+import segment
+import train
+import visualize
+from common.weights import load_backbone
+
+tifffile = pytest.importorskip("tifffile")
+TINY = ("--patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 "
+        "--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --batch_size_per_gpu 8 --num_workers 0 "
+        "--device cpu --blur_radius 0.1 1 --epochs 2 --warmup_epochs 0 --knn_every 1").split()
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """Two classes of 5-channel images of 16 bits, whose difference is in the lowest 8 bits of channel 4 alone."""
+    root, rng = tmp_path_factory.mktemp("cells"), np.random.RandomState(0)
+    for part, count in (("train", 12), ("val", 5)):
+        for label in range(2):
+            (root / part / "ab"[label]).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 60_000, (5, 40, 48)).astype("uint16")
+                pixels[4] = 32_768 + 200 * label + rng.randint(0, 20, (40, 48))
+                options = (dict(photometric="minisblack"), dict(planarconfig="separate", photometric="minisblack"),
+                           dict(planarconfig="contig", photometric="minisblack"))[i % 3]  # pages, planar, interleaved
+                values = pixels.transpose(1, 2, 0) if i % 3 == 2 else pixels
+                tifffile.imwrite(root / part / "ab"[label] / f"{i}.tif", values, **options)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(cells, tmp_path_factory):
+    """A run on them."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    flags = [*TINY, "--data_path", str(cells), "--channels", "5", "--rotate90", "--output_dir", str(output)]
+    train.main(train.parse_args(flags))
+    return output, flags
+
+
+def read_bands(path, info, size):
+    """All channels of a .tif in [0, 1], resized to (width, height) by Pillow in place of torch: [5, height, width]."""
+    pixels = tifffile.imread(path)
+    pixels = pixels if len(pixels) == 5 else pixels.transpose(2, 0, 1)
+    (low, high), scaled = info["value_range"], pixels.astype("float32")
+    return torch.from_numpy(np.stack([np.asarray(Image.fromarray((x - low) / (high - low)).resize(size, 3))
+                                      for x in scaled]))
+
+
+def read_view(path, info):
+    """The evaluation view of a .tif of 48 x 40 pixels at 32 x 32: shorter side 32 * 8/7, then the center."""
+    crop = read_bands(path, info, (44, 37))[:, 2:34, 6:38].clamp(0, 1)
+    return (crop - torch.tensor(info["mean"]).view(-1, 1, 1)) / torch.tensor(info["std"]).view(-1, 1, 1)
+
+
+def test_training_measures_and_stores_the_input(cells, trained, exit_message):
+    output, flags = trained
+    backbone, info = load_backbone(str(output / "teacher.safetensors"))
+    files = sorted((cells / "train").rglob("*.tif"))
+    pixels = np.stack([x if len(x) == 5 else x.transpose(2, 0, 1) for x in map(tifffile.imread, files)]) / 65535
+    assert backbone.in_chans == info["channels"] == 5 and info["value_range"] == [0, 65535]
+    np.testing.assert_allclose(info["mean"], pixels.mean(axis=(0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(info["std"], pixels.std(axis=(0, 2, 3)), atol=1e-6)
+    resolved = (output / "flags.txt").read_text()
+    assert "--channels 5" in resolved
+    assert f"--normalization {' '.join(map(str, info['mean'] + info['std']))}" in resolved
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert {"raw pixels", "untrained backbone", "epoch 0", "epoch 1"} <= {line.get("eval") for line in log}
+    line = exit_message(train.main, train.parse_args([*flags, "--normalization", *["0.5"] * 10]))
+    assert "was trained with normalization (0.45" in line
+
+
+def test_evaluation_and_export_read_the_same_pixels(cells, trained, tmp_path, capsys):
+    path = str(trained[0] / "teacher.safetensors")
+    backbone, info = load_backbone(path)
+    files = sorted((cells / "val").rglob("*.tif"))
+    with torch.no_grad():
+        expected, maps = backbone.forward_with_attention(torch.stack([read_view(file, info) for file in files]))
+    features = tmp_path / "features.safetensors"
+    run = ["--ckpt", path, "--data_path", str(cells), "--device", "cpu", "--num_workers", "0"]
+    evaluate.main(evaluate.parse_args(["knn", *run, "--nb_knn", "1", "--features", str(features)]))
+    np.testing.assert_allclose(load_file(features)["test_features"], expected, atol=1e-4)
+
+    onnx = str(tmp_path / "model.onnx")
+    export.main(export.parse_args(["--ckpt", path, "--output", onnx, "--images", str(cells / "val")]))
+    assert "at most" in capsys.readouterr().out  # verified against torch, on these images too
+    export.main(export.parse_args(["--check", onnx]))
+    session, metadata = infer.open_model(onnx)
+    assert metadata["channels"] == 5 and metadata["mean"] == info["mean"]
+    for file, feature, attention in zip(files, expected, maps):
+        found = infer.infer(session, metadata, infer.prepare(infer.read_channels(str(file), metadata), metadata))
+        np.testing.assert_allclose(found[0], feature, atol=1e-4)
+        np.testing.assert_allclose(found[1].reshape(2, -1), attention, atol=1e-5)
+    assert infer.main([onnx, *map(str, files), "--output", str(tmp_path / "maps")]) == 0
+    assert len(list((tmp_path / "maps").glob("*.attention.png"))) == len(files)
+
+
+def test_visualizations_show_the_chosen_channels(cells, trained, tmp_path, exit_message, capsys):
+    path, file = str(trained[0] / "teacher.safetensors"), str(cells / "val" / "a" / "0.tif")
+    out = ["--ckpt", path, "--device", "cpu", "--output_dir", str(tmp_path)]
+    seen = []
+    for channels in ("2", "4 2 0"):
+        flags = [file, *out, "--show_channels", *channels.split()]
+        visualize.main(visualize.parse_args(["attention", *flags, "--raw"]))
+        seen.append(np.asarray(Image.open(tmp_path / "0.tif.attention.png")))
+        visualize.main(visualize.parse_args(["features", *flags]))
+    assert seen[0].shape == seen[1].shape and (seen[0] != seen[1]).any()
+    backbone, info = load_backbone(path)
+    maps = np.load(tmp_path / "0.tif.npy")
+    with torch.no_grad():  # the shorter side is resized to 480/224 of that in training, in patches of 8
+        x = (read_bands(file, info, (88, 72)) - torch.tensor(info["mean"]).view(-1, 1, 1)) / torch.tensor(
+            info["std"]).view(-1, 1, 1)
+        expected = backbone.get_last_selfattention(x[None])[0, :, 0, 1:].view(2, 9, 11)
+    np.testing.assert_allclose(maps, expected, atol=1e-4)
+    visualize.main(visualize.parse_args(["crops", file, "--flags", str(trained[0] / "flags.txt"), "--output_dir",
+                                         str(tmp_path)]))
+    assert (tmp_path / "0.tif.crops.png").exists()
+    assert "--show_channels 5: the images have channels 0 to 4" in exit_message(
+        lambda: visualize.main(visualize.parse_args(["attention", file, *out, "--show_channels", "5"])))
+    with pytest.raises(SystemExit):
+        visualize.parse_args(["attention", file, "--show_channels", "1", "2"])
+    assert "expected one channel or three" in capsys.readouterr().err
+
+
+def test_classifiers_and_commands_that_take_rgb(cells, trained, tmp_path, exit_message):
+    path = str(trained[0] / "teacher.safetensors")
+    flags = ["--ckpt", path, "--device", "cpu", "--num_workers", "0", "--data_path", str(cells)]
+    evaluate.main(evaluate.parse_args(["finetune", *flags, "--epochs", "1", "--batch_size_per_gpu", "8", "--val_freq",
+                                       "0", "--output_dir", str(tmp_path)]))
+    classifier = str(tmp_path / "classifier.safetensors")
+    predictions, file = tmp_path / "predictions.csv", cells / "val" / "b" / "1.tif"
+    evaluate.main(evaluate.parse_args(["predict", str(file), "--ckpt", classifier, "--device", "cpu", "--num_workers",
+                                       "0", "--output", str(predictions)]))
+    row = predictions.read_text().splitlines()[1].split(",")
+    export.main(export.parse_args(["--ckpt", classifier]))
+    session, metadata = infer.open_model(str(tmp_path / "classifier.onnx"))
+    outputs = infer.run_model(session, metadata, infer.prepare(infer.read_channels(str(file), metadata), metadata))
+    probabilities = infer.softmax(outputs["logits"])
+    assert metadata["classes"][probabilities.argmax()] == row[1]
+    assert probabilities.max() == pytest.approx(float(row[2]), abs=1e-4)
+    for command, argv in ((retrieve, ["search", str(file), *flags]),
+                          (segment, ["masks", *flags[:-2], "--data_path", "shapes"]),
+                          (visualize, ["video", str(file.parent), str(tmp_path / "maps"), *flags[:4]])):
+        line = exit_message(command.main, command.parse_args(argv))
+        assert "takes images of 5 channels, here they are RGB" in line
+    line = exit_message(train.main, train.parse_args([*TINY, "--channels", "4", "--data_path", str(cells),
+                                                      "--output_dir", str(tmp_path / "four")]))
+    assert "expected 4 channels, first or last" in line
