@@ -94,12 +94,17 @@ def read_channels(path: str, metadata: dict) -> np.ndarray:
         values = tifffile.imread(path)
     else:
         with Image.open(path, formats=DECODERS) as image:
-            if image.format == "PNG" and image.mode[0] != "I" and "16" in str(image.tile[0][3]):
-                raise ValueError("Pillow reads 8 of its 16 bits: convert it to .npy or TIFF")
+            mode = image.tile[0][3] if image.format == "PNG" else None
+            if mode == "LA;16B":
+                raise ValueError("grayscale with alpha of 16 bits: convert it to TIFF or .npy")
             image = image.convert({"1": "L", "P": "RGB", "PA": "RGBA"}.get(image.mode, image.mode))
             with contextlib.suppress(Exception):  # broken EXIF raises nearly anything
                 image = ImageOps.exif_transpose(image)
             values = np.asarray(image)
+        if mode in ("RGB;16B", "RGBA;16B"):  # the upper 8 bits; read in the other byte order, it gives the lower
+            with Image.open(path, formats=DECODERS) as image:
+                image.tile = [(*image.tile[0][:3], mode.replace(";16B", ";16L"))]
+                values = 256 * values.astype(np.uint16) + np.asarray(image)
     shape, values = values.shape, np.squeeze(values) if values.ndim > 3 else values
     values = values[None] if values.ndim == 2 else values
     if values.ndim != 3 or channels not in values.shape[::2] or values.dtype.kind not in "buif":

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
-from torchvision.io import ImageReadMode, decode_image
 
 from common.files import check_file
 
@@ -195,7 +194,7 @@ def read_values(path, channels, content=None):
         values = read_bands(file)
     shape, values = values.shape, np.squeeze(values) if values.ndim > 3 else values
     values = values[None] if values.ndim == 2 else values
-    if values.ndim == 3 and channels not in values.shape[::2] or values.ndim != 3 or values.dtype.kind not in "buif":
+    if values.ndim != 3 or channels not in values.shape[::2] or values.dtype.kind not in "buif":
         raise ValueError(f"{values.dtype} values of shape {list(shape)}, expected {channels} channels, first or last")
     values = values if len(values) == channels else values.transpose(2, 0, 1)
     check_aspect(values.shape[:0:-1])
@@ -203,13 +202,17 @@ def read_values(path, channels, content=None):
 
 
 def read_bands(file):
-    """Array [H, W] or [H, W, bands] of an image file that Pillow opens; PNG of 16 bits by torchvision."""
+    """Array [H, W] or [H, W, bands] of an image file that Pillow opens."""
     with Image.open(file, formats=DECODERS) as image:
         check_aspect(image.size)
-        if image.format == "PNG" and image.mode[0] != "I" and "16" in str(image.tile[0][3]):  # Pillow keeps 8 bits
-            image.fp.seek(0)
-            encoded = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-            return decode_image(encoded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        mode = image.tile[0][3] if image.format == "PNG" else None
+        if mode == "LA;16B":
+            raise ValueError("grayscale with alpha of 16 bits: convert it to TIFF or .npy")
+        if mode in ("RGB;16B", "RGBA;16B"):
+            upper = np.asarray(image, np.uint16)  # of big-endian values; the other byte order gives the lower 8 bits
+            with Image.open(file, formats=DECODERS) as image:
+                image.tile = [(*image.tile[0][:3], mode.replace(";16B", ";16L"))]
+                return 256 * upper + np.asarray(image)
         image = image.convert({"1": "L", "P": "RGB", "PA": "RGBA"}.get(image.mode, image.mode))
         with contextlib.suppress(Exception):  # broken EXIF raises nearly anything
             image = ImageOps.exif_transpose(image)

@@ -12,7 +12,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 import augment
-from augment import BatchMultiCrop, EvalTransform, MultiCrop, View, render, sample_box, to_pixels
+from augment import BatchMultiCrop, EvalTransform, MultiCrop, View, render, render_channels, sample_box, to_pixels
 from data.images import read_image
 from data.shapes import Shapes
 
@@ -397,3 +397,82 @@ def test_equal_keys_give_equal_crops(scene):
     assert [list(x.shape) for x in a] == [[3, 64, 64]] * 2 + [[3, 32, 32]] * 3
     assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0])
     assert not torch.equal(multicrop(scene)[0], multicrop(scene)[0])
+
+
+# ---- any number of channels, and images without an up ----
+
+def test_channels_are_cropped_as_by_pillow_and_not_rounded(scene):
+    """Resize and blur of each channel are those of one in float; each has its own brightness and contrast."""
+    x = torch.stack([TF.to_tensor(scene.rotate(17 * i).convert("F").point(lambda v: v / 255))[0] for i in range(5)])
+    view = PLAIN._replace(flip=True)
+    found = render_channels(x[None], view)[0]
+    for band, plane in zip(found, x):
+        expected = Image.fromarray(plane.numpy()).crop(view.box).resize((32, 32), 3).transpose(0)
+        assert (band / 255 - TF.to_tensor(expected)[0].clamp(0, 1)).abs().max() < 1e-5
+    assert (found - found.round()).abs().mean() > 0.1
+    factors = 0.6, 0.8, 1.0, 1.2, 1.4
+    bright = render_channels(x[None], view._replace(jitter=(("brightness", factors),)))[0]
+    contrast = render_channels(x[None], view._replace(jitter=(("contrast", factors),)))[0]
+    for i, factor in enumerate(factors):
+        mean = found[i].mean()
+        assert torch.allclose(bright[i], (factor * found[i]).clamp(0, 255), atol=1e-3)
+        assert torch.allclose(contrast[i], ((found[i] - mean) * factor + mean).clamp(0, 255), atol=1e-3)
+    blurred = render_channels(x[None], view._replace(blur=1.5))[0]
+    expected = TF.gaussian_blur(found, 13, 1.5)
+    assert (blurred - expected)[..., 4:-4, 4:-4].abs().max() < 2.5 and (blurred - found).abs().max() > 10
+
+
+def test_multicrop_of_channels():
+    """Two values below 8 bits apart stay apart, and parameters depend on the key only."""
+    x = torch.full((5, 40, 50), 0.5)
+    x[4, :, 25:] += 1e-4
+    arguments = dict(global_size=32, local_size=16, local_number=2, channels=5, mean=(0.5,) * 5, std=(1e-4,) * 5)
+    crops = MultiCrop(**arguments, jitter=0, blur=(0, 0, 0), global_scale=(1, 1))(x, key=0)
+    assert [crop.shape[-1] for crop in crops] == [32, 32, 16, 16] and len(crops[0]) == 5
+    assert crops[0][4].max() - crops[0][4].min() == pytest.approx(1, abs=0.2) and crops[0][:4].abs().max() < 1e-2
+    multicrop = MultiCrop(**arguments)
+    assert all(map(torch.equal, multicrop(x, key=1), multicrop(x, key=1)))
+    views = [view for key in range(100) for view in multicrop.sample(50, 40, key)]
+    jitters = [dict(view.jitter) for view in views if view.jitter]
+    assert not any(view.grayscale or view.solarize for view in views) and 250 < len(jitters) < 370
+    assert all(jitter.keys() == {"brightness", "contrast"} for jitter in jitters)
+    factors = torch.tensor([jitter["brightness"] for jitter in jitters])
+    assert factors.shape[1] == 5 and factors.min() > 0.6 and factors.max() < 1.4
+    assert torch.corrcoef(factors.T).sub(torch.eye(5)).abs().max() < 0.25
+    for image, error in ((x[:3], ValueError), (x.byte(), TypeError), (Image.new("RGB", (9, 9)), TypeError)):
+        with pytest.raises(error, match="expected"):
+            multicrop(image)
+    with pytest.raises(ValueError, match="use MultiCrop"):
+        BatchMultiCrop(**arguments)
+
+
+def test_eval_transform_of_channels(scene):
+    """Three channels as a tensor of channels are those of RGB, but for rounding to 8 bits."""
+    image = TF.to_tensor(scene)
+    for size in (32, (61, 97), (24, 40)):
+        exact, rounded = EvalTransform(size, channels=3)(image), EvalTransform(size)(scene)
+        difference = 255 * 0.224 * (exact - rounded).abs()
+        assert difference.mean() < 0.5 and difference.max() < 4  # of 255; Pillow also clips between its two passes
+    assert not torch.equal(EvalTransform(32, channels=3)(image), EvalTransform(32)(image))
+
+
+def test_rotations_and_vertical_flips(scene):
+    """Each orientation equals Pillow's, is as frequent as the others, and leaves all other parameters as they were."""
+    plain = render_ours(scene, PLAIN)
+    for vertical, turns in itertools.product((False, True), range(4)):
+        found = render_ours(scene, PLAIN._replace(vertical_flip=vertical, turns=turns))
+        image = Image.fromarray(plain.byte().permute(1, 2, 0).numpy())
+        expected = TF.pil_to_tensor((ImageOps.flip(image) if vertical else image).rotate(90 * turns))
+        assert torch.equal(found, expected.float())
+    multicrop = MultiCrop(32, local_number=2, local_size=16, vertical_flip=0.5, rotate90=True)
+    views = [multicrop.sample(97, 61, key)[0] for key in range(800)]
+    counts = torch.zeros(2, 4)
+    for view in views:
+        counts[int(view.vertical_flip), view.turns] += 1
+    assert counts.min() > 65 and counts.max() < 140  # 100 +- 9
+    assert [view._replace(vertical_flip=False, turns=0) for view in views] == [
+        MultiCrop(32, local_number=2, local_size=16).sample(97, 61, key)[0] for key in range(800)]
+    together, each = crop_in_batch_and_one_by_one(multicrop, BatchMultiCrop(
+        32, local_number=2, local_size=16, vertical_flip=0.5, rotate90=True), [scene] * 16)
+    for a, b in zip(together, each):
+        assert (a - b).abs().mean() * 58 < 0.05

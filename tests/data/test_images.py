@@ -6,10 +6,19 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import infer
-from data.images import ImageReadError, find_value_range, read_image, wrap_decode_errors
+from data.folders import ImageFolder
+from data.images import (
+    ImageReadError,
+    find_common_range,
+    find_value_range,
+    read_image,
+    show_channels,
+    wrap_decode_errors,
+)
 from data.segmentation import read_mask
 
 RAMP = np.tile(np.arange(256), (64, 1))
@@ -150,3 +159,92 @@ def test_bytes_of_a_file_inside_of_another(scene, tmp_path):
             read_image("a.tar/a.jpg", content=content)
     with pytest.raises(ImageReadError, match="^x: two lines$"), wrap_decode_errors("x"):
         raise ValueError("two\n  lines ")
+
+
+# ---- any number of channels ----
+
+def write_png(path, values):
+    """A PNG of 16 bits, [H, W, C] with C of 1 to 4, which Pillow cannot write."""
+    height, width, bands = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(
+        ">I", zlib.crc32(kind + data)) for kind, data in chunks))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("dtype, full", [("uint8", 255), ("uint16", 65535), ("float32", 1), ("float64", 2.5)])
+def test_every_format_keeps_channels_and_depth(tmp_path, channels, dtype, full):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.RandomState(0).rand(channels, 21, 34) * full
+    values = values.astype(dtype)
+    expected, files = values.astype("float32") / full, []
+    for name, array in (("first.npy", values), ("last.npy", values.transpose(1, 2, 0)), ("flat.npy", values[0])):
+        if channels == 1 or array.ndim == 3:
+            np.save(tmp_path / name, array)
+            files.append(name)
+    if channels > 1 or dtype != "float64":  # of one channel Pillow reads the rest
+        for name, array, options in (("pages.tif", values, {}), ("planar.tiff", values, dict(planarconfig="separate")),
+                                     ("pixels.tif", values.transpose(1, 2, 0), dict(planarconfig="contig")),
+                                     ("volume.tif", values[:, None], dict(imagej=dtype != "float64"))):
+            array, options = (array, options) if channels > 1 else (np.squeeze(array), {})
+            tifffile.imwrite(tmp_path / name, array, photometric="minisblack", **options)
+            files.append(name)
+    if dtype == "uint16" and channels in (1, 3, 4):
+        write_png(tmp_path / "deep.png", values.transpose(1, 2, 0))
+        files.append("deep.png")
+    if dtype == "uint8" and channels < 5:
+        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
+        Image.fromarray(np.squeeze(values.transpose(1, 2, 0)), mode).save(tmp_path / "shallow.png")
+        files.append("shallow.png")
+    metadata = dict(channels=channels, value_range=[0, full])
+    for name in files:
+        x = read_image(tmp_path / name, value_range=(0, full), channels=channels)
+        assert x.shape == (channels, 21, 34) and x.dtype == torch.float32, name
+        np.testing.assert_allclose(x, expected, atol=2e-7, err_msg=name)
+        np.testing.assert_array_equal(infer.read_channels(str(tmp_path / name), metadata), x, err_msg=name)
+        half = read_image(tmp_path / name, lambda width, height: 2, value_range=(0, full), channels=channels)
+        np.testing.assert_allclose(half[:, :10], expected[:, :20].reshape(channels, 10, 2, 17, 2).mean(axis=(2, 4)),
+                                   atol=1e-6)
+    wrong = channels + 1
+    for name in files:
+        with pytest.raises(ImageReadError, match=f"{name}: .* expected {wrong} channels, first or last"):
+            read_image(tmp_path / name, channels=wrong)
+
+
+def test_png_of_16_bits_with_alpha_only_is_refused(tmp_path):
+    write_png(tmp_path / "a.png", np.zeros((4, 5, 2), "uint16"))
+    with pytest.raises(ImageReadError, match="convert it to TIFF"):
+        read_image(tmp_path / "a.png", channels=2)
+    with pytest.raises(ValueError, match="convert it to TIFF"):
+        infer.read_channels(str(tmp_path / "a.png"), dict(channels=2))
+
+
+def test_one_range_for_all_channels_and_missing_values(tmp_path):
+    values = np.zeros((5, 8, 8), "float32")
+    values[1], values[2, 0, :3] = 400, (np.nan, -3.4e38, np.inf)
+    values[3] = np.linspace(-100, 300, 64).reshape(8, 8)
+    np.save(tmp_path / "a.npy", values)
+    x = read_image(tmp_path / "a.npy", value_range=(-100, 300), channels=5)
+    assert x[0].unique() == 0.25 and x[1].unique() == 1 and x[2, 0, :4].tolist() == [0, 0, 1, 0.25]
+    np.testing.assert_allclose(x[3].flatten(), np.linspace(0, 1, 64), atol=1e-6)
+    found = find_common_range(["a.npy"], lambda name: None, lambda name: str(tmp_path / name), channels=5)
+    assert found == pytest.approx((-99, 400), abs=4)
+    assert ImageFolder(str(tmp_path), channels=5).value_range == found
+    (tmp_path / "b.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:500])
+    np.save(tmp_path / "c.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "d.npy", np.zeros((5, 2, 300), "uint8"))
+    for name, words in (("b", "b.npy: "), ("c", "Python objects"), ("d", "more than 100 times")):
+        with pytest.raises(ImageReadError, match=words):
+            read_image(tmp_path / f"{name}.npy", channels=5)
+
+
+def test_channels_are_shown_as_gray_or_color():
+    x = torch.linspace(0.2, 0.6, 4 * 20 * 30).view(4, 20, 30)
+    gray, color = np.asarray(show_channels(x, [3])), np.asarray(show_channels(x, [2, 0, 3]))
+    assert (gray == gray[..., :1]).all() and gray.min() == 0 and gray.max() == 255
+    assert (color[..., 2] == gray[..., 0]).all() and np.array_equal(show_channels(x), show_channels(x, [0, 1, 2]))
+    assert np.array_equal(show_channels(x[:2]), show_channels(x, [0]))
+    image = Image.new("RGB", (3, 3))
+    assert show_channels(image) is image
