@@ -80,7 +80,11 @@ def read_metadata(texts: dict[str, str]) -> dict:
     for key, pattern in SCHEMA.items():
         if not re.fullmatch(pattern, text := texts.get(key, "null")):
             raise ValueError(f"its metadata has {key} {text:.80}")
-    return {key: json.loads(text) for key, text in texts.items()}
+    metadata = {key: json.loads(text) for key, text in texts.items()}
+    for key in ("mean", "std"):
+        if metadata.get(key) and len(metadata[key]) != (metadata.get("channels") or 3):
+            raise ValueError(f"its metadata has {key} {texts[key]:.80}")
+    return metadata
 
 
 def read_channels(path: str, metadata: dict) -> np.ndarray:

@@ -61,7 +61,8 @@ def measure_cost(student, teacher, load, num_images, args, device, available=mat
     parameters, frozen = (sum(p.numel() for p in network.parameters()) for network in (student, teacher))
     is_on_host = device.type == "cpu"
     batches = 2 + 2 * args.num_workers * is_on_host  # of crops: in the step, and waiting in shared memory
-    crops, logits = 12 * sum(size**2 for size in sizes), 4 * (2 + len(sizes)) * args.out_dim
+    crops = 4 * student.backbone.in_chans * sum(size**2 for size in sizes)
+    logits = 4 * (2 + len(sizes)) * args.out_dim
     allowance = 1.15  # temporary tensors and the allocator's, measured
     seconds, loading = 3 * forward_seconds, time_loading(load, num_images) / max(1, args.num_workers)
     workers = 10**8 * args.num_workers * is_on_host

@@ -62,7 +62,8 @@ def open_onnx_attention(args, rgb_only):
         try:
             maps = infer.infer(session, about, view)[1]
         except Exception as error:
-            raise CheckpointError(f"{args.ckpt}: cannot run on {np.shape(view)} pixels: {error}") from None
+            width, height = view.shape[:0:-1] if isinstance(view, np.ndarray) else view.size
+            raise CheckpointError(f"{args.ckpt}: cannot run on {width} x {height} pixels: {error}") from None
         view = torch.from_numpy(view) if isinstance(view, np.ndarray) else view
         return view if size else image, maps.reshape(-1, *maps.shape[-2:]).astype(np.float32)
     origin = dict(ckpt=args.ckpt, untrained=False, value_range=about.get("value_range"))

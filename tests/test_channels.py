@@ -1,6 +1,7 @@
 """Images of other channels than RGB, in every command: 5 channels of 16 bits, generated."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_visualizations_show_the_chosen_channels(cells, trained, tmp_path, exit_
     assert "expected one channel or three" in capsys.readouterr().err
 
 
-def test_classifiers_and_commands_that_take_rgb(cells, trained, tmp_path, exit_message):
+def test_classifiers_and_commands_that_take_rgb(cells, trained, tmp_path, exit_message, monkeypatch):
     path = str(trained[0] / "teacher.safetensors")
     flags = ["--ckpt", path, "--device", "cpu", "--num_workers", "0", "--data_path", str(cells)]
     evaluate.main(evaluate.parse_args(["finetune", *flags, "--epochs", "1", "--batch_size_per_gpu", "8", "--val_freq",
@@ -157,3 +158,50 @@ def test_classifiers_and_commands_that_take_rgb(cells, trained, tmp_path, exit_m
     line = exit_message(train.main, train.parse_args([*TINY, "--channels", "4", "--data_path", str(cells),
                                                       "--output_dir", str(tmp_path / "four")]))
     assert "expected 4 channels, first or last" in line
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    assert "pip install tifffile" in exit_message(train.main, train.parse_args([*trained[1], "--resume", "none"]))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--channels 5 --arch resnet18", "--channels 5 is for vit_tiny"),
+    ("--channels 5 --views device", "--views device is for RGB, set --views cpu"),
+    ("--channels 5 --normalization imagenet", "expected measure, or 5 means and 5 positive standard deviations"),
+    ("--channels 1 --normalization 0.5 0", "expected measure, or 1 means"),
+    ("--normalization 0.5 0.5 measure 1 1 1", "expected measure, or 3 means")])
+def test_flags_that_do_not_fit(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(flags.split())
+    assert words in capsys.readouterr().err
+
+
+def test_measured_statistics_of_rgb_reach_every_view(tmp_path):
+    """RGB with --normalization measure: crops, evaluation and export normalize by the values of the data."""
+    rng = np.random.RandomState(0)
+    for i in range(20):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = rng.randint(0, (60, 120, 240), (32, 32, 3)).astype("uint8")
+        Image.fromarray(pixels).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    train.main(train.parse_args([*TINY, "--normalization", "measure", "--data_path", str(tmp_path / "data"),
+                                 "--output_dir", str(tmp_path / "run"), "--vertical_flip"]))
+    path = str(tmp_path / "run" / "teacher.safetensors")
+    backbone, info = load_backbone(path)
+    files = sorted((tmp_path / "data").rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) / 255 for file in files])
+    np.testing.assert_allclose(info["mean"], pixels.mean(axis=(0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(info["std"], pixels.std(axis=(0, 1, 2)), atol=1e-6)
+    x = torch.from_numpy((pixels[:1] - info["mean"]) / info["std"]).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        expected, maps = backbone.forward_with_attention(x)
+    flags = ["--ckpt", path, "--device", "cpu"]
+    features = tmp_path / "features.safetensors"
+    evaluate.main(evaluate.parse_args(["knn", *flags, "--num_workers", "0", "--data_path", str(tmp_path / "data"),
+                                       "--nb_knn", "1", "--features", str(features)]))
+    np.testing.assert_allclose(load_file(features)["test_features"][:1], expected, atol=1e-4)
+    visualize.main(visualize.parse_args(["attention", *flags, str(files[0]), "--image_size", "32", "--raw",
+                                         "--output_dir", str(tmp_path)]))
+    np.testing.assert_allclose(np.load(tmp_path / f"{files[0].name}.npy").reshape(2, -1), maps[0], atol=1e-5)
+    export.main(export.parse_args(["--ckpt", path, "--normalize", "nhwc"]))
+    session, metadata = infer.open_model(str(tmp_path / "run" / "teacher.onnx"))
+    assert metadata["channels"] is None
+    found = infer.infer(session, metadata, infer.prepare(Image.open(files[0]), metadata))[0]
+    np.testing.assert_allclose(found, expected[0], atol=1e-4)

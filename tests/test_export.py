@@ -94,7 +94,8 @@ def test_four_channels(tmp_path):
     vit = dict(img_size=32, patch_size=8, in_chans=4, embed_dim=64, depth=1, num_heads=2)
     save_model(tmp_path / "four.safetensors", VisionTransformer(**vit).state_dict(), dict(backbone=vit))
     values = metadata(make(tmp_path / "four.safetensors"))
-    assert values["mean"] is None and values["input"] == "as trained"
+    assert values["mean"] == values["std"] == [0.5] * 4 and values["channels"] == 4
+    assert values["input"] == "value_range in [0, 1] less mean over std"
 
 
 def change_before_building(monkeypatch, change):
@@ -529,6 +530,7 @@ def test_metadata_of_strangers_is_checked(saved, scene, monkeypatch, capfd):
              "batch_size": [0, "1", [1]], "mean": [1, [1, 2], [0, 0, "x"], [0, 0, float("nan")], [0, 0, 10**400]],
              "std": [[1, 1, 0], [1, 1, -1], {}], "layout": [None, "chw", []], "outputs": [None, [], {}, {"cls": ""}, 7],
              "precision": ["int8", None], "heads": ["one", 3], "last_layers": [-1, 1.5], "checkpoint": [7, None],
+             "channels": [0, "3", [3]],
              "trained_size": [None, "224"], "classes": ["cat", [1]]}
     for key, values in wrong.items():
         for value in values:

@@ -152,7 +152,10 @@ def test_errors_of_onnx_files(model, photos, exit_message):
     save_model(photos / "gray.safetensors", {f"backbone.{k}": v for k, v in VisionTransformer(**sizes).state_dict(
         ).items()}, dict(backbone=sizes))
     export.main(export.parse_args(["--ckpt", str(photos / "gray.safetensors")]))
-    assert "not RGB" in exit_message(run, "attention", image, "--ckpt", photos / "gray.onnx")
+    assert "expected 1 channels" in exit_message(run, "attention", image, "--ckpt", photos / "gray.onnx")
+    Image.open(image).convert("L").save(photos / "gray.png")
+    run("attention", photos / "gray.png", "--ckpt", photos / "gray.onnx", "--output_dir", photos)
+    assert (photos / "gray.png.attention.png").exists()
     (photos / "text.onnx").write_text("not a model")
     assert "text.onnx: not a file of export.py" in exit_message(run, "attention", image, "--ckpt", photos / "text.onnx")
 
@@ -256,7 +259,7 @@ def test_the_color_scale_of_a_video_falls_slowly(model, tmp_path, monkeypatch):
     def extract_attention(image):
         value = next(bright)
         return frame, np.array([[[0.0, 9.0]], [[0.0, value]]], np.float32)
-    monkeypatch.setattr(attention, "open_attention", lambda args: (extract_attention, origin))
+    monkeypatch.setattr(attention, "open_attention", lambda args, rgb_only: (extract_attention, origin))
     for layout in ("side", "overlay"):
         bright = iter([0.8, 0.2, 0.77])
         run("video", tmp_path / "in", tmp_path / layout, "--head", 2, "--layout", layout)
