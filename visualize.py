@@ -182,15 +182,15 @@ def visualize_features(args, errors):
         if args.point and not images and errors:
             raise DataError(f"--point lies in the first image, which cannot be read: {errors[0]}")
         x = loaders.normalize(loaders.resize_to_patches(image, shorter_side, p), info["mean"], info["std"])
-        x, image = x[None].to(args.device), shown
+        x = x[None].to(args.device)
         tokens.append(model.get_intermediate_layers(x)[0][0, 1:].unflatten(0, (x.shape[2] // p, -1)).cpu())  # [h, w, D]
-        noted = noted or attention.note_coarse_map(name, image, tokens[-1].shape, p)
+        noted = noted or attention.note_coarse_map(name, shown, tokens[-1].shape, p)
         if args.point and not images:
             (column, row), (h, w) = args.point, tokens[0].shape[:2]
-            if column >= image.width or row >= image.height:
-                raise DataError(f"--point {column} {row}: the first image has {image.width} x {image.height} pixels")
-            patch = row * h // image.height, column * w // image.width
-        images.append((sheet.resize_to_width(image, args.width // 2), name))
+            if column >= shown.width or row >= shown.height:
+                raise DataError(f"--point {column} {row}: the first image has {shown.width} x {shown.height} pixels")
+            patch = row * h // shown.height, column * w // shown.width
+        images.append((sheet.resize_to_width(shown, args.width // 2), name))
     if images:
         model = sheet.describe_model(origin, info, p)
         sheet.draw_features(images, tokens, args.width, model, patch).save(path)

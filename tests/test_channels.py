@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import segment
 import train
 import visualize
 from common.weights import load_backbone
+from data.datasets import open_data
+from data.loaders import measure_normalization
 
 tifffile = pytest.importorskip("tifffile")
 TINY = ("--patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 "
@@ -160,6 +163,27 @@ def test_classifiers_and_commands_that_take_rgb(cells, trained, tmp_path, exit_m
     assert "expected 4 channels, first or last" in line
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert "pip install tifffile" in exit_message(train.main, train.parse_args([*trained[1], "--resume", "none"]))
+
+
+def test_embedding_of_channels(cells, trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    visualize.main(visualize.parse_args(["embedding", "--ckpt", str(trained[0] / "teacher.safetensors"), "--data_path",
+                                         str(cells), "--device", "cpu", "--num_workers", "0", "--output_dir",
+                                         str(tmp_path), "--show_channels", "4"]))
+    pixels = np.asarray(Image.open(tmp_path / "teacher.embedding.thumbnails.png").convert("RGB"))
+    assert pixels.std() > 5
+
+
+def test_shards_of_channels_are_those_of_a_folder(cells, tmp_path):
+    with tarfile.open(tmp_path / "cells.tar", "w") as tar:
+        for file in sorted((cells / "train").rglob("*.tif")):
+            tar.add(file, file.relative_to(cells / "train"))
+    folder, shard = (open_data(str(path), cache_dir=str(tmp_path), channels=5).train
+                     for path in (cells / "train", tmp_path / "cells.tar"))
+    assert folder.value_range == shard.value_range == (0, 65535) and len(folder) == len(shard) == 24
+    for i in range(24):
+        assert torch.equal(folder[i][0], shard[i][0]) and folder[i][1] == shard[i][1]
+    assert measure_normalization(shard) == measure_normalization(folder)
 
 
 @pytest.mark.parametrize("flags, words", [
