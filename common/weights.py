@@ -7,6 +7,7 @@ The metadata holds the arguments of the backbone, image size, normalization and 
 needs flags for them. Loading unpickles nothing but tensors and plain values.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -138,10 +139,11 @@ def read_input(info, in_chans, path):
     found = dict(channels=None if is_rgb else in_chans, mean=IMAGENET_MEAN if is_rgb else [0.5] * in_chans,
                  std=IMAGENET_STD if is_rgb else [0.5] * in_chans)
     found |= {name: info[name] for name in found if info.get(name)}
-    for name in ("mean", "std"):
-        if len(found[name]) != in_chans or not all(math.isfinite(x) and (x > 0 or name == "mean") for x in found[name]):
-            raise CheckpointError(f"{path}: its {name} {str(found[name])[:100]} is not that of {in_chans} channels")
-    return found
+    with contextlib.suppress(TypeError):  # a file may hold anything
+        is_finite = all(map(math.isfinite, [*found["mean"], *found["std"]])) and min(found["std"]) > 0
+        if is_finite and found["channels"] in (None, in_chans) and len(found["mean"]) == len(found["std"]) == in_chans:
+            return found
+    raise CheckpointError(f"{path}: is not described as a model of {in_chans} channels: {str(found)[:200]}")
 
 
 def build_untrained(info):

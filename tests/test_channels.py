@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,9 +18,10 @@ import retrieve
 import segment
 import train
 import visualize
-from common.weights import load_backbone
+from common.weights import load_backbone, save_model
 from data.datasets import open_data
 from data.loaders import measure_normalization
+from vit import VisionTransformer
 
 tifffile = pytest.importorskip("tifffile")
 TINY = ("--patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 "
@@ -229,3 +231,22 @@ def test_measured_statistics_of_rgb_reach_every_view(tmp_path):
     assert metadata["channels"] is None
     found = infer.infer(session, metadata, infer.prepare(Image.open(files[0]), metadata))[0]
     np.testing.assert_allclose(found, expected[0], atol=1e-4)
+    # search compares cosine similarities of the same features
+    retrieve.main(retrieve.parse_args(["search", str(files[0]), *flags, "--num_workers", "0", "--data_path",
+                                       str(tmp_path / "data"), "--output_dir", str(tmp_path / "search")]))
+    index, = (tmp_path / "search").glob("*.safetensors")
+    similarity = F.cosine_similarity(load_file(index)["features"][:1].float(), expected)
+    assert similarity > 0.99999
+
+
+def test_wrong_descriptions_are_one_line(cells, tmp_path, exit_message):
+    vit = dict(img_size=16, patch_size=8, in_chans=5, embed_dim=16, depth=1, num_heads=2)
+    weights = {f"backbone.{name}": x for name, x in VisionTransformer(**vit).state_dict().items()}
+    good, path = dict(backbone=vit, channels=5, mean=[0.5] * 5, std=[0.5] * 5), str(tmp_path / "a.safetensors")
+    flags = ["knn", "--ckpt", path, "--data_path", str(cells), "--device", "cpu", "--num_workers", "0"]
+    for wrong in (dict(channels=4), dict(channels="5"), dict(mean=[0.5] * 3), dict(std=[0, 1, 1, 1, 1]), dict(mean=7),
+                  dict(mean=["a"] * 5), dict(std=[float("nan")] * 5)):
+        save_model(path, weights, good | wrong)
+        assert "is not described as a model of 5 channels" in exit_message(evaluate.main, evaluate.parse_args(flags))
+    save_model(path, weights, dict(backbone=vit))  # of another library: values in [-1, 1]
+    evaluate.main(evaluate.parse_args(flags))
