@@ -200,15 +200,19 @@ def test_flags_that_do_not_fit(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_measured_statistics_of_rgb_reach_every_view(tmp_path):
+def test_measured_statistics_of_rgb_reach_every_view(tmp_path, monkeypatch):
     """RGB with --normalization measure: crops, evaluation and export normalize by the values of the data."""
     rng = np.random.RandomState(0)
     for i in range(20):
         (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         pixels = rng.randint(0, (60, 120, 240), (32, 32, 3)).astype("uint8")
         Image.fromarray(pixels).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    train_step, crops = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *args, **more: (
+        crops.append(args[5][0][0]) or train_step(*args, **more)))
     train.main(train.parse_args([*TINY, "--normalization", "measure", "--data_path", str(tmp_path / "data"),
                                  "--output_dir", str(tmp_path / "run"), "--vertical_flip"]))
+    assert torch.cat(crops).mean(dim=(0, 2, 3)).abs().max() < 0.6  # with those of ImageNet -1.6 for red
     path = str(tmp_path / "run" / "teacher.safetensors")
     backbone, info = load_backbone(path)
     files = sorted((tmp_path / "data").rglob("*.png"))
