@@ -134,8 +134,10 @@ def parse_args(argv=None):
     add(run, "--save_every_steps", 0, "steps between checkpoints within an epoch, 0 for none", nonnegative_int)
     add(run, "--keep", 2, "recent checkpoints to keep", positive_int)
     add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, which are kept, 0 for none", nonnegative_int)
-    add(run, "--knn_every", 10, "epochs between k-NN evaluations if there are labels, 0 for none", nonnegative_int)
-    add(run, "--knn_images", 20000, "at most so many train images for k-NN, a fifth for validation", positive_int)
+    add(run, "--knn_every", 10, "epochs between evaluations: RankMe and, if there are labels, k-NN; 0 for none",
+        nonnegative_int)
+    add(run, "--knn_images", 20000, "at most so many train images for k-NN, a fifth for validation and RankMe",
+        positive_int)
     add_switch(run, "--linear_probe", "evaluate linear classifiers on the k-NN features too")
     add(run, "--compile", "auto", "torch.compile the blocks: slow first steps, then faster; auto: vit_* on CUDA",
         auto_or(boolean), nargs="?", const=True)
@@ -367,18 +369,20 @@ def save_models(run):
 # ---- evaluation during training ----
 
 def evaluate_and_log(name, model, data, args, run):
-    """k-NN (and linear) accuracy of a model's features on the validation images; keeps the best teacher."""
-    knn, teacher = run.progress["knn"], run.objects["teacher"]
-    best = max((top1 for other, (top1, _) in knn.items() if other.startswith("epoch")), default=-1.0)
+    """k-NN (and linear) accuracy of a model's features if there are labels, and RankMe; keeps the best teacher."""
+    knn, teacher, has_labels = run.progress["knn"], run.objects["teacher"], data.val is not None
+    best = max((top1 for other, (top1, _) in knn.items() if has_labels and other.startswith("epoch")), default=-1.0)
     broadcast_buffers(teacher.eval())
     metrics, corrupt = evaluate_online(model, data, args, run.extra["info"]["mean"], run.extra["info"]["std"])
     teacher.train()
-    knn[name] = metrics["knn_top1"], metrics["knn_top5"]
+    knn[name] = metrics.get("knn_top1"), metrics.get("knn_top5")  # None without labels
     run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
     run.logger.log({"eval": name} | metrics)
-    run.logger.print("k-NN of {}: top-1 {:.1f}%, top-5 {:.1f}%".format(name, *knn[name])
-                     + (f", linear top-1 {metrics['linear_top1']:.1f}%" if "linear_top1" in metrics else ""))
-    if distributed.is_rank_zero() and name.startswith("epoch") and knn[name][0] > best:
+    fields = {"knn_top1": "top-1 {:.1f}%", "knn_top5": "top-5 {:.1f}%", "linear_top1": "linear top-1 {:.1f}%",
+              "rankme": f"rank {{:.1f}} of {teacher.backbone.embed_dim}"}
+    run.logger.print(f"{'k-NN' if has_labels else 'features'} of {name}: "
+                     + ", ".join(fields[key].format(value) for key, value in metrics.items()))
+    if distributed.is_rank_zero() and has_labels and name.startswith("epoch") and knn[name][0] > best:
         save_model(run.path.with_name("teacher_best.safetensors"), teacher.state_dict(),
                    run.extra["info"] | {"network": "teacher"})
 
@@ -392,13 +396,13 @@ def finish_epoch(step, steps_per_epoch, data, args, run):
     is_due = step and args.saveckp_freq and epoch % args.saveckp_freq == 0 and not numbered.exists()
     if distributed.is_rank_zero() and is_due:
         atomic_write(numbered, lambda temporary: shutil.copyfile(run.path, temporary))
-    if not args.knn_every or data.val is None:
+    if not args.knn_every:
         return
     backbone, name = run.objects["teacher"].backbone, f"epoch {epoch - 1}"
     if step == 0:
         start = "initial backbone" if args.init else "untrained backbone"
         for name, model in (("raw pixels", pixel_features), (start, backbone)):
-            if name not in run.progress["knn"]:
+            if name not in run.progress["knn"] and (model is backbone or data.val is not None):
                 evaluate_and_log(name, model, data, args, run)
     elif (epoch % args.knn_every == 0 or epoch == args.epochs) and name not in run.progress["knn"]:
         evaluate_and_log(name, backbone, data, args, run)
@@ -691,7 +695,7 @@ def print_results(run, data, total_steps, args):
     data_path = f" --data_path {shlex.join(paths)}" * (not paths[0].startswith("shapes"))
     image = str(data.train.name(0)) if hasattr(data.train, "name") else ""
     image = quote(image) if os.path.isfile(image) else "shapes"
-    if knn and args.knn_every:
+    if knn and args.knn_every and data.val is not None:
         names = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
         log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
         if better := [name for name in list(names)[:-1] if knn[name][0] >= knn[list(knn)[-1]][0]]:

@@ -1,4 +1,4 @@
-"""Evaluation during training: k-NN and linear accuracy of the teacher, and detection of collapse.
+"""Evaluation during training: k-NN and linear accuracy and RankMe of the teacher, and detection of collapse.
 
     scores, corrupt = evaluate_online(teacher.backbone, data, args)         # {"knn_top1": ..., ...}
     warning = detect_collapse(stats, out_dim, previous)                     # a sentence, or None
@@ -17,25 +17,30 @@ from data.loaders import build_eval_loader, build_view, random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
 from evaluation.linear import linear_probe_accuracy
+from evaluation.rankme import effective_rank
 
 
 def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Accuracy of a model's features on the held-out labeled images, and messages on corrupt images.
+    """Scores of a model's features on held-out images, and messages on corrupt images.
 
     Args:
         model: images [B, C, H, W] -> features [B, D], in eval mode.
-        data: see `open_data`.
+        data: see `open_data`. Without labels nothing is held out, and RankMe is that of training images.
         args: global_crops_size, the side of the center crop; knn_images, at most so many train images and a fifth as
-            many test images; linear_probe, whether to train linear classifiers on the same features;
+            many held-out images; linear_probe, whether to train linear classifiers on the same features;
             batch_size_per_gpu, num_workers, timeout_minutes, device, precision.
         mean, std: see `EvalTransform`.
 
     Returns:
         {"knn_top1", "knn_top5"} in percent, for k = 20, and with linear_probe "linear_top1" (see
-        `linear_probe_accuracy`); list of messages.
+        `linear_probe_accuracy`), if there are labels; but for raw pixels "rankme" (see `effective_rank`); list of
+        messages.
     """
-    features, corrupt = [], []
-    for images, max_images in ((data.train_labeled, args.knn_images), (data.val, max(1, args.knn_images // 5))):
+    parts = [(data.train if data.val is None else data.val, max(1, args.knn_images // 5))]
+    if data.val is not None:
+        parts.insert(0, (data.train_labeled, args.knn_images))
+    features, corrupt, scores = [], [], {}
+    for images, max_images in parts:
         # the last batch is smaller, which would compile again
         with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
             images, loader = open_subset(images, max_images, args.global_crops_size, args.batch_size_per_gpu,
@@ -44,12 +49,15 @@ def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
                                                       loader=loader)
         features += [x, labels]
         corrupt += messages
-    (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
-    scores = dict(knn_top1=top1, knn_top5=top5)
-    # not on pixels, which are thousands of features and take minutes; nor on one image, of which none can be held out
-    if args.linear_probe and model is not pixel_features and len(features[0]) > 1:
+    if data.val is not None:
+        (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
+        scores |= dict(knn_top1=top1, knn_top5=top5)
+    if model is pixel_features:  # thousands of features: a linear probe and their singular values take minutes
+        return scores, corrupt
+    if data.val is not None and args.linear_probe and len(features[0]) > 1:  # of one image, none can be held out
         epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
         scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
+    scores["rankme"] = effective_rank(x)
     return scores, corrupt
 
 

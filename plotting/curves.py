@@ -24,13 +24,15 @@ PANELS = {  # (title, unit) -> {log key: label}; lines are solid, dashed and dot
                                   "ln_k": "ln K"},
     ("KL(teacher || student)", "nats"): {"kl": None},
     ("top-1 accuracy of frozen features", "%"): {"knn_top1": "k-NN", "linear_top1": "linear"},
+    ("effective rank of features (RankMe)", "dimensions"): {"rankme": None},
     ("learning rate", ""): {"lr": None},
     ("weight decay", ""): {"wd": None},
     ("teacher momentum", ""): {"momentum": None},
     ("throughput", "images per second"): {"images_per_sec": None},
     ("waiting for data", "% of the step time"): {"data_percent": None},
 }
-BASELINES = {"untrained backbone": ("-.", "k-NN, untrained"), "raw pixels": (":", "k-NN, raw pixels")}
+BASELINES = {"untrained backbone": ("-.", "untrained"), "initial backbone": ("-.", "initial"),
+             "raw pixels": (":", "raw pixels")}
 AXES = {"step": "step", "images": "images seen", "seconds": "training time without evaluation (s)"}
 
 
@@ -38,7 +40,7 @@ def read_log(path):
     """Read the log of a run: {log key: {step: value}}.
 
     Lines cut off while the run writes, and values that are not finite, are skipped. "images", "seconds" and
-    "data_percent" are computed; keys of BASELINES hold a k-NN accuracy at step 0.
+    "data_percent" are computed; keys of BASELINES hold a k-NN accuracy at step 0, with ", rankme" a rank.
 
     Raises:
         OSError: there is no log, or no training step in it.
@@ -56,7 +58,8 @@ def read_log(path):
                 record |= dict(step=step, seconds=seconds, data_percent=100 * data_time / step_time,
                                images=step * step_time * record["images_per_sec"])
             elif record["eval"] in BASELINES:
-                record = {record["eval"]: record["knn_top1"]}
+                name = record["eval"]
+                record = {name: record.get("knn_top1"), f"{name}, rankme": record.get("rankme")}
         except (ValueError, KeyError, TypeError):
             continue
         for key, value in record.items():
@@ -80,12 +83,13 @@ def group_seeds(runs):
 def format_table(runs):
     """{name: run} -> the last values of each run, then mean and spread of each group of seeds, best first."""
     width = max(map(len, runs))
-    lines = [" " * width + "   steps    loss    ln K entropy      KL  k-NN last      best untrained"]
+    lines = [" " * width + "   steps    loss    ln K entropy      KL  k-NN last      best  at start"]
     last = {name: {key: list(curve.values())[-1] for key, curve in run.items()} for name, run in runs.items()}
     for name, values in last.items():
         values["best"] = max(runs[name].get("knn_top1", {}).values(), default=None)
+        values["start"] = values.get("untrained backbone", values.get("initial backbone"))
         losses = [format_number(values.get(key), 7, 3) for key in ("loss", "ln_k", "teacher_entropy", "kl")]
-        accuracies = [format_number(values.get(key), 9, 1) for key in ("knn_top1", "best", "untrained backbone")]
+        accuracies = [format_number(values.get(key), 9, 1) for key in ("knn_top1", "best", "start")]
         lines.append(" ".join([f"{name:{width}} {max(runs[name]['loss']):7d}", *losses, "", *accuracies]))
     for key, kind in (("knn_top1", "k-NN"), ("linear_top1", "linear")):
         seeds = {name: [values[key] for values in group if key in values] for name, group in group_seeds(last).items()}
@@ -131,7 +135,8 @@ def format_time_to_accuracy(runs, top1):
 def find_crossing(run, top1):
     """(images, seconds) when a run first has a k-NN accuracy, interpolated between evaluations; None if never."""
     at = {0: (0.0, 0.0)} | {step: (images, run["seconds"][step]) for step, images in run["images"].items()}
-    evaluations = [*run.get("untrained backbone", {0: math.nan}).items(), *run.get("knn_top1", {}).items()]
+    start = run.get("untrained backbone") or run.get("initial backbone") or {0: math.nan}
+    evaluations = [*start.items(), *run.get("knn_top1", {}).items()]
     for (before, low), (after, high) in zip(evaluations, evaluations[1:]):
         if high >= top1 and {before, after} <= at.keys():
             share = (top1 - low) / (high - low) if low < top1 else 0.0 if low >= top1 else 1.0  # 1: low is NaN
@@ -204,12 +209,13 @@ def draw_group(axes, group, keys, against, style):
             points.append((statistics.mean(x), statistics.mean(values), statistics.stdev(values) if len(x) > 1 else 0))
         if points:
             x, mean, spread = zip(*points)
-            marker = "." if key.endswith("top1") or len(points) == 1 else ""
+            marker = "." if key.endswith(("top1", "rankme")) or len(points) == 1 else ""
             axes.plot(x, mean, dashes, marker=marker, label=label, **style)
             if any(spread):
                 low, high = ([m + sign * s for m, s in zip(mean, spread)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-    for baseline, (dashes, label) in BASELINES.items() if "knn_top1" in keys else ():
-        values = [value for run in group for value in run.get(baseline, {}).values()]
-        if values:
-            axes.axhline(statistics.mean(values), linestyle=dashes, label=label, **style)
+    for name, (dashes, what) in BASELINES.items():
+        for key, curve, label in (("knn_top1", name, f"k-NN, {what}"), ("rankme", f"{name}, rankme", what)):
+            values = [value for run in group for value in run.get(curve, {}).values()] if key in keys else ()
+            if values:
+                axes.axhline(statistics.mean(values), linestyle=dashes, label=label, **style)

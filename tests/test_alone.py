@@ -70,6 +70,10 @@ assert knn.knn_classifier(torch.eye(4), labels[:4], torch.eye(4)[labels], labels
     1: (100, 100), 3: (100, 100)}
 assert knn.knn_predict(torch.eye(4), labels[:4], torch.eye(4)[labels], k=3)[0].tolist() == labels.tolist()
 """,
+    "evaluation/rankme.py": """
+import rankme, torch
+assert abs(rankme.effective_rank(torch.eye(9)) - 9) < 1e-4
+""",
     "evaluation/linear.py": """
 import linear, torch
 torch.manual_seed(0)

@@ -273,8 +273,10 @@ def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):
         "teacher_temp", "images_per_sec", "data_time", "step_time", "eta", "corrupt_images", "loss_scale"}
     assert records[0]["ln_k"] == pytest.approx(math.log(64)) and 0 < records[0]["teacher_entropy"] <= math.log(64)
     assert records[0]["kl"] == pytest.approx(records[0]["loss"] - records[0]["teacher_entropy"])
-    assert [(line["eval"], "linear_top1" in line) for line in lines(tmp_path) if "eval" in line] == [
-        ("raw pixels", False), ("untrained backbone", True), ("epoch 0", True), ("epoch 1", True)]
+    evaluations = [line for line in lines(tmp_path) if "eval" in line]
+    assert [(line["eval"], "linear_top1" in line, "rankme" in line) for line in evaluations] == [
+        ("raw pixels", False, False), *((name, True, True) for name in ("untrained backbone", "epoch 0", "epoch 1"))]
+    assert f"rank {evaluations[-1]['rankme']:.1f} of 32" in out and 1 < evaluations[-1]["rankme"] < 32
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     assert state["progress"]["step"] == 8 and state["flags"]["embed_dim"] == 32
     teacher = load_file(tmp_path / "teacher.safetensors")
@@ -282,6 +284,35 @@ def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):
     assert all(torch.equal(value, state["teacher"][name]) for name, value in teacher.items())
     again = vars(train.parse_args([f"@{tmp_path / 'flags.txt'}"]))  # the flags written are the flags used
     assert state["flags"] == again | {"auto": state["flags"]["auto"]}
+
+
+def test_images_without_labels_are_evaluated_by_rank(tmp_path, capsys):
+    """At the start and at each epoch, once also in a resumed run; there is no k-NN accuracy and no best teacher."""
+    shapes, folder = Shapes("train", 40, 32), tmp_path / "images"
+    folder.mkdir()
+    for i in range(40):
+        shapes[i][0].save(folder / f"{i:02}.png")
+    flags = f"--batch_size_per_gpu 8 --data_path {folder} --knn_every 1 --knn_images 100 --epochs "
+    run(tmp_path / "run", flags + "2")
+    out = capsys.readouterr().out
+    records = [line for line in lines(tmp_path / "run") if "eval" in line]
+    assert [(line.pop("eval"), *line) for line in records] == [
+        (name, "rankme") for name in ("untrained backbone", "epoch 0", "epoch 1")]
+    for name, record in zip(("untrained backbone", "epoch 0", "epoch 1"), records):
+        assert f"features of {name}: rank {record['rankme']:.1f} of 32\n" in out and 1 < record["rankme"] < 20
+    assert "k-NN" not in out and not (tmp_path / "run" / "teacher_best.safetensors").exists()
+    run(tmp_path / "run", flags + "2")
+    run(tmp_path / "run", flags + "3")
+    assert [line["eval"] for line in lines(tmp_path / "run") if "eval" in line] == [
+        "untrained backbone", "epoch 0", "epoch 1", "epoch 2"]
+    backbone, _ = load_backbone(str(tmp_path / "run" / "teacher.safetensors"))
+    with torch.no_grad():  # of 20 images, a fifth of --knn_images
+        features = backbone(torch.stack([center_crop_view(read_image(folder / f"{i:02}.png"), 32) for i in range(40)]))
+    features = features[list(loaders.random_subset(range(40), 20).indices)]
+    p = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    p /= p.sum()
+    rank = [line["rankme"] for line in lines(tmp_path / "run") if "eval" in line][-1]
+    assert rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
 
 
 def test_the_log_begins_with_what_a_reproduction_needs(scene, tmp_path, capsys):

@@ -3,11 +3,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.stats
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from data.datasets import open_data
-from data.loaders import random_subset
+from data.loaders import center_crop_view, random_subset
 from evaluation.linear import linear_probe_accuracy
 from evaluation.online import detect_collapse, evaluate_online, pixel_features
 
@@ -20,17 +22,17 @@ class Colors(torch.nn.Module):
         return torch.cat((parts.mean(dim=(4, 5)).flatten(1), parts.std(dim=(4, 5)).flatten(1)), dim=1)
 
 
-def evaluate(model, **more):
+def evaluate(model, data=None, **more):
     args = dict(global_crops_size=32, knn_images=300, linear_probe=False, batch_size_per_gpu=64, num_workers=0,
                 timeout_minutes=1, device=torch.device("cpu"), precision="fp32")
-    return evaluate_online(model, open_data("shapes:32"), SimpleNamespace(**args | more))
+    return evaluate_online(model, data or open_data("shapes:32"), SimpleNamespace(**args | more))
 
 
 def test_equals_scikit_learn():
     model, seen = Colors(), []
     model.register_forward_hook(lambda module, images, features: seen.append(features))
     scores, corrupt = evaluate(model, linear_probe=True)
-    assert corrupt == [] and scores.keys() == {"knn_top1", "knn_top5", "linear_top1"}
+    assert corrupt == [] and scores.keys() == {"knn_top1", "knn_top5", "linear_top1", "rankme"}
     data, (x, q) = open_data("shapes:32"), torch.cat(seen).split([300, 60])  # 60 = 300 / 5
     y, z = (np.array([images[i][1] for i in range(len(images))])
             for images in (random_subset(data.train_labeled, 300), random_subset(data.val, 60)))
@@ -41,9 +43,24 @@ def test_equals_scikit_learn():
     of_truth = neighbors.predict_proba(q)[np.arange(60), z]
     assert scores["knn_top5"] == pytest.approx(100 * np.mean(of_truth >= best), abs=1e-3)
     assert scores["linear_top1"] == linear_probe_accuracy(x, torch.tensor(y), q, torch.tensor(z), epochs=333)
+    assert scores["rankme"] == pytest.approx(rank_of(q), rel=1e-4) and 1.5 < scores["rankme"] < 24
 
 
-def test_raw_pixels_have_no_linear_probe():
+def rank_of(features):
+    return np.exp(scipy.stats.entropy(scipy.linalg.svdvals(features.double().numpy())))
+
+
+def test_without_labels_rankme_is_of_training_images():
+    model, seen = Colors(), []
+    model.register_forward_hook(lambda module, images, features: seen.append(features))
+    data = open_data("shapes:32")
+    scores, corrupt = evaluate(model, data._replace(train_labeled=None, val=None), linear_probe=True)
+    assert corrupt == [] and scores == {"rankme": pytest.approx(rank_of(torch.cat(seen)), rel=1e-4)}
+    views = torch.stack([center_crop_view(image, 32) for image, _ in random_subset(data.train, 60)])
+    torch.testing.assert_close(torch.cat(seen), model(views))
+
+
+def test_raw_pixels_have_no_linear_probe_and_no_rank():
     scores, _ = evaluate(pixel_features, linear_probe=True)
     assert scores.keys() == {"knn_top1", "knn_top5"} and scores["knn_top1"] > 25
     assert pixel_features(torch.ones(2, 3, 40, 48)).shape == (2, 3 * 32 * 32)
@@ -51,7 +68,7 @@ def test_raw_pixels_have_no_linear_probe():
 
 def test_one_train_image_has_no_linear_probe():
     scores, _ = evaluate(Colors(), linear_probe=True, knn_images=1)
-    assert scores.keys() == {"knn_top1", "knn_top5"}
+    assert scores.keys() == {"knn_top1", "knn_top5", "rankme"} and scores["rankme"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("entropy, of_mean, kl, expected", [

@@ -28,9 +28,9 @@ def write(folder, records, end=""):
 def log(tmp_path):
     """Log of two epochs of four steps; its last line is being written."""
     return write(tmp_path / "one", [
-        evaluation("raw pixels", 64.0), evaluation("untrained backbone", 18.0, linear_top1=25.0),
-        record(1), record(3, kl=None), evaluation("epoch 0", 50.0), record(7),
-        evaluation("epoch 1", 40.0, linear_top1=60.0)], '{"epoch": 2, "ste')
+        evaluation("raw pixels", 64.0), evaluation("untrained backbone", 18.0, linear_top1=25.0, rankme=7.0),
+        record(1), record(3, kl=None), evaluation("epoch 0", 50.0, rankme=9.0), record(7),
+        evaluation("epoch 1", 40.0, linear_top1=60.0, rankme=8.0)], '{"epoch": 2, "ste')
 
 
 def test_read_log(log):
@@ -38,6 +38,7 @@ def test_read_log(log):
     assert run["raw pixels"] == {0: 64.0} and run["untrained backbone"] == {0: 18.0}
     assert run["loss"] == {2: 5.9, 4: 5.7, 8: 5.3} and run["kl"] == {2: 0.9, 8: 1.0 - 0.1 * 7}
     assert run["knn_top1"] == {4: 50.0, 8: 40.0} and run["linear_top1"] == {8: 60.0}
+    assert run["untrained backbone, rankme"] == {0: 7.0} and run["rankme"] == {4: 9.0, 8: 8.0}
     assert run["data_percent"] == {2: 25.0, 4: 25.0, 8: 25.0}
     for name, per_step in (("seconds", 0.4), ("images", 80)):
         assert run[name] == pytest.approx({step: step * per_step for step in (2, 4, 8)})
@@ -62,8 +63,25 @@ def test_every_panel_is_drawn(log):
     accuracies = curves["top-1 accuracy of frozen features"]
     assert accuracies[:2] == [([4, 8], [50.0, 40.0]), ([8], [60.0])]
     assert [y for _, y in accuracies[2:]] == [[18.0] * 2, [64.0] * 2]
+    ranks = panels["effective rank of features (RankMe)"]
+    assert [list(line.get_ydata()) for line in ranks.lines] == [[9.0, 8.0], [7.0] * 2]
+    assert [line.get_linestyle() for line in ranks.lines] == ["-", "-."] and legend_of(ranks) == ["untrained"]
     assert curves["waiting for data"][0][1] == [25.0] * 3
     assert all(curves.values()) and [axes.get_ylabel() for axes in panels.values()] == [unit for _, unit in PANELS]
+
+
+def test_the_start_of_a_run_that_continues_is_drawn(tmp_path):
+    """Like untrained weights; without labels there is a rank alone."""
+    records = [evaluation("initial backbone", 30.0, rankme=7.0), record(1), evaluation("epoch 0", 50.0, rankme=9.0)]
+    ranks = [{key: value for key, value in line.items() if "knn" not in key} for line in records]
+    runs = {"a": read_log(write(tmp_path / "a", records)), "b": read_log(write(tmp_path / "b", ranks))}
+    for axes, keys, curves in zip((plot_curves(runs).axes[i] for i in (3, 4)),
+                                  (["k-NN", "k-NN, initial"], ["initial"]),
+                                  ([[50.0], [30.0] * 2], [[9.0], [7.0] * 2] * 2)):
+        assert legend_of(axes) == keys and [list(line.get_ydata()) for line in axes.lines] == curves
+        assert axes.lines[1].get_linestyle() == "-."
+    assert [line.split()[-3:] for line in format_table(runs).splitlines()[1:3]] == [["50.0", "50.0", "30.0"], ["-"] * 3]
+    assert find_crossing(runs["a"], 40.0) == (80 * 2 / 2, 0.4 * 2 / 2) and find_crossing(runs["b"], 40.0) is None
 
 
 def test_text_is_readable_and_overlaps_nothing(tmp_path, log):
@@ -135,7 +153,7 @@ def test_format_table(tmp_path, log):
     lines = format_table({"one": read_log(log), "longer": read_log(other)}).splitlines()
     assert lines[1].split() == ["one", "8", "5.300", "6.238", "5.000", "0.300", "40.0", "50.0", "18.0"]
     assert lines[2].split() == ["longer", "4", "5.700", "6.238", "5.000", "0.700", "-", "-", "-"]
-    assert lines[0].split() == ["steps", "loss", "ln", "K", "entropy", "KL", "k-NN", "last", "best", "untrained"]
+    assert lines[0].split() == ["steps", "loss", "ln", "K", "entropy", "KL", "k-NN", "last", "best", "at", "start"]
     assert len({len(line) for line in lines}) == 1
 
 
