@@ -158,7 +158,7 @@ def plot_curves(runs, against="step"):
     groups = group_seeds(runs)
     logged = set().union(*runs.values()) - {"ln_k"}  # which is a constant
     shown = {panel: keys for panel, keys in PANELS.items() if keys.keys() & logged}
-    columns = min((3, 4), key=lambda columns: -len(shown) % columns)  # few places are left empty
+    columns = min((4, 3), key=lambda columns: -len(shown) % columns)  # few places are left empty
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(4.3 * columns, 3.4 * rows + 0.5), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
