@@ -275,13 +275,18 @@ def write_flags(path, args):
     write_text(path, "\n".join(lines) + "\n")
 
 
+def is_new_run(args):
+    """Whether no run in --output_dir will be resumed."""
+    is_resumed = args.resume == "auto" or was_restarted()
+    return not (is_resumed and list_checkpoints(Path(args.output_dir, "checkpoint.pth")))
+
+
 def list_flags_of_run(args):
     """Arguments that the run that will be resumed keeps unless others are given, and its auto flags; [], () if new."""
-    flags, is_new = Path(args.output_dir, "flags.txt"), args.resume == "none" and not was_restarted()
-    if is_new or not list_checkpoints(flags.with_name("checkpoint.pth")):
+    if is_new_run(args):
         return [], ()
     with contextlib.suppress(OSError, ValueError):
-        lines = read_text(flags).splitlines()
+        lines = read_text(Path(args.output_dir, "flags.txt")).splitlines()
         words = {name: values for name, *values in map(shlex.split, lines) if name != "#"}
         names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
         kept = ("batch_size_per_gpu", "normalization", *names, *(FLAGS_OF_INIT if "--init" in words else ()))
@@ -731,10 +736,11 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
     fixed |= {"global_batch_size": global_batch_size, "num_images": len(data.train)}
     run = Run(Path(args.output_dir), "pretraining", objects, fixed, vars(args), dict(knn={}, epoch_stats=[]), logger,
               args.keep, extra=dict(info=model_info(args, data)))
+    # before the start of the run deletes a previous one, whose weights these may be
+    weights = read_initial_weights(args.init, logger.print) if args.init and is_new_run(args) else None
     first_step = run.start(args, total_steps)
-    if args.init and not list_checkpoints(run.path):
-        load_initial_weights(read_initial_weights(args.init, logger.print), objects["student"], objects["teacher"],
-                             objects["dino_loss"], logger.print)
+    if weights:
+        load_initial_weights(weights, objects["student"], objects["teacher"], objects["dino_loss"], logger.print)
     if distributed.is_rank_zero():
         if first_step < total_steps:
             logger.log(dict(run=dict(first_step=first_step, flags=vars(args)) | describe_environment(args.device)

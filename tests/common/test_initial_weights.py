@@ -106,6 +106,12 @@ def test_a_run_continues_from_another(small_shapes, tmp_path, capsys):
     assert one.center is None and one.student is one.teacher and one.head == weights.head
     assert torch.equal(one.teacher["head"]["last_layer.weight_v"], state["student"]["head.last_layer.weight_v"])
     assert "one network, for student and teacher, with heads, no center, which starts at 0" in capsys.readouterr().out
+    # from its own folder, whose files the new run replaces
+    flags = [*flags[flags.index("--data_path"):], "--init", f"{tmp_path}/one", "--output_dir", f"{tmp_path}/one"]
+    again = train.parse_args([*flags, "--resume", "none", "--overwrite", "--lr", "1e-30", "--min_lr", "0"])
+    train.main(again)
+    for name, tensor in load_checkpoint(tmp_path / "one" / "checkpoint.pth")["student"].items():
+        torch.testing.assert_close(tensor, state["student"][name], rtol=0, atol=1e-6)
 
 
 # ---- other sizes and learning rates ----
