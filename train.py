@@ -59,7 +59,7 @@ from vit import SIZES
 FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
-    "value_range", "channels", "normalization", "shuffle", "layer_decay", "seed")
+    "value_range", "channels", "normalization", "shuffle", "init", "layer_decay", "seed")
 FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
@@ -89,7 +89,7 @@ def parse_args(argv=None):
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
 
     add(model, "--init", None, "weights to continue from: a checkpoint or model file, also of the reference, timm or "
-        "transformers; the defaults of other flags follow it", metavar="FILE")
+        "transformers; the defaults of other flags follow it", os.path.abspath, metavar="FILE")
     add(model, "--init_head_epochs", 0, "epochs with the backbone frozen, for --init without heads", nonnegative_int)
     add(model, "--layer_decay", 1.0, "lr factor per block of the backbone, from the top down", fraction)
 
@@ -287,9 +287,11 @@ def list_flags_of_run(args):
         return [], ()
     with contextlib.suppress(OSError, ValueError):
         lines = read_text(Path(args.output_dir, "flags.txt")).splitlines()
-        words = {name: values for name, *values in map(shlex.split, lines) if name != "#"}
+        words = {name: values for name, *values in map(shlex.split, filter(str.strip, lines)) if name != "#"}
+        if args.arch not in SIZES and words.get("--arch") != [args.arch]:
+            return [], ()  # which cannot be resumed as such
         names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
-        kept = ("batch_size_per_gpu", "normalization", *names, *(FLAGS_OF_INIT if "--init" in words else ()))
+        kept = ("batch_size_per_gpu", "channels", "normalization", *PAPER, *(FLAGS_OF_INIT * ("--init" in words)))
         return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])], names
     return [], ()
 

@@ -70,3 +70,23 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
         assert "resuming at step" in out and "momentum_teacher 0.93" in out
     args = train.parse_args([*flags, "--epochs", "4", "--momentum_teacher", "0.5"])
     assert args.momentum_teacher == 0.5 and "momentum_teacher" not in args.auto and args.patch_size == 4
+
+
+def test_a_resumed_run_keeps_what_was_given(small_shapes, tmp_path, capsys, exit_message):
+    """Also if it was resumed by its flags.txt, in which nothing is auto, and if that was edited."""
+    path = tmp_path / "run" / "flags.txt"
+    flags = ("--arch vit_tiny --embed_dim 16 --depth 1 --num_heads 2 --hidden_dim 16 --bottleneck_dim 8 --device cpu "
+             "--local_crops_number 1 --batch_size_per_gpu 64 --num_workers 0 --knn_every 0 --data_path shapes:32 "
+             f"--output_dir {tmp_path}/run").split()
+    train.main(train.parse_args([*flags, "--epochs", "1", "--out_dim", "99", "--normalization", "measure"]))
+    train.main(train.parse_args([f"@{path}", "--epochs", "2"]))
+    path.write_text("# repeated\n\n" + path.read_text())
+    capsys.readouterr()
+    args = train.parse_args([*flags, "--epochs", "3"])
+    assert (args.patch_size, args.out_dim, args.momentum_teacher) == (4, 99, 0.9) and len(args.normalization) == 6
+    train.main(args)
+    assert "resuming at step 8 of 12" in capsys.readouterr().out
+    args = train.parse_args(["--arch", "resnet18", *flags[8:], "--epochs", "3"])
+    assert "was trained with arch vit_tiny, not resnet18: choose another" in exit_message(train.main, args)
+    args = train.parse_args([*flags, "--epochs", "3", "--init", str(tmp_path / "a.pth")])
+    assert f"was trained with init None, not {tmp_path}/a.pth: choose another" in exit_message(train.main, args)
