@@ -8,6 +8,7 @@ Takes whatever `load_backbone` does. Full checkpoints, of this repository and th
 heads and the center; the model files of a run have one network, which student and teacher then share.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointError, load_checkpoint
+from common.checkpoint import CheckpointError, find_fault, iter_tensors, load_checkpoint
 from common.weights import load_backbone, read_weights, weights_file
+from dino_loss import DINOHead
 
 HEAD_NAME = re.compile(r"(?:.*\.)?head\.((?:mlp|predictor|last_layer)\..*)")
 HEAD_RENAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
@@ -54,17 +56,23 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
     """
     checkpoint = os.path.join(path, "checkpoint.pth")
     path = checkpoint if os.path.exists(checkpoint) else weights_file(path)
-    state = load_checkpoint(path) if path.endswith((".pth", ".pt")) else {}
+    state = {} if path.lower().endswith((".safetensors", ".onnx")) else load_checkpoint(path)
     keys = ("student", "teacher") if isinstance(state, dict) and {"student", "teacher"} <= state.keys() else (None,)
     networks, arguments = [], []
     for key in keys:
         backbone, info = load_backbone(path, key, log if key == keys[-1] else lambda text: None)
-        head = read_head(read_weights(path, key)[0])
+        head, head_arguments = read_head(read_weights(path, key)[0], backbone.embed_dim, info)
         networks.append(dict(backbone=backbone.state_dict(), head=head))
-        arguments.append((info["backbone"], (infer_head_arguments(head) | describe_head(info)) if head else None))
+        arguments.append((info["backbone"], head_arguments))
     if arguments[0] != arguments[-1]:
         raise CheckpointError(f"{path}: student and teacher differ in their sizes")
-    center = state.get("dino_loss", {}).get("center") if len(keys) == 2 else None
+    loss = state.get("dino_loss") if len(keys) == 2 and head else None
+    center = loss.get("center") if isinstance(loss, dict) else None
+    if getattr(center, "shape", None) != (1, (head_arguments or {}).get("out_dim")):
+        center = None
+    for name, tensor in iter_tensors([network["head"] for network in networks] + [center], "heads and center"):
+        if fault := find_fault(tensor):
+            raise CheckpointError(f"{path}: {name} {fault}")
     found = ["student and teacher" if len(keys) == 2 else "one network, for student and teacher",
              "with heads" if networks[0]["head"] else "without heads, which start at random",
              "the center" if center is not None else "no center, which starts at 0"]
@@ -72,13 +80,19 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
     return InitialWeights(path, *arguments[0], networks[0], networks[-1], center)
 
 
-def read_head(weights):
-    """{name in DINOHead: tensor} of the weights of a network."""
+def read_head(weights, embed_dim, info):
+    """{name in DINOHead: tensor} of the weights of a network, and the arguments; {}, None without a DINOHead."""
     head = {match[1]: tensor for name, tensor in weights.items() if (match := HEAD_NAME.fullmatch(name))}
     for theirs, ours in HEAD_RENAMES.items():
         head = {name.replace(theirs, ours): tensor for name, tensor in head.items()}
     head.pop("last_layer.weight", None)  # computed from the other two, in some versions of torch
-    return head
+    with contextlib.suppress(KeyError, ValueError):  # tensors that it lacks, or of other dimensions
+        arguments = infer_head_arguments(head) | describe_head(info)
+        with torch.device("meta"):
+            expected = DINOHead(embed_dim, **arguments).state_dict()
+        if all(head[name].shape == tensor.shape for name, tensor in expected.items()):
+            return head, arguments
+    return {}, None
 
 
 def describe_head(info):

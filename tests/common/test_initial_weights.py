@@ -57,6 +57,29 @@ def test_flags_follow_the_weights(exit_message, tmp_path):
         assert message in exit_message(parse, *flags)
 
 
+def test_heads_and_centers_that_do_not_fit(tmp_path, capsys, exit_message):
+    """A head of another kind is left out; NaN is refused. The name of the file does not matter."""
+    path, state = str(tmp_path / "checkpoint.pth.1"), load_checkpoint(REFERENCE / "checkpoint.pth")
+    torch.save(state, path)
+    (tmp_path / "config.json").write_text('{"num_heads": 2}')
+    whole = read_initial_weights(path)
+    assert whole.head["out_dim"] == 32 and torch.equal(whole.center, state["dino_loss"]["center"])
+    for loss in ({"center": torch.zeros(1, 3)}, {"center": "x"}, [1], None):
+        torch.save(state | {"dino_loss": loss}, path)
+        weights = read_initial_weights(path)
+        assert weights.center is None and weights.head == whole.head
+    for missing in ("last_layer", "weight_g", "mlp.2.weight", "mlp"):
+        networks = {key: {name: tensor for name, tensor in state[key].items()
+                          if not ("head." in name and missing in name)} for key in ("student", "teacher")}
+        torch.save(state | networks, path)
+        capsys.readouterr()
+        assert read_initial_weights(path).head is None
+        assert "student and teacher, without heads, which start at random, no center" in capsys.readouterr().out
+    state["teacher"]["head.mlp.0.bias"][0] = float("nan")
+    torch.save(state, path)
+    assert "['mlp.0.bias'] holds NaN or infinity" in exit_message(read_initial_weights, path)
+
+
 # ---- runs ----
 
 @pytest.fixture
