@@ -59,6 +59,10 @@ class StrictArgumentParser(argparse.ArgumentParser):
     Drops --local-rank, which torch.distributed.launch adds to the LOCAL_RANK that it sets.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-05 too, as in Python 3.14
+
     def parse_known_args(self, args=None, namespace=None):
         args = [expand_home(word) for argument in (sys.argv[1:] if args is None else args)
                 for word in self.read_flags(argument) if not re.match("--local[-_]rank=", argument)]

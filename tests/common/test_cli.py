@@ -93,6 +93,11 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_small_negative_numbers_are_no_flags(tmp_path):
+    (tmp_path / "flags.txt").write_text("--value_range -3.05e-05 -1e-9\n")
+    assert tuple(train.parse_args([f"@{tmp_path}/flags.txt", "--device", "cpu"]).value_range) == (-3.05e-05, -1e-9)
+
+
 SCRIPTS = {"train": (train.main, train.parse_args), "evaluate": (evaluate.main, evaluate.parse_args),
            "export": (export.main, export.parse_args), "segment": (segment.main, segment.parse_args),
            "retrieve": (retrieve.main, retrieve.parse_args), "visualize": (visualize.main, visualize.parse_args)}
