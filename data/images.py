@@ -111,7 +111,7 @@ def wrap_decode_errors(name):
 
 def check_aspect(size):
     """Raise ValueError if one side of an image, (width, height), is more than MAX_ASPECT times the other."""
-    if max(size) > MAX_ASPECT * min(size):
+    if max(size) > MAX_ASPECT * min(size) or not min(size):  # .npy arrays may be empty
         raise ValueError(f"{size[0]} x {size[1]} pixels, one side is more than {MAX_ASPECT} times the other")
 
 

@@ -235,7 +235,8 @@ def test_one_range_for_all_channels_and_missing_values(tmp_path):
     (tmp_path / "b.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:500])
     np.save(tmp_path / "c.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "d.npy", np.zeros((5, 2, 300), "uint8"))
-    for name, words in (("b", "b.npy: "), ("c", "Python objects"), ("d", "more than 100 times")):
+    np.save(tmp_path / "e.npy", np.zeros((5, 0, 0), "uint8"))
+    for name, words in (("b", "b.npy: "), ("c", "Python objects"), ("d", "more than 100 times"), ("e", "0 x 0 pixels")):
         with pytest.raises(ImageReadError, match=words):
             read_image(tmp_path / f"{name}.npy", channels=5)
 
