@@ -182,7 +182,8 @@ def measure_normalization(images, max_images=1000):
             x = (image if isinstance(image, torch.Tensor) else TF.to_tensor(image)).flatten(1).double()
             moments.append(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
     mean, square = torch.stack(moments).mean(dim=0)
-    std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a channel may be empty
+    std = (square - mean**2).clamp(min=0).sqrt()
+    std = std.clamp(min=1e-3).masked_fill(std < 1e-6, 1.0)  # a channel may be constant, but for the color jitter
     return tuple(round(x, 6) for x in mean.tolist()), tuple(round(x, 6) for x in std.tolist())
 
 
