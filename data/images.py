@@ -149,6 +149,8 @@ def find_value_range(values):
 def find_common_range(files, open_file=open_image, name=str, channels=None, max_images=100, max_names=10_000):
     """One `find_value_range` for the grayscale of more than 8 bits among evenly spaced files; None without any.
 
+    With channels, for all files but JPEGs; without any, that of JPEGs.
+
     Args:
         files: sequence of paths, or of whatever the functions take.
         open_file: opens one of the files without decoding it.
@@ -165,6 +167,8 @@ def find_common_range(files, open_file=open_image, name=str, channels=None, max_
             with open_file(file) as image:
                 if image.mode[0] in "IF":
                     values.append(sample_values(image))
+    if channels and not values:  # JPEGs
+        return 0.0, 255.0
     return find_value_range(np.concatenate(values)) if values else None
 
 

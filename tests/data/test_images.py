@@ -232,6 +232,8 @@ def test_one_range_for_all_channels_and_missing_values(tmp_path):
     found = find_common_range(["a.npy"], lambda name: None, lambda name: str(tmp_path / name), channels=5)
     assert found == pytest.approx((-99, 400), abs=4)
     assert ImageFolder(str(tmp_path), channels=5).value_range == found
+    # JPEGs are not opened for it, and share the range of the model with dark files of another format
+    assert find_common_range(["a.jpg"], channels=3) == (0, 255) and find_common_range(["a.jpg"]) is None
     (tmp_path / "b.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:500])
     np.save(tmp_path / "c.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "d.npy", np.zeros((5, 2, 300), "uint8"))
