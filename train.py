@@ -203,6 +203,8 @@ def follow_initial_weights(parser, args, given):
         elif getattr(args, name) != value:
             parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")
     continuing = CONTINUE if head else CONTINUE_BACKBONE
+    if weights.teacher_temp:
+        continuing = continuing | dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), weights.teacher_temp)
     for name, value in continuing.items():
         if name not in given:
             setattr(args, name, value)

@@ -8,6 +8,7 @@ Takes whatever `load_backbone` does. Full checkpoints, of this repository and th
 heads and the center; the model files of a run have one network, which student and teacher then share.
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -35,6 +36,7 @@ class InitialWeights(NamedTuple):
         head: arguments of DINOHead after the first, without norm_last_layer; None without heads.
         student, teacher: {"backbone": state dict, "head": state dict, empty without heads}.
         center: [1, K], None if the file has none.
+        teacher_temp: at which the heads were trained last, None if unknown.
     """
 
     path: str
@@ -43,6 +45,7 @@ class InitialWeights(NamedTuple):
     student: dict[str, dict[str, Tensor]]
     teacher: dict[str, dict[str, Tensor]]
     center: Tensor | None
+    teacher_temp: float | None
 
 
 def read_initial_weights(path: str, log: Callable[[str], object] = print) -> InitialWeights:
@@ -73,11 +76,12 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
     for name, tensor in iter_tensors([network["head"] for network in networks] + [center], "heads and center"):
         if fault := find_fault(tensor):
             raise CheckpointError(f"{path}: {name} {fault}")
+    flags = state.get("flags") or vars(state.get("args", argparse.Namespace())) if len(keys) == 2 else {}
     found = ["student and teacher" if len(keys) == 2 else "one network, for student and teacher",
              "with heads" if networks[0]["head"] else "without heads, which start at random",
              "the center" if center is not None else "no center, which starts at 0"]
     log(f"{path}: {', '.join(found)}")
-    return InitialWeights(path, *arguments[0], networks[0], networks[-1], center)
+    return InitialWeights(path, *arguments[0], networks[0], networks[-1], center, flags.get("teacher_temp"))
 
 
 def read_head(weights, embed_dim, info):
