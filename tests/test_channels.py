@@ -211,8 +211,10 @@ def test_measured_statistics_of_rgb_reach_every_view(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda *args, **more: (
         crops.append(args[5][0][0]) or train_step(*args, **more)))
     train.main(train.parse_args([*TINY, "--normalization", "measure", "--data_path", str(tmp_path / "data"),
-                                 "--output_dir", str(tmp_path / "run"), "--vertical_flip"]))
-    assert torch.cat(crops).mean(dim=(0, 2, 3)).abs().max() < 0.6  # with those of ImageNet -1.6 for red
+                                 "--output_dir", str(tmp_path / "run"), "--vertical_flip",
+                                 "--color_jitter", "0", "0", "0", "0"]))
+    means = torch.cat(crops).mean(dim=(2, 3)).median(dim=0).values  # a fifth of the crops are gray
+    assert means.abs().max() < 0.3  # with those of ImageNet -1.6 for red
     path = str(tmp_path / "run" / "teacher.safetensors")
     backbone, info = load_backbone(path)
     files = sorted((tmp_path / "data").rglob("*.png"))
