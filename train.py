@@ -63,7 +63,7 @@ FIXED_FLAGS = (  # a resumed run must have the same
 FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
-    "freeze_last_layer", "init_head_epochs", "layer_decay")
+    "centering", "freeze_last_layer", "init_head_epochs", "layer_decay")
 CONTINUE = dict(lr=0.0001, momentum_teacher=0.9995, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
                 init_head_epochs=0, layer_decay=1.0)  # with heads
 CONTINUE_BACKBONE = dict(lr=0.0002, momentum_teacher=0.9995, init_head_epochs=5, layer_decay=0.8)  # without
@@ -202,9 +202,7 @@ def follow_initial_weights(parser, args, given):
             setattr(args, name, getattr(args, name) if name in given else value)
         elif getattr(args, name) != value:
             parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")
-    continuing = CONTINUE if head else CONTINUE_BACKBONE
-    if weights.teacher_temp:
-        continuing = continuing | dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), weights.teacher_temp)
+    continuing = CONTINUE | weights.flags if head else CONTINUE_BACKBONE
     for name, value in continuing.items():
         if name not in given:
             setattr(args, name, value)

@@ -36,7 +36,7 @@ class InitialWeights(NamedTuple):
         head: arguments of DINOHead after the first, without norm_last_layer; None without heads.
         student, teacher: {"backbone": state dict, "head": state dict, empty without heads}.
         center: [1, K], None if the file has none.
-        teacher_temp: at which the heads were trained last, None if unknown.
+        flags: {name: value} of those flags that the heads belong to, and that the file knows: centering, teacher_temp.
     """
 
     path: str
@@ -45,7 +45,7 @@ class InitialWeights(NamedTuple):
     student: dict[str, dict[str, Tensor]]
     teacher: dict[str, dict[str, Tensor]]
     center: Tensor | None
-    teacher_temp: float | None
+    flags: dict
 
 
 def read_initial_weights(path: str, log: Callable[[str], object] = print) -> InitialWeights:
@@ -81,7 +81,10 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
              "with heads" if networks[0]["head"] else "without heads, which start at random",
              "the center" if center is not None else "no center, which starts at 0"]
     log(f"{path}: {', '.join(found)}")
-    return InitialWeights(path, *arguments[0], networks[0], networks[-1], center, flags.get("teacher_temp"))
+    flags = {name: flags[name] for name in ("centering", "teacher_temp") if name in flags}
+    if "teacher_temp" in flags:
+        flags["warmup_teacher_temp"] = flags["teacher_temp"]
+    return InitialWeights(path, *arguments[0], networks[0], networks[-1], center, flags)
 
 
 def read_head(weights, embed_dim, info):

@@ -115,12 +115,13 @@ def test_a_run_continues_from_another(small_shapes, tmp_path, capsys):
     flags = ("--arch vit_tiny --patch_size 8 --embed_dim 16 --depth 1 --num_heads 2 --out_dim 16 --hidden_dim 16 "
              "--bottleneck_dim 8 --data_path shapes:32 --global_crops_size 32 --local_crops_size 16 --device cpu "
              "--local_crops_number 1 --batch_size_per_gpu 64 --num_workers 0 --knn_every 0 --epochs 1").split()
-    train.main(train.parse_args([*flags, "--teacher_temp", "0.05", "--output_dir", f"{tmp_path}/one"]))
+    train.main(train.parse_args([*flags, "--teacher_temp", "0.05", "--centering", "batch",
+                                 "--output_dir", f"{tmp_path}/one"]))
     state = load_checkpoint(tmp_path / "one" / "checkpoint.pth")
     weights = read_initial_weights(f"{tmp_path}/one")
     args = train.parse_args(["--init", f"{tmp_path}/one", *flags[flags.index("--data_path"):]])
     assert args.arch == "vit_small" and args.depth == 1 and args.out_dim == 16
-    assert args.teacher_temp == args.warmup_teacher_temp == 0.05
+    assert args.teacher_temp == args.warmup_teacher_temp == 0.05 and args.centering == "batch"
     student, teacher = build_networks(*train.model_arguments(args))
     load_initial_weights(weights, student, teacher, dino_loss := DINOLoss(16))
     for name, network in (("student", student), ("teacher", teacher)):
