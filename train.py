@@ -63,7 +63,7 @@ FIXED_FLAGS = (  # a resumed run must have the same
 FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
-    "centering", "freeze_last_layer", "init_head_epochs", "layer_decay")
+    "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay")
 CONTINUE = dict(lr=0.0001, momentum_teacher=0.9995, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
                 init_head_epochs=0, layer_decay=1.0)  # with heads
 CONTINUE_BACKBONE = dict(lr=0.0002, momentum_teacher=0.9995, init_head_epochs=5, layer_decay=0.8)  # without
@@ -168,6 +168,10 @@ def parse_args(argv=None):
     args.auto = tuple(name for name in (of_run_auto if of_run else PAPER) if name not in given)
     if args.init and not of_run:
         follow_initial_weights(parser, args, given)
+    if args.init_head_epochs and not args.init:
+        parser.error("--init_head_epochs is for --init")
+    if args.init_head_epochs >= args.epochs:
+        parser.error(f"--init_head_epochs {args.init_head_epochs} is not less than --epochs {args.epochs}")
     fill_in_arch(parser, args)
     cli.check_crop_flags(parser, args)
     if args.loss == "mse" and args.centering != "mean":
@@ -205,7 +209,7 @@ def follow_initial_weights(parser, args, given):
     continuing = CONTINUE | weights.flags if head else CONTINUE_BACKBONE
     for name, value in continuing.items():
         if name not in given:
-            setattr(args, name, value)
+            setattr(args, name, min(value, args.epochs // 4) if name == "init_head_epochs" else value)
     args.auto = tuple(name for name in args.auto if name not in found | continuing)
 
 

@@ -36,8 +36,9 @@ def fit_to_steps(args, total_steps: int) -> None:
 
 
 def choose_patch_size(size: int, multiples: tuple[int, ...] = ()) -> int:
-    """The largest of 16, 8, 4, 2 and 1 pixels with 64 patches or more in a crop, which divides the given sizes."""
-    return next((p for p in (16, 8, 4, 2) if 8 * p <= size and not any(given % p for given in multiples)), 1)
+    """The largest of 16, 8, 4, 2 and 1 with 64 patches or more in a crop, or half of it if that divides given sizes."""
+    largest = next((p for p in (16, 8, 4, 2) if 8 * p <= size), 1)
+    return next((p for p in (largest, largest // 2) if p and not any(given % p for given in multiples)), largest)
 
 
 def choose_out_dim(num_images: int) -> int:

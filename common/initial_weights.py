@@ -36,7 +36,7 @@ class InitialWeights(NamedTuple):
         head: arguments of DINOHead after the first, without norm_last_layer; None without heads.
         student, teacher: {"backbone": state dict, "head": state dict, empty without heads}.
         center: [1, K], None if the file has none.
-        flags: {name: value} of those flags that the heads belong to, and that the file knows: centering, teacher_temp.
+        flags: {name: value} of the flags that the heads belong to, as far as the file has them.
     """
 
     path: str
@@ -69,21 +69,14 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
         arguments.append((info["backbone"], head_arguments))
     if arguments[0] != arguments[-1]:
         raise CheckpointError(f"{path}: student and teacher differ in their sizes")
-    loss = state.get("dino_loss") if len(keys) == 2 and head else None
-    center = loss.get("center") if isinstance(loss, dict) else None
-    if getattr(center, "shape", None) != (1, (head_arguments or {}).get("out_dim")):
-        center = None
+    center, flags = read_loss(state, head_arguments["out_dim"]) if len(keys) == 2 and head_arguments else (None, {})
     for name, tensor in iter_tensors([network["head"] for network in networks] + [center], "heads and center"):
         if fault := find_fault(tensor):
             raise CheckpointError(f"{path}: {name} {fault}")
-    flags = state.get("flags") or vars(state.get("args", argparse.Namespace())) if len(keys) == 2 else {}
     found = ["student and teacher" if len(keys) == 2 else "one network, for student and teacher",
              "with heads" if networks[0]["head"] else "without heads, which start at random",
              "the center" if center is not None else "no center, which starts at 0"]
     log(f"{path}: {', '.join(found)}")
-    flags = {name: flags[name] for name in ("centering", "teacher_temp") if name in flags}
-    if "teacher_temp" in flags:
-        flags["warmup_teacher_temp"] = flags["teacher_temp"]
     return InitialWeights(path, *arguments[0], networks[0], networks[-1], center, flags)
 
 
@@ -100,6 +93,16 @@ def read_head(weights, embed_dim, info):
         if all(head[name].shape == tensor.shape for name, tensor in expected.items()):
             return head, arguments
     return {}, None
+
+
+def read_loss(state, out_dim):
+    """Center [1, K] of a full checkpoint, None if it has none, and those of its flags that its heads belong to."""
+    loss, flags = state.get("dino_loss"), state.get("flags", state.get("args"))
+    center = loss.get("center") if isinstance(loss, dict) else None
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags or {}
+    flags = {name: flags[name] for name in ("centering", "norm_last_layer", "teacher_temp") if name in flags}
+    flags |= {"warmup_teacher_temp": flags["teacher_temp"]} if "teacher_temp" in flags else {}
+    return center if getattr(center, "shape", None) == (1, out_dim) else None, flags
 
 
 def describe_head(info):

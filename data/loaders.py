@@ -23,6 +23,7 @@ from torchvision.transforms import functional as TF
 from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, EvalTransform, MultiCrop
 from common.distributed import TIMEOUT_MINUTES
 from data.datasets import read_reduced
+from data.folders import DataError
 from data.order import block_order, derive_seed, full_order
 from data.workers import DataLoader
 
@@ -181,6 +182,8 @@ def measure_normalization(images, max_images=1000):
             image = images[i][0]
             x = (image if isinstance(image, torch.Tensor) else TF.to_tensor(image)).flatten(1).double()
             moments.append(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
+    if not moments:
+        raise DataError("none of a thousand images can be read: --normalization measure needs some")
     mean, square = torch.stack(moments).mean(dim=0)
     std = (square - mean**2).clamp(min=0).sqrt()
     std = std.clamp(min=1e-3).masked_fill(std < 1e-6, 1.0)  # a channel may be constant, but for the color jitter

@@ -47,6 +47,11 @@ def test_crops_are_whole_patches(size):
     assert 0 < args.local_crops_size <= args.global_crops_size <= size and (size < 8 or size // p >= 8)
 
 
+def test_crop_sizes_that_are_given_decide_the_patch_size():
+    for given, size, expected in ((96, 224, 16), (40, 224, 8), (98, 224, 16), (13, 32, 4), (18, 32, 2)):
+        assert choose_patch_size(size, [given]) == expected  # 98 and 13 are then refused
+
+
 def test_prototypes_are_fewer_than_images():
     counts = [choose_out_dim(n) for n in (1, 1000, 3000, 5000, 10_000, 10**5, 10**6, 10**9)]
     assert counts == [256, 256, 256, 512, 1024, 8192, 65536, 65536]

@@ -53,6 +53,7 @@ def test_flags_follow_the_weights(exit_message, tmp_path):
     assert args.lr == 0.3 and args.patch_size == 4 and args.momentum_teacher == train.CONTINUE["momentum_teacher"]
     for flags, message in ((["--out_dim", "64"], f"--out_dim 64: --init {REFERENCE}/checkpoint.pth has 32, leave the"),
                            (["--depth", "3"], "--depth 3: --init"),
+                           (["--init_head_epochs", "7", "--epochs", "7"], "--init_head_epochs 7 is not less than"),
                            (["--init", str(tmp_path / "none.pth")], "none.pth: no such file")):
         assert message in exit_message(parse, *flags)
 
