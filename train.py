@@ -63,7 +63,7 @@ FIXED_FLAGS = (  # a resumed run must have the same
 FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
-    "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay")
+    "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay", "channels", "value_range")
 CONTINUE = dict(lr=0.0001, momentum_teacher=0.9995, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
                 init_head_epochs=0, layer_decay=1.0)  # with heads
 CONTINUE_BACKBONE = dict(lr=0.0002, momentum_teacher=0.9995, init_head_epochs=5, layer_decay=0.8)  # without
@@ -194,9 +194,10 @@ def follow_initial_weights(parser, args, given):
     """
     weights = read_initial_weights(args.init, log=lambda text: None)
     backbone, head = dict(weights.backbone), weights.head or {}
-    if backbone.pop("in_chans", 3) != 3 or backbone.pop("mlp_ratio", 4) != 4:
-        parser.error(f"--init {args.init}: takes other than 3 channels, or has another mlp_ratio than 4")
-    backbone.pop("img_size", None)
+    if (mlp_ratio := backbone.pop("mlp_ratio", 4)) != 4:
+        parser.error(f"--init {args.init}: its mlp_ratio is {mlp_ratio:g}, networks here have 4")
+    for name in ("img_size", "in_chans"):
+        backbone.pop(name, None)
     sizes = {name: backbone.get(name) for name in SIZES["vit_small"]}
     names = {"nlayers": "head_layers", "use_bn": "use_bn_in_head"}
     found = {"arch": next((arch for arch in SIZES if SIZES[arch] == sizes), args.arch if args.arch in SIZES else
@@ -211,6 +212,13 @@ def follow_initial_weights(parser, args, given):
         if name not in given:
             setattr(args, name, min(value, args.epochs // 4) if name == "init_head_epochs" else value)
     args.auto = tuple(name for name in args.auto if name not in found | continuing)
+    images = weights.images
+    args.channels = args.channels or images["channels"]
+    if args.channels == images["channels"]:
+        values = [*images["mean"], *images["std"]]
+        is_imagenet = values == [*IMAGENET_MEAN, *IMAGENET_STD]
+        args.normalization = args.normalization or (["imagenet"] if is_imagenet else values)
+        args.value_range = args.value_range or images["value_range"]
 
 
 def check_channels(parser, args):
@@ -692,7 +700,8 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
     if args.init:
-        flags = ", ".join(f"{name} {getattr(args, name):g}" for name in CONTINUE)
+        names = [*CONTINUE, *["channels"] * bool(args.channels)]
+        flags = ", ".join(f"{name} {getattr(args, name):g}" for name in names)
         logger.print(f"continuing from {args.init} with {flags}; flags given by hand win")
     if args.compile:
         logger.print("compiling: the first steps take a minute or more, --compile false avoids it")

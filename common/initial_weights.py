@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, find_fault, iter_tensors, load_checkpoint
-from common.weights import load_backbone, read_weights, weights_file
+from common.weights import load_backbone, read_input, read_weights, weights_file
 from dino_loss import DINOHead
 
 HEAD_NAME = re.compile(r"(?:.*\.)?head\.((?:mlp|predictor|last_layer)\..*)")
@@ -33,6 +33,7 @@ class InitialWeights(NamedTuple):
     Attributes:
         path: of the file.
         backbone: arguments of build_backbone.
+        images: what the backbone takes: "channels", "mean", "std" (see `read_input`) and "value_range" (`read_image`).
         head: arguments of DINOHead after the first, without norm_last_layer; None without heads.
         student, teacher: {"backbone": state dict, "head": state dict, empty without heads}.
         center: [1, K], None if the file has none.
@@ -41,6 +42,7 @@ class InitialWeights(NamedTuple):
 
     path: str
     backbone: dict
+    images: dict
     head: dict | None
     student: dict[str, dict[str, Tensor]]
     teacher: dict[str, dict[str, Tensor]]
@@ -66,7 +68,8 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
         backbone, info = load_backbone(path, key, log if key == keys[-1] else lambda text: None)
         head, head_arguments = read_head(read_weights(path, key)[0], backbone.embed_dim, info)
         networks.append(dict(backbone=backbone.state_dict(), head=head))
-        arguments.append((info["backbone"], head_arguments))
+        images = read_input(info, backbone.in_chans, path) | dict(value_range=info.get("value_range"))
+        arguments.append((info["backbone"], images, head_arguments))
     if arguments[0] != arguments[-1]:
         raise CheckpointError(f"{path}: student and teacher differ in their sizes")
     center, flags = read_loss(state, head_arguments["out_dim"]) if len(keys) == 2 and head_arguments else (None, {})
@@ -126,8 +129,9 @@ def load_initial_weights(weights: InitialWeights, student: nn.Module, teacher: n
                          log: Callable[[str], object] = print) -> None:
     """Copy weights into student and teacher (MultiCropWrapper) and DINOLoss.
 
-    Patch and position embeddings are resampled for another patch or image size. Without heads, or for a predictor that
-    the file does not have, what the networks hold stays.
+    Patch and position embeddings are resampled for another patch or image size, and the patch embedding is summed or
+    repeated for another number of channels. Without heads, or for a predictor that the file does not have, what the
+    networks hold stays.
 
     Raises:
         CheckpointError: tensors of other shapes.
@@ -146,11 +150,15 @@ def load_initial_weights(weights: InitialWeights, student: nn.Module, teacher: n
 
 
 def resample_embeddings(weights, backbone, log=None):
-    """State dict of a vision transformer, for the patch size and the grid of another; others as they are."""
+    """State dict of a vision transformer, for channels, patch size and grid of another; others as they are."""
     if "pos_embed" not in weights:
         return weights
     weights, p, log = dict(weights), backbone.patch_size, log or (lambda text: None)
     kernel, pos_embed = weights["patch_embed.proj.weight"], weights["pos_embed"]
+    if (channels := kernel.shape[1]) != backbone.in_chans:
+        how = "repeated" if channels < backbone.in_chans else "summed"
+        log(f"patch embedding of {channels} channels {how} to {backbone.in_chans}")
+        kernel = weights["patch_embed.proj.weight"] = convert_channels(kernel, backbone.in_chans)
     if kernel.shape[-1] != p:
         log(f"patch embedding resampled from {kernel.shape[-1]} to {p} pixels")
         weights["patch_embed.proj.weight"] = resample_patch_embedding(kernel, p)
@@ -162,6 +170,18 @@ def resample_embeddings(weights, backbone, log=None):
         patches = patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)
         weights["pos_embed"] = torch.cat((pos_embed[:, :1], patches), dim=1)
     return weights
+
+
+def convert_channels(kernel: Tensor, channels: int) -> Tensor:
+    """Kernel [D, I, p, p] -> [D, channels, p, p] with about the same products, as timm's adapt_input_conv.
+
+    For more channels it is repeated, in order, and scaled by I / channels. For fewer, channels i, i + channels ... are
+    summed, so that an image whose channels are equal has the same products.
+    """
+    num_channels = kernel.shape[1]
+    if channels > num_channels:
+        return kernel[:, torch.arange(channels) % num_channels] * (num_channels / channels)
+    return torch.stack([kernel[:, i::channels].sum(dim=1) for i in range(channels)], dim=1)
 
 
 def resample_patch_embedding(kernel: Tensor, size: int) -> Tensor:

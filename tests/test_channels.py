@@ -3,6 +3,7 @@
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import retrieve
 import segment
 import train
 import visualize
+from common.initial_weights import read_initial_weights
 from common.weights import load_backbone, save_model
 from data.datasets import open_data
 from data.loaders import measure_normalization
@@ -110,6 +112,33 @@ def test_evaluation_and_export_read_the_same_pixels(cells, trained, tmp_path, ca
         np.testing.assert_allclose(found[1].reshape(2, -1), attention, atol=1e-5)
     assert infer.main([onnx, *map(str, files), "--output", str(tmp_path / "maps")]) == 0
     assert len(list((tmp_path / "maps").glob("*.attention.png"))) == len(files)
+
+
+def test_runs_continue_with_the_images_of_the_weights(cells, trained, tmp_path, capsys):
+    """Channels, normalization and range of a model file; those of RGB are repeated for a run with --channels."""
+    path, run = str(trained[0] / "teacher.safetensors"), ["--data_path", str(cells), "--output_dir", f"{tmp_path}/run"]
+    info, sizes = load_backbone(path)[1], TINY[TINY.index("--global_crops_size"):]
+    args = train.parse_args(["--init", path, *sizes, *run])
+    assert args.channels == 5 and args.normalization == (*info["mean"], *info["std"])
+    assert args.value_range == [0, 65535] and train.model_arguments(args)[0]["in_chans"] == 5
+    args = train.parse_args(["--init", path, *sizes, *run, "--normalization", "measure", "--value_range", "0", "9"])
+    assert args.normalization == ("measure",) and args.value_range == [0, 9]
+    assert train.parse_args(["--init", path, *sizes, *run, "--channels", "4"]).normalization == ("measure",)
+    rgb = Path(__file__).parent / "fixtures" / "reference_checkpoint" / "checkpoint.pth"
+    args = train.parse_args(["--init", str(rgb), *sizes, *run])
+    assert args.channels is None and args.normalization == ("imagenet",) and args.value_range is None
+
+    flags = ["--init", str(rgb), *sizes, *run, "--channels", "5", "--epochs", "1"]
+    train.main(train.parse_args(flags))
+    out = capsys.readouterr().out
+    assert "patch embedding of 3 channels repeated to 5" in out and "channels 5; flags given by hand win" in out
+    backbone, found = load_backbone(f"{tmp_path}/run")
+    assert backbone.in_chans == 5 and found["value_range"] == [0, 65535] and found["mean"] == info["mean"]
+    before = read_initial_weights(str(rgb), str).teacher["backbone"]["patch_embed.proj.weight"]
+    after = backbone.patch_embed.proj.weight.detach()  # with a teacher momentum of 0.9995, close to where it began
+    torch.testing.assert_close(after, before[:, [0, 1, 2, 0, 1]] * 3 / 5, rtol=0, atol=1e-3)
+    train.main(train.parse_args([*sizes, *run, "--epochs", "2"]))
+    assert "resuming at step 3 of 6" in capsys.readouterr().out
 
 
 def test_visualizations_show_the_chosen_channels(cells, trained, tmp_path, exit_message, capsys):

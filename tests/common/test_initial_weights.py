@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv
 
 import train
 from common.checkpoint import load_checkpoint
@@ -54,7 +55,9 @@ def test_flags_follow_the_weights(exit_message, tmp_path):
     for flags, message in ((["--out_dim", "64"], f"--out_dim 64: --init {REFERENCE}/checkpoint.pth has 32, leave the"),
                            (["--depth", "3"], "--depth 3: --init"),
                            (["--init_head_epochs", "7", "--epochs", "7"], "--init_head_epochs 7 is not less than"),
-                           (["--init", str(tmp_path / "none.pth")], "none.pth: no such file")):
+                           (["--init", str(tmp_path / "none.pth")], "none.pth: no such file"),
+                           (["--init", str(tmp_path / "wide.pth")], "wide.pth: its mlp_ratio is 2, networks here")):
+        torch.save(VisionTransformer(32, 8, 3, 64, 1, 1, mlp_ratio=2).state_dict(), tmp_path / "wide.pth")
         assert message in exit_message(parse, *flags)
 
 
@@ -154,6 +157,27 @@ def test_embeddings_are_resampled_as_by_timm(backbone, patch_size, size, capsys)
     out = capsys.readouterr().out
     assert (f"patch embedding resampled from 8 to {patch_size} pixels" in out) == (patch_size != 8)
     assert (f"from 4 x 4 to {size // patch_size} x {size // patch_size} patches" in out) == (size != 4 * patch_size)
+
+
+@pytest.mark.parametrize("before, after, how", [
+    (3, 1, "summed"), (3, 5, "repeated"), (3, 2, "summed"), (5, 3, "summed"), (5, 1, "summed"), (1, 4, "repeated")])
+def test_patch_embeddings_of_other_channels(before, after, how, capsys):
+    """As timm's where it has a rule; the embedding of equal channels stays, where none is repeated more than another.
+    """
+    arguments = dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    models = [VisionTransformer(in_chans=channels, **arguments) for channels in (before, after)]
+    found = resample_embeddings(models[0].state_dict(), models[1], print)
+    assert f"patch embedding of {before} channels {how} to {after}\n" in capsys.readouterr().out
+    kernel = found["patch_embed.proj.weight"]
+    if before == 3 and after != 2:
+        expected = adapt_input_conv(after, models[0].state_dict()["patch_embed.proj.weight"])
+        torch.testing.assert_close(kernel, expected, rtol=1e-6, atol=1e-7)
+    models[1].load_state_dict(found)
+    if after < before or after % before == 0:
+        x = torch.randn(2, 1, 32, 32)
+        a, b = (model.patch_embed.proj(x.expand(-1, model.in_chans, -1, -1)) for model in models)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert a.std() > 0.02 and len(kernel.unique()) >= 16 * min(before, after) * 64
 
 
 def test_learning_rates_decay_by_layer():
