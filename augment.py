@@ -19,6 +19,7 @@ horizontally; Pillow does so since version 13 only where that is less work. Need
 """
 
 import functools
+import itertools
 import math
 import random
 from typing import NamedTuple
@@ -383,46 +384,44 @@ class BatchMultiCrop(MultiCrop):
     """All crops of a batch of images, on any device: those of MultiCrop, up to rounding.
 
     Images of any sizes lie one after another. Crop, resize and flip gather the few pixels that each pixel of a crop
-    depends on. Then each operation runs on all crops of a size, in uint8, and changes nothing where it does not apply:
-    shapes stay the same, and nothing waits for the device. Intermediate results take at most CHUNK_BYTES, or what a
-    single crop needs.
+    depends on. Then each operation runs on all crops of a size, in uint8 (with channels, in float32), and changes
+    nothing where it does not apply: shapes stay the same, and nothing waits for the device. Intermediate results take
+    at most CHUNK_BYTES, or what a single crop needs.
 
     Args:
-        args, kwargs: as for MultiCrop, without channels.
+        args, kwargs: as for MultiCrop.
         compile: fuse each operation with torch.compile.
-
-    Raises:
-        ValueError: channels, which MultiCrop has.
     """
 
     def __init__(self, *args, compile: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.channels:
-            raise ValueError(f"BatchMultiCrop takes RGB images, not {self.channels} channels: use MultiCrop")
         self.arguments["compile"] = compile
         self.compile, self.max_weights = compile, len(box_weights(self.blur_radius[1]))
 
     def prepare(self, image, key=None) -> tuple[Tensor, Tensor]:
-        """RGB image -> pixels [H * W, 3] uint8 and crop parameters [V, P], the worker's part."""
-        height, width = check_image(image)
-        params = [self.pack_view(view, (width, height)) for view in self.sample(width, height, key)]
-        return to_pixels(image).reshape(-1, 3), torch.tensor(params)
+        """Image -> pixels [H * W, C] uint8, or float32 in 0 to 255, and crop parameters [V, P], the worker's part."""
+        height, width = check_image(image, self.channels)
+        params = torch.tensor([self.pack_view(view, (width, height)) for view in self.sample(width, height, key)])
+        if self.channels:
+            return (255 * image.float()).permute(1, 2, 0).reshape(-1, self.channels), params
+        return to_pixels(image).reshape(-1, 3), params
 
     def pack_view(self, view, image_size):
         """View -> P floats, which change nothing if it has no jitter or blur.
 
-        0, 1 image size, 2-6 box and flip, 7-10 jitter operations, 11-14 amounts, 15 grayscale, 16 solarize, 17 vertical
-        flip, 18 quarter turns, from 19 blur weights.
+        0, 1 image size, 2-6 box and flip, 7 grayscale, 8 solarize, 9 vertical flip, 10 quarter turns, from 11 blur
+        weights, then for each jitter operation its number and its amount, or one for each channel.
         """
-        operations, amounts = zip(*view.jitter or [("brightness", 1.0)] * 4)
         weights = box_weights(view.blur) if view.blur else [1.0]
-        return [*image_size, *view.box, view.flip, *map(list(JITTER).index, operations), *amounts,
-                view.grayscale, view.solarize, view.vertical_flip, view.turns,
-                *weights, *[0.0] * (self.max_weights - len(weights))]
+        no_change = "brightness", (1.0,) * self.channels if self.channels else 1.0
+        jitter = [(list(JITTER).index(name), *(amount if self.channels else [amount]))
+                  for name, amount in view.jitter or [no_change] * len(self.amounts)]
+        return [*image_size, *view.box, view.flip, view.grayscale, view.solarize, view.vertical_flip, view.turns,
+                *weights, *[0.0] * (self.max_weights - len(weights)), *itertools.chain(*jitter)]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, params: Tensor) -> list[Tensor]:
-        """Pixels [N, 3] uint8 of B images and crop parameters [B, V, P] -> V normalized tensors [B, 3, s, s].
+        """Pixels [N, C] of B images and crop parameters [B, V, P] -> V normalized tensors [B, C, s, s].
 
         Args:
             pixels: those of `prepare`, concatenated, on the device of the crops.
@@ -431,8 +430,10 @@ class BatchMultiCrop(MultiCrop):
         Raises:
             TypeError: other pixels.
         """
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3,):
-            raise TypeError(f"expected pixels of prepare, uint8 [N, 3], got {pixels.dtype} {list(pixels.shape)}")
+        number, dtype = (self.channels, torch.float32) if self.channels else (3, torch.uint8)
+        if pixels.dtype != dtype or pixels.shape[1:] != (number,):
+            raise TypeError(f"expected pixels of prepare, {str(dtype)[6:]} [N, {number}], got {pixels.dtype} "
+                            f"{list(pixels.shape)}")
         device, crops = pixels.device, []
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         values = params.to(device, non_blocking=params.is_pinned()).permute(2, 1, 0)  # [P, V, B]
@@ -443,60 +444,62 @@ class BatchMultiCrop(MultiCrop):
         taps = [4 * 2 ** math.ceil(math.log2(factor)) for factor in shrinking]  # few values, each compiled once
         pixels = F.pad(pixels, (0, 0, 0, max(taps)))
         for size in dict.fromkeys(self.crop_sizes):
-            first, number = self.crop_sizes.index(size), self.crop_sizes.count(size)
-            views = slice(first, first + number)
+            first, count = self.crop_sizes.index(size), self.crop_sizes.count(size)
+            views = slice(first, first + count)
             rows, chosen = max(int(sides[views, 1].max()), *taps[views]), values[:, views].flatten(1)  # [P, S]
-            # 32 bytes for each value between the two passes of the resize, 80 for each pixel of an operation
-            chunk = max(1, CHUNK_BYTES // (32 * size * rows))
+            # so many bytes for each pixel between the two passes of the resize, and for each pixel of an operation
+            resizing, operating = (16 * number, 16 * number) if self.channels else (32, 80)
+            chunk = max(1, CHUNK_BYTES // (resizing * size * rows))
             x = torch.cat([self.run(crop_and_resize, pixels, *part, size, rows, max(taps[views])) for part in zip(
                 offsets[views].flatten().split(chunk), chosen[:7].split(chunk, dim=1))])
-            chunk = max(1, CHUNK_BYTES // (80 * size**2))  # the same in every batch
+            chunk = max(1, CHUNK_BYTES // (operating * size**2))  # the same in every batch
             x = torch.cat([self.apply_operations(*part, self.kinds[views])
                            for part in zip(x.split(chunk), chosen.split(chunk, dim=1))])
-            crops += self.run(MultiCrop.normalize, self, x).unflatten(0, (number, -1)).unbind(0)
+            crops += self.run(MultiCrop.normalize, self, x).unflatten(0, (count, -1)).unbind(0)
         return crops
 
     def apply_operations(self, x, params, kinds):
-        """Orientation, color jitter, grayscale, blur, solarization of crops [S, 3, s, s] uint8, by params [P, S]."""
+        """Orientation, color jitter, grayscale, blur, solarization of crops [S, C, s, s], by params [P, S]."""
         _, _, blurs, solarizes = zip(*kinds)
-        columns = params.view(*params.shape, 1, 1, 1)
+        columns, jitter = params.view(*params.shape, 1, 1, 1), 11 + self.max_weights
         if self.vertical_flip or self.rotate90:
-            x = self.run(orient_crops, x, columns[17], columns[18])
-        if self.jitter:
-            for operation, amount in zip(columns[7:11], columns[11:15]):
-                x = self.run(jitter_crops, x, operation, amount)
+            x = self.run(orient_crops, x, columns[9], columns[10])
+        for part in params[jitter:].unflatten(0, (len(self.amounts), -1)) if self.jitter else ():  # [1 + amounts, S]
+            operation, amounts = part[0].view(-1, 1, 1, 1), part[1:].T[..., None, None]
+            x = self.run(jitter_channels if self.channels else jitter_crops, x, operation, amounts)
         if self.grayscale:
-            x = self.run(grayscale_crops, x, columns[15])
+            x = self.run(grayscale_crops, x, columns[7])
         if any(blurs):
             for dim in BLUR_DIMS:
-                x = self.run(blur_crops, x, columns[19:].unbind(), dim)
-        return self.run(solarize_crops, x, columns[16]) if any(solarizes) else x
+                x = self.run(box_blur if self.channels else blur_crops, x, columns[11:jitter].unbind(), dim)
+        return self.run(solarize_crops, x, columns[8]) if any(solarizes) else x
 
     def run(self, op, *args):
         return (compile_operation(op) if self.compile else op)(*args)
 
 
 def crop_and_resize(pixels, offsets, params, size, rows, taps):
-    """Boxes of images, resized and flipped as by Pillow: [S, 3, size, size] uint8.
+    """Boxes of images, resized and flipped as by Pillow: [S, C, size, size].
 
     Args:
-        pixels: [N, 3] uint8 of all images, with `taps` more at the end.
+        pixels: [N, C] uint8 of all images, or floats in 0 to 255, with `taps` more at the end.
         offsets: [S], of the first pixel of the image that the crop is of.
         params: [7, S], width and height of that image, box and flip.
         rows: at least the height of every box, and taps.
         taps: at least 4, and 4 * side of the box / size.
     """
-    width, _, left, top, right, bottom, flip = params.unsqueeze(-1)  # [S, 1]
+    channels, (width, _, left, top, right, bottom, flip) = pixels.shape[1], params.unsqueeze(-1)  # [S, 1]
     place = torch.arange(size, device=pixels.device)
     first, weights = bicubic_taps(right - left, torch.where(flip > 0, size - 1 - place, place), size, taps)
     row = (top + torch.arange(rows, device=pixels.device)).minimum(bottom - 1)
     start = offsets.unsqueeze(-1) + row.long() * width.long() + left.long()  # of each row of the box, [S, rows]
-    weights = weights[:, :, None, :, None].repeat(1, 1, 1, 1, 3)
-    x = sum_taps(pixels, start.unsqueeze(-1) + first.unsqueeze(1), weights)  # [S, rows, size, 3]
+    weights = weights[:, :, None, :, None].repeat(1, 1, 1, 1, channels)
+    x = sum_taps(pixels, start.unsqueeze(-1) + first.unsqueeze(1), weights)  # [S, rows, size, C]
     first, weights = bicubic_taps(bottom - top, place, size, taps)
     start = rows * torch.arange(len(first), device=pixels.device).unsqueeze(-1)
-    x = sum_taps(x.view(-1, size * 3), start + first, weights.unsqueeze(-1))  # [S, size, size * 3]
-    return x.view(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
+    x = sum_taps(x.view(-1, size * channels), start + first, weights.unsqueeze(-1))  # [S, size, size * C]
+    x = x.view(-1, size, size, channels).permute(0, 3, 1, 2).contiguous()
+    return x.clamp_(0, 255) if x.is_floating_point() else x
 
 
 def bicubic_taps(length, place, size, taps):
@@ -521,11 +524,12 @@ def bicubic_taps(length, place, size, taps):
 
 
 def sum_taps(table, index, weights):
-    """Sum of weights[t] * table[index + t] over all T taps, uint8; rows of the table are the last dimension."""
+    """Sum of weights[t] * table[index + t] over all T taps, as uint8 if the table is; its rows are the last dimension.
+    """
     x = F.embedding(index, table) * weights[0]
     for t in range(1, len(weights)):
         x.addcmul_(F.embedding(index, table[t:]), weights[t])
-    return x.round_().clamp_(0, 255).to(torch.uint8)
+    return x if table.is_floating_point() else x.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def orient_crops(x, vertical_flip, turns):
@@ -542,6 +546,12 @@ def jitter_crops(x, operation, amount):
     base = torch.where(operation == names.index("saturation"), luminance, base)
     hue = adjust_hue(x, amount)
     return torch.where(operation == names.index("hue"), hue, blend(x, base, amount)).to(torch.uint8)
+
+
+def jitter_channels(x, operation, amounts):
+    """Change brightness or contrast of each channel of crops [S, C, s, s] float, by amounts [S, C, 1, 1]."""
+    base = torch.where(operation == list(JITTER).index("contrast"), x.mean(dim=(-2, -1), keepdim=True), 0.0)
+    return ((x - base) * amounts + base).clamp_(0, 255)
 
 
 def grayscale_crops(x, selected):

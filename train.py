@@ -183,7 +183,7 @@ def parse_args(argv=None):
     if args.compile == "auto":
         args.compile = args.device == "cuda" and args.arch in SIZES and can_compile()
     if args.views == "auto":
-        args.views = "device" if args.device == "cuda" and not args.channels else "cpu"
+        args.views = "device" if args.device == "cuda" else "cpu"
     return args
 
 
@@ -227,8 +227,6 @@ def check_channels(parser, args):
     channels = args.channels or 3
     if channels != 3 and args.arch not in SIZES:
         parser.error(f"--channels {channels} is for {', '.join(SIZES)}, not for --arch {args.arch}")
-    if args.channels and args.views == "device":
-        parser.error(f"--channels {channels}: --views device is for RGB, set --views cpu")
     values = args.normalization = tuple(args.normalization or ["measure" if args.channels else "imagenet"])
     is_named = values == ("measure",) or (values == ("imagenet",) and channels == 3)
     if not is_named and (len(values) != 2 * channels or {"imagenet", "measure"} & {*values}

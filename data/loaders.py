@@ -104,13 +104,13 @@ class MultiCropDataset(torch.utils.data.Dataset):
 
 
 def collate_crops(samples):
-    """B samples of MultiCropDataset -> V tensors [B, 3, s, s], labels [B], messages."""
+    """B samples of MultiCropDataset -> V tensors [B, C, s, s], labels [B], messages."""
     crops, labels, messages = zip(*samples)
     return [torch.stack(view) for view in zip(*crops)], torch.tensor(labels), sum(messages, [])
 
 
 def collate_pixels(samples):
-    """B samples for BatchMultiCrop -> (pixels of all images [N, 3], crop parameters [B, V, P]), labels, messages."""
+    """B samples for BatchMultiCrop -> (pixels of all images [N, C], crop parameters [B, V, P]), labels, messages."""
     prepared, labels, messages = zip(*samples)
     pixels, params = zip(*prepared)  # concatenated, because every tensor that a worker sends takes a file descriptor
     return (torch.cat(pixels), torch.stack(params)), torch.tensor(labels), sum(messages, [])
@@ -125,7 +125,7 @@ def build_train_loader(images, multicrop, keys, seed, num_workers=0, pin_memory=
 
 
 def iter_on_device(loader, multicrop, device):
-    """Yield (V tensors [B, 3, s, s], labels [B], messages) on `device`; on CUDA from a side stream."""
+    """Yield (V tensors [B, C, s, s], labels [B], messages) on `device`; on CUDA from a side stream."""
     def to_device(tensor):
         return tensor.to(device, non_blocking=tensor.is_pinned())
 

@@ -222,7 +222,7 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     mixup = build_mixup(network.heads[0].out_features, args.mixup, args.cutmix)
-    multicrop = (BatchMultiCrop if device.type == "cuda" and not info["channels"] else MultiCrop)(
+    multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
         args.image_size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0),
         **{name: info[name] for name in ("channels", "mean", "std")})
     keys = iter_batch_keys(first_step, total_steps, len(images), args.seed, args.batch_size_per_gpu, rank=rank,

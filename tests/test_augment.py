@@ -236,6 +236,30 @@ def test_batch_equals_images_one_by_one(scene, monkeypatch, chunk_bytes, compile
     assert (operations.count(augment.crop_and_resize) > 2) == (chunk_bytes < 2**30)  # of two sizes
 
 
+@pytest.mark.parametrize("chunk_bytes, compile", [(2**30, False), (2**20, False), pytest.param(
+    2**30, True, marks=pytest.mark.slow)])
+def test_batch_of_channels_equals_images_one_by_one(scene, monkeypatch, chunk_bytes, compile):
+    """Without rounding: images of 5 channels whose differences are below 8 bits."""
+    monkeypatch.setattr(augment, "CHUNK_BYTES", chunk_bytes)
+    arguments = dict(global_size=48, local_size=32, local_number=3, blur=(1.0, 0.5, 0.5), vertical_flip=0.5,
+                     rotate90=True, channels=5, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(1.0, 0.5, 0.25, 0.2, 1e-3))
+    sizes = [(60 + 37 * (i % 5), 300 - 20 * i) for i in range(12)] + [(1, 1)]
+    images = [torch.cat([TF.to_tensor(scene.resize(size)), torch.full((1, *size[::-1]), 0.3),
+                         0.5 + 1e-3 * TF.to_tensor(scene.resize(size))[:1]]) for size in sizes]
+    batch = BatchMultiCrop(**arguments, compile=compile)
+    operations, run = [], batch.run
+    batch.run = lambda op, *args: operations.append(op) or run(op, *args)
+    together, each = crop_in_batch_and_one_by_one(MultiCrop(**arguments), batch, images)
+    assert [x.shape for x in together] == [x.shape for x in each] == [(13, 5, 48, 48)] * 2 + [(13, 5, 32, 32)] * 3
+    for a, b in zip(together, each):
+        difference = ((a - b) * batch.std / 255).abs()  # of values in [0, 1]
+        assert difference.max() < 2e-5 and difference.mean() < 1e-6 and a[:, 4].std() > 0.2
+    assert (operations.count(augment.crop_and_resize) > 2) == (chunk_bytes < 2**30)  # of two sizes
+    pixels, params = batch.prepare(images[0])
+    with pytest.raises(TypeError, match=r"pixels of prepare, float32 \[N, 5\], got torch.uint8"):
+        batch(pixels.byte(), params[None])
+
+
 def test_autocast_does_not_change_batches(scene):
     batch = BatchMultiCrop(32, local_size=16, local_number=2)
     pixels, params = batch.prepare(scene, key=0)
@@ -263,6 +287,14 @@ def test_global_and_local_crops_of_one_size(scene):
     assert len(together) == 4 and all((a - b).abs().mean() < 0.002 for a, b in zip(together, each))
 
 
+def measure_peak(call, *args):
+    """What call(*args) returns, and the most bytes that it had allocated at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call(*args)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return result, max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
 def test_memory_stays_below_the_limit(scene, monkeypatch):
     """Beyond the crops, as floats and as bytes, and two copies of the pixels."""
     batch, images = BatchMultiCrop(96, local_size=48, local_number=4), [scene.resize((300, 250))] * 40
@@ -270,12 +302,27 @@ def test_memory_stays_below_the_limit(scene, monkeypatch):
     pixels, params = torch.cat(pixels), torch.stack(params)
     for limit in (2**30, 2**25, 2**23):
         monkeypatch.setattr(augment, "CHUNK_BYTES", limit)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            crops = batch(pixels, params)
-        events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-        peak = max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+        crops, peak = measure_peak(batch, pixels, params)
         peak -= 5 * sum(x.numel() for x in crops) + 2 * pixels.numel()
         assert peak < limit and (peak > 2**25 or limit < 2**30)
+
+
+def test_memory_of_channels_stays_below_the_limit(monkeypatch):
+    """In each call of the resize, and of the operations behind it, for one size of crops."""
+    batch, peaks = BatchMultiCrop(96, local_number=0, channels=10, mean=[0.5] * 10, std=[0.5] * 10), []
+
+    def measure(call):
+        def measured(*args):
+            result, peak = measure_peak(call, *args)
+            peaks.append(peak)
+            return result
+        return measured
+    monkeypatch.setattr(augment, "CHUNK_BYTES", 2**24)
+    monkeypatch.setattr(augment, "crop_and_resize", measure(augment.crop_and_resize))
+    monkeypatch.setattr(batch, "apply_operations", measure(batch.apply_operations))
+    pixels, params = batch.prepare(torch.rand(10, 250, 300), key=0)
+    batch(pixels.repeat(12, 1), params.expand(12, -1, -1))
+    assert 2**23 < peaks[0] < 2**24 and 2**23 < max(peaks[-3:]) < 2**24
 
 
 @pytest.mark.slow
@@ -440,10 +487,9 @@ def test_multicrop_of_channels():
     assert factors.shape[1] == 5 and factors.min() > 0.6 and factors.max() < 1.4
     assert torch.corrcoef(factors.T).sub(torch.eye(5)).abs().max() < 0.25
     for image, error in ((x[:3], ValueError), (x.byte(), TypeError), (Image.new("RGB", (9, 9)), TypeError)):
-        with pytest.raises(error, match="expected"):
-            multicrop(image)
-    with pytest.raises(ValueError, match="use MultiCrop"):
-        BatchMultiCrop(**arguments)
+        for transform in (multicrop, BatchMultiCrop(**arguments).prepare):
+            with pytest.raises(error, match="expected"):
+                transform(image)
 
 
 def test_eval_transform_of_channels(scene):
