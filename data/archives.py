@@ -176,8 +176,11 @@ class UrlFile(io.RawIOBase):
 
 # ---- scanning ----
 
-def scan_shard(path: str) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Counter]:
+def scan_shard(path: str, arrays: bool = False) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Counter]:
     """Find the images of a shard.
+
+    Args:
+        arrays: whether .npy files in a tar or zip are images.
 
     Returns:
         members: MEMBER [N]; shard is 0 and label -1, which are for an index to fill in.
@@ -189,8 +192,9 @@ def scan_shard(path: str) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Co
         DataError: the shard cannot be read at present (permissions, network), or is a compressed tar.
     """
     keys, names, passed_over = bytearray(), {}, Counter()
-    scans = {".zip": scan_zip, ".parquet": scan_parquet, ".csv": scan_list, ".txt": scan_list}
-    scan = scans.get(os.path.splitext(path)[1].lower(), scan_tar)
+    endings, ending = EXTENSIONS | {".npy"} if arrays else EXTENSIONS, os.path.splitext(path)[1].lower()
+    scan = {".parquet": scan_parquet, ".csv": scan_list, ".txt": scan_list}.get(
+        ending, functools.partial(scan_zip if ending == ".zip" else scan_tar, endings))
 
     def iter_members():
         try:
@@ -208,14 +212,14 @@ def scan_shard(path: str) -> tuple[np.ndarray, bytes, list[tuple[bool, str]], Co
     return members, bytes(keys), list(names), passed_over
 
 
-def scan_tar(path, passed_over):
+def scan_tar(endings, path, passed_over):
     with HeaderReader(UrlFile(path), 2**22) if is_url(path) else HeaderReader(io.FileIO(path)) as file:
         start = file.read(6)
         for magic, command in COMPRESSED.items():
             if start.startswith(magic):
                 raise DataError(f"{path}: a compressed tar has no random access, decompress it ({command})")
         end, name = file.seek(0, io.SEEK_END), os.path.basename(path)
-        yield from group_samples(iter_tar(file, 0, end, name, passed_over), file, passed_over)
+        yield from group_samples(iter_tar(file, 0, end, name, passed_over), file, passed_over, endings)
 
 
 class HeaderReader(io.BufferedReader):
@@ -259,10 +263,10 @@ def iter_tar(file, start, end, tar_name, passed_over, label=None):
         passed_over[f"corrupt or truncated: {tar_name}"] += 1
 
 
-def scan_zip(path, passed_over):
+def scan_zip(endings, path, passed_over):
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         end = os.fstat(file.fileno()).st_size
-        yield from group_samples(iter_zip(file, archive, end, passed_over), file, passed_over)
+        yield from group_samples(iter_zip(file, archive, end, passed_over), file, passed_over, endings)
 
 
 def iter_zip(file, archive, end, passed_over):
@@ -299,7 +303,7 @@ def accept_file(name, length, passed_over):
     return kind is None
 
 
-def group_samples(files, shard, passed_over):
+def group_samples(files, shard, passed_over, endings):
     """Files of an archive -> (key, method, offset, size, length, name) of its images, see scan_shard.
 
     Consecutive files whose names agree up to the first dot of the base name are one sample, as in WebDataset.
@@ -310,7 +314,7 @@ def group_samples(files, shard, passed_over):
         for file in sample:
             name, *place, tar_label = file
             ending = os.path.splitext(name)[1].lower()
-            if ending in EXTENSIONS:
+            if ending in endings:
                 images.append(file)
             elif name in (f"{key}.cls", f"{key}.json"):
                 label = read_label(shard, ending, *place, passed_over) or label

@@ -22,7 +22,6 @@ import importlib
 import itertools
 import json
 import multiprocessing.pool
-import operator
 import os
 import re
 import shutil
@@ -57,7 +56,11 @@ MAGIC = b"images 3"
 MAX_SHARDS = 200_000
 MAX_CORRUPT_AT_START = 1000
 SCAN_MINUTES = 24 * 60  # of a shard, which may be a tar of all images on a slow disk
-get_stamp = operator.itemgetter("path", "size", "version")
+
+
+def get_stamp(shard):
+    """What is the same as long as a shard, and what counts as an image in it, does not change."""
+    return shard["path"], shard["size"], shard["version"], shard.get("arrays", False)
 
 
 # ---- sources ----
@@ -148,15 +151,20 @@ def split_parts(sources):
     return part, [*filter(None, held_out)], num_others * is_folder
 
 
-def list_shards(sources, part=None):
-    """[{path, size, version}] of all shards of some sources, or of those whose names state a part."""
+def list_shards(sources, part=None, arrays=False):
+    """[{path, size, version}] of all shards of some sources, or of those whose names state a part.
+
+    Args:
+        arrays: see `scan_shard`; with them it is an item of each too.
+    """
     paths = [path for source in sources for path in find_shards(source) if part in (None, find_part(path)[0])]
     if not paths:
         raise DataError(f"{describe_paths(sources)}: no shards ({' '.join(FOLDER_ENDINGS[:3])})")
     if any(path.lower().endswith(".parquet") for path in paths):
         importlib.import_module("pyarrow")  # here, because the error of a worker does not have the name of the package
+    options = {"arrays": True} if arrays else {}
     with multiprocessing.pool.ThreadPool(16) as pool:  # whose threads end with the command
-        return [dict(path=path, size=size, version=version)
+        return [dict(path=path, size=size, version=version, **options)
                 for path, (size, version) in zip(paths, pool.imap(stat_shard, paths))]
 
 
@@ -170,7 +178,7 @@ class ShardIndex:
 
     Attributes:
         members: data.archives.MEMBER [N].
-        shards: [{path, size, version, count, passed_over}].
+        shards: [{path, size, version, count, passed_over}], and "arrays" of those with .npy files as images.
         names: the table that `name` of a member refers to: [is_label, name].
         classes: names of the classes, sorted; [] without labels.
         unlabeled: number of images without a label.
@@ -264,19 +272,20 @@ def check_header(header):
 
 
 def open_index(sources: list[str], cache_dir: str | None = None, part: str | None = None,
-               num_workers: int | None = None) -> ShardIndex:
+               num_workers: int | None = None, arrays: bool = False) -> ShardIndex:
     """Open the index of all shards of some sources; build it, or the part of it whose shards have changed.
 
     Args:
         cache_dir: folder for the index; default: dino/ in the user's cache folder.
-        part: see `list_shards`.
+        part, arrays: see `list_shards`.
 
     Raises:
         DataError: no shards, no images in them, or the folder is not writable.
     """
-    shards = list_shards(sources, part)
+    shards = list_shards(sources, part, arrays)
     cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dino")
-    key = [part or "", *(source if is_url(source) else os.path.abspath(source) for source in sources)]
+    key = ["arrays"] * arrays + [part or ""]
+    key += (source if is_url(source) else os.path.abspath(source) for source in sources)
     digest = hashlib.sha256("\0".join(key).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path, beside = os.path.join(cache_dir, digest + INDEX_ENDING), os.path.dirname(shards[0]["path"])
     previous = []
@@ -317,7 +326,7 @@ def iter_parts(shards, previous, num_workers):
     """Yield each shard, and what scan_shard returns for it or a previous index holds; scans with several processes."""
     known = {get_stamp(shard): (index, i) for index in previous for i, shard in enumerate(index.shards)
              if not index.lacks_formats(i)}
-    changed = [shard["path"] for shard in shards if get_stamp(shard) not in known]
+    changed = [shard for shard in shards if get_stamp(shard) not in known]
     num_workers = min(num_workers or count_cores(), len(changed))
     scanned = iter(DataLoader(ScannedShards(changed), batch_size=None, collate_fn=pass_through,
                               num_workers=num_workers if num_workers > 1 else 0, timeout_minutes=SCAN_MINUTES))
@@ -327,16 +336,16 @@ def iter_parts(shards, previous, num_workers):
 
 
 class ScannedShards(Dataset):
-    """What scan_shard returns for each shard."""
+    """What scan_shard returns for each shard of list_shards."""
 
-    def __init__(self, paths):
-        self.paths = paths
+    def __init__(self, shards):
+        self.shards = shards
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.shards)
 
     def __getitem__(self, i):
-        return scan_shard(self.paths[i])
+        return scan_shard(self.shards[i]["path"], self.shards[i].get("arrays", False))
 
 
 def pass_through(item):
@@ -430,7 +439,7 @@ class ShardDataset(Dataset):
     def __init__(self, sources: list[str], cache_dir: str | None = None, classes: list[str] | None = None,
                  value_range: tuple[float, float] | None = None, part: str | None = None,
                  num_workers: int | None = None, channels: int | None = None):
-        self.index = index = open_index(sources, cache_dir, part, num_workers)
+        self.index = index = open_index(sources, cache_dir, part, num_workers, arrays=bool(channels))
         self.classes, self.class_map, self.unlabeled = classes or index.classes or None, None, index.unlabeled
         if classes and list(classes) != index.classes:
             if not index.classes or not set(index.classes) <= set(classes):

@@ -3,6 +3,7 @@
 import json
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ import train
 import visualize
 from common.initial_weights import read_initial_weights
 from common.weights import load_backbone, save_model
-from data.datasets import open_data
+from data.datasets import DataError, open_data
 from data.loaders import measure_normalization
+from data.shards import open_index
 from vit import VisionTransformer
 
 tifffile = pytest.importorskip("tifffile")
@@ -206,15 +208,25 @@ def test_embedding_of_channels(cells, trained, tmp_path):
 
 
 def test_shards_of_channels_are_those_of_a_folder(cells, tmp_path):
-    with tarfile.open(tmp_path / "cells.tar", "w") as tar:
+    """TIFFs and .npy arrays; without channels the arrays are no images, and the index is another one."""
+    with tarfile.open(tmp_path / "cells.tar", "w") as tar, zipfile.ZipFile(tmp_path / "arrays.zip", "w") as archive:
         for file in sorted((cells / "train").rglob("*.tif")):
-            tar.add(file, file.relative_to(cells / "train"))
-    folder, shard = (open_data(str(path), cache_dir=str(tmp_path), channels=5).train
-                     for path in (cells / "train", tmp_path / "cells.tar"))
-    assert folder.value_range == shard.value_range == (0, 65535) and len(folder) == len(shard) == 24
-    for i in range(24):
-        assert torch.equal(folder[i][0], shard[i][0]) and folder[i][1] == shard[i][1]
-    assert measure_normalization(shard) == measure_normalization(folder)
+            name = file.relative_to(cells / "train")
+            tar.add(file, name)
+            np.save(tmp_path / "a.npy", tifffile.imread(file))
+            archive.write(tmp_path / "a.npy", name.with_suffix(".npy"))
+            archive.writestr(str(name.with_suffix(".xml")), "")
+    paths = cells / "train", tmp_path / "cells.tar", tmp_path / "arrays.zip"
+    folder, *shards = (open_data(str(path), cache_dir=str(tmp_path), channels=5).train for path in paths)
+    for shard in shards:
+        assert folder.value_range == shard.value_range == (0, 65535) and len(folder) == len(shard) == 24
+        for i in range(24):
+            assert torch.equal(folder[i][0], shard[i][0]) and folder[i][1] == shard[i][1]
+        assert measure_normalization(shard) == measure_normalization(folder)
+    assert shard.passed_over == " (passed over 24: 24 .xml)"
+    assert open_index([str(paths[1])], str(tmp_path)).file.name != shards[0].index.file.name
+    with pytest.raises(DataError, match=r"no image in 1 shard.* 24 \.npy, 24 \.xml"):
+        open_data(str(paths[2]), cache_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("flags, words", [

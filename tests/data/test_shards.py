@@ -757,7 +757,8 @@ def test_shards_that_change_while_they_are_read(tmp_path):
 
 def test_only_changed_shards_are_scanned_again(tmp_path, monkeypatch):
     folder, scanned = make_tars(tmp_path), []
-    monkeypatch.setattr(shards, "scan_shard", lambda path: scanned.append(os.path.basename(path)) or scan_shard(path))
+    monkeypatch.setattr(shards, "scan_shard", lambda path, arrays: (
+        scanned.append(os.path.basename(path)) or scan_shard(path)))
     first = read_all(ShardDataset([str(folder)], num_workers=1))
     assert scanned == ["0.tar", "1.tar", "2.tar"]
     assert read_all(ShardDataset([str(folder)], num_workers=1)) == first and len(scanned) == 3
