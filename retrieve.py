@@ -31,7 +31,7 @@ from common.files import create_folder, number_name, write_json
 from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
 from data import loaders, retrieval
 from data.datasets import DataError, data_name, make_absolute, open_images
-from data.images import read_image
+from data.images import read_image, show_channels
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import NoImagesError, extract_features
 from evaluation.image_index import update_index
@@ -46,6 +46,7 @@ def parse_args(argv=None):
         cli.add_model_flags(task)
         task.add_argument("--data_path", required=True, metavar="DIR", help="images (search: or shards), or benchmark")
     cli.add_cache_flag(search)
+    cli.add_show_channels_flag(search)
     search.add_argument("query", nargs="+", help="query images; one that lies in the folder is not its own result")
     search.add_argument("--image_size", type=cli.image_side, help="side of the center crop (default: as in training)")
     search.add_argument("--nearest", type=cli.positive_int, default=11, help="number of results")
@@ -59,7 +60,9 @@ def parse_args(argv=None):
     landmarks.set_defaults(batch_size_per_gpu=1)  # images differ in size
     for task in (copies, landmarks):
         task.add_argument("--whitening", metavar="DIR", help="images to fit PCA whitening to, thousands of them")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cli.check_show_channels(parser, args)
+    return args
 
 
 # ---- features ----
@@ -68,16 +71,16 @@ class ImageEncoder:
     """Features of image files, extracted by all ranks together.
 
     Args:
-        extract: (backbone, images [B, 3, H, W]) -> features [B, D].
-        view: (RGB image, size) -> [3, H, W].
+        extract: (backbone, images [B, C, H, W]) -> features [B, D].
+        view: (image, size) -> [C, H, W].
         square: whether the size is the side of a square, and so must be a multiple of the patch size.
         upright: see `ImageFiles`.
-        needs: see `open_backbone`.
+        needs, rgb_only: see `open_backbone`.
     """
 
-    def __init__(self, args, extract, view, square=True, upright=True, needs=""):
+    def __init__(self, args, extract, view, square=True, upright=True, needs="", rgb_only=True):
         self.rank, _, self.device = distributed.init_distributed(args.device)
-        self.backbone, self.info, self.origin = open_backbone(args, self.device, needs)
+        self.backbone, self.info, self.origin = open_backbone(args, self.device, needs, rgb_only=rgb_only)
         self.size = resolve_image_size(args.image_size, self.backbone) if square else args.image_size
         self.args, self.extract, self.upright = args, extract, upright
         self.view = loaders.build_view(self.info, view)
@@ -89,7 +92,8 @@ class ImageEncoder:
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
-        return self.encode_images(retrieval.ImageFiles(paths, boxes, self.upright, self.origin["value_range"]))
+        return self.encode_images(retrieval.ImageFiles(paths, boxes, self.upright, self.origin["value_range"],
+                                                       self.info["channels"]))
 
     def encode_images(self, images):
         """As `encode`, of any dataset."""
@@ -200,7 +204,7 @@ def evaluate_landmarks(args):
 
 def search(args):
     """Nearest images of a folder or of shards by cosine similarity of CLS features, and a contact sheet of them."""
-    encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), loaders.center_crop_view)
+    encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), loaders.center_crop_view, rgb_only=False)
     output, taken = output_folder(encoder.origin, args, "search"), []
     queries, numbers, corrupt = encoder.encode(args.query)
     images, features, indices = index_images(encoder, args.data_path, output)
@@ -210,7 +214,9 @@ def search(args):
     model = describe_model(encoder.origin, encoder.info, encoder.backbone.patch_size)
 
     def read(image):
-        return images[image][0] if isinstance(image, int) else read_image(image, value_range=images.value_range)
+        image = images[image][0] if isinstance(image, int) else read_image(
+            image, value_range=images.value_range, channels=images.channels)
+        return show_channels(image, args.show_channels)
 
     for query, number in zip(queries, numbers.tolist()):
         path, scores = args.query[number], features @ query
@@ -238,7 +244,8 @@ def index_images(encoder, source, output):
     """
     value_range, root = encoder.origin["value_range"], os.path.realpath(source)
     images = distributed.run_on_rank_zero_first(
-        lambda: open_images([source], output, encoder.args.cache_dir, value_range=value_range))
+        lambda: open_images([source], output, encoder.args.cache_dir, value_range=value_range,
+                            channels=encoder.info["channels"]))
     encoder.log(f"{len(images):,} images in {source}{images.passed_over}")
     create_folder(output)
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]

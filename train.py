@@ -726,7 +726,7 @@ def print_results(run, data, total_steps, args):
         log(f"  python evaluate.py knn {ckpt}{data_path}" + f" --val_path {shlex.join(val_paths)}" * bool(val_paths))
     if args.arch in SIZES:
         log(f"  python visualize.py attention {ckpt} {image}")
-    if image != "shapes" and len(paths) == 1 and not args.channels:
+    if image != "shapes" and len(paths) == 1:
         log(f"  python retrieve.py search {ckpt}{data_path} {image}")
     log(f"  python export.py {ckpt}")
 

@@ -47,8 +47,7 @@ def parse_args(argv=None):
         size = "center crop (default: as trained)" if task is embedding else "shorter side (default: 480/224 of that)"
         task.add_argument("--image_size", type=cli.image_side, help=size)
     for task in (attention, features, embedding, crops):
-        task.add_argument("--show_channels", type=cli.nonnegative_int, nargs="+", metavar="C",
-                          help="one or three, from 0, to draw as gray or RGB (default: 0 1 2; 0 of fewer than three)")
+        cli.add_show_channels_flag(task)
     for task in (attention, features, crops):
         task.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, shards, or shapes[:PIXELS]")
         cli.add_cache_flag(task)
@@ -81,8 +80,7 @@ def parse_args(argv=None):
     crops.add_argument("--seed", type=cli.seed, default=0, help="random seed of the crops")
     crops.add_argument("--output_dir", default=".", metavar="DIR", help="output folder")
     args = parser.parse_args(argv)
-    if len(getattr(args, "show_channels", None) or [0]) not in (1, 3):
-        parser.error(f"--show_channels {' '.join(map(str, args.show_channels))}: expected one channel or three")
+    cli.check_show_channels(parser, args)
     return args
 
 

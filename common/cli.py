@@ -220,6 +220,16 @@ def add_cache_flag(group):
     group.add_argument("--cache_dir", metavar="DIR", help="folder for indices of shards (default: ~/.cache/dino)")
 
 
+def add_show_channels_flag(group):
+    group.add_argument("--show_channels", type=nonnegative_int, nargs="+", metavar="C",
+                       help="one or three, from 0, to draw as gray or RGB (default: 0 1 2; 0 of fewer than three)")
+
+
+def check_show_channels(parser, args):
+    if len(getattr(args, "show_channels", None) or [0]) not in (1, 3):
+        parser.error(f"--show_channels {' '.join(map(str, args.show_channels))}: expected one channel or three")
+
+
 def add_device_flags(group, workers=True):
     """Add --device and, for commands with data loader workers, --num_workers."""
     group.add_argument("--device", type=device_name, default="auto", help="cuda, mps or cpu; auto: the first available")

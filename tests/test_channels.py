@@ -1,6 +1,7 @@
 """Images of other channels than RGB, in every command: 5 channels of 16 bits, generated."""
 
 import json
+import re
 import sys
 import tarfile
 import zipfile
@@ -186,7 +187,10 @@ def test_classifiers_and_commands_that_take_rgb(cells, trained, tmp_path, exit_m
     probabilities = infer.softmax(outputs["logits"])
     assert metadata["classes"][probabilities.argmax()] == row[1]
     assert probabilities.max() == pytest.approx(float(row[2]), abs=1e-4)
-    for command, argv in ((retrieve, ["search", str(file), *flags]),
+    for folder in ("original", "strong"):
+        (tmp_path / "copydays" / folder).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "copydays" / folder / "2000.jpg")
+    for command, argv in ((retrieve, ["copies", *flags[:-2], "--data_path", str(tmp_path / "copydays")]),
                           (segment, ["masks", *flags[:-2], "--data_path", "shapes"]),
                           (visualize, ["video", str(file.parent), str(tmp_path / "maps"), *flags[:4]])):
         line = exit_message(command.main, command.parse_args(argv))
@@ -196,6 +200,25 @@ def test_classifiers_and_commands_that_take_rgb(cells, trained, tmp_path, exit_m
     assert "expected 4 channels, first or last" in line
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert "pip install tifffile" in exit_message(train.main, train.parse_args([*trained[1], "--resume", "none"]))
+
+
+def test_search_compares_the_features_of_channels(cells, trained, tmp_path, capsys):
+    path, queries = str(trained[0] / "teacher.safetensors"), sorted((cells / "val").rglob("*.tif"))
+    backbone, info = load_backbone(path)
+    with torch.no_grad():
+        features = F.normalize(backbone(torch.stack([read_view(file, info) for file in queries])))
+    sheets = []
+    for channels in ("4", "0"):
+        retrieve.main(retrieve.parse_args([
+            "search", str(queries[2]), "--ckpt", path, "--data_path", str(cells / "val"), "--nearest", "9", "--device",
+            "cpu", "--num_workers", "0", "--output_dir", str(tmp_path), "--show_channels", channels]))
+        sheets.append(np.asarray(Image.open(tmp_path / "val" / "2.tif.nearest.png")))
+    found = re.findall(r"^ +(-?\d\.\d{3})  (.*\.tif)$", capsys.readouterr().out, re.MULTILINE)
+    similarity = dict(zip(map(str, queries), (features @ features[2]).tolist()))
+    assert len(found) == 18 and {name for _, name in found} == similarity.keys() - {str(queries[2])}
+    for score, name in found:
+        assert float(score) == pytest.approx(similarity[name], abs=2e-3)  # the index is in half precision
+    assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()
 
 
 def test_embedding_of_channels(cells, trained, tmp_path):
