@@ -12,6 +12,7 @@ Shapes: B images of C channels and H x W pixels, patches of p x p pixels, N = H/
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -153,15 +154,39 @@ class VisionTransformer(nn.Module):
         x, last = self.run_blocks(x, self.blocks[:-1]), self.blocks[-1]
         return last.attn.attention_map(last.norm1(x))
 
-    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Images [B, C, H, W] -> normalized tokens of each of the last n blocks, a list of [B, 1+N, D]."""
-        first = len(self.blocks) - n
-        if not 0 <= first < len(self.blocks):
-            raise ValueError(f"n is {n}, expected 1 to the number of blocks, {len(self.blocks)}")
-        layers = [self.run_blocks(x, self.blocks[:first + 1])]
-        for block in self.blocks[first + 1:]:
-            layers.append(block(layers[-1]))
-        return [self.norm(x) for x in layers]
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False,
+                                return_class_token: bool | None = None,
+                                norm: bool = True) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        """Images [B, C, H, W] -> tokens [B, 1+N, D] of each of the last n blocks; token 0 is CLS, as in DINO.
+
+        With `reshape` or `return_class_token`, patches and CLS token are apart, as in DINOv2.
+
+        Args:
+            n: number of last blocks, or the indices of blocks, whose layers are returned in the order of the blocks.
+            reshape: feature maps [B, D, H/p, W/p] of the patches in place of patch tokens [B, N, D].
+            return_class_token: True: a pair of patches and CLS token [B, D] for each block; False: patches only.
+            norm: apply the final LayerNorm, to every layer.
+
+        Raises:
+            ValueError: the model has no such blocks.
+        """
+        depth = len(self.blocks)
+        taken = range(depth - n, depth) if isinstance(n, int) else n
+        if not len(taken) or not all(0 <= i < depth for i in taken):
+            raise ValueError(f"n is {n}, expected 1 to the number of blocks, {depth}, or indices below it")
+        height, width = x.shape[-2:]
+        x, layers = self.prepare_tokens(x), []
+        for i, block in enumerate(self.blocks[:max(taken) + 1]):
+            x = block(x)
+            if i in taken:
+                layers.append(self.norm(x) if norm else x)
+        if return_class_token is None and not reshape:
+            return layers
+        patches = [x[:, 1:] for x in layers]
+        if reshape:
+            grid = height // self.patch_size, width // self.patch_size
+            patches = [x.transpose(1, 2).unflatten(2, grid).contiguous() for x in patches]
+        return [(x, layer[:, 0]) for x, layer in zip(patches, layers)] if return_class_token else patches
 
     def run_blocks(self, x, blocks):
         """Images [B, C, H, W] -> tokens [B, 1+N, D] after the given leading blocks, without stochastic depth."""

@@ -34,6 +34,29 @@ def test_outputs_equal_the_reference_at_every_size(golden, image, name, img_size
         close(tokens[1][:, 1:], expected["patch_tokens"])
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("n", [2, [3, 0]])
+def test_layers_called_as_in_dinov2_equal_timm(n, norm):
+    """Feature maps, patch tokens and CLS tokens of images that are not square, of the last and of chosen blocks."""
+    torch.manual_seed(0)
+    ours, x = vit_tiny(depth=4), torch.randn(2, 3, 48, 80)
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=0, img_size=(48, 80))
+    theirs.load_state_dict(ours.state_dict() | {"pos_embed": ours.interpolate_pos_encoding(3, 5)})
+    maps, patches = (theirs.forward_intermediates(x, n, return_prefix_tokens=True, norm=norm, intermediates_only=True,
+                                                  output_fmt=layout) for layout in ("NCHW", "NLC"))
+    assert len(maps) == 2 and maps[0][0].shape == (2, 192, 3, 5)
+    pairs = ours.get_intermediate_layers(x, n, reshape=True, return_class_token=True, norm=norm)
+    for (a, cls), b, c, tokens, (feature_map, _), (patch_tokens, their_cls) in zip(
+            pairs, ours.get_intermediate_layers(x, n, reshape=True, norm=norm),
+            ours.get_intermediate_layers(x, n, return_class_token=False, norm=norm),
+            ours.get_intermediate_layers(x, n, norm=norm), maps, patches, strict=True):
+        torch.testing.assert_close(a, feature_map, rtol=0, atol=1e-5)
+        torch.testing.assert_close(c, patch_tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(cls, their_cls[:, 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+        torch.testing.assert_close(tokens, torch.cat((cls[:, None], c), dim=1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("build, theirs", [(vit_tiny, "vit_tiny_patch16_224"), (vit_small, "vit_small_patch16_224"),
                                            (vit_base, "vit_base_patch16_224"), (vit_large, "vit_large_patch16_224")])
 def test_state_dict_shapes_equal_timm(build, theirs):
@@ -149,6 +172,8 @@ def test_output_shapes_for_other_channels_and_sizes():
     (lambda: VisionTransformer(embed_dim=100, num_heads=6), "100.*6"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(1, 3, 30, 32)), "30x32.*8"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).get_intermediate_layers(None, 2), "n is 2"),
+    (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).get_intermediate_layers(None, [0, -1]),
+     r"n is \[0, -1\]"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(3, 32, 32)),
      r"\[3, 32, 32\], expected \[B, 3, H, W\]"),
     (lambda: VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2)(torch.zeros(2, 1, 32, 32)),
