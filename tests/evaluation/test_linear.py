@@ -4,7 +4,9 @@ from sklearn.linear_model import LogisticRegression
 
 from evaluation.linear import (
     fit_best_classifier,
+    fit_best_logistic_regression,
     fit_classifiers,
+    fit_logistic_regression,
     holdout_mask,
     linear_probe_accuracy,
     predict_classes,
@@ -106,3 +108,39 @@ def test_fit_best_classifier_scales_lr_and_trains_on_all_features():
 def test_constant_features_and_few_classes():
     classifiers = fit_classifiers(torch.ones(10, 3), torch.arange(10) % 2, 2, [(0.1, 0.0)], epochs=2)
     assert predict_classes(classifiers, torch.ones(4, 3)).shape == (1, 4) and classifiers.weight.isfinite().all()
+
+
+# ---- logistic regression ----
+
+def test_logistic_regression_equals_scikit_learn():
+    """Coefficients and accuracy, for weak and strong penalties, features of different scale, and rows in chunks."""
+    (x, y), (test_x, test_y) = clusters(1, 600, classes=4, width=8), clusters(2, 1000, classes=4, width=8)
+    scale = torch.logspace(-0.5, 0.5, 8) / x.std(dim=0)
+    x, test_x = ((features - 5) * scale + 1 for features in (x, test_x))
+    for C in (1e-3, 0.1, 10):
+        theirs = LogisticRegression(C=C, max_iter=10_000, tol=1e-8).fit(x.double(), y)
+        ours = fit_logistic_regression(x, y, 4, C, chunk=250)
+        weight, bias = (torch.from_numpy(value) for value in (theirs.coef_, theirs.intercept_))
+        torch.testing.assert_close(ours.weight, weight, rtol=0, atol=1e-3 * weight.abs().max().item())
+        torch.testing.assert_close(ours.bias - ours.bias.mean(), bias - bias.mean(), rtol=0,
+                                   atol=1e-3 * bias.abs().max().item())
+        correct = ours(test_x.double()).argmax(dim=1) == test_y
+        assert 100 * correct.double().mean().item() == pytest.approx(100 * theirs.score(test_x, test_y), abs=0.2)
+
+
+def test_the_best_penalty_on_held_out_images_is_selected():
+    x, y = clusters(1, 600, classes=4, width=8)
+    x = (x - x.mean(dim=0)) / x.std(dim=0)
+    costs, held_out = (1e-5, 1e-3, 0.1), holdout_mask(600)
+    layer, best, accuracies = fit_best_logistic_regression(x, y, 4, costs)
+    for C, accuracy in zip(costs, accuracies, strict=True):
+        theirs = LogisticRegression(C=C, max_iter=1000, tol=1e-7).fit(x[~held_out].double(), y[~held_out])
+        assert accuracy == pytest.approx(100 * theirs.score(x[held_out], y[held_out]), abs=0.2)
+    assert accuracies[0] < accuracies[best] == max(accuracies)
+    torch.testing.assert_close(layer.weight, fit_logistic_regression(x, y, 4, costs[best]).weight, rtol=0, atol=0)
+
+
+def test_logistic_regression_of_equal_features_and_absent_classes():
+    layer = fit_logistic_regression(torch.ones(40, 3), torch.arange(40) % 4 // 2, 3)
+    assert layer.weight.abs().max() < 1e-4 and layer.bias[2] < layer.bias[0] - 5
+    assert layer.bias[0].item() == pytest.approx(layer.bias[1].item(), abs=1e-4)
