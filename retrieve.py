@@ -33,7 +33,7 @@ from data import loaders, retrieval
 from data.datasets import DataError, data_name, make_absolute, open_images
 from data.images import read_image, show_channels
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
-from evaluation.features import NoImagesError, extract_features
+from evaluation.features import extract_features
 from evaluation.image_index import update_index
 from evaluation.ranking import KS, average_precision, mean_average_precision
 from plotting.sheet import describe_model, draw_nearest
@@ -97,12 +97,9 @@ class ImageEncoder:
 
     def encode_images(self, images):
         """As `encode`, of any dataset."""
-        model = partial(self.extract, self.backbone)
-        try:
-            features, _, *rest = extract_features(model, images, self.size, self.args, self.device, self.view)
-            return features, *rest
-        except NoImagesError as error:
-            return torch.empty(0), torch.empty(0, dtype=torch.int64), error.corrupt
+        features, _, *rest = extract_features(partial(self.extract, self.backbone), images, self.size, self.args,
+                                              self.device, self.view, allow_none=True)
+        return features, *rest
 
     def encode_all(self, paths, boxes=None):
         """Features of images of which none may be missing; raises DataError if one is corrupt."""

@@ -198,6 +198,11 @@ class ConcatImages(Dataset):
         part, i = self.find(i)
         return name_image(self.parts[part], i)
 
+    def stat(self, i):
+        """List of plain values that changes when image i does; [] if it has no file."""
+        part, i = self.find(i)
+        return self.parts[part].stat(i) if hasattr(self.parts[part], "stat") else []
+
 
 def keep_labeled(images):
     """The images of a dataset that have labels."""

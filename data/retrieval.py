@@ -15,6 +15,7 @@ import torch
 from common.checkpoint import NumberType, read_number
 from common.files import check_file
 from data.datasets import DataError, ImageFolder
+from data.folders import stat_file
 from data.images import ImageReadError, read_image
 
 
@@ -36,6 +37,10 @@ class ImageFiles(torch.utils.data.Dataset):
     def name(self, i):
         """Path of image i."""
         return self.paths[i]
+
+    def stat(self, i):
+        """List of numbers that changes when image i does."""
+        return stat_file(self.paths[i])
 
     def __getitem__(self, i):
         image = read_image(self.paths[i], **self.options)

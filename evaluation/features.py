@@ -17,15 +17,12 @@ NO_INTEGERS = torch.empty(0, dtype=torch.int64)
 
 
 class NoImagesError(OSError):
-    """No image of a loader can be read; `corrupt` has the messages."""
-
-    def __init__(self, corrupt):
-        super().__init__(f"no image can be read, the last: {corrupt[-1]}" if corrupt else "no images")
-        self.corrupt = corrupt
+    """No image of a loader can be read."""
 
 
 @torch.no_grad()
-def extract_features(model, images, size, args, device="cpu", view=center_crop_view, loader=None):
+def extract_features(model, images, size, args, device="cpu", view=center_crop_view, loader=None,
+                     allow_none=False):
     """Features of all images that can be read, in the order of their indices; each process of a group does a share.
 
     Args:
@@ -33,12 +30,13 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
         images, size, view: see `build_eval_loader`.
         args: batch_size_per_gpu and num_workers.
         loader: of `build_eval_loader`, if its workers are to be used again.
+        allow_none: return empty tensors if no image can be read.
 
     Returns:
         features [M, D] float32, labels [M], indices [M], list of messages on corrupt images; the same on every process.
 
     Raises:
-        NoImagesError: on every process.
+        NoImagesError: no image can be read; on every process.
     """
     features, labels, indices, corrupt = [], [NO_INTEGERS], [NO_INTEGERS], []
     loader = loader or build_eval_loader(images, size, args.batch_size_per_gpu, args.num_workers, get_rank(),
@@ -59,8 +57,8 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
     features = features or [torch.empty(0)]  # of the model, which may leave `device`
     features, labels, indices = (all_gather_rows(torch.cat(parts)) for parts in (features, labels, indices))
     corrupt = sum(all_gather_objects(corrupt), [])
-    if not len(features):
-        raise NoImagesError(corrupt)
+    if not len(features) and not allow_none:
+        raise NoImagesError(f"no image can be read, the last: {corrupt[-1]}" if corrupt else "no images")
     indices, order = indices.sort()
     return features[order], labels[order], indices, corrupt
 

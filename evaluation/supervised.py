@@ -41,7 +41,7 @@ class FeatureExtractor(nn.Module):
     """Input of a linear classifier: CLS tokens of the last blocks, optionally with the mean patch token.
 
     Args:
-        n_last_blocks: 4 for ViT-S, 1 for ViT-B and for other backbones, which have one feature.
+        n_last_blocks: 4 for ViT-S, 1 for ViT-B and for other backbones, which have one feature; 0: no CLS tokens.
         avgpool: append the mean of the last block's patch tokens, as for ViT-B.
 
     Raises:
@@ -51,7 +51,7 @@ class FeatureExtractor(nn.Module):
     def __init__(self, backbone, n_last_blocks=1, avgpool=False):
         super().__init__()
         most = max(1, len(backbone.blocks))
-        if not 1 <= n_last_blocks <= most:
+        if not 1 - avgpool <= n_last_blocks <= most:
             raise CheckpointError(f"--n_last_blocks {n_last_blocks} is not from 1 to {most}, the model's depth")
         if avgpool and not backbone.blocks:
             raise CheckpointError(f"{backbone.arch} has no patch tokens, leave --avgpool_patchtokens out")
@@ -61,9 +61,9 @@ class FeatureExtractor(nn.Module):
     def forward(self, x):  # [B, C, H, W] -> [B, dim]
         if self.n_last_blocks == 1 and not self.avgpool:
             return self.backbone(x)  # equal, and with stochastic depth
-        tokens = self.backbone.get_intermediate_layers(x, self.n_last_blocks)
+        tokens = self.backbone.get_intermediate_layers(x, max(1, self.n_last_blocks))
         patches = [tokens[-1][:, 1:].mean(dim=1)] if self.avgpool else []
-        return torch.cat([t[:, 0] for t in tokens] + patches, dim=1)
+        return torch.cat([t[:, 0] for t in tokens][:self.n_last_blocks] + patches, dim=1)
 
 
 class Classifiers(nn.Module):
@@ -108,7 +108,7 @@ def load_classifier(path):
     path = os.path.join(path, "classifier.safetensors") if os.path.isdir(path) else str(path)
     weights, info, _ = read_weights(path, None)
     if not {"classes", "image_size"} <= info.keys() or "classifier.weight" not in weights:
-        raise CheckpointError(f"{path}: not classifier.safetensors of evaluate.py linear or finetune")
+        raise CheckpointError(f"{path}: not classifier.safetensors of evaluate.py linear, logistic or finetune")
     if not any(name.startswith("backbone.") for name in weights):
         raise CheckpointError(f"{path}: holds no backbone, as those of earlier versions: run evaluate.py linear again")
     backbone, info = load_backbone(path, log=lambda text: None)

@@ -1,0 +1,105 @@
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+from safetensors.torch import load_file
+
+from data.datasets import DataError
+from evaluation import embed
+
+NAMES = ["a,b.png", 'quote".png', "line\nbreak.png", "ü☃.png", "same.png", "same.png", "bad.png", "bad.png", "bad.png",
+         "bad.png", os.fsdecode(b"latin\xe9.png")]
+READABLE = [i for i, name in enumerate(NAMES) if name != "bad.png"]
+FEATURES = torch.randn(len(NAMES), 3, generator=torch.Generator().manual_seed(0)) * 1e-3
+
+
+class Images(torch.utils.data.Dataset):
+    """Numbers for images; `changed` are those whose files have changed."""
+
+    changed = ()
+
+    def __len__(self):
+        return len(NAMES)
+
+    def __getitem__(self, i):
+        return i
+
+    def name(self, i):
+        return NAMES[i]
+
+    def stat(self, i):
+        return [int(i in self.changed)]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(path, ...) -> the images that were extracted, in parts of 3, the third of which has no readable image."""
+    monkeypatch.setattr(embed, "PART", 3)
+    monkeypatch.chdir(tmp_path)
+
+    def write(path, images=None, stop_at=None, **origin):
+        requested = []
+
+        def extract(part):
+            numbers = [part[i] for i in range(len(part))]
+            if stop_at in numbers:
+                raise KeyboardInterrupt
+            requested.extend(numbers)
+            good = [i for i, number in enumerate(numbers) if number in READABLE]
+            features = FEATURES[[numbers[i] for i in good]] if good else torch.empty(0)
+            return features, torch.tensor(good, dtype=torch.int64), ["bad.png"] * (len(numbers) - len(good))
+
+        try:
+            count = embed.write_features(path, images or Images(), extract, dict(ckpt="x") | origin, lambda text: None)
+            assert count == len(READABLE)
+        except KeyboardInterrupt:
+            pass
+        return requested
+    return write
+
+
+def test_every_format_holds_names_and_features(write):
+    names, features = [NAMES[i] for i in READABLE], FEATURES[READABLE].numpy()
+    for ending in ("npy", "safetensors", "csv", "parquet"):
+        assert len(write(f"f.{ending}")) == len(NAMES)
+        if ending in ("npy", "safetensors"):
+            found = np.load("f.npy") if ending == "npy" else load_file("f.safetensors")["features"].numpy()
+            with open("f.names.json", encoding="utf-8") as file:
+                assert json.load(file) == names
+            os.remove("f.names.json")
+        elif ending == "csv":
+            with open("f.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                header, *rows = csv.reader(file)
+            assert header == ["file", "feature_1", "feature_2", "feature_3"] and [row[0] for row in rows] == names
+            found = np.array([row[1:] for row in rows], np.float64).astype(np.float32)
+        else:
+            table = parquet.read_table("f.parquet").to_pydict()
+            assert table["file"] == [*names[:-1], "latin\\xe9.png"]
+            found = np.array(table["features"], np.float32)
+        assert found.dtype == np.float32 and np.array_equal(found, features)
+    assert sorted(os.listdir()) == ["f.csv", "f.npy", "f.parquet", "f.safetensors"]
+
+
+def test_interrupted_extraction_resumes_with_the_next_part(write):
+    """Also with a model file that has moved, not with other features; changed images are extracted again."""
+    write("whole.npy")
+    assert write("f.npy", stop_at=7) == [0, 1, 2, 3, 4, 5] and not os.path.exists("f.npy")
+    assert write("f.npy", ckpt="moved", stop_at=10) == [6, 7, 8]
+    assert write("f.npy", n_last_blocks=4, stop_at=3) == [0, 1, 2]
+    changed = Images()
+    changed.changed = [1, 9]
+    assert write("f.npy", changed) == [1, 9, 10]
+    for name in ("npy", "names.json"):
+        with open(f"f.{name}", "rb") as resumed, open(f"whole.{name}", "rb") as whole:
+            assert resumed.read() == whole.read()
+    assert not os.path.exists("f.npy.parts")
+
+
+def test_no_readable_image_is_an_error(write, monkeypatch):
+    monkeypatch.setattr(Images, "__getitem__", lambda self, i: NAMES.index("bad.png"))
+    with pytest.raises(DataError, match="f.npy: not written, none of the 11 images can be read"):
+        write("f.npy")
