@@ -1,19 +1,22 @@
-"""Evaluate the features of a backbone: k-NN, linear classification, fine-tuning; classify images.
+"""Evaluate the features of a backbone: k-NN, linear classification, few labels, fine-tuning; classify or embed images.
 
     python evaluate.py knn                        # the newest run, on the data it was trained on
+    python evaluate.py fewshot                    # 1, 2, 5, 10 images of each class, 1% and 10% of the labels
+    python evaluate.py logistic                   # logistic regression on features that are extracted once
     python evaluate.py linear                     # linear classifiers on frozen features, the paper's protocol
     python evaluate.py linear --quick             # the same on features that are extracted once
     python evaluate.py finetune                   # backbone and classifier are trained with labels
     python evaluate.py knn --ckpt dino_deitsmall16_pretrain.pth --data_path /data/imagenet
     torchrun --nproc_per_node=8 evaluate.py linear --ckpt runs/vits16/teacher.safetensors --data_path /data/imagenet
     python evaluate.py predict --ckpt runs/demo/teacher.linear.photos/classifier.safetensors /more_photos dog.jpg
+    python evaluate.py embed /photos --output features.parquet
 
 Flags of a task: `python evaluate.py linear --help`. `--untrained` evaluates random weights as a baseline.
 
-knn writes its accuracies beside the model file, as NAME.knn.DATA.json. linear and finetune write a folder,
-NAME.linear.DATA or NAME.finetune.DATA, with result.json, classifier.safetensors, log.jsonl and checkpoint.pth.
-Interrupted runs resume automatically, and `--test_only` evaluates classifier.safetensors again. predict writes the
-class of each image to predictions.csv.
+knn and fewshot write their accuracies beside the model file, as NAME.knn.DATA.json. linear, logistic and finetune write
+a folder, as NAME.linear.DATA, with result.json and classifier.safetensors, and if they train on images log.jsonl and
+checkpoint.pth. Interrupted runs resume automatically, and `--test_only` evaluates classifier.safetensors again. predict
+writes the class of each image to predictions.csv, embed its features to a file.
 """
 
 import common  # noqa: F401 (first: it checks the version of Python)
@@ -23,6 +26,7 @@ import csv
 import io
 import os
 import shlex
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +37,7 @@ from tqdm import tqdm
 
 from common import cli, distributed
 from common.checkpoint import MODEL_FILES, CheckpointError
-from common.cli import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
+from common.cli import fraction, nonnegative_float, nonnegative_int, percentage, positive_float, positive_int
 from common.distributed import get_world_size, is_rank_zero
 from common.files import create_folder, first_line, write_json, write_text
 from common.precision import autocast, set_matmul_precision
@@ -43,6 +47,7 @@ from data.datasets import (
     DataError,
     data_name,
     describe_paths,
+    group_shards,
     is_source,
     make_absolute,
     name_image,
@@ -54,30 +59,50 @@ from data.datasets import (
 from data.loaders import build_eval_loader, build_view
 from data.retrieval import ImageFiles
 from evaluation import supervised
+from evaluation.embed import WRITERS, write_features
 from evaluation.features import extract_features, load_features
+from evaluation.fewshot import SHOTS, fewshot_classifier
 from evaluation.knn import knn_classifier, knn_predict
-from evaluation.linear import LRS, WEIGHT_DECAYS, fit_best_classifier, holdout_mask
+from evaluation.linear import (
+    COSTS,
+    LRS,
+    WEIGHT_DECAYS,
+    fit_best_classifier,
+    fit_best_logistic_regression,
+    holdout_mask,
+)
 from optim import build_optimizer
 
 # ---- flags ----
 
 def parse_args(argv=None):
     parser = cli.build_parser("evaluate.py", __doc__)
-    knn, linear, finetune, predict = cli.add_subcommands(parser, TASKS).values()
+    knn, fewshot, linear, logistic, finetune, predict, embed = cli.add_subcommands(parser, TASKS).values()
     add = cli.add_flag
-    for task in (knn, linear, finetune):
+    for task in (knn, fewshot, linear, logistic, finetune):
         cli.add_model_flags(task)
         cli.add_data_flags(task, None, "labeled images, named as for train.py (default: the data of the newest run)")
         add(task, "--image_size", None, "side of the center crop (default: the size in training)", cli.image_side)
         add(task, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
+    for task in (knn, linear, logistic, finetune):
         task.add_argument("--save_predictions", action="store_true",
                           help="add the class of each image and the confusion matrix to the result")
-    for task in (knn, linear):
+    for task in (knn, fewshot, linear, logistic):
         add(task, "--features", None, "safetensors file that caches the features; linear: with --quick", metavar="FILE")
 
     add(knn, "--nb_knn", [10, 20, 100, 200], "numbers of neighbors", positive_int, nargs="+")
     add(knn, "--temperature", 0.07, "temperature of the votes", positive_float)
     add(knn, "--knn_memory_mb", 1024, "memory for similarities", positive_int)
+
+    add(fewshot, "--shots", None, "images of each class (default: of 1 2 5 10 what every class has)", positive_int,
+        nargs="+")
+    add(fewshot, "--percent", [1.0, 10.0], "shares of the labels, of each class", percentage, nargs="+")
+    add(fewshot, "--draws", 5, "random draws, the first with --seed, then the following", positive_int)
+    add(fewshot, "--C", 100.0, "inverse L2 penalty of the logistic regression, on normalized features", positive_float)
+    add(fewshot, "--seed", 0, "of the first draw", cli.seed)
+
+    add(logistic, "--C", COSTS, "inverse L2 penalty; of several a held-out tenth selects the best", positive_float,
+        nargs="+")
 
     add(linear, "--n_last_blocks", None, "blocks whose CLS tokens to concatenate; ViT-B: 1 (default: 4, or all)",
         positive_int)
@@ -105,25 +130,40 @@ def parse_args(argv=None):
         cli.add_run_flags(task)
 
     predict.add_argument("images", nargs="+", metavar="PATH", help="images, folders of images, or shards")
-    predict.add_argument("--ckpt", required=True, help="classifier.safetensors of linear or finetune, or its folder")
+    predict.add_argument("--ckpt", required=True, help="classifier.safetensors of linear, logistic or finetune")
     predict.add_argument("--output", default="predictions.csv", metavar="FILE.csv", help="file, class, probability")
     add(predict, "--topk", 1, "classes of each image, the most probable first", positive_int)
     add(predict, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
     cli.add_cache_flag(predict)
     cli.add_device_flags(predict)
 
+    embed.add_argument("images", nargs="+", metavar="PATH", help="images, folders, shards, or sets as for train.py")
+    add(embed, "--output", "features.npy", "file that ends in " + ", ".join(WRITERS), metavar="FILE")
+    cli.add_model_flags(embed, output_dir=False)
+    cli.add_cache_flag(embed)
+    add(embed, "--image_size", None, "side of the center crop (default: the size in training)", cli.image_side)
+    add(embed, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
+    add(embed, "--n_last_blocks", 1, "blocks whose CLS tokens to concatenate, 0 for none", nonnegative_int)
+    add(embed, "--avgpool_patchtokens", False, "append the last block's mean patch token", cli.boolean, nargs="?",
+        const=True)
+
     # the tasks that lack one of these flags need its value
-    parser.set_defaults(features=None, quick=False, warmup_epochs=0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+    parser.set_defaults(features=None, quick=False, save_predictions=False, warmup_epochs=0, label_smoothing=0.0,
+                        mixup=0.0, cutmix=0.0)
     args = parser.parse_args(argv)
     if args.task == "predict":
         if not args.output.lower().endswith(".csv"):
             parser.error(f"--output {args.output} does not end in .csv")
         return args
+    if args.task == "embed":
+        if Path(args.output).suffix.lower() not in WRITERS:
+            parser.error(f"--output {args.output} does not end in {', '.join(WRITERS)}")
+        return args
     if args.save_predictions and args.features:
         parser.error("--features holds no file names, leave it out with --save_predictions")
     if args.features and not args.features.endswith(".safetensors"):
         parser.error(f"--features {args.features} does not end in .safetensors")
-    if args.task == "knn":
+    if args.task in ("knn", "fewshot", "logistic"):
         args.precision = "fp32"
         return args
     cli.check_range(parser, args, "crop_scale")
@@ -145,7 +185,7 @@ class EvalSetup:
         origin: {name: plain value} that the features depend on, written to every output file.
         data, name: see data.datasets.Data and data_name.
         output: Path of the folder of a classifier.
-        classes: unique names, None for k-NN without --save_predictions.
+        classes: unique names, None for k-NN without --save_predictions and for few-shot.
         images: indices of the images that `extract` read last.
         corrupt: set of messages on corrupt images.
     """
@@ -176,7 +216,8 @@ class EvalSetup:
         self.name = data_name(self.data.path)
         self.output = output_folder(self.origin, args, f"{args.task}{'_quick' * args.quick}.{self.name}")
         self.classes = self.images = None
-        if args.task != "knn" or args.save_predictions:  # on rank 0: datasets without class names are decoded
+        # on rank 0: datasets without class names are decoded
+        if args.task not in ("knn", "fewshot") or args.save_predictions:
             self.classes = distributed.all_gather_objects(list_class_names(self.data) if is_rank_zero() else None)[0]
 
 
@@ -252,6 +293,49 @@ def knn(args):
     write_result(path, setup, settings | dict(num_images=num_test, num_train_images=num_train, knn=results))
 
 
+def fewshot(args):
+    """Classification with few labels: logistic regression and nearest class mean on random draws of images."""
+    setup = EvalSetup(args)
+    settings = {name: getattr(args, name) for name in ("shots", "percent", "draws", "C", "seed")}
+    path = result_file(setup.origin | settings, args, f"fewshot.{setup.name}")
+    features = load_or_extract_features(setup, setup.backbone)
+    counts = features["train_labels"].bincount(minlength=int(features["test_labels"].max()) + 1).tolist()
+    shots = args.shots or [n for n in SHOTS if n <= min(counts)] or SHOTS[:1]
+    if max(shots) > min(counts):
+        name = list_class_names(setup.data)[counts.index(min(counts))]
+        raise DataError(f"--shots {max(shots)}: class {name} has {min(counts)} training images, lower --shots or leave "
+                        f"the class out")
+    amounts = {f"{n}-shot": n for n in shots} | {f"{percent:g}%": percent / 100 for percent in args.percent}
+    accuracies = fewshot_classifier(**features, amounts=[*amounts.values()], draws=args.draws, seed=args.seed, C=args.C,
+                                    device="cpu" if setup.device.type == "mps" else setup.device)  # it has no float64
+    results = {name: {method: dict(mean=statistics.mean(top1), top1=top1,
+                                   std=statistics.stdev(top1) if args.draws > 1 else 0.0)
+                      for method, top1 in methods.items()} for name, methods in zip(amounts, accuracies)}
+    num_test, num_train = len(features["test_labels"]), len(features["train_labels"])
+    log(f"few-shot accuracy of {setup.origin['ckpt']}{' untrained' * args.untrained}: {num_test} test images, "
+        f"{num_train} train images of {len(counts)} classes, {args.image_size} pixels; top-1, mean and standard "
+        f"deviation of {args.draws} draws\n  labels       logistic  nearest class mean")
+    for name, methods in results.items():
+        log(f"{name:>8}" + "".join(f"{x['mean']:8.2f} ± {x['std']:5.2f}" for x in methods.values()))
+    write_result(path, setup, settings | dict(num_images=num_test, num_train_images=num_train, fewshot=results))
+
+
+def logistic(args):
+    """Logistic regression with an L2 penalty on frozen features; writes a classifier as linear does."""
+    setup = EvalSetup(args)
+    network = supervised.Classifiers(supervised.FeatureExtractor(setup.backbone), len(setup.classes)).eval()
+    device = "cpu" if setup.device.type == "mps" else setup.device  # MPS has no float64
+
+    def fit(x, y):
+        count = -(-len(args.C) // get_world_size())
+        with tqdm(total=count, unit="C", leave=False, disable=None if is_rank_zero() else True) as bar:
+            layer, *rest = fit_best_logistic_regression(x.to(device), y.to(device), len(setup.classes), args.C,
+                                                        bar.update)
+        return layer.float().to(setup.device), *rest
+
+    train_on_features(network, fit, [(C,) for C in args.C], ["C"], {}, setup)
+
+
 def linear(args):
     """Linear classifiers on frozen features: SGD on random crops and flips, or with --quick on features once."""
     setup = EvalSetup(args)
@@ -263,7 +347,8 @@ def linear(args):
     torch.manual_seed(args.seed)
     network = supervised.Classifiers(extractor, len(setup.classes), len(grid)).to(setup.device).eval()
     if args.quick and not args.test_only:
-        train_on_features(network, grid, setup)
+        train_on_features(network, lambda x, y: fit_quick(network, grid, x, y, args), grid, ["lr", "weight_decay"],
+                          dict(quick=True, epochs=args.epochs), setup)
     else:
         optimizer = build_optimizer("sgd", supervised.build_head_groups(network, grid))
         train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup)
@@ -322,9 +407,14 @@ def train_and_test(network, optimizer, grid, hparams, setup):
     report_accuracy(*extract(setup, lambda x: network(x)[0], setup.data.val), setup, hparams)
 
 
-def train_on_features(network, grid, setup):
-    """Train and test on features that are extracted once; heads[0] becomes the best classifier of the grid."""
-    args = setup.args
+def train_on_features(network, fit, grid, names, hparams, setup):
+    """Train and test on features that are extracted once; heads[0] becomes the best classifier of the grid.
+
+    Args:
+        fit: (features, labels) -> linear layer, index of its hyperparameters in the grid, held-out accuracy of each.
+        grid, names: hyperparameters of each classifier, and their names.
+        hparams: {name: value}, written with the result.
+    """
     for name in ("checkpoint.pth", *MODEL_FILES["pretraining"]):
         if (setup.output / name).exists():
             raise CheckpointError(f"{setup.output} holds {name} of a training run: choose another --output_dir")
@@ -334,17 +424,21 @@ def train_on_features(network, grid, setup):
     x, y, test_x = (features[name].to(setup.device) for name in ("train_features", "train_labels", "test_features"))
     if len(x) < 2:
         raise DataError(f"{setup.data.path}: one labeled image is too few to hold out a part, add images")
+    network.heads[0], best, accuracies = fit(x, y)
+    hparams = save_classifier(network, grid, best, accuracies, hparams, setup, names)
+    report_accuracy(network.heads[0](test_x).cpu(), features["test_labels"], setup, hparams)
+
+
+def fit_quick(network, grid, x, y, args):
+    """The best linear classifier of a grid, for `train_on_features`."""
     log_grid(network, grid, min(1024, len(x)))
     # disable=None: the bar is shown on a terminal only
     with tqdm(total=2 * args.epochs * len(x), unit="img", leave=False, disable=None if is_rank_zero() else True) as bar:
-        classifier, best, accuracies = fit_best_classifier(x, y, len(setup.classes), grid, epochs=args.epochs,
-                                                           seed=args.seed, progress=bar.update)
+        classifier, best, accuracies = fit_best_classifier(x, y, network.heads[0].out_features, grid,
+                                                           epochs=args.epochs, seed=args.seed, progress=bar.update)
     if not classifier.weight.isfinite().all():
         raise FloatingPointError("every classifier of the grid diverged: lower --lr")
-    network.heads[0] = classifier.to_linear()
-    hparams = dict(quick=True, epochs=args.epochs)
-    hparams = save_classifier(network, grid, best, accuracies, hparams, setup)
-    report_accuracy(network.heads[0](test_x).cpu(), features["test_labels"], setup, hparams)
+    return classifier.to_linear(), best, accuracies
 
 
 def log_grid(network, grid, batch_size):
@@ -372,19 +466,21 @@ def get_saved_modules(network):
     return nn.ModuleDict({"classifier": network.heads[0], "backbone": network.tokens.backbone})
 
 
-def save_classifier(network, grid, best, accuracies, hparams, setup):
+def save_classifier(network, grid, best, accuracies, hparams, setup, names=("lr", "weight_decay")):
     """Write classifier.safetensors: classifier and backbone, description of the backbone, origin, hyperparameters.
 
     Args:
-        accuracies: held-out accuracy of each (lr, weight decay) of the grid, used if there are several.
+        accuracies: held-out accuracy of each member of the grid, used if there are several.
+        names: of the hyperparameters in the grid.
 
     Returns:
         the hyperparameters, with those of the best of the grid.
     """
-    lr, weight_decay = grid[best]
-    hparams = hparams | dict(lr=lr, weight_decay=weight_decay)
+    chosen = dict(zip(names, grid[best]))
+    hparams = hparams | chosen
     if len(grid) > 1:
-        log(f"best on a held-out tenth ({accuracies[best]:.2f}%): lr {lr:g}, weight decay {weight_decay:g}")
+        log(f"best on a held-out tenth ({accuracies[best]:.2f}%): "
+            + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in chosen.items()))
         hparams |= dict(held_out_top1=accuracies[best], grid=[(*pair, top1) for pair, top1 in zip(grid, accuracies)])
     if is_rank_zero():
         save_model(setup.output / "classifier.safetensors", get_saved_modules(network).state_dict(),
@@ -450,24 +546,35 @@ def write_result(path, setup, result):
 
 # ---- classifying images ----
 
+def open_inputs(args, info):
+    """The images, folders, shards and named sets of a command line, for a model of this description, as one dataset."""
+    parts, options = [], dict(value_range=info.get("value_range"), channels=info["channels"])
+    for paths in group_shards(args.images):
+        path = paths[0]
+        if os.path.isdir(path) or is_source(path):
+            parts.append(distributed.run_on_rank_zero_first(
+                lambda paths=paths: open_images(paths, cache_dir=args.cache_dir, **options)))
+            log(f"{len(parts[-1]):,} images in {describe_paths(paths)}{parts[-1].passed_over}")
+        elif os.path.exists(path):
+            parts.append(ImageFiles(paths, **options))
+        elif ":" in path or path == "shapes":
+            data = distributed.run_on_rank_zero_first(lambda path=path: open_data(path, **options))
+            parts.append(data.train)
+            log(data.note)
+        else:
+            raise DataError(f"{path}: no such image or folder")
+    return ConcatImages(parts, [None] * len(parts), [])
+
+
 def predict(args):
-    """Classify images with classifier.safetensors of linear or finetune; writes file, class and probability as CSV."""
+    """Classify images with the classifier of linear, logistic or finetune; writes file, class, probability as CSV."""
     device = distributed.init_distributed(args.device)[2]
     network, info = supervised.load_classifier(args.ckpt)
     set_matmul_precision(device, "fp32", network.tokens.backbone.embed_dim)
     network.to(device)
-    classes, parts, options = info["classes"], [], dict(value_range=info.get("value_range"), channels=info["channels"])
-    for path in args.images:
-        if os.path.isdir(path) or is_source(path):
-            parts.append(distributed.run_on_rank_zero_first(
-                lambda path=path: open_images([path], cache_dir=args.cache_dir, **options)))
-            log(f"{len(parts[-1]):,} images in {path}{parts[-1].passed_over}")
-        elif os.path.exists(path):
-            parts.append(ImageFiles([path], **options))
-        else:
-            raise DataError(f"{path}: no such image or folder")
+    classes, images = info["classes"], open_inputs(args, info)
     create_folder(Path(args.output).parent)
-    k, images = min(args.topk, len(classes)), ConcatImages(parts, [None] * len(parts), [])
+    k = min(args.topk, len(classes))
     top, _, indices, corrupt = extract_features(
         lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), images, info["image_size"], args, device,
         build_view(info))
@@ -487,7 +594,30 @@ def predict(args):
         log(f"written to {args.output}")
 
 
-TASKS = {"knn": knn, "linear": linear, "finetune": finetune, "predict": predict}
+# ---- features to a file ----
+
+def embed(args):
+    """Write features of images, and their names, to a file: .npy, .csv, .parquet or .safetensors."""
+    device = distributed.init_distributed(args.device)[2]
+    backbone, info, origin = open_backbone(args, device, rgb_only=False)
+    extractor = supervised.FeatureExtractor(backbone, args.n_last_blocks, args.avgpool_patchtokens)
+    size = resolve_image_size(args.image_size, backbone)
+    images = open_inputs(args, info)
+    create_folder(Path(args.output).parent)
+    origin |= dict(images=args.images, image_size=size, n_last_blocks=args.n_last_blocks,
+                   avgpool_patchtokens=args.avgpool_patchtokens)
+
+    def extract(part):
+        features, _, *rest = extract_features(extractor, part, size, args, device, build_view(info), allow_none=True)
+        return features, *rest
+
+    count = write_features(args.output, images, extract, origin, log)
+    log(f"{count} images, {len(images) - count} corrupt, {extractor.dim} features each")
+    log(f"written to {args.output}")
+
+
+TASKS = {"knn": knn, "fewshot": fewshot, "linear": linear, "logistic": logistic, "finetune": finetune,
+         "predict": predict, "embed": embed}
 
 
 def main(args):

@@ -14,9 +14,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -26,6 +28,8 @@ from data.datasets import Data, DataError, TorchvisionDataset
 from data.loaders import center_crop_view
 from data.shapes import Shapes
 from evaluation import supervised
+from evaluation.fewshot import draw_images
+from evaluation.linear import holdout_mask
 from train import build_networks
 from vit import VisionTransformer
 
@@ -250,6 +254,67 @@ def test_unwritable_paths_are_refused_before_extraction(trained, monkeypatch):
             run("knn", *CPU, *flags)
 
 
+# ---- few labels, logistic regression ----
+
+def test_fewshot(trained, capsys, exit_message):
+    """Accuracies with features cached by knn, as computed by scikit-learn on the same draws."""
+    _, path, _ = trained
+    run("knn", *CPU, "--features", "cache.safetensors")
+    flags = ["fewshot", *CPU, "--features", "cache.safetensors", "--percent", "12"]
+    run(*flags, "--shots", "1", "5", "--draws", "3", "--seed", "7")
+    out = capsys.readouterr().out
+    result = json.loads(path.with_suffix(".fewshot.images.json").read_text())
+    assert (result["num_train_images"], result["num_images"], result["image_size"]) == (60, 23, 32)
+    assert list(result["fewshot"]) == ["1-shot", "5-shot", "12%"]
+    features = load_file("cache.safetensors")
+    x, test_x = (torch.nn.functional.normalize(features[f"{part}_features"]).double() for part in ("train", "test"))
+    y, test_y = features["train_labels"], features["test_labels"]
+    for (name, methods), amount in zip(result["fewshot"].items(), (1, 5, 0.12)):
+        for method, theirs in (("logistic", LogisticRegression(C=100, tol=1e-7, max_iter=5000)),
+                               ("nearest_class_mean", NearestCentroid())):
+            draws = [draw_images(y, amount, seed) for seed in (7, 8, 9)]
+            assert [len(rows) for rows in draws] == [{1: 3, 5: 15, 0.12: 6}[amount]] * 3
+            expected = [100 * theirs.fit(x[rows], y[rows]).score(test_x, test_y) for rows in draws]
+            assert methods[method]["top1"] == pytest.approx(expected, abs=0.2)
+            assert methods[method]["mean"] == pytest.approx(np.mean(expected))
+            assert methods[method]["std"] == pytest.approx(np.std(expected, ddof=1))
+            assert f"{np.mean(expected):8.2f} ± {np.std(expected, ddof=1):5.2f}" in out
+        assert f"{name:>8}{methods['logistic']['mean']:8.2f} ±" in out
+    for shots, message in (("21", "--shots 21: class class0 has 20 training images, lower --shots"),
+                           ("0", "'0' is not an integer above 0")):
+        assert message in exit_message(run, *flags, "--shots", "1", shots)
+    for i in range(15):  # the default is what every class has
+        Path("images", "train", "class1", f"{3 * i + 1:02}.png").unlink()
+    run("fewshot", *CPU, "--draws", "1")
+    result = json.loads(path.with_suffix(".fewshot.images.2.json").read_text())["fewshot"]
+    assert list(result) == ["1-shot", "2-shot", "5-shot", "1%", "10%"]
+    assert result["1-shot"] == result["1%"] and result["1%"]["logistic"]["std"] == 0
+
+
+def test_logistic(trained, capsys):
+    """C is selected as by scikit-learn on the held-out tenth; the classifier's file is for predict."""
+    _, path, model = trained
+    run("logistic", *CPU, "--C", "0.01", "0.1", "3", "--save_predictions")
+    out = capsys.readouterr().out
+    result = json.loads(Path("runs/one/teacher.logistic.images/result.json").read_text())
+    run("logistic", *CPU, "--features", "cache.safetensors", "--C", "0.1", "--output_dir", "one_C")
+    features = load_file("cache.safetensors")
+    x, y, held_out = features["train_features"].double(), features["train_labels"], holdout_mask(60)
+    for C, accuracy in result["grid"]:
+        theirs = LogisticRegression(C=C, max_iter=10_000, tol=1e-6).fit(x[~held_out], y[~held_out])
+        assert accuracy == pytest.approx(100 * theirs.score(x[held_out], y[held_out]), abs=0.2)
+    assert result["C"] == max(result["grid"], key=lambda pair: pair[1])[0]
+    assert f"held-out tenth ({result['held_out_top1']:.2f}%): C {result['C']:g}" in out
+    theirs = LogisticRegression(C=result["C"], max_iter=10_000, tol=1e-6).fit(x, y)
+    expected = 100 * theirs.score(features["test_features"].double(), features["test_labels"])
+    assert result["top1"] == pytest.approx(expected, abs=0.2) and len(result["predictions"]) == 23
+    one = json.loads(Path("one_C/result.json").read_text())
+    assert one["C"] == 0.1 and "grid" not in one
+    run("predict", "--num_workers", "0", "--ckpt", "runs/one/teacher.logistic.images", "images/val")
+    with open("predictions.csv", newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == [row["predicted"] for row in result["predictions"]]
+
+
 # ---- classifiers ----
 
 def test_quick_linear(trained, capsys):
@@ -360,6 +425,50 @@ def test_predict(trained, capsys, exit_message, task, flags):
         assert message in exit_message(run, "predict", "--num_workers", "0", "--ckpt", *argv)
 
 
+def test_embed(trained, capsys, exit_message):
+    """Features of a folder, a file, a tar and a named set, in every format, equal those of the model."""
+    folder, path, model = trained
+    with tarfile.open("new.tar", "w") as tar:
+        tar.add("images/val/class0/00.png", "a.png")
+    Path("images/val/class1/04.png").write_bytes(b"bad")
+    images, _ = load_test_images()
+    images = images[[i for i in range(23) if i != 9]]
+    files = [name for name in sorted(map(str, Path("images/val").rglob("*.png"))) if not name.endswith("04.png")]
+    names = [*files, "images/val/class0/00.png", f"{folder}/new.tar/a.png"]
+    with torch.no_grad():
+        tokens = model.get_intermediate_layers(images[[*range(22), 0, 0]])[0]
+    cls, patches = tokens[:, 0], tokens[:, 1:].mean(dim=1)
+    inputs = ["embed", "--num_workers", "0", "images/val", "images/val/class0/00.png", "new.tar"]
+    run(*inputs)
+    out = capsys.readouterr().out
+    assert "24 images, 1 corrupt, 32 features each\nwritten to features.npy" in out and "04.png" in out
+    torch.testing.assert_close(torch.from_numpy(np.load("features.npy")), cls)
+    assert json.loads(Path("features.names.json").read_text()) == names
+    run(*inputs, "--n_last_blocks", "0", "--avgpool_patchtokens", "--output", "out/patches.safetensors")
+    torch.testing.assert_close(load_file("out/patches.safetensors")["features"], patches)
+    run(*inputs, "--avgpool_patchtokens", "--output", "both.PARQUET")
+    table = parquet.read_table("both.PARQUET").to_pydict()
+    torch.testing.assert_close(torch.tensor(table["features"]), torch.cat((cls, patches), dim=1))
+    assert table["file"] == names and not list(Path().rglob("*.parts"))
+    for argv, message in ((["images", "--output", "f.txt"], "f.txt does not end in .npy, .parquet, .csv, .safetensors"),
+                          (["missing"], "missing: no such image or folder"),
+                          (["images/val/class1/04.png"], "none of the 1 images can be read"),
+                          (["images", "--n_last_blocks", "0"], "--n_last_blocks 0 is not from 1 to 1"),
+                          (["images", "--image_size", "30"], "--image_size 30: not multiples")):
+        assert message in exit_message(run, "embed", "--num_workers", "0", *argv)
+
+
+def test_embed_takes_named_sets(small_shapes, trained):
+    _, path, model = trained
+    run("embed", "--num_workers", "0", "shapes", "--ckpt", str(path), "--output", "f.csv")
+    with open("f.csv", newline="") as file:
+        _, *rows = csv.reader(file)
+    with torch.no_grad():
+        expected = model(torch.stack([center_crop_view(Shapes("train", 300, 32)[i][0], 32) for i in range(3)]))
+    assert [row[0] for row in rows] == [str(i) for i in range(300)]
+    np.testing.assert_allclose(np.array([row[1:] for row in rows[:3]], float), expected, atol=1e-5)
+
+
 def test_a_linear_classifier_is_fine_tuned(trained):
     """Its file describes the new classifier, which takes other features."""
     train("linear", "--quick", "--avgpool_patchtokens", "--epochs", "1")
@@ -451,7 +560,7 @@ for i, argv in enumerate(json.loads({commands!r})):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # else a process group finds the addresses of the one before
     with contextlib.redirect_stdout(io.StringIO()) as out:
         evaluate.main(evaluate.parse_args(argv))
-    assert out.getvalue().count(" test images") == (dist.get_rank() == 0), out.getvalue()
+    assert out.getvalue().count("written to") == (dist.get_rank() == 0), out.getvalue()
     dist.destroy_process_group()
 """
 
@@ -467,17 +576,24 @@ def test_two_processes_equal_one(trained, run_torchrun):
         training = [*common, "--epochs", "2", "--log_every", "1", "--precision", "fp32", "--output_dir"]
         commands = [["knn", *common, "--save_predictions"], ["linear", "--lr", "0.3", *training, str(outputs[0])],
                     ["linear", "--quick", *training, str(outputs[1])],
-                    ["finetune", "--warmup_epochs", "1", "--drop_path_rate", "0", *training, str(outputs[2])]]
+                    ["finetune", "--warmup_epochs", "1", "--drop_path_rate", "0", *training, str(outputs[2])],
+                    ["fewshot", *common, "--draws", "3"],
+                    ["logistic", *common, "--C", "1e-3", "1e-1", "10", "--output_dir", str(folder / f"lr{processes}")],
+                    ["embed", str(folder / "images" / "val"), *common[:2], *common[4:], "--output",
+                     str(folder / f"embed{processes}.npy")]]
         if processes == 1:
             for command in commands:
                 run(*command)
         else:
             run_torchrun(processes, SCRIPT.format(commands=json.dumps(commands)))
         results.append([json.loads(file.read_text()) for file in (
-            *(output / "result.json" for output in outputs), path.with_name("teacher.knn.images.json"))])
+            *(output / "result.json" for output in (*outputs, folder / f"lr{processes}")),
+            *(path.with_name(f"teacher.{task}.images.json") for task in ("knn", "fewshot")))])
         losses.append([json.loads(line)["loss"] for output in (outputs[0], outputs[2])
                        for line in (output / "log.jsonl").read_text().splitlines()])
     assert results[0] == results[1]
+    np.testing.assert_allclose(np.load(folder / "embed1.npy"), np.load(folder / "embed2.npy"), atol=1e-5)
+    assert (folder / "embed1.names.json").read_bytes() == (folder / "embed2.names.json").read_bytes()
     assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
