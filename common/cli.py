@@ -298,7 +298,7 @@ def check_crop_flags(parser, args):
 # ---- running a command ----
 
 OPTIONAL_PACKAGES = (  # needed by some commands only
-    "matplotlib", "av", "timm", "pyarrow", "fsspec", "aiohttp", "tifffile")
+    "matplotlib", "av", "timm", "pyarrow", "fsspec", "aiohttp", "tifffile", "scipy")
 
 
 def run_command(main, parse_args, *errors):
