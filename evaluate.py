@@ -1,4 +1,4 @@
-"""Evaluate the features of a backbone: k-NN, linear classification, few labels, fine-tuning; classify or embed images.
+"""Evaluate the features of a backbone: k-NN, linear, few labels, fine-tuning, segmentation; classify or embed images.
 
     python evaluate.py knn                        # the newest run, on the data it was trained on
     python evaluate.py fewshot                    # 1, 2, 5, 10 images of each class, 1% and 10% of the labels
@@ -6,6 +6,7 @@
     python evaluate.py linear                     # linear classifiers on frozen features, the paper's protocol
     python evaluate.py linear --quick             # the same on features that are extracted once
     python evaluate.py finetune                   # backbone and classifier are trained with labels
+    python evaluate.py segmentation               # linear segmentation of frozen patch tokens, on the built-in shapes
     python evaluate.py knn --ckpt dino_deitsmall16_pretrain.pth --data_path /data/imagenet
     torchrun --nproc_per_node=8 evaluate.py linear --ckpt runs/vits16/teacher.safetensors --data_path /data/imagenet
     python evaluate.py predict --ckpt runs/demo/teacher.linear.photos/classifier.safetensors /more_photos dog.jpg
@@ -13,10 +14,10 @@
 
 Flags of a task: `python evaluate.py linear --help`. `--untrained` evaluates random weights as a baseline.
 
-knn and fewshot write their accuracies beside the model file, as NAME.knn.DATA.json. linear, logistic and finetune write
-a folder, as NAME.linear.DATA, with result.json and classifier.safetensors, and if they train on images log.jsonl and
-checkpoint.pth. Interrupted runs resume automatically, and `--test_only` evaluates classifier.safetensors again. predict
-writes the class of each image to predictions.csv, embed its features to a file.
+knn and fewshot write their accuracies beside the model file, as NAME.knn.DATA.json. linear, logistic, finetune and
+segmentation write a folder, as NAME.linear.DATA, with result.json and classifier.safetensors, and if they train on
+images log.jsonl and checkpoint.pth. Interrupted runs resume automatically, and `--test_only` evaluates
+classifier.safetensors again. predict writes the class of each image to predictions.csv, embed its features to a file.
 """
 
 import common  # noqa: F401 (first: it checks the version of Python)
@@ -30,7 +31,9 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
@@ -38,7 +41,7 @@ from tqdm import tqdm
 from common import cli, distributed
 from common.checkpoint import MODEL_FILES, CheckpointError
 from common.cli import fraction, nonnegative_float, nonnegative_int, percentage, positive_float, positive_int
-from common.distributed import get_world_size, is_rank_zero
+from common.distributed import get_rank, get_world_size, is_rank_zero
 from common.files import create_folder, first_line, write_json, write_text
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
@@ -56,8 +59,10 @@ from data.datasets import (
     trained_data_path,
     trained_val_path,
 )
-from data.loaders import build_eval_loader, build_view
+from data.loaders import build_eval_loader, build_view, default_attention_size, normalize, resize_to_patches
 from data.retrieval import ImageFiles
+from data.segmentation import build_loader
+from data.semantic import SemanticCrop, open_semantic
 from evaluation import supervised
 from evaluation.embed import WRITERS, write_features
 from evaluation.features import extract_features, load_features
@@ -71,13 +76,21 @@ from evaluation.linear import (
     fit_best_logistic_regression,
     holdout_mask,
 )
+from evaluation.segmentation import (
+    PatchFeatures,
+    SegmentationHead,
+    count_confusions,
+    pixel_cross_entropy,
+    predict_classes,
+    summarize_confusions,
+)
 from optim import build_optimizer
 
 # ---- flags ----
 
 def parse_args(argv=None):
     parser = cli.build_parser("evaluate.py", __doc__)
-    knn, fewshot, linear, logistic, finetune, predict, embed = cli.add_subcommands(parser, TASKS).values()
+    knn, fewshot, linear, logistic, finetune, segmentation, predict, embed = cli.add_subcommands(parser, TASKS).values()
     add = cli.add_flag
     for task in (knn, fewshot, linear, logistic, finetune):
         cli.add_model_flags(task)
@@ -122,9 +135,20 @@ def parse_args(argv=None):
     add(finetune, "--mixup", 0.0, "alpha, 0 disables; 0.8 for long runs", nonnegative_float)
     add(finetune, "--cutmix", 0.0, "alpha, 0 disables; 1 for long runs", nonnegative_float)
 
-    for task in (linear, finetune):
-        add(task, "--epochs", 100, "training epochs", positive_int)
-        add(task, "--crop_scale", (0.08, 1.0), "crop area relative to the image", fraction, nargs=2)
+    cli.add_model_flags(segmentation)
+    add(segmentation, "--data_path", "shapes", "shapes[:PIXELS], VOC2012, ADE20K, or a folder with images/ and masks/",
+        metavar="PATH")
+    add(segmentation, "--image_size", None, "side of a crop, shorter side in the test (default: 480/224 of that as "
+        "trained)", cli.image_side)
+    add(segmentation, "--batch_size_per_gpu", 16, "crops per GPU", positive_int)
+    add(segmentation, "--n_last_blocks", 1, "blocks whose patch tokens to concatenate, 1 or 4", positive_int)
+    add(segmentation, "--lr", 0.016, "peak for batch size 256, scaled linearly: 0.001 for 16", positive_float)
+    add(segmentation, "--weight_decay", 0.0001, "weight decay", nonnegative_float)
+
+    for task, epochs, scale in ((linear, 100, (0.08, 1.0)), (finetune, 100, (0.08, 1.0)),
+                                (segmentation, 30, (0.25, 1.0))):
+        add(task, "--epochs", epochs, "training epochs", positive_int)
+        add(task, "--crop_scale", scale, "crop area relative to the image", fraction, nargs=2)
         add(task, "--val_freq", 10, "epochs between evaluations, 0 for none", nonnegative_int)
         task.add_argument("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run")
         cli.add_run_flags(task)
@@ -149,7 +173,7 @@ def parse_args(argv=None):
 
     # the tasks that lack one of these flags need its value
     parser.set_defaults(features=None, quick=False, save_predictions=False, warmup_epochs=0, label_smoothing=0.0,
-                        mixup=0.0, cutmix=0.0)
+                        mixup=0.0, cutmix=0.0, val_path=None, cache_dir=None)
     args = parser.parse_args(argv)
     if args.task == "predict":
         if not args.output.lower().endswith(".csv"):
@@ -193,20 +217,16 @@ class EvalSetup:
     def __init__(self, args):
         self.args, self.corrupt = args, set()
         self.device = distributed.init_distributed(args.device)[2]
-        self.backbone, self.info, self.origin = open_backbone(args, self.device, precision=args.precision,
-                                                                 rgb_only=False)
+        is_dense = args.task == "segmentation"
+        self.backbone, self.info, self.origin = open_backbone(
+            args, self.device, needs="patch tokens" * is_dense, precision=args.precision, rgb_only=is_dense)
+        if is_dense:
+            trained_size, p = self.backbone.grid[0] * self.backbone.patch_size, self.backbone.patch_size
+            args.image_size = args.image_size or default_attention_size(trained_size, p)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
-        data_path = args.data_path or trained_data_path(args, self.info)
         val_path = trained_val_path(args, self.info)
-        if not data_path:
-            raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
-                            f"the labeled images with --data_path")
-        self.data = distributed.run_on_rank_zero_first(lambda: open_data(
-            data_path, download=bool(args.data_path), value_range=self.info.get("value_range"),
-            val_path=val_path, cache_dir=args.cache_dir, channels=self.info["channels"]))
-        if self.data.val is None:
-            raise DataError(f"{describe_paths(data_path)}: no labels; expected one folder per class, best in train/ "
-                            f"and val/")
+        self.data = distributed.run_on_rank_zero_first(
+            lambda: open_semantic(args.data_path) if is_dense else self.open_labeled(val_path))
         sizes = [len(self.data.train_labeled), len(self.data.val)]
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)
@@ -219,6 +239,20 @@ class EvalSetup:
         # on rank 0: datasets without class names are decoded
         if args.task not in ("knn", "fewshot") or args.save_predictions:
             self.classes = distributed.all_gather_objects(list_class_names(self.data) if is_rank_zero() else None)[0]
+
+
+    def open_labeled(self, val_path):
+        """Data of the labeled images that the flags name, or that the newest run was trained on."""
+        args, data_path = self.args, self.args.data_path or trained_data_path(self.args, self.info)
+        if not data_path:
+            raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
+                            f"the labeled images with --data_path")
+        data = open_data(data_path, download=bool(args.data_path), value_range=self.info.get("value_range"),
+                         val_path=val_path, cache_dir=args.cache_dir, channels=self.info["channels"])
+        if data.val is None:
+            raise DataError(f"{describe_paths(data_path)}: no labels; expected one folder per class, best in train/ "
+                            f"and val/")
+        return data
 
 
 def log(text):
@@ -351,7 +385,8 @@ def linear(args):
                           dict(quick=True, epochs=args.epochs), setup)
     else:
         optimizer = build_optimizer("sgd", supervised.build_head_groups(network, grid))
-        train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup)
+        crops = supervised.build_crops(args, setup.info, setup.device)
+        train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup, crops, test_classifier, measure_top1)
 
 
 def finetune(args):
@@ -370,23 +405,48 @@ def finetune(args):
     hparams = {name: getattr(args, name) for name in (
         "epochs", "lr", "warmup_epochs", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "mixup",
         "cutmix")}
-    train_and_test(network, build_optimizer("adamw", groups), [(args.lr, args.weight_decay)], hparams, setup)
+    crops = supervised.build_crops(args, setup.info, setup.device)
+    train_and_test(network, build_optimizer("adamw", groups), [(args.lr, args.weight_decay)], hparams, setup, crops,
+                   test_classifier, measure_top1)
+
+
+def segmentation(args):
+    """Linear segmentation: batch norm and a 1x1 convolution on the patch tokens of a frozen backbone, AdamW; mIoU."""
+    setup = EvalSetup(args)
+    setup.origin.update(n_last_blocks=args.n_last_blocks)
+    torch.manual_seed(args.seed)
+    try:
+        features = PatchFeatures(setup.backbone, args.n_last_blocks)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    network = supervised.Classifiers(features, len(setup.classes), build_head=SegmentationHead)
+    network = network.to(setup.device).eval()
+    grid = [(args.lr, args.weight_decay)]
+    optimizer = build_optimizer("adamw", supervised.build_head_groups(network, grid))
+    crops = SemanticCrop(args.image_size, args.crop_scale, setup.info["mean"], setup.info["std"])
+    train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup, crops, report_segmentation, measure_miou,
+                   "test_miou", pixel_cross_entropy)
 
 
 # ---- training ----
 
-def train_and_test(network, optimizer, grid, hparams, setup):
+def train_and_test(network, optimizer, grid, hparams, setup, crops, report, measure, metric="test_top1",
+                   criterion=F.cross_entropy):
     """Train Classifiers on random crops, or with --test_only load a trained one; test the best and write the result.
 
     Args:
         grid: (lr, weight decay) of each classifier; of several, the best on a held-out tenth of the images is kept.
         hparams: {name: value} that a resumed run must share, written with the result.
+        crops, criterion: see `train_classifiers`.
+        report: (network, setup, hyperparameters), tests the classifier and writes the result.
+        measure: (network, images, setup) -> metric of each classifier, in percent.
+        metric: its name in the log.
     """
     args = setup.args
     if args.test_only:
         hparams = restore_classifier(network, setup)
     else:
-        train_images, val_images, metric = setup.data.train_labeled, setup.data.val, "test_top1"
+        train_images, val_images = setup.data.train_labeled, setup.data.val
         if len(grid) > 1:
             mask, metric = holdout_mask(len(train_images)), "held_out_top1"
             train_images, val_images = (Subset(train_images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
@@ -396,15 +456,15 @@ def train_and_test(network, optimizer, grid, hparams, setup):
             args.batch_size_per_gpu = largest
         log_grid(network, grid, args.batch_size_per_gpu * get_world_size())
         completed = supervised.train_classifiers(
-            network, optimizer, train_images, get_fixed_settings(setup) | hparams | {"grid": grid},
-            lambda: {metric: max(measure_top1(network, val_images, setup))}, setup.output, args, setup.info)
+            network, optimizer, train_images, crops, get_fixed_settings(setup) | hparams | {"grid": grid},
+            lambda: {metric: max(measure(network, val_images, setup))}, setup.output, args, criterion)
         if not completed:  # stopped by a signal
             return
-        accuracies = measure_top1(network, val_images, setup) if len(grid) > 1 else [0.0]
+        accuracies = measure(network, val_images, setup) if len(grid) > 1 else [0.0]
         best = accuracies.index(max(accuracies))
         network.heads = network.heads[best:best + 1]
         hparams = save_classifier(network, grid, best, accuracies, hparams, setup)
-    report_accuracy(*extract(setup, lambda x: network(x)[0], setup.data.val), setup, hparams)
+    report(network, setup, hparams)
 
 
 def train_on_features(network, fit, grid, names, hparams, setup):
@@ -451,6 +511,43 @@ def measure_top1(network, images, setup):
     """Top-1 accuracy in percent of each classifier, from center crops."""
     predictions, labels = extract(setup, lambda x: network(x).argmax(dim=-1).T, images)
     return (100 * (predictions == labels.view(-1, 1)).double().mean(dim=0)).tolist()
+
+
+@torch.no_grad()
+def count_test_confusions(network, images, setup):
+    """Confusion matrix of the pixels of images of a SemanticImages, [K, K], and their number; over all processes."""
+    args, count = setup.args, len(setup.classes)
+    matrix, num_images, corrupt = torch.zeros(count, count, dtype=torch.int64), 0, set()
+    mine = Subset(images, range(get_rank(), len(images), get_world_size()))
+    loader = build_loader(range(len(mine)), mine.__getitem__, args.num_workers)
+
+    def test():
+        nonlocal num_images
+        for example in tqdm(loader, unit="img", leave=False, disable=None if is_rank_zero() else True):
+            if isinstance(example, str):
+                corrupt.add(example)
+                continue
+            (image, labels), num_images = example[0], num_images + 1
+            x = resize_to_patches(image, args.image_size, setup.backbone.patch_size)
+            x = normalize(x, setup.info["mean"], setup.info["std"])[None].to(setup.device)
+            with autocast(setup.device, args.precision):
+                logits = network(x)[0]
+            labels = torch.from_numpy(np.array(labels)).to(setup.device)
+            matrix.add_(count_confusions(predict_classes(logits, labels.shape)[0], labels, count).cpu())
+    distributed.wait_for(test)
+    corrupt = set().union(*distributed.all_gather_objects(corrupt))
+    for message in sorted(corrupt - setup.corrupt):
+        log(f"skipped corrupt image {message}")
+    setup.corrupt.update(corrupt)
+    num_images = sum(distributed.all_gather_objects(num_images))
+    if not num_images:
+        raise DataError(f"{setup.data.path}: no test image can be read, the last: {max(corrupt)}")
+    return distributed.all_gather_rows(matrix[None]).sum(dim=0), num_images
+
+
+def measure_miou(network, images, setup):
+    """Mean IoU in percent, as a list of one."""
+    return [100 * summarize_confusions(count_test_confusions(network, images, setup)[0])["miou"]]
 
 
 # ---- classifiers and results ----
@@ -507,6 +604,26 @@ def restore_classifier(network, setup):
         return dict(info["hparams"])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not the classifier of this task ({first_line(error)})") from None
+
+
+def test_classifier(network, setup, hparams):
+    """Log and write the accuracy of a classifier on the test images."""
+    report_accuracy(*extract(setup, lambda x: network(x)[0], setup.data.val), setup, hparams)
+
+
+def report_segmentation(network, setup, hparams):
+    """Log and write mIoU, accuracies, those of each class, and the confusion matrix, of all test images."""
+    matrix, num_images = count_test_confusions(network, setup.data.val, setup)
+    miou, accuracy, mean_accuracy, iou, class_accuracy = summarize_confusions(matrix).values()
+    log(f"{num_images} test images: mIoU {100 * miou:.2f}, pixel accuracy {100 * accuracy:.2f}, mean accuracy "
+        f"{100 * mean_accuracy:.2f}")
+    per_class = {name: dict(iou=100 * a, accuracy=100 * b if b == b else None) for name, a, b in zip(
+        setup.classes, iou.tolist(), class_accuracy.tolist()) if a == a}  # NaN: the class does not occur
+    lowest = sorted(per_class.items(), key=lambda item: item[1]["iou"])[:5]
+    log("lowest IoU: " + ", ".join(f"{name} {values['iou']:.1f}%" for name, values in lowest))
+    write_result(setup.output / "result.json", setup, hparams | dict(
+        miou=100 * miou, accuracy=100 * accuracy, mean_accuracy=100 * mean_accuracy, num_images=num_images,
+        per_class=per_class, classes=setup.classes, confusion_matrix=matrix.tolist()))
 
 
 def report_accuracy(logits, labels, setup, hparams):
@@ -617,7 +734,7 @@ def embed(args):
 
 
 TASKS = {"knn": knn, "fewshot": fewshot, "linear": linear, "logistic": logistic, "finetune": finetune,
-         "predict": predict, "embed": embed}
+         "segmentation": segmentation, "predict": predict, "embed": embed}
 
 
 def main(args):

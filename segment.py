@@ -1,12 +1,18 @@
-"""Segmentation without training: attention masks, and video object segmentation by label propagation.
+"""Segmentation without training: attention masks, object discovery, and label propagation through videos.
 
     python segment.py masks                                     # newest run, on the built-in shapes
     python segment.py masks --ckpt dino_deitsmall16_pretrain.pth --data_path /data/VOC2012
+    python segment.py masks --data_path /photos --write masks   # masks as PNGs, and boxes, of any images
+    python segment.py discover                                  # one object of each image, by TokenCut or LOST
+    python segment.py discover --method lost --data_path /data/VOCdevkit/VOC2007
     python segment.py video --ckpt dino_deitsmall16_pretrain.pth --data_path /data/DAVIS
 
 `masks` thresholds the CLS attention of the last block and prints its Jaccard index with the objects of each image, for
 the model and for random weights; NAME.masks.DATA.json beside the model file has the results, NAME.masks.DATA.png twelve
-of the images with the mask of their best head. `video` propagates the masks of the first frame through each video,
+of the images with the mask of their best head. `discover` finds one object of each image from the keys of the last
+block, and prints CorLoc, the share of images with an object that its box overlaps by half; NAME.METHOD.DATA.json and
+.png are like those of `masks`, and it runs under torchrun too. `--write DIR` of both writes a mask of each image, and
+boxes.json, the boxes in the format of COCO. `video` propagates the masks of the first frame through each video,
 writes them as DAVIS expects, NAME.video.DATA/SEQUENCE/FRAME.png, with overlays on the frames in SEQUENCE.overlay/, and
 evaluates J and F. Interrupted runs resume with the next sequence. Caron et al. 2021, section 4.2.2.
 """
@@ -22,18 +28,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
+from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from common import cli
+from common import cli, distributed
 from common.files import create_folder, read_json, write_json
 from common.precision import autocast
 from common.weights import CheckpointError, build_untrained, open_backbone, output_folder, result_file
 from data.datasets import DataError, data_name
 from data.images import ImageReadError, read_image
 from data.loaders import default_attention_size, normalize, resize_to_patches
-from data.segmentation import build_loader, find_masks, find_sequences, mask_path, read_mask, read_names, save_mask
+from data.segmentation import (
+    build_loader,
+    find_boxes,
+    find_masks,
+    find_sequences,
+    mask_path,
+    read_mask,
+    read_names,
+    save_mask,
+)
+from evaluation import discovery
 from evaluation.label_propagation import labels_to_mask, mask_to_labels, propagate_labels
 from evaluation.masks import boundary_f, jaccard, summarize_over_time, threshold_attention
 from plotting import sheet
@@ -42,13 +59,19 @@ from plotting.draw import COLORS, overlay_mask
 
 def parse_args(argv=None):
     parser = cli.build_parser("segment.py", __doc__)
-    masks, video = cli.add_subcommands(parser, TASKS).values()
-    for task in (masks, video):
+    masks, discover, video = cli.add_subcommands(parser, TASKS).values()
+    for task in (masks, discover, video):
         cli.add_model_flags(task)
-    masks.add_argument("--data_path", default="shapes", help="shapes[:PIXELS], or the folder of VOC2012 or DAVIS")
-    masks.add_argument("--image_size", type=cli.image_side, help="shorter side (default: 480/224 of that as trained)")
+    for task in (masks, discover):
+        task.add_argument("--data_path", default="shapes",
+                          help="shapes[:PIXELS], VOC, ADE20K, DAVIS, a folder with images/ and masks/, or any images")
+        task.add_argument("--image_size", type=cli.image_side if task is masks else cli.nonnegative_int,
+                          help="shorter side (default: 480/224 of that as trained)" + "; 0: as it is, as published" * (
+                              task is discover))
+        task.add_argument("--num_images", type=cli.positive_int, help="evaluate N images, evenly spread (default: all)")
+        task.add_argument("--write", metavar="DIR", help="folder for the mask of each image, and boxes.json")
     masks.add_argument("--mass", type=cli.fraction, default=0.6, help="share of the attention that a mask keeps")
-    masks.add_argument("--num_images", type=cli.positive_int, help="evaluate N images, evenly spread (default: all)")
+    discover.add_argument("--method", choices=discovery.METHODS, default="tokencut", help="published method")
     video.add_argument("--data_path", required=True, metavar="DIR", help="folder with the layout of DAVIS")
     video.add_argument("--sequences", nargs="+", metavar="NAME", help="default: of ImageSets/2017/val.txt, else all")
     video.add_argument("--image_size", type=cli.image_side, default=480, help="shorter side of a frame")
@@ -57,48 +80,67 @@ def parse_args(argv=None):
     video.add_argument("--topk", type=cli.positive_int, default=5, help="similar patches to average labels over")
     video.add_argument("--temperature", type=cli.positive_float, default=0.1, help="softmax temperature of the cosines")
     video.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast of the backbone")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.task != "video" and args.write and os.path.realpath(args.write) == os.path.realpath(args.data_path):
+        parser.error(f"--write {args.write}: masks would be written among the images, name another folder")
+    return args
 
 
 # ---- attention masks ----
 
 def evaluate_masks(args):
     """Jaccard index of thresholded CLS attention and objects: best head per object, mean of heads, random weights."""
-    images, read = find_masks(args.data_path, args.num_images)
+    images, read = find_masks(args.data_path, args.num_images, bool(args.write), args.write)
     model, info, origin = open_backbone(args, needs="attention")
     p = model.patch_size
     args.image_size = args.image_size or default_attention_size(model.grid[0] * p, p)
     origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
                    image_size=args.image_size, mass=args.mass, dataset_size=len(images))
     path = result_file(origin, args, f"masks.{data_name(args.data_path)}")
+    names = prepare_writing(args, images)
     models = {} if args.untrained else {"trained": model}
     models["untrained"] = build_untrained(info).to(args.device)
-    scores, skipped, cells, across = [], [], [], sheet.choose_columns(min(12, len(images)), 1000)
-    for example in tqdm(build_loader(images, read, args.num_workers), unit="img", leave=False, disable=None):
+    scores, skipped, cells, records, across = [], [], [], [], sheet.choose_columns(min(12, len(images)), 1000)
+    loader = tqdm(build_loader(images, read, args.num_workers), unit="img", leave=False, disable=None)
+    for i, example in enumerate(loader):
         if isinstance(example, str):
             skipped.append(example)
             continue
         image, objects, void = example
         x = normalize(resize_to_patches(image, args.image_size, p), info["mean"], info["std"])[None].to(args.device)
+        if args.write:
+            mask = compute_attention_masks(model, x, image.shape[1:], args.mass)[0]
+            records.append(write_object_mask(args.write, names[i], mask))
+        if not len(objects):
+            continue
         results, masks = zip(*(evaluate_image(m, x, objects, void, args.mass) for m in models.values()))
         scores.append(torch.stack(results))
         if len(scores) > len(cells) * len(images) // 12:  # twelve, evenly spread
             head = results[0][2:].argmax()
             drawn = draw_masks(image, masks[0][1 + head], objects, sheet.cell_side(1000, across))
             cells.append((drawn, f"head {head + 1}, Jaccard index {results[0][2 + head]:.1%}"))
-    if not scores:
+    if not scores and not records:
         raise DataError(f"{args.data_path}: none of its images can be used; the last: {skipped[-1]}")
-    print(f"Jaccard index (%), {args.mass:.0%} of the attention, {len(scores)} images, shorter side {args.image_size}")
-    result = {}
-    for name, (best, mean, *heads) in zip(models, torch.stack(scores).mean(dim=0).mul(100).tolist()):
-        print(f"{name:9}  best head {best:.1f}  mean of heads {mean:.1f}  heads", *(f"{head:.1f}" for head in heads))
-        result[name] = dict(best_head=best, mean_of_heads=mean, heads=heads)
-    write_json(path, vars(args) | origin | dict(num_images=len(scores), skipped=skipped, jaccard=result))
-    title = f"Attention masks of {sheet.describe_model(origin, info, p)}"
-    legend = [sheet.draw_swatch(COLORS[0], f"patches with {args.mass:.0%} of the attention of the best head", 1000),
-              "White: outline of the objects."]
-    sheet.contact_sheet([(cells, across)], 1000, title, legend).save(path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
+    if args.write:
+        write_boxes(args.write, records)
+    if scores:
+        print(f"Jaccard index (%), {args.mass:.0%} of the attention, {len(scores)} images, shorter side "
+              f"{args.image_size}")
+        result = {}
+        for name, (best, mean, *heads) in zip(models, torch.stack(scores).mean(dim=0).mul(100).tolist()):
+            print(f"{name:9}  best head {best:.1f}  mean of heads {mean:.1f}  heads",
+                  *(f"{head:.1f}" for head in heads))
+            result[name] = dict(best_head=best, mean_of_heads=mean, heads=heads)
+        write_json(path, vars(args) | origin | dict(num_images=len(scores), skipped=skipped, jaccard=result))
+        title = f"Attention masks of {sheet.describe_model(origin, info, p)}"
+        legend = [sheet.draw_swatch(COLORS[0], f"patches with {args.mass:.0%} of the attention of the best head", 1000),
+                  "White: outline of the objects."]
+        sheet.contact_sheet([(cells, across)], 1000, title, legend).save(path.with_suffix(".png"))
+        print(f"wrote {path} and {path.with_suffix('.png').name}")
+    check_skipped(skipped, images)
+
+
+def check_skipped(skipped, images):
     if skipped:
         raise DataError(f"skipped {len(skipped)} of {len(images)} images; the first: {skipped[0]}")
 
@@ -115,18 +157,170 @@ def evaluate_image(model, x, objects, void, mass):
         float64 [2 + heads], means over objects: the best head for each object, the mean of heads, and each head; and
         masks of the mean and of each head, bool [1 + heads, H, W].
     """
-    attention = model.forward_with_attention(x)[1][0].cpu()  # [heads, N]
-    attention = torch.cat((attention.mean(dim=0, keepdim=True), attention))
-    masks = threshold_attention(attention, mass).view(1, len(attention), x.shape[-2] // model.patch_size, -1)
-    masks = F.interpolate(masks.float(), size=objects.shape[-2:], mode="nearest-exact")[0] > 0
+    masks = compute_attention_masks(model, x, objects.shape[-2:], mass)
     scores = torch.stack([jaccard(mask, objects, void) for mask in masks])  # [1 + heads, O]
     return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1), masks
+
+
+@torch.no_grad()
+def compute_attention_masks(model, x, size, mass):
+    """Thresholded attention of the mean of the heads and of each head: [1, 3, h*p, w*p] -> bool [1 + heads, *size]."""
+    attention = model.forward_with_attention(x)[1][0].cpu()  # [heads, N]
+    attention = torch.cat((attention.mean(dim=0, keepdim=True), attention))
+    masks = threshold_attention(attention, mass).view(len(attention), x.shape[-2] // model.patch_size, -1)
+    return resize_masks(masks, size)
+
+
+def resize_masks(masks, size):
+    """Masks of patches, bool [M, h, w] -> nearest of each pixel, bool [M, *size]."""
+    return F.interpolate(masks[None].float(), size=tuple(size), mode="nearest-exact")[0] > 0
 
 
 def draw_masks(image, mask, objects, width):
     """Image [3, H, W] with an attention mask, bool [H, W], in color, and the outline of objects [O, H, W] in white."""
     image = overlay_mask(sheet.resize_to_width(to_pil_image(image), width), mask, COLORS[0])
     return overlay_mask(image, objects.any(dim=0), (255, 255, 255), opacity=0)
+
+
+# ---- object discovery ----
+
+def discover_objects(args):
+    """Unsupervised discovery of one object per image: LOST or TokenCut; CorLoc with the boxes of VOC or of masks."""
+    _, world_size, device = distributed.init_distributed(args.device)
+    found = find_boxes(args.data_path, args.num_images)
+    if found:
+        images, read = found
+    else:
+        images, read = find_masks(args.data_path, args.num_images, True, args.write)
+        read = partial(read_mask_boxes, read)
+    model, info, origin = open_backbone(args, device, needs="keys")
+    p = model.patch_size
+    if args.image_size is None:
+        args.image_size = default_attention_size(model.grid[0] * p, p)
+    if 0 < args.image_size < 2 * p:
+        raise DataError(f"--image_size {args.image_size} is less than two patches of {p} pixels")
+    origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
+                   image_size=args.image_size, method=args.method, dataset_size=len(images))
+    path = result_file(origin, args, f"{args.method}.{data_name(args.data_path)}")
+    names, across = prepare_writing(args, images), sheet.choose_columns(min(12, len(images)), 1000)
+    drawn, results = {i * len(images) // 12 for i in range(12)}, []  # twelve, evenly spread
+    mine = range(distributed.get_rank(), len(images), world_size)
+
+    def discover():
+        loader = build_loader([images[i] for i in mine], read, args.num_workers)
+        silent = None if distributed.is_rank_zero() else True
+        for i, example in zip(mine, tqdm(loader, unit="img", leave=False, disable=silent)):
+            results.append((i, example) if isinstance(example, str) else (i, discover_object(
+                model, *example, info, args, names[i], sheet.cell_side(1000, across) if i in drawn else None)))
+    distributed.wait_for(discover)
+    results = sorted(sum(distributed.all_gather_objects(results), []), key=lambda item: item[0])
+    if distributed.is_rank_zero():
+        skipped = [result for _, result in results if isinstance(result, str)]
+        records = [result for _, result in results if not isinstance(result, str)]
+        if not records:
+            raise DataError(f"{args.data_path}: none of its images can be used; the last: {skipped[-1]}")
+        report_discovery(records, skipped, path, args, origin, info, p, across)
+        check_skipped(skipped, images)
+
+
+def read_mask_boxes(read, entry):
+    """Image [3, H, W] and the boxes [M, 4] of the connected parts of its objects; see `find_masks`."""
+    image, objects, _ = read(entry)
+    return image, torch.cat([torch.empty(0, 4), *map(discovery.find_component_boxes, objects)])
+
+
+def discover_object(model, image, truth, info, args, name, width):
+    """Find the object of an image [3, H, W], compare its box with those of the truth [M, 4], and write its mask.
+
+    Args:
+        width: of a drawing, None for none.
+
+    Returns:
+        {"file", "size", "box", "area", "iou": with the best of the truth, None without any, "drawing"}.
+    """
+    size, p = image.shape[1:], model.patch_size
+    x = normalize(resize_to_patches(image, args.image_size, p) if args.image_size else image, info["mean"], info["std"])
+    x = F.pad(x, (0, -x.shape[2] % p, 0, -x.shape[1] % p))  # as published; resized images are whole patches
+    keys = discovery.extract_keys(model, x[None].to(next(model.parameters()).device))
+    mask = discovery.METHODS[args.method](keys)
+    covered = size if args.image_size else x.shape[1:]
+    mask = resize_masks(mask[None], covered)[0][:size[0], :size[1]]
+    box = discovery.find_component_boxes(mask)
+    iou = box_iou(box.float(), truth.float()).max().item() if len(truth) else None
+    drawing = width and draw_boxes(image, mask, box, truth, width)
+    record = write_object_mask(args.write, name, mask) if args.write else {}
+    return record | dict(file=name, box=box[0].tolist(), iou=iou, drawing=drawing)
+
+
+def report_discovery(records, skipped, path, args, origin, info, p, across):
+    """Print CorLoc; write the results of `discover_object` as JSON, a contact sheet, and boxes.json."""
+    if args.write:
+        write_boxes(args.write, records)
+    ious = [record["iou"] for record in records if record["iou"] is not None]
+    corloc = 100 * np.mean(np.array(ious) >= 0.5).item() if ious else None
+    print(f"{args.method}: {len(records)} images, " + (
+        f"CorLoc {corloc:.1f} on {len(ious)} with objects" if ious else "no boxes or masks to compare with"))
+    kept = [{name: record[name] for name in ("file", "box", "iou")} for record in records]
+    write_json(path, vars(args) | origin | dict(corloc=corloc, num_images=len(ious), skipped=skipped, objects=kept))
+    cells = [(record["drawing"], record["file"] + f", IoU {record['iou']:.2f}" * (record["iou"] is not None))
+             for record in records if record["drawing"]]
+    if cells:
+        title = f"Objects found by {args.method} with {sheet.describe_model(origin, info, p)}"
+        legend = [sheet.draw_swatch(COLORS[0], "object and its box", 1000), "White: true boxes."]
+        sheet.contact_sheet([(cells, across)], 1000, title, legend).save(path.with_suffix(".png"))
+    print(f"wrote {path}" + f" and {path.with_suffix('.png').name}" * bool(cells))
+
+
+def draw_boxes(image, mask, boxes, truth, width):
+    """Image [3, H, W] with a mask, bool [H, W], and boxes [n, 4] in color, and true boxes [M, 4] in white."""
+    drawn = overlay_mask(sheet.resize_to_width(to_pil_image(image), width), mask, COLORS[0])
+    scale = torch.tensor([drawn.width / image.shape[2], drawn.height / image.shape[1]]).repeat(2)
+    for some, color in ((truth, (255, 255, 255)), (boxes, COLORS[0])):
+        for box in (some * scale - torch.tensor([0, 0, 1, 1])).round().tolist():
+            ImageDraw.Draw(drawn).rectangle(box, outline=color, width=2)
+    return drawn
+
+
+# ---- masks and boxes as files ----
+
+def prepare_writing(args, images):
+    """Create the folder of --write; returns the name of each image: its path relative to --data_path, or its index."""
+    names = [f"{entry:05}.png" if isinstance(entry, int) else
+             Path(os.path.relpath(entry[0], args.data_path)).as_posix() for entry in images]
+    if args.write:
+        taken = {}
+        for name in names:
+            if (other := taken.setdefault(Path(name).with_suffix(""), name)) != name:
+                raise DataError(f"{args.data_path}: the masks of {other} and {name} would be one file, rename one")
+        create_folder(args.write)
+    return names
+
+
+def write_object_mask(folder, name, mask):
+    """Write a mask, bool [H, W], with the path of its image and the ending .png; returns a record for `write_boxes`.
+
+    Index 1 is the object.
+    """
+    path = Path(folder, name).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_mask(path, mask.numpy(), [0, 0, 0, *COLORS[0]])
+    labels, count = discovery.label_components(mask)
+    areas = torch.bincount(labels.flatten(), minlength=1 + count)[1:].tolist()
+    return dict(file=name, size=list(mask.shape), boxes=discovery.find_component_boxes(mask).tolist(), areas=areas)
+
+
+def write_boxes(folder, records):
+    """Write boxes.json in the format of COCO: a box for each connected part of each mask, and its area in pixels."""
+    images, annotations = [], []
+    for i, record in enumerate(records, start=1):
+        height, width = record["size"]
+        images.append(dict(id=i, file_name=record["file"], height=height, width=width))
+        for (left, top, right, bottom), area in zip(record["boxes"], record["areas"]):
+            annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=1, area=area, iscrowd=0,
+                                    bbox=[left, top, right - left, bottom - top]))
+    categories = [dict(id=1, name="object")]
+    write_json(Path(folder, "boxes.json"), dict(images=images, annotations=annotations, categories=categories))
+    print(f"wrote {len(images)} masks and {len(annotations)} boxes to {folder}")
 
 
 # ---- video object segmentation ----
@@ -260,11 +454,11 @@ def format_scores(scores):
         "{} {:.1f} (recall {:.1f}, decay {:.1f})".format(name, *values) for name, values in means.items())
 
 
-TASKS = {"masks": evaluate_masks, "video": segment_videos}
+TASKS = {"masks": evaluate_masks, "discover": discover_objects, "video": segment_videos}
 
 
 def main(args):
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.task != "discover" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("runs in one process: start it with python, not torchrun")
     TASKS[args.task](args)
 

@@ -1,8 +1,11 @@
-"""Images and videos with object masks: the layouts of VOC2012 and DAVIS, and the built-in shapes.
+"""Images and videos with masks or boxes: VOC, ADE20K, DAVIS, images/ beside masks/, and the built-in shapes.
 
-    entries, read = find_masks("/data/VOC2012")                 # or "shapes", or a folder with the layout of DAVIS
+    entries, read = find_masks("/data/VOC2012")                 # or "shapes", or a folder with another layout
     image, objects, void = read(entries[0])
     for example in build_loader(entries, read): ...             # messages in place of corrupt files
+
+    entries, read = find_boxes("/data/VOCdevkit/VOC2007")
+    image, boxes = read(entries[0])
 
     for name, frames in find_sequences("/data/DAVIS").items():
         mask, palette, void = read_mask(mask_path(frames[0]), size=(854, 480))
@@ -11,6 +14,8 @@
 import os
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -19,6 +24,7 @@ from torchvision.transforms import functional as TF
 
 from common.files import read_text
 from data.datasets import DataError, open_data
+from data.folders import HELD_OUT, TRAIN, ImageFolder
 from data.images import ImageReadError, open_image, read_image, read_or_message, wrap_decode_errors
 from data.workers import DataLoader
 
@@ -32,11 +38,16 @@ def build_loader(entries, read, num_workers=0):
 
 # ---- images with masks ----
 
-def find_masks(data_path, num_images=None):
-    """Images with object masks that `data_path` names: shapes[:PIXELS], VOC2012 (val), or the frames of DAVIS.
+def find_masks(data_path, num_images=None, allow_unlabeled=False, output_dir=None):
+    """Images with object masks that `data_path` names.
+
+    shapes[:PIXELS]; VOC2012 (its validation list); images/ beside masks/ or annotations/ (their held-out part, if they
+    have parts), as in ADE20K; or the frames of DAVIS.
 
     Args:
         num_images: at most this many, evenly spread.
+        allow_unlabeled: take a folder of another layout as images without objects.
+        output_dir: folder to which the command writes; not searched for images.
 
     Returns:
         a list of entries, and a function: entry -> image [3, H, W] in [0, 1], objects bool [O, H, W], void bool
@@ -45,22 +56,87 @@ def find_masks(data_path, num_images=None):
     Raises:
         DataError: none of these layouts.
     """
-    if not os.path.exists(data_path) and data_path.partition(":")[0] == "shapes":
+    if is_shapes(data_path):
         shapes = open_data(data_path).val
         entries, read = range(len(shapes)), partial(read_shape, shapes)
     else:
-        entries, read = find_voc_masks(data_path) or find_davis_masks(data_path), read_files
-    count = min(num_images or len(entries), len(entries))
-    return [entries[i * len(entries) // count] for i in range(count)], read
+        if voc := find_voc(data_path, "SegmentationClass"):
+            entries = list_voc_masks(voc, "val")
+        elif parts := find_parts(data_path):
+            entries = parts[-1].pairs
+        else:
+            entries = allow_unlabeled and list_images(data_path, output_dir) or find_davis_masks(data_path)
+        read = read_files
+    return spread(entries, num_images), read
 
 
-def find_voc_masks(data_path):
-    """(image, mask) paths of the validation split of VOC2012; None if the folder has another layout."""
-    for root in (Path(data_path), Path(data_path, "VOC2012"), Path(data_path, "VOCdevkit", "VOC2012")):
-        if (root / "SegmentationClass").is_dir():
-            return [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
-                    for name in read_names(root / "ImageSets" / "Segmentation" / "val.txt")]
-    return None
+def is_shapes(data_path):
+    return not os.path.exists(data_path) and data_path.partition(":")[0] == "shapes"
+
+
+def spread(entries, count):
+    """At most `count` of the entries, evenly spread; None for all."""
+    count = min(count or len(entries), len(entries))
+    return [entries[i * len(entries) // count] for i in range(count)]
+
+
+def find_voc(data_path, folder):
+    """Root of a VOC set that has a certain folder: `data_path`, or VOC2012 or VOC2007 in it; None if there is none."""
+    roots = (Path(data_path, *parts) for parts in ((), ("VOC2012",), ("VOCdevkit", "VOC2012"), ("VOC2007",),
+                                                   ("VOCdevkit", "VOC2007")))
+    return next((root for root in roots if (root / folder).is_dir() and (root / "JPEGImages").is_dir()), None)
+
+
+def list_voc_masks(root, name):
+    """(image, mask) paths of a list in ImageSets/Segmentation; masks are looked up in SegmentationClassAug too."""
+    pairs = []
+    for image in read_names(root / "ImageSets" / "Segmentation" / f"{name}.txt"):
+        mask = root / "SegmentationClass" / f"{image}.png"
+        if name == "trainaug" and not mask.exists():
+            mask = root / "SegmentationClassAug" / mask.name
+        pairs.append((root / "JPEGImages" / f"{image}.jpg", mask))
+    return pairs
+
+
+class Part(NamedTuple):
+    """Images of a folder that have masks."""
+
+    folder: Path
+    pairs: list  # (image, mask) paths
+    without_mask: int  # further images
+
+
+def find_parts(data_path):
+    """Parts of images/ beside masks/ or annotations/: those of training and held-out images, or one of all.
+
+    A mask has the path of its image and the ending .png. None if the folder has another layout.
+
+    Raises:
+        DataError: no images in a part, or none with a mask.
+    """
+    images = Path(data_path, "images")
+    masks = next((path for name in ("masks", "annotations") if (path := Path(data_path, name)).is_dir()), None)
+    if not masks or not images.is_dir():
+        return None
+    names = {path.name.lower(): path.name for path in images.iterdir() if path.is_dir()}
+    names = [next((names[name] for name in group if name in names), None) for group in (TRAIN, HELD_OUT)]
+    parts = []
+    for name in names if all(names) else [""]:
+        files = ImageFolder(str(images / name)).files
+        pairs = [(images / name / file, masks / name / Path(file).with_suffix(".png")) for file in files]
+        found = [pair for pair in pairs if pair[1].is_file()]
+        if not found:
+            raise DataError(f"{images / name}: none of its {len(pairs)} images has a mask; expected {pairs[0][1]}")
+        parts.append(Part(images / name, found, len(pairs) - len(found)))
+    return parts
+
+
+def list_images(data_path, output_dir=None):
+    """(image, None) of each image below a folder; None if it has the layout of DAVIS, or is no folder."""
+    if not os.path.isdir(data_path) or Path(data_path, "JPEGImages").is_dir():
+        return None
+    images = ImageFolder(data_path, output_dir)
+    return [(Path(images.name(i)), None) for i in range(len(images))]
 
 
 def find_davis_masks(data_path):
@@ -80,11 +156,42 @@ def read_shape(shapes, i):
 def read_files(paths):
     """Image and mask file -> image, objects, void; in VOC an "object" is all objects of one class."""
     image = read_image(paths[0])
+    if paths[1] is None:
+        nothing = torch.zeros(1, image.height, image.width, dtype=torch.bool)
+        return TF.to_tensor(image), nothing[:0], nothing[0]
     mask, _, void = read_mask(paths[1], image.size)
     indices = np.unique(mask[mask > 0])
     if not len(indices):
         raise ImageReadError(f"{paths[1]}: has no object")
     return TF.to_tensor(image), torch.from_numpy(mask == indices[:, None, None]), torch.from_numpy(void)
+
+
+# ---- images with boxes ----
+
+def find_boxes(data_path, num_images=None):
+    """Images of a VOC set with the boxes of their objects, of its list trainval: entries and a function to read them.
+
+    Returns:
+        see `find_masks`; the function: entry -> image [3, H, W] in [0, 1], boxes [M, 4]. None for another layout.
+    """
+    root = find_voc(data_path, "Annotations")
+    if not root or not (root / "ImageSets" / "Main").is_dir():
+        return None
+    names = read_names(root / "ImageSets" / "Main" / "trainval.txt")
+    entries = [(root / "JPEGImages" / f"{name}.jpg", root / "Annotations" / f"{name}.xml") for name in names]
+    return spread(entries, num_images), read_boxes
+
+
+def read_boxes(paths):
+    """Image, and XML file of VOC -> image [3, H, W] in [0, 1], boxes [M, 4]: left, top, right, bottom in pixels.
+
+    The first pixel of VOC is 1, and its boxes include the last: those here end before it.
+    """
+    image = TF.to_tensor(read_image(paths[0]))
+    with wrap_decode_errors(paths[1]):
+        boxes = [[float(box.findtext(name)) - (name in ("xmin", "ymin")) for name in ("xmin", "ymin", "xmax", "ymax")]
+                 for box in ElementTree.parse(paths[1]).iterfind("object/bndbox")]
+    return image, torch.tensor(boxes).view(-1, 4)
 
 
 # ---- mask files ----

@@ -7,7 +7,7 @@
     optimizer = build_optimizer("adamw", build_layer_decay_groups(network, 0.0005, weight_decay=0.05, layer_decay=0.75))
 
     losses = supervised_step(network, optimizer, scaler, images, labels, lr_factor=0.5)                     # one step
-    completed = train_classifiers(network, optimizer, images, fixed, evaluate, output, args)                # all steps
+    completed = train_classifiers(network, optimizer, images, crops, fixed, evaluate, output, args)         # all steps
 
 Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted training resumes, as in train.py.
 """
@@ -74,12 +74,13 @@ class Classifiers(nn.Module):
         num_classes: K.
         count: G.
         frozen: whether the backbone gets no gradient and stays in eval mode.
+        build_head: (dim, K) -> classifier with a weight and a bias; of a SegmentationHead, logits are [G, B, K, h, w].
     """
 
-    def __init__(self, extractor, num_classes, count=1, frozen=True):
+    def __init__(self, extractor, num_classes, count=1, frozen=True, build_head=nn.Linear):
         super().__init__()
         self.tokens, self.frozen = extractor.requires_grad_(not frozen), frozen  # "tokens" is in checkpoints
-        self.heads = nn.ModuleList(nn.Linear(extractor.dim, num_classes) for _ in range(count))
+        self.heads = nn.ModuleList(build_head(extractor.dim, num_classes) for _ in range(count))
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
@@ -109,6 +110,8 @@ def load_classifier(path):
     weights, info, _ = read_weights(path, None)
     if not {"classes", "image_size"} <= info.keys() or "classifier.weight" not in weights:
         raise CheckpointError(f"{path}: not classifier.safetensors of evaluate.py linear, logistic or finetune")
+    if "classifier.norm.weight" in weights:
+        raise CheckpointError(f"{path}: classifies patches, here images are; see SegmentationHead")
     if not any(name.startswith("backbone.") for name in weights):
         raise CheckpointError(f"{path}: holds no backbone, as those of earlier versions: run evaluate.py linear again")
     backbone, info = load_backbone(path, log=lambda text: None)
@@ -152,14 +155,16 @@ def build_mixup(num_classes, mixup, cutmix):
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def supervised_step(network, optimizer, scaler, images, labels, lr_factor=1.0, precision="fp32", label_smoothing=0.0):
+def supervised_step(network, optimizer, scaler, images, labels, lr_factor=1.0, precision="fp32", label_smoothing=0.0,
+                    criterion=F.cross_entropy):
     """One gradient step of each classifier, and of the backbone unless it is frozen.
 
     Args:
         network: Classifiers, or DistributedDataParallel around them.
         scaler: torch.amp.GradScaler, enabled for fp16 only.
-        labels: class indices [B] or soft labels [B, K].
+        labels: class indices [B], soft labels [B, K], or what else the criterion takes.
         lr_factor: the learning rate of each group is its "peak" times this.
+        criterion: (logits of one classifier, labels, label_smoothing=...) -> loss.
 
     Returns:
         cross-entropies [G] of the classifiers before the step, in nats, on the device.
@@ -168,7 +173,7 @@ def supervised_step(network, optimizer, scaler, images, labels, lr_factor=1.0, p
         group["lr"] = group["peak"] * lr_factor
     with autocast(images.device, precision):
         logits = network(images)
-    losses = torch.stack([F.cross_entropy(x, labels, label_smoothing=label_smoothing) for x in logits])
+    losses = torch.stack([criterion(x, labels, label_smoothing=label_smoothing) for x in logits])
     scaler.scale(losses.sum()).backward()  # each term has gradients for its own classifier only
     scaler.step(optimizer)
     scaler.update()
@@ -182,17 +187,30 @@ def supervised_step(network, optimizer, scaler, images, labels, lr_factor=1.0, p
 
 # ---- all steps ----
 
-def train_classifiers(network, optimizer, images, fixed, evaluate, output, args, info):
-    """Train Classifiers on random crops and flips with a cosine schedule, resuming from the newest checkpoint.
+def build_crops(args, info, device):
+    """One random crop of an image, flipped at random, as a transform; batched on CUDA.
+
+    Args:
+        args: image_size, the side of a crop in pixels, and crop_scale.
+        info: "channels", "mean" and "std" of the images, see `read_input`.
+    """
+    return (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
+        args.image_size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0),
+        **{name: info[name] for name in ("channels", "mean", "std")})
+
+
+def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output, args, criterion=F.cross_entropy):
+    """Train Classifiers on random crops with a cosine schedule, resuming from the newest checkpoint.
 
     Args:
         optimizer: with groups of build_head_groups or build_layer_decay_groups, their "peak" for a batch size of 256.
         images: labeled, see data/datasets.py.
+        crops: transform of `build_crops`, or one that returns a crop and its labels, as SemanticCrop.
         fixed: {name: value} that a resumed run must share.
         evaluate: () -> {name: metric}, called every args.val_freq epochs with the network in eval mode.
         output: Path of the folder for checkpoint.pth and log.jsonl.
         args: flags of evaluate.py; image_size, the side of a crop in pixels, must be set.
-        info: "channels", "mean" and "std" of the images, see `read_input`.
+        criterion: see `supervised_step`.
 
     Returns:
         False if a signal stopped the run, which is then saved; the same call resumes it.
@@ -221,30 +239,28 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
         convert_sync_batchnorm(network.tokens)
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    mixup = build_mixup(network.heads[0].out_features, args.mixup, args.cutmix)
-    multicrop = (BatchMultiCrop if device.type == "cuda" else MultiCrop)(
-        args.image_size, args.crop_scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0),
-        **{name: info[name] for name in ("channels", "mean", "std")})
+    mixup = build_mixup(len(network.heads[0].weight), args.mixup, args.cutmix)
     keys = iter_batch_keys(first_step, total_steps, len(images), args.seed, args.batch_size_per_gpu, rank=rank,
                            world_size=world_size, shuffle=run.fixed["shuffle"])
-    loader = build_train_loader(images, multicrop, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
-    batches, signals = iter_on_device(loader, multicrop, device), StopSignals()
+    loader = build_train_loader(images, crops, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
+    batches, signals = iter_on_device(loader, crops, device), StopSignals()
     logger.start_progress(first_step, total_steps)
     completed = first_step
     try:
         for step in range(first_step, total_steps):
             epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
             is_last = step + 1 == total_steps
-            ((crops,), labels, corrupt), is_save_step = signals.wait(lambda: logger.next_batch(batches),
-                                                                     run.is_save_due(args.save_every_minutes))
+            ((views, *masks), labels, corrupt), is_save_step = signals.wait(lambda: logger.next_batch(batches),
+                                                                            run.is_save_due(args.save_every_minutes))
             logger.log_corrupt(corrupt)
             torch.manual_seed(derive_seed("drop path", args.seed, step, rank))  # here, because mixup consumes it too
+            labels = masks[0] if masks else labels
             if mixup:
-                crops, labels = mixup(crops, labels)
+                views, labels = mixup(views, labels)
             rate = cosine_schedule(step, total_steps, 1.0, 0.0, args.warmup_epochs * steps_per_epoch)
 
-            losses = supervised_step(model, optimizer, scaler, crops, labels, rate * global_batch_size / 256,
-                                     args.precision, args.label_smoothing)
+            losses = supervised_step(model, optimizer, scaler, views, labels, rate * global_batch_size / 256,
+                                     args.precision, args.label_smoothing, criterion)
 
             completed = step + 1
             logger.count_step()
@@ -266,7 +282,8 @@ def train_classifiers(network, optimizer, images, fixed, evaluate, output, args,
                 metrics = evaluate()
                 network.train()
                 logger.log(dict(epoch=epoch) | metrics)
-                words = (f"{name.replace('_', ' ').replace('top1', 'top-1')} {metrics[name]:.2f}%" for name in metrics)
+                words = (f"{name.replace('_', ' ').replace('top1', 'top-1').replace('miou', 'mIoU')} "
+                         f"{metrics[name]:.2f}%" for name in metrics)
                 logger.print(f"epoch {epoch}: {', '.join(words)}")
                 logger.reset_timer()
             if is_last or is_save_step:

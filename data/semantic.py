@@ -1,0 +1,164 @@
+"""Semantic segmentation: images with a class for each pixel, and crops of both.
+
+    data = open_semantic("/data/VOC2012")       # lists train and val, or trainaug and val
+    data = open_semantic("/data/ADEChallengeData2016")
+    data = open_semantic("/photos")             # images/ beside masks/ or annotations/, each with train/ and val/
+    data = open_semantic("shapes")              # built-in; the background, and the class of the objects
+    (image, labels), _ = data.train[0]          # RGB image; class indices as an 8-bit image, VOID where unlabeled
+
+Indexing a corrupt image or mask raises `ImageReadError`; data/loaders.py skips such images.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Subset
+
+from augment import MultiCrop
+from common.files import read_text
+from data.datasets import Data, DataError, open_data
+from data.images import ImageReadError, open_image, read_image, wrap_decode_errors
+from data.segmentation import VOID, find_parts, find_voc, is_shapes, list_voc_masks
+
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
+
+
+def open_semantic(data_path: str) -> Data:
+    """Open the images with masks that `data_path` names, see above.
+
+    The names of classes are those of the set, or the lines of classes.txt in the folder, or the indices that occur.
+
+    Raises:
+        DataError: none of these layouts.
+    """
+    if is_shapes(data_path):
+        data = open_data(data_path)
+        parts = [SemanticImages(range(len(shapes)), partial(read_shape, shapes), ("background", *shapes.classes))
+                 for shapes in (data.train, data.val)]
+        return Data(parts[0], *parts, data.path, data.note)
+    path = str(Path(data_path).absolute())
+    if root := find_voc(data_path, "SegmentationClass"):
+        lists = root / "ImageSets" / "Segmentation"
+        name = "trainaug" if (lists / "trainaug.txt").exists() else "train"
+        train, val = (SemanticImages(list_voc_masks(root, name), read_pair, VOC_CLASSES) for name in (name, "val"))
+        return Data(train, train, val, path, f"{len(train):,} images of {lists / name}.txt, {len(val):,} held out of "
+                    f"val.txt, {len(VOC_CLASSES)} classes")
+    parts = find_parts(data_path)
+    if not parts:
+        raise DataError(f"{data_path}: no images with masks; expected images/ beside masks/ or annotations/, each with "
+                        f"train/ and val/, or the layout of VOC2012, or 'shapes'")
+    is_ade = Path(data_path, "objectInfo150.txt").is_file()
+    read = partial(read_pair, first_class=1) if is_ade else read_pair
+    classes = list_classes(data_path, is_ade) or list(map(str, range(1 + max(map(find_largest_class, parts)))))
+    images = [SemanticImages(part.pairs, read, classes) for part in parts]
+    note = ", ".join(f"{len(part.pairs):,} images in {part.folder}" + f" ({part.without_mask:,} more have no mask)" * (
+        part.without_mask > 0) for part in parts) + f", {len(classes)} classes"
+    if len(images) == 2:
+        return Data(images[0], *images, path, note)
+    labeled = np.arange(len(images[0]))
+    return Data(images[0], Subset(images[0], labeled[labeled % 10 > 0]), Subset(images[0], labeled[::10]), path,
+                f"{note}, every tenth held out")
+
+
+def list_classes(data_path, is_ade):
+    """Names of the classes in the file of ADE20K, or in classes.txt; None without one."""
+    file = Path(data_path, "objectInfo150.txt" if is_ade else "classes.txt")
+    if not file.is_file():
+        return None
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    names = [line.split("\t")[-1].strip() for line in lines[1:]] if is_ade else lines
+    if not 0 < len(names) < VOID:
+        raise DataError(f"{file}: {len(names)} names of classes, expected 1 to {VOID - 1}")
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def find_largest_class(part):
+    """Largest class index in the masks of a part; masks that cannot be read are left to the evaluation."""
+    largest = 0
+    for _, path in part.pairs:
+        try:
+            labels = read_labels(path)
+        except ImageReadError:
+            continue
+        largest = max(largest, labels[labels != VOID].max(initial=0))
+    return int(largest)
+
+
+class SemanticImages(Dataset):
+    """Images with a class for each pixel: i -> ((RGB image, class indices as an 8-bit image), -1).
+
+    Args:
+        entries: sequence of whatever `read` takes.
+        read: entry -> RGB image, class indices uint8 [H, W]; raises ImageReadError.
+        classes: names.
+    """
+
+    def __init__(self, entries, read, classes):
+        self.entries, self.read, self.classes = entries, read, list(classes)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        image, labels = self.read(self.entries[i])
+        largest = labels[labels != VOID].max(initial=0)
+        if largest >= len(self.classes):
+            raise ImageReadError(f"{self.name(i)}: its mask has class {largest}, expected 0 to {len(self.classes) - 1}")
+        return (image, Image.fromarray(labels)), -1
+
+    def name(self, i):
+        """Path of image i, or its index."""
+        entry = self.entries[i]
+        return str(entry[0]) if isinstance(entry, tuple) else str(entry)
+
+
+def read_shape(shapes, i):
+    image, mask = shapes.render(i)
+    return image, mask.numpy().astype(np.uint8) * (1 + i % len(shapes.classes))
+
+
+def read_pair(paths, first_class=0):
+    """Image and mask file -> RGB image, class indices, counted from `first_class`; what is below it is unlabeled."""
+    image = read_image(paths[0])
+    labels = read_labels(paths[1])
+    if labels.shape != (image.height, image.width):
+        raise ImageReadError(f"{paths[1]}: the mask has {labels.shape[1]} x {labels.shape[0]} pixels, its image "
+                             f"{image.width} x {image.height}")
+    if first_class:
+        labels = np.where((labels < first_class) | (labels == VOID), VOID, labels - first_class).astype(np.uint8)
+    return image, labels
+
+
+def read_labels(path):
+    """Mask file -> indices uint8 [H, W], of the palette or gray levels; raises ImageReadError for other modes."""
+    with wrap_decode_errors(path), open_image(path) as image:
+        if image.mode not in ("1", "L", "P"):
+            raise ValueError(f"mode {image.mode}; expected class indices, as a palette or 8-bit gray levels")
+        return np.array(image, np.uint8)
+
+
+class SemanticCrop:
+    """One random crop of an image, and the same of its classes: a transform for `MultiCropDataset`.
+
+    Args:
+        size, scale: side in pixels; range of the area relative to the image.
+        mean, std: normalization.
+    """
+
+    reduction = None  # images are decoded in the size of their mask
+
+    def __init__(self, size, scale, mean, std):
+        self.multicrop = MultiCrop(size, scale, global_number=1, local_number=0, jitter=0, grayscale=0, blur=(0, 0, 0),
+                                   mean=mean, std=std)
+
+    def __call__(self, pair, key):
+        """(RGB image, class indices) -> crop [3, s, s], normalized, and class indices uint8 [s, s]."""
+        image, labels = pair
+        crop, = self.multicrop(image, key)
+        view, = self.multicrop.sample(*image.size, key)
+        labels = labels.resize([view.size] * 2, Image.Resampling.NEAREST, view.box)
+        return [crop, torch.from_numpy(np.array(ImageOps.mirror(labels) if view.flip else labels))]
