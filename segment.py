@@ -262,7 +262,7 @@ def report_discovery(records, skipped, path, args, origin, info, p, across):
         f"CorLoc {corloc:.1f} on {len(ious)} with objects" if ious else "no boxes or masks to compare with"))
     kept = [{name: record[name] for name in ("file", "box", "iou")} for record in records]
     write_json(path, vars(args) | origin | dict(corloc=corloc, num_images=len(ious), skipped=skipped, objects=kept))
-    cells = [(record["drawing"], record["file"] + f", IoU {record['iou']:.2f}" * (record["iou"] is not None))
+    cells = [(record["drawing"], record["file"] + ("" if record["iou"] is None else f", IoU {record['iou']:.2f}"))
              for record in records if record["drawing"]]
     if cells:
         title = f"Objects found by {args.method} with {sheet.describe_model(origin, info, p)}"

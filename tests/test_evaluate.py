@@ -18,6 +18,7 @@ from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -45,6 +46,21 @@ def write_images(folder, train, val):
             path = folder / "images" / part / f"class{i % 3}" / f"{i:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             shapes[i][0].save(path)
+
+
+def write_masks(folder, sizes=((32, 32), (40, 30), (24, 50))):
+    """Images of several sizes and masks of three classes and unlabeled pixels, in folder/set."""
+    for part, count in (("train", 60), ("val", 23)):
+        shapes = Shapes("test", count, 64)
+        for i in range(count):
+            image, mask = shapes.render(i)
+            labels = mask.numpy().astype(np.uint8) * (1 + i % 2)
+            labels[:5] = 255
+            size = sizes[i % len(sizes)]
+            for kind, picture in (("images", image), ("masks", Image.fromarray(labels))):
+                path = folder / "set" / kind / part / f"{i:02}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.resize(size, Image.Resampling.NEAREST).save(path)
 
 
 @pytest.fixture
@@ -511,16 +527,19 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("task, flags", [
-    ("linear", ["--lr", "0.1", "0.3"]),
+    ("linear", ["--lr", "0.1", "0.3"]), ("segmentation", []),
     ("finetune", ["--cutmix", "1", "--mixup", "0.8", "--warmup_epochs", "1"])])
 @pytest.mark.parametrize("stop", ["killed", "SIGTERM"])
 def test_interrupted_training_resumes_exactly(trained, monkeypatch, capsys, task, flags, stop):
     """Classifier, backbone and log equal those of an uninterrupted run."""
     folder, path, _ = trained
+    if task == "segmentation":
+        write_masks(folder)
+        flags = ["--data_path", str(folder / "set")]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     flags = [*flags, "--epochs", "3", "--log_every", "1", "--save_every_minutes", "1e-9"]
-    output = path.with_name(f"teacher.{task}.images")
-    train(task, *flags)
+    output = path.with_name(f"teacher.{task}.{'set' if task == 'segmentation' else 'images'}")
+    train(task, *flags, output=output)
     output.rename(folder / "uninterrupted")
     step = supervised.supervised_step
     calls = itertools.count()
@@ -538,7 +557,7 @@ def test_interrupted_training_resumes_exactly(trained, monkeypatch, capsys, task
         run(task, *CPU, "--batch_size_per_gpu", "16", "--val_freq", "0", *flags)
     assert not (output / "classifier.safetensors").exists()
     assert stop == "killed" or "stopped by SIGTERM" in capsys.readouterr().out
-    train(task, *flags)
+    train(task, *flags, output=output)
     assert f"step {5 if stop == 'killed' else 6} of" in capsys.readouterr().out
     resumed, expected = (load_file(place / "classifier.safetensors") for place in (output, folder / "uninterrupted"))
     assert resumed.keys() == expected.keys() and all(torch.equal(resumed[name], expected[name]) for name in resumed)
@@ -568,13 +587,16 @@ for i, argv in enumerate(json.loads({commands!r})):
 def test_two_processes_equal_one(trained, run_torchrun):
     """Accuracies and losses of all tasks; an odd number of test images, so the shares are not equal."""
     folder, path, _ = trained
-    results, losses = [], []
+    write_masks(folder)
+    results, losses, confusions = [], [], []
     for processes in (1, 2):
         outputs = [folder / f"{task}{processes}" for task in ("linear", "quick", "finetune")]
         common = ["--ckpt", str(path), "--data_path", str(folder / "images"), *CPU, "--batch_size_per_gpu",
                   str(20 // processes)]
         training = [*common, "--epochs", "2", "--log_every", "1", "--precision", "fp32", "--output_dir"]
-        commands = [["knn", *common, "--save_predictions"], ["linear", "--lr", "0.3", *training, str(outputs[0])],
+        dense = [*training[:2], "--data_path", str(folder / "set"), *training[4:], str(folder / f"dense{processes}")]
+        commands = [["knn", *common, "--save_predictions"], ["segmentation", *dense],
+                    ["linear", "--lr", "0.3", *training, str(outputs[0])],
                     ["linear", "--quick", *training, str(outputs[1])],
                     ["finetune", "--warmup_epochs", "1", "--drop_path_rate", "0", *training, str(outputs[2])],
                     ["fewshot", *common, "--draws", "3"],
@@ -589,12 +611,17 @@ def test_two_processes_equal_one(trained, run_torchrun):
         results.append([json.loads(file.read_text()) for file in (
             *(output / "result.json" for output in (*outputs, folder / f"lr{processes}")),
             *(path.with_name(f"teacher.{task}.images.json") for task in ("knn", "fewshot")))])
-        losses.append([json.loads(line)["loss"] for output in (outputs[0], outputs[2])
+        losses.append([json.loads(line)["loss"]
+                       for output in (outputs[0], outputs[2], folder / f"dense{processes}")
                        for line in (output / "log.jsonl").read_text().splitlines()])
+        result = json.loads((folder / f"dense{processes}" / "result.json").read_text())
+        confusions.append(np.array(result["confusion_matrix"]))
     assert results[0] == results[1]
     np.testing.assert_allclose(np.load(folder / "embed1.npy"), np.load(folder / "embed2.npy"), atol=1e-5)
     assert (folder / "embed1.names.json").read_bytes() == (folder / "embed2.names.json").read_bytes()
-    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert confusions[0].sum() == confusions[1].sum() > 10_000
+    assert np.abs(confusions[0] - confusions[1]).sum() <= 1e-3 * confusions[0].sum()  # rounding moves single pixels
+    assert len(losses[0]) == 18 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_diverged_fine_tuning_is_an_error(trained):
@@ -676,6 +703,80 @@ def test_corrupt_images_are_skipped_and_counted(trained, capsys):
     lines = (path.with_name("teacher.linear.images") / "log.jsonl").read_text().splitlines()
     log = [json.loads(line) for line in lines]
     assert log[-1]["corrupt_images"] == 1
+
+
+# ---- segmentation ----
+
+def test_segmentation_equals_scikit_learn(trained, capsys):
+    """The confusion matrix, from the weights in classifier.safetensors by hand; --test_only agrees."""
+    folder, path, model = trained
+    write_masks(folder)
+    (folder / "set" / "images" / "val" / "05.png").write_bytes(b"bad")
+    flags = ["--data_path", "set", "--epochs", "3", "--val_freq", "2", "--image_size", "48", "--precision", "fp32"]
+    output = path.with_name("teacher.segmentation.set")
+    result = train("segmentation", *flags, output=output)
+    out = capsys.readouterr().out
+    weights, truths, predictions = load_file(output / "classifier.safetensors"), [], []
+    for i in [*range(5), *range(6, 23)]:
+        image, mask = (Image.open(folder / "set" / kind / "val" / f"{i:02}.png") for kind in ("images", "masks"))
+        width, height = (max(1, round(side * 48 / min(image.size) / 8)) * 8 for side in image.size)
+        x = transforms.functional.to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+        x = transforms.functional.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        with torch.no_grad():
+            tokens = model.get_intermediate_layers(x[None])[0][0, 1:]
+        mean, var, scale, shift = (weights[f"classifier.norm.{name}"] for name in (
+            "running_mean", "running_var", "weight", "bias"))
+        tokens = (tokens - mean) / (var + 1e-5).sqrt() * scale + shift
+        logits = tokens @ weights["classifier.weight"][:, :, 0, 0].T + weights["classifier.bias"]
+        logits = torch.nn.functional.interpolate(logits.T.view(1, 3, height // 8, width // 8), mask.size[::-1],
+                                                 mode="bilinear")[0]
+        truths.append(np.asarray(mask).ravel())
+        predictions.append(logits.argmax(dim=0).numpy().ravel())
+    truth, predicted = np.concatenate(truths), np.concatenate(predictions)
+    truth, predicted = truth[truth != 255], predicted[truth != 255]
+    found = np.array(result["confusion_matrix"])
+    assert found.sum() == len(truth)
+    assert np.abs(found - confusion_matrix(truth, predicted, labels=range(3))).sum() <= 4  # ties
+    assert result["miou"] == pytest.approx(100 * jaccard_score(truth, predicted, average="macro"), abs=0.05)
+    assert result["accuracy"] == pytest.approx(100 * (truth == predicted).mean(), abs=0.05)
+    recalls = recall_score(truth, predicted, labels=range(3), average=None)
+    assert [row["accuracy"] for row in result["per_class"].values()] == pytest.approx(100 * recalls, abs=0.1)
+    assert list(result["per_class"]) == ["0", "1", "2"] and result["num_images"] == 22
+    assert "22 test images: mIoU " in out and "epoch 1: test mIoU " in out and "effective lr 0.001 = lr * 16" in out
+    assert result["corrupt"] == [next(line.split("image ", 1)[1] for line in out.splitlines() if "05.png" in line)]
+    assert train("segmentation", *flags, "--test_only", output=output) == result
+
+
+def test_segmentation_of_the_built_in_shapes_learns(trained, small_shapes):
+    """From random weights: mIoU above that of the background for all pixels, a ninth of its share."""
+    _, path, _ = trained
+    output = path.with_name("teacher.untrained.segmentation.shapes-32")
+    result = train("segmentation", "--untrained", "--epochs", "2", "--lr", "0.1", "--image_size", "32",
+                   output=output)
+    assert result["dataset_sizes"] == [300, 60] and len(result["classes"]) == 9
+    background = np.array(result["confusion_matrix"])[0].sum() / np.sum(result["confusion_matrix"])
+    assert result["miou"] > 100 * background / 9 + 3
+
+
+def test_wrong_segmentation_input_is_one_line(trained, exit_message):
+    folder, path, _ = trained
+    write_masks(folder)
+    run("segmentation", *CPU, "--data_path", "set", "--epochs", "1", "--val_freq", "0")
+    output = path.with_name("teacher.segmentation.set")
+    assert json.loads((output / "result.json").read_text())["image_size"] == 72  # 480 / 224 * 32, whole patches
+    for flags, message in (
+            (["--data_path", "images"], "images: no images with masks; expected images/ beside masks/"),
+            (["--data_path", "set", "--n_last_blocks", "4"], "--n_last_blocks 4 is more than the model's depth, 1"),
+            (["--data_path", "set", "--image_size", "50"], "--image_size 50: not multiples of the model's patch size"),
+            (["--data_path", "set", "--epochs", "2"], "was trained with epochs 1, not 2"),
+            (["--data_path", "set", "--test_only", "--n_last_blocks", "1", "--untrained", "--output_dir", str(output)],
+             "trained with untrained False, not True")):
+        assert message in exit_message(run, "segmentation", *CPU, *flags)
+    assert "classifies patches, here images are" in exit_message(run, "predict", "--ckpt", str(output), "images")
+    for path in (folder / "set" / "masks" / "val").iterdir():
+        path.write_bytes(b"bad")
+    assert "set: no test image can be read, the last: " in exit_message(
+        run, "segmentation", *CPU, "--data_path", "set", "--test_only")
 
 
 # ---- class names ----

@@ -10,8 +10,10 @@ from torchvision.transforms import functional as TF
 
 import segment
 from augment import IMAGENET_MEAN, IMAGENET_STD
+from data.semantic import open_semantic
 from data.shapes import Shapes
 from plotting.draw import COLORS
+from tests.evaluation.test_discovery import flood, lost_by_definition, tokencut_by_definition
 from tests.evaluation.test_label_propagation import by_definition
 from tests.evaluation.test_masks import f_by_definition
 from vit import VisionTransformer
@@ -155,6 +157,185 @@ def test_corrupt_masks_are_skipped_and_named(model, davis, exit_message):
     assert "00002.png: the mask has 10 x 10 pixels, its image 150 x 100" in line
     result = json.loads(next(path.parent.glob("teacher.masks.*.json")).read_text())
     assert result["num_images"] == 10 and result["skipped"][1].endswith("00003.png: has no object")
+
+
+def test_attention_masks_are_written_as_weak_labels(model, tmp_path, capsys, exit_message):
+    """Of the mean of the heads, for images without masks too; boxes as in COCO; evaluate.py segmentation takes them."""
+    network, path = model
+    for i in range(4):
+        image = Shapes("test", 4, 48).render(i)[0].resize((48, 40))
+        (tmp_path / "set" / "images" / "a").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "set" / "images" / "a" / f"{i}.png")
+    (tmp_path / "set" / "images" / "a" / "3.png").write_bytes(b"bad")
+    flags = "masks", "--ckpt", path, "--data_path", tmp_path / "set" / "images", "--image_size", 64, "--mass", 0.4
+    assert "expected JPEGImages" in exit_message(run, *flags)
+    line = exit_message(run, *flags, "--write", tmp_path / "set" / "masks")
+    assert "skipped 1 of 4 images; the first: " in line
+    assert not list(path.parent.glob("*masks*"))  # nothing to compare with
+    coco = json.loads((tmp_path / "set" / "masks" / "boxes.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == ["a/0.png", "a/1.png", "a/2.png"]
+    assert {(image["width"], image["height"]) for image in coco["images"]} == {(48, 40)}
+    assert [row["id"] for row in coco["annotations"]] == [*range(1, 1 + len(coco["annotations"]))]
+    assert coco["categories"] == [{"id": 1, "name": "object"}] and len(coco["annotations"]) > 3
+    for image in coco["images"]:
+        with Image.open(tmp_path / "set" / "masks" / image["file_name"]) as written:
+            assert written.mode == "P" and written.getpalette()[3:6] == list(COLORS[0])
+            mask = np.asarray(written)
+        photo = Image.open(tmp_path / "set" / "images" / image["file_name"])
+        assert jaccard_of_attention(network, photo, [mask > 0], 64, 0.4)[4, 0] == 1 and mask.max() == 1
+        boxes = [row for row in coco["annotations"] if row["image_id"] == image["id"]]
+        left = mask.copy()
+        for (x, y, w, h), area in sorted(((row["bbox"], row["area"]) for row in boxes), key=lambda item: item[1]):
+            part = left[y:y + h, x:x + w]
+            assert part.any(axis=0).all() and part.any(axis=1).all() and area <= part.sum()
+        assert sum(row["area"] for row in boxes) == mask.sum() and all(row["iscrowd"] == 0 for row in boxes)
+    data = open_semantic(str(tmp_path / "set"))
+    assert data.train.classes == ["0", "1"] and len(data.train) == 3
+    assert "masks would be written among the images" in exit_parsing(
+        capsys, *flags, "--write", tmp_path / "set" / "images")
+    (tmp_path / "set" / "images" / "a" / "0.jpg").write_bytes(b"")
+    assert "the masks of a/0.jpg and a/0.png would be one file" in exit_message(run, *flags, "--write", tmp_path / "w")
+
+
+def exit_parsing(capsys, *argv):
+    """The line with which wrong flags end."""
+    with pytest.raises(SystemExit):
+        run(*argv)
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_masks_are_written_beside_the_evaluation(model, tmp_path, capsys):
+    flags = "masks", "--ckpt", model[1], "--num_images", 3, "--image_size", 64
+    run(*flags)
+    path, = model[1].parent.glob("teacher.masks.*.json")
+    before = json.loads(path.read_text())["jaccard"]
+    run(*flags, "--write", tmp_path / "out")
+    assert json.loads(path.read_text())["jaccard"] == before
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "00000.png", "00666.png", "01333.png", "boxes.json"]
+    assert "wrote 3 masks and " in capsys.readouterr().out
+
+
+# ---- discovery ----
+
+@pytest.fixture
+def voc2007(tmp_path):
+    """Eight images of 61 x 50 pixels and larger with the true boxes of a disc, in the layout of VOC2007."""
+    root, rng = tmp_path / "VOC2007", np.random.default_rng(0)
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for i in range(8):
+        left, top, side = *rng.integers(2, 20, 2), 22
+        pixels = rng.integers(90, 120, (50, 61 + i, 3)).astype(np.uint8)
+        pixels[top:top + side, left:left + side] = (200, 30, 40)
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{i}.jpg", quality=95)
+        box = dict(xmin=left + 1, ymin=top + 1, xmax=left + side, ymax=top + side)
+        text = "".join(f"<{name}>{value}</{name}>" for name, value in box.items())
+        (root / "Annotations" / f"{i}.xml").write_text(
+            f"<annotation><object><bndbox>{text}</bndbox></object></annotation>")
+    (root / "ImageSets" / "Main" / "trainval.txt").write_text("".join(f"{i}\n" for i in range(8)))
+    return root
+
+
+def boxes_by_definition(network, root, method, size):
+    """[(box, IoU)] of the images of VOC2007: pixels of the patches found, by way of the dense definitions."""
+    result = []
+    for i in range(8):
+        x = TF.to_tensor(Image.open(root / "JPEGImages" / f"{i}.jpg"))
+        _, H, W = x.shape
+        rows, cols = (-(-side // 8) if not size else round(side * size / min(H, W) / 8) for side in (H, W))
+        if size:
+            x = F.interpolate(x[None], (rows * 8, cols * 8), mode="bicubic", antialias=True)[0]
+        x = TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
+        padded = torch.zeros(1, 3, rows * 8, cols * 8)
+        padded[0, :, :x.shape[1], :x.shape[2]] = x
+        with torch.no_grad():
+            last = network.blocks[-1]
+            tokens = last.norm1(network.run_blocks(padded, network.blocks[:-1]))
+            keys = last.attn.qkv(tokens)[0, 1:, 32:64].view(rows, cols, 32).numpy()
+        mask = (lost_by_definition(keys, 100) if method == "lost" else tokencut_by_definition(keys, 0.2, 1e-5))[0]
+        scale = (H / rows, W / cols) if size else (8, 8)
+        found = [(y, x) for y in range(H) for x in range(W)
+                 if mask[int((y + 0.5) / scale[0]), int((x + 0.5) / scale[1])]]
+        top, left = map(min, zip(*found))
+        bottom, right = (1 + max(values) for values in zip(*found))
+        text = (root / "Annotations" / f"{i}.xml").read_text()
+        x0, y0, x1, y1 = (int(text.split(f"<{name}>")[1].split("<")[0]) for name in ("xmin", "ymin", "xmax", "ymax"))
+        inside = max(0, min(right, x1) - max(left, x0 - 1)) * max(0, min(bottom, y1) - max(top, y0 - 1))
+        union = (right - left) * (bottom - top) + (x1 - x0 + 1) * (y1 - y0 + 1) - inside
+        result.append(([left, top, right, bottom], inside / union))
+    return result
+
+
+@pytest.mark.parametrize("method, size", [("lost", 96), ("tokencut", 96), ("tokencut", 0)])
+def test_discovery_equals_the_definition(model, voc2007, capsys, tmp_path, method, size):
+    """At the size of the flag, and at the image's own, padded with zeros as published; IoU from the XML files."""
+    network, path = model
+    run("discover", "--ckpt", path, "--data_path", voc2007, "--method", method, "--image_size", size, "--write",
+        tmp_path / "out")
+    result = json.loads((path.parent / f"teacher.{method}.VOC2007.json").read_text())
+    expected = boxes_by_definition(network, voc2007, method, size)
+    for i, (row, (box, iou)) in enumerate(zip(result["objects"], expected)):
+        assert row == dict(file=f"JPEGImages/{i}.jpg", box=box, iou=pytest.approx(iou, abs=1e-6))
+        mask = np.asarray(Image.open(tmp_path / "out" / "JPEGImages" / f"{i}.png"))
+        ys, xs = np.nonzero(mask)
+        assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == box and mask.shape == (50, 61 + i)
+    corloc = 100 * np.mean([iou >= 0.5 for _, iou in expected])
+    assert result["corloc"] == corloc and result["num_images"] == 8
+    assert f"{method}: 8 images, CorLoc {corloc:.1f} on 8 with objects" in capsys.readouterr().out
+    coco = json.loads((tmp_path / "out" / "boxes.json").read_text())
+    assert [row["bbox"] for row in coco["annotations"]] == [
+        [left, top, right - left, bottom - top] for (left, top, right, bottom), _ in expected]
+    with Image.open(path.parent / f"teacher.{method}.VOC2007.png") as drawn:
+        colors = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
+    assert (colors == COLORS[0]).all(axis=1).sum() > 100
+
+
+def test_objects_of_masks_and_of_any_images(model, tmp_path, capsys, exit_message):
+    """CorLoc with the boxes of the connected parts of the built-in masks; without masks there is none."""
+    _, path = model
+    run("discover", "--ckpt", path, "--num_images", 6, "--method", "lost")
+    result = json.loads((path.parent / "teacher.lost.shapes.json").read_text())
+    assert result["image_size"] == 72 and result["num_images"] == 6
+    for row in result["objects"]:
+        mask = Shapes("test", 2000, 32).render(int(row["file"][:5]))[1].numpy()
+        best, (left, top, right, bottom) = 0.0, row["box"]
+        while mask.any():
+            part = flood(mask, tuple(np.argwhere(mask)[0]))
+            (y0, x0), (y1, x1) = np.argwhere(part).min(axis=0), np.argwhere(part).max(axis=0) + 1
+            inside = max(0, min(right, x1) - max(left, x0)) * max(0, min(bottom, y1) - max(top, y0))
+            best = max(best, inside / ((right - left) * (bottom - top) + (x1 - x0) * (y1 - y0) - inside))
+            mask = mask & ~part
+        assert row["iou"] == pytest.approx(best, abs=1e-6)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Shapes("test", 3, 32)[i][0].save(tmp_path / "photos" / f"{i}.png")
+    (tmp_path / "photos" / "1.png").write_bytes(b"bad")
+    line = exit_message(run, "discover", "--ckpt", path, "--data_path", tmp_path / "photos")
+    assert "skipped 1 of 3 images; the first: " in line and "1.png" in line
+    result = json.loads((path.parent / "teacher.tokencut.photos.json").read_text())
+    assert result["corloc"] is None and [row["iou"] for row in result["objects"]] == [None, None]
+    for flags, message in ((["--data_path", tmp_path / "nothing"], "nothing: expected JPEGImages"),
+                           (["--image_size", 8], "--image_size 8 is less than two patches of 8 pixels")):
+        assert message in exit_message(run, "discover", "--ckpt", path, *flags)
+
+
+def test_discovery_under_two_processes_equals_one(model, voc2007, tmp_path, run_torchrun):
+    (voc2007 / "JPEGImages" / "2.jpg").write_bytes(b"bad")
+    results = []
+    for processes in (1, 2):
+        argv = ["discover", "--ckpt", str(model[1]), "--data_path", str(voc2007), "--image_size", "64", "--num_workers",
+                "0", "--device", "cpu", "--write", str(tmp_path / "masks"), "--output_dir", str(tmp_path / "out")]
+        script = f"import segment\ntry: segment.main(segment.parse_args({argv}))\nexcept segment.DataError: pass"
+        if processes == 1:
+            exec(script, {})
+        else:
+            run_torchrun(processes, script)
+        files = sorted(file for folder in ("masks", "out") for file in (tmp_path / folder).rglob("*.*"))
+        results.append({file: file.read_bytes() for file in files})
+        for file in files:
+            file.unlink()
+    assert results[0] == results[1] and len(results[0]) == 7 + 3
 
 
 # ---- video ----

@@ -5,7 +5,15 @@ from PIL import Image
 
 from data.datasets import DataError
 from data.images import ImageReadError
-from data.segmentation import build_loader, find_masks, find_sequences, mask_path, read_mask, save_mask
+from data.segmentation import (
+    build_loader,
+    find_boxes,
+    find_masks,
+    find_sequences,
+    mask_path,
+    read_mask,
+    save_mask,
+)
 from data.shapes import Shapes
 
 PALETTE = [0, 0, 0, 200, 0, 0, 0, 200, 0] + [9] * 759
@@ -48,6 +56,42 @@ def test_voc(voc):
     (nested / "VOCdevkit").mkdir(parents=True)
     (nested / "VOCdevkit" / "VOC2012").symlink_to(root)
     assert len(find_masks(str(nested))[0]) == 2
+
+
+def test_voc_boxes(voc, tmp_path):
+    """The first pixel of VOC is 1, and the last is in the box."""
+    root, _ = voc
+    assert find_boxes(str(root)) is None
+    listed = root / "ImageSets" / "Main" / "trainval.txt"
+    listed.parent.mkdir()
+    listed.write_text("2007_000001\n2007_000002\n2007_000003\n")
+    (root / "Annotations").mkdir()
+    for name, objects in (("1", "<object><name>cat</name><bndbox><xmin>3</xmin><ymin>1</ymin><xmax>30</xmax><ymax>20"
+                                "</ymax></bndbox><part><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax>"
+                                "</bndbox></part></object>" * 2), ("2", ""), ("3", "<object><bndbox>")):
+        (root / "Annotations" / f"2007_00000{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+    entries, read = find_boxes(str(root), num_images=9)
+    (image, boxes), (_, none), message = build_loader(entries, read)
+    assert image.shape == (3, 20, 30) and boxes.tolist() == [[2, 0, 30, 20]] * 2 and none.shape == (0, 4)
+    assert "2007_000003.xml: mismatched tag" in message
+    assert len(find_boxes(str(root), num_images=2)[0]) == 2
+
+
+def test_folders_of_images(tmp_path):
+    """Without masks if that is allowed, else with those in masks/, of the held-out part."""
+    for name in ("b.jpg", "nested/a.png", "out/a.png"):
+        write(tmp_path / name, np.full((20, 30, 3), 90, np.uint8))
+    with pytest.raises(DataError, match="expected JPEGImages"):
+        find_masks(str(tmp_path))
+    entries, read = find_masks(str(tmp_path), None, True, tmp_path / "out")
+    assert entries == [(tmp_path / "b.jpg", None), (tmp_path / "nested" / "a.png", None)]
+    image, objects, void = read(entries[0])
+    assert image.shape == (3, 20, 30) and objects.shape == (0, 20, 30) and void.shape == (20, 30) and not void.any()
+    for part, size in (("train", 20), ("val", 10)):
+        write(tmp_path / "set" / "images" / part / "c.png", np.full((size, size, 3), 90, np.uint8))
+        write(tmp_path / "set" / "masks" / part / "c.png", np.diag(np.arange(size) % 3).astype(np.uint8))
+    entries, read = find_masks(str(tmp_path / "set"))
+    assert len(entries) == 1 and read(entries[0])[1].sum(dim=(1, 2)).tolist() == [3, 3]
 
 
 def test_shapes():
