@@ -64,9 +64,9 @@ FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has 
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
     "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay", "channels", "value_range")
-CONTINUE = dict(lr=0.0001, momentum_teacher=0.9995, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
-                init_head_epochs=0, layer_decay=1.0)  # with heads
-CONTINUE_BACKBONE = dict(lr=0.0002, momentum_teacher=0.9995, init_head_epochs=5, layer_decay=0.8)  # without
+CONTINUE = dict(lr=0.000125, momentum_teacher=0.99, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
+                init_head_epochs=0, layer_decay=1.0)  # with heads: a quarter of the learning rate of a new run
+CONTINUE_BACKBONE = dict(lr=0.00025, momentum_teacher=0.99, init_head_epochs=5, layer_decay=0.8)  # without: half of it
 
 
 def parse_args(argv=None):
@@ -210,7 +210,9 @@ def follow_initial_weights(parser, args, given):
     continuing = CONTINUE | weights.flags if head else CONTINUE_BACKBONE
     for name, value in continuing.items():
         if name not in given:
-            setattr(args, name, min(value, args.epochs // 4) if name == "init_head_epochs" else value)
+            setattr(args, name, value)
+    if "init_head_epochs" not in given:
+        args.init_head_epochs = min(args.init_head_epochs, -(-args.epochs // 8), args.epochs - 1)
     args.auto = tuple(name for name in args.auto if name not in found | continuing)
     images = weights.images
     args.channels = args.channels or images["channels"]
@@ -718,7 +720,7 @@ def print_results(run, data, total_steps, args):
         log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
         if better := [name for name in list(names)[:-1] if knn[name][0] >= knn[list(knn)[-1]][0]]:
             log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs, smaller "
-                f"--patch_size and --global_crops_size, or a higher --lr")
+                f"--patch_size and --global_crops_size, a higher --lr, or --init with trained weights")
     log(f"the run is in {args.output_dir}, the model in teacher.safetensors; next:")
     log(f"  python visualize.py run {quote(args.output_dir)}")
     if data.val is not None:

@@ -114,6 +114,13 @@ def test_a_backbone_alone_waits_for_its_head(small_shapes, backbone, tmp_path, c
     assert "resuming at step 74 of 111" in capsys.readouterr().out
 
 
+def test_a_head_is_trained_first_for_an_eighth_of_the_run(backbone, tmp_path):
+    for epochs, expected in (("1", 0), ("2", 1), ("8", 1), ("20", 3), ("100", 5)):
+        args = train.parse_args(["--init", f"{tmp_path}/backbone.pth", "--device", "cpu", "--epochs", epochs,
+                                 "--global_crops_size", "32", "--local_crops_size", "16"])
+        assert args.init_head_epochs == expected and args.layer_decay == 0.8
+
+
 def test_a_run_continues_from_another(small_shapes, tmp_path, capsys):
     """From the folder of a run: student, teacher, heads and center are those of its checkpoint."""
     flags = ("--arch vit_tiny --patch_size 8 --embed_dim 16 --depth 1 --num_heads 2 --out_dim 16 --hidden_dim 16 "
