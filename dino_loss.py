@@ -147,24 +147,30 @@ class DINOLoss(nn.Module):
         center_momentum: momentum of the center's EMA; 1 disables centering.
         centering: "mean" subtracts the center from the teacher's logits; "sinkhorn" balances the prototypes over the
             batch (see `sinkhorn`), "batch", a softmax over the batch, is one iteration of it (appendix B, table 12).
-        objective: "ce", or "mse" for `squared_distance` to the centered logits, without temperatures (table 7).
+        objective: "ce"; or of table 7 "mse" for `squared_distance` to the centered logits, without temperatures, and
+            "infonce" for `contrast` of the logits as embeddings, with student_temp, without centering.
+        queue_size: keys of earlier steps that are the negatives of "infonce".
 
     Raises:
-        ValueError: another centering or objective, or "mse" with a centering that gives probabilities.
+        ValueError: another centering or objective, or one other than "ce" with a centering that gives probabilities.
     """
 
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, centering: str = "mean",
-                 objective: str = "ce"):
+                 objective: str = "ce", queue_size: int = 65536):
         super().__init__()
-        if centering not in {"ce": ("mean", "batch", "sinkhorn"), "mse": ("mean",)}.get(objective, ()):
+        centerings = {"ce": ("mean", "batch", "sinkhorn"), "mse": ("mean",), "infonce": ("mean",)}
+        if centering not in centerings.get(objective, ()):
             raise ValueError(f"objective {objective!r} with centering {centering!r}: expected ce with mean, batch or "
-                             f"sinkhorn, or mse, which compares logits, with mean")
+                             f"sinkhorn, or mse or infonce, which compare logits, with mean")
         self.centering = centering
         self.objective = objective
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.iterations = {"mean": 0, "batch": 1, "sinkhorn": 3}[centering]
         self.register_buffer("center", torch.zeros(1, out_dim))
+        if objective == "infonce":
+            self.register_buffer("queue", F.normalize(torch.randn(queue_size, out_dim), dim=-1))  # the newest first
+        self.keys = []  # of micro-batches that the queue does not include yet
         self.pending = []  # mean teacher logits of micro-batches that the center does not include yet
         self.reduced = None  # their mean over all ranks, and the collective to wait for
 
@@ -176,8 +182,9 @@ class DINOLoss(nn.Module):
                 overwrite: bool = False) -> Tensor:
         """student_logits [V*B, K] and teacher_logits [2*B, K] -> scalar loss, float32.
 
-        Then the center is updated with the teacher's logits. With gradient accumulation, pass `update_center=False`
-        and call `update_center()` once per step; `reduce_center()` before it overlaps the all-reduce with backward.
+        Then the center, or queue, is updated with the teacher's logits. With gradient accumulation, pass
+        `update_center=False` and call `update_center()` once per step; `reduce_center()` before it overlaps the
+        all-reduce with backward.
 
         Args:
             overwrite: write the gradient over student_logits, which must not be read any more, instead of
@@ -198,6 +205,9 @@ class DINOLoss(nn.Module):
             teacher, to_target = self.teacher_probabilities(teacher, teacher_temp), nn.Identity()
         if self.objective == "mse":
             loss = squared_distance(student.view(-1, B, K), (teacher - self.center).view(2, B, K))
+        elif self.objective == "infonce":
+            self.keys.append(F.normalize(teacher.detach(), dim=-1))
+            loss = contrast(student.view(-1, B, K), self.keys[-1].view(2, B, K), self.queue, self.student_temp)
         else:
             loss = CrossEntropy.apply(student, teacher, to_target, self.student_temp, overwrite)
         self.pending.append(teacher_logits.detach().float().mean(dim=0, keepdim=True))
@@ -234,13 +244,25 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self) -> None:
-        """Update the center with the mean of the pending logits over all ranks (equation 4)."""
+        """Update the center with the mean of the pending logits over all ranks (equation 4), and the queue."""
         if self.reduced is None:
             self.reduce_center()
         (mean, work), self.reduced = self.reduced, None
         if work:
             work.wait()
         self.center.lerp_(mean, 1 - self.center_momentum)
+        if self.keys:
+            self.update_queue()
+
+    @torch.no_grad()
+    def update_queue(self) -> None:
+        """Put the keys of all ranks into the queue, from which the oldest drop out (He et al. 2020, section 3.2)."""
+        keys = torch.cat(self.keys)
+        self.keys.clear()
+        if dist.is_available() and dist.is_initialized():
+            local, keys = keys, keys.new_empty(dist.get_world_size() * len(keys), keys.shape[1])
+            dist.all_gather_into_tensor(keys, local)
+        self.queue = torch.cat((keys, self.queue))[:len(self.queue)].clone()  # not in place: backward needs the old one
 
 
 def centered_softmax(logits: Tensor, center: Tensor, temp: float) -> Tensor:
@@ -274,6 +296,20 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     cosines = (teacher.sum(dim=0) * student.sum(dim=0)).sum() - (teacher * student[:2]).sum()
     return 2 - 2 * cosines / (student.shape[1] * (2 * len(student) - 2))
+
+
+def contrast(student: Tensor, keys: Tensor, queue: Tensor, temp: float) -> Tensor:
+    """InfoNCE over all pairs: [V, B, K], normalized [2, B, K] and [Q, K] -> scalar.
+
+    Mean of -log(exp(q . k / temp) / (exp(q . k / temp) + sum over n of exp(q . n / temp))): q is a normalized crop of
+    the student, k the teacher's other crop of the image, n a key in the queue (He et al. 2020, MoCo, equation 1).
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        queries = F.normalize(student, dim=-1)
+        positive = torch.einsum("tbk,vbk->tvb", keys, queries) / temp
+        negative = (queries @ queue.T / temp).logsumexp(dim=-1)  # [V, B]
+        losses = F.softplus(negative - positive)
+        return (losses.sum() - losses.diagonal().sum()) / (student.shape[1] * (2 * len(student) - 2))
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -58,8 +58,8 @@ from vit import SIZES
 
 FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
-    "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "optimizer", "global_crops_size",
-    "value_range", "channels", "normalization", "shuffle", "init", "layer_decay", "seed")
+    "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "loss", "queue_size", "optimizer",
+    "global_crops_size", "value_range", "channels", "normalization", "shuffle", "init", "layer_decay", "seed")
 FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
@@ -150,7 +150,9 @@ def parse_args(argv=None):
     ablations = parser.add_argument_group("ablations")
     add(ablations, "--teacher", "momentum", "EMA of the student; the student; the student one step or epoch ago",
         choices=["momentum", "student", "previous_step", "previous_epoch"])
-    add(ablations, "--loss", "ce", "cross-entropy, or squared error of centered directions", choices=["ce", "mse"])
+    add(ablations, "--loss", "ce", "cross-entropy, squared error of centered directions, or InfoNCE of embeddings of "
+        "out_dim dimensions", choices=["ce", "mse", "infonce"])
+    add(ablations, "--queue_size", 65536, "keys for InfoNCE; far less than images in an epoch", positive_int)
     add(ablations, "--student_temp", 0.1, "temperature of the student", positive_float)
     add(ablations, "--center_momentum", 0.9, "EMA momentum of the center, 1 disables centering", fraction)
     add(ablations, "--head_layers", 3, "layers of the projection head before the last layer", positive_int)
@@ -174,8 +176,8 @@ def parse_args(argv=None):
         parser.error(f"--init_head_epochs {args.init_head_epochs} is not less than --epochs {args.epochs}")
     fill_in_arch(parser, args)
     cli.check_crop_flags(parser, args)
-    if args.loss == "mse" and args.centering != "mean":
-        parser.error(f"--centering {args.centering} gives probabilities, --loss mse compares logits")
+    if args.loss != "ce" and args.centering != "mean":
+        parser.error(f"--centering {args.centering} gives probabilities, --loss {args.loss} compares logits")
     cli.check_run_flags(parser, args, warmup_epochs=10)
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         parser.error(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g} is not an ascending range")
@@ -356,7 +358,8 @@ def build_training(args, device, world_size):
     if device.type == "cuda" and world_size > 1:
         student, teacher = map(convert_sync_batchnorm, (student, teacher))
     student, teacher = student.to(device), teacher.to(device)
-    dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.loss).to(device)
+    dino_loss = DINOLoss(args.out_dim, args.student_temp, args.center_momentum, args.centering, args.loss,
+                         args.queue_size).to(device)
     optimizer = build_optimizer(args.optimizer, build_param_groups(
         student, decay_layers(student.backbone, args.layer_decay) if args.layer_decay < 1 else None))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -625,16 +628,19 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
     if distributed.get_world_size() > 1:
         dist.all_reduce(stats)
     loss, entropy, marginal_entropy = (stats / distributed.get_world_size()).tolist()
-    kl = loss - entropy if args.loss == "ce" else math.nan
+    ln_k, kl = math.log(args.out_dim), loss - entropy if args.loss == "ce" else math.nan
+    if args.loss == "infonce":  # of embeddings, not of distributions over prototypes
+        ln_k = entropy = marginal_entropy = math.nan
     run.progress["epoch_stats"].append((entropy, marginal_entropy, kl))
     run.logger.corrupt_images = set().union(*distributed.all_gather_objects(run.logger.corrupt_images))
-    record = dict(epoch=step * args.epochs // total_steps, step=step, loss=loss, ln_k=math.log(args.out_dim),
+    record = dict(epoch=step * args.epochs // total_steps, step=step, loss=loss, ln_k=ln_k,
                   teacher_entropy=entropy, teacher_marginal_entropy=marginal_entropy, kl=kl, lr=schedule.lr,
                   wd=schedule.weight_decay, momentum=schedule.momentum, teacher_temp=schedule.teacher_temp,
                   **run.logger.throughput(run.fixed["global_batch_size"], total_steps - step - 1),
                   corrupt_images=len(run.logger.corrupt_images), loss_scale=run.objects["scaler"].get_scale())
     fields = ["loss {loss:.3f}", "(ln K {ln_k:.2f})", "entropy {teacher_entropy:.2f}", "kl {kl:.3f}", "lr {lr:.1e}"]
-    run.logger.log_step(record, args.epochs, [x for x in fields if args.loss == "ce" or not x.startswith("kl")])
+    hidden = {"mse": ("kl",), "infonce": ("(ln K", "entropy", "kl")}.get(args.loss, ())
+    run.logger.log_step(record, args.epochs, [x for x in fields if not x.startswith(hidden)])
 
 
 # ---- the whole run ----
@@ -694,8 +700,9 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
     millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
     sizes = f"/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks" if args.patch_size else \
         f": width {student.backbone.embed_dim}"
-    logger.print(f"{args.arch}{sizes}, {millions:.1f} M parameters; {args.out_dim} prototypes; {args.precision} on "
-                 f"{world_size} x {args.device}")
+    outputs = f"embeddings of {args.out_dim} dimensions" if args.loss == "infonce" else f"{args.out_dim} prototypes"
+    logger.print(f"{args.arch}{sizes}, {millions:.1f} M parameters; {outputs}; {args.precision} on {world_size} x "
+                 f"{args.device}")
     logger.print(f"epochs: {args.epochs} of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")

@@ -340,8 +340,91 @@ def test_squared_error_is_the_sum_over_pairs():
     for wrong in (dict(centering="softmax"), dict(objective="l2")):
         with pytest.raises(ValueError, match="expected ce with mean, batch or sinkhorn"):
             DINOLoss(8, **wrong)
-    with pytest.raises(ValueError, match="mse, which compares logits"):
-        DINOLoss(K, centering="sinkhorn", objective="mse")
+    for objective in ("mse", "infonce"):
+        with pytest.raises(ValueError, match="mse or infonce, which compare logits"):
+            DINOLoss(K, centering="sinkhorn", objective=objective)
+
+
+def infonce_by_definition(student, teacher, queue, temp, V):
+    """MoCo's loss as cross-entropy of class 0, the positive key, over all pairs of crops, in float64."""
+    def unit(x):
+        return x.double() / x.double().norm(dim=1, keepdim=True)
+    pairs = []
+    for t, keys in enumerate(unit(teacher).chunk(2)):
+        for v, queries in enumerate(unit(student).chunk(V)):
+            if v != t:
+                logits = torch.stack([torch.cat((k[None], queue.double())) @ q for q, k in zip(queries, keys)]) / temp
+                pairs.append(torch.nn.functional.cross_entropy(logits, torch.zeros(len(keys), dtype=torch.long)))
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("V, temp, scale", [(2, 0.2, 1.0), (4, 0.2, 30.0), (3, 0.05, 1.0)])
+def test_infonce_equals_its_definition(V, temp, scale):
+    torch.manual_seed(0)
+    B, K, Q = 5, 12, 40
+    loss = DINOLoss(K, temp, objective="infonce", queue_size=Q)
+    assert DINOLoss(2, objective="infonce").queue.shape == (65536, 2)
+    close(loss.queue.norm(dim=1), torch.ones(Q))
+    for _ in range(5):  # ten keys in each
+        leaf, teacher = (scale * torch.randn(V * B, K)).requires_grad_(), torch.randn(2 * B, K, requires_grad=True)
+        queue, exact = loss.queue.clone(), leaf.detach().double().requires_grad_()
+        expected = infonce_by_definition(exact, teacher.detach(), queue, temp, V)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(leaf, teacher, 0.04)
+        value.backward()
+        expected.backward()
+        assert value.dtype == torch.float32 and teacher.grad is None
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
+        close(leaf.grad.double(), exact.grad, atol=3e-6 * exact.grad.abs().max().item())
+        keys = teacher.detach() / teacher.detach().norm(dim=1, keepdim=True)
+        close(loss.queue, torch.cat((keys, queue[:-2 * B])), atol=1e-6)  # the oldest have dropped out
+
+
+def test_infonce_of_accumulated_micro_batches_is_one_step():
+    torch.manual_seed(0)
+    whole = DINOLoss(16, 0.2, objective="infonce", queue_size=32)
+    parts = copy.deepcopy(whole)
+    for _ in range(3):
+        student, teacher = torch.randn(3, 8, 16), torch.randn(2, 8, 16)
+        expected = whole(student.flatten(0, 1), teacher.flatten(0, 1), 0.05)
+        a = parts(student[:, :4].flatten(0, 1), teacher[:, :4].flatten(0, 1), 0.05, update_center=False)
+        b = parts(student[:, 4:].flatten(0, 1), teacher[:, 4:].flatten(0, 1), 0.05)
+        close((a + b) / 2, expected)
+    few = DINOLoss(16, objective="infonce", queue_size=3)  # fewer than the keys of a step
+    few(student.flatten(0, 1), teacher.flatten(0, 1), 0.05)
+    close(few.queue, torch.nn.functional.normalize(teacher[0, :3], dim=1))
+
+
+CONTRAST = """
+import copy, torch, torch.distributed as dist
+from dino_loss import DINOLoss
+torch.manual_seed(0)
+whole = DINOLoss(16, 0.2, objective="infonce", queue_size=64)
+half, steps = copy.deepcopy(whole), [(torch.randn(3, 8, 16), torch.randn(2, 8, 16)) for _ in range(6)]
+expected = []
+for student, teacher in steps:
+    leaf = student.clone().requires_grad_()
+    loss = whole(leaf.flatten(0, 1), teacher.flatten(0, 1), 0.05)
+    loss.backward()
+    expected.append((loss.detach(), leaf.grad))
+dist.init_process_group("gloo")
+mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+for (student, teacher), (value, gradient) in zip(steps, expected):
+    leaf = student[:, mine].clone().requires_grad_()
+    loss = half(leaf.flatten(0, 1), teacher[:, mine].flatten(0, 1), 0.05)
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    assert (mean / 2 - value).abs() < 1e-6
+    assert (leaf.grad / 2 - gradient[:, mine]).abs().max() < 1e-6
+found, wanted = ({tuple(row) for row in (1e5 * queue).round().int().tolist()} for queue in (half.queue, whole.queue))
+assert found == wanted and len(found) == 64
+dist.destroy_process_group()
+"""
+
+
+def test_infonce_of_two_processes_is_that_of_twice_the_batch(run_torchrun):
+    run_torchrun(2, CONTRAST)
 
 
 def test_a_head_without_l2_bottleneck():

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -581,8 +582,9 @@ def test_a_teacher_without_momentum_is_reported(small_shapes, tmp_path, capsys, 
 # ---- flags ----
 
 @pytest.mark.parametrize("flags", ["--loss mse --predictor true --use_bn_in_head true --local_crops_number 0",
-                                   "--predictor true --l2_bottleneck false --teacher previous_epoch"])
-def test_a_run_with_ablation_flags_resumes(small_shapes, tmp_path, flags):
+                                   "--predictor true --l2_bottleneck false --teacher previous_epoch",
+                                   "--predictor true --loss infonce --queue_size 500"])
+def test_a_run_with_ablation_flags_resumes(small_shapes, tmp_path, flags, capsys):
     run(tmp_path / "whole", f"--epochs 2 {flags}")
     run(tmp_path / "parts", f"--epochs 1 {flags}")
     run(tmp_path / "parts", f"--epochs 2 {flags}")
@@ -591,7 +593,18 @@ def test_a_run_with_ablation_flags_resumes(small_shapes, tmp_path, flags):
     student, teacher = (load_file(tmp_path / "parts" / f"{name}.safetensors") for name in ("student", "teacher"))
     assert student.keys() - teacher.keys() == {f"head.predictor.{layer}" for layer in (
         "0.weight", "0.bias", "2.weight", "2.bias")}
-    assert (lines(tmp_path / "whole")[1]["kl"] is None) == ("mse" in flags)
+    missing = ["kl"] * ("mse" in flags) or ["ln_k", "teacher_entropy", "teacher_marginal_entropy", "kl"] * (
+        "infonce" in flags)
+    assert [name for name, value in lines(tmp_path / "whole")[1].items() if value is None] == missing
+    printed = re.search(r"\[1/8\] (.*?) lr", capsys.readouterr().out)[1]
+    assert re.sub(r"[\d.]", "", printed) == {0: "loss  (ln K ) entropy  kl ", 1: "loss  (ln K ) entropy ",
+                                             4: "loss "}[len(missing)]
+    if "infonce" in flags:
+        queue = load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["dino_loss"]["queue"]
+        assert queue.shape == (500, 64) and printed == f"loss {losses(tmp_path / 'whole')[0]:.3f}"
+        for other in (flags + "0", flags.replace("infonce", "ce")):
+            with pytest.raises(CheckpointError, match="was trained with (queue_size 500|loss infonce)"):
+                run(tmp_path / "parts", f"--epochs 2 {other}")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.txt")), ids=lambda path: path.stem)
