@@ -5,12 +5,13 @@
     python visualize.py video in.mp4 out.mp4                    # or folders of frames
     python visualize.py features dog.jpg cat.jpg                # PCA of patch features as RGB
     python visualize.py embedding --data_path /photos           # t-SNE of a data set
+    python visualize.py embedding --run runs/demo               # the same over the saved epochs of a run, animated
     python visualize.py run runs/demo                           # curves of one run, or of several
     python visualize.py run runs/a-* runs/b-* --against seconds --knn 40   # and the time to 40% k-NN accuracy
     python visualize.py crops dog.jpg --flags runs/demo/flags.txt   # multi-crop augmentation with the flags of a run
 
-Figures of a model are written beside its file (NAME.attention/, NAME.features.png, NAME.embedding.png) or to
---output_dir. `attention` and `video` also take an exported model, `--ckpt teacher.onnx`.
+Figures of a model are written beside its file (NAME.attention/, NAME.features.png, NAME.embedding.png, .gif) or
+to --output_dir. `attention` and `video` also take an exported model, `--ckpt teacher.onnx`.
 """
 
 import common  # noqa: F401 (first: it checks the version of Python)
@@ -23,15 +24,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common import cli
+from common.checkpoint import load_checkpoint
 from common.files import create_folder, number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
 from data.datasets import DataError, is_source, open_data, open_images, trained_data_path, trained_val_path
 from data.images import ImageReadError, read_image, show_channels
-from data.video import VideoWriter, open_video
+from data.video import WRITABLE, VideoWriter, open_video
 from evaluation.features import extract_features
 from evaluation.masks import threshold_attention
 from plotting import attention, curves, draw, embedding, sheet
@@ -70,6 +73,9 @@ def parse_args(argv=None):
     embedding.add_argument("--num_images", type=cli.positive_int, default=2000, help="size of a random subset")
     embedding.add_argument("--batch_size_per_gpu", type=cli.positive_int, default=128, help="images per forward pass")
     embedding.add_argument("--seed", type=cli.seed, default=0, help="random seed of t-SNE")
+    embedding.add_argument("--run", metavar="DIR", help="animation over the checkpoints of a run, see --saveckp_freq")
+    embedding.add_argument("--output", metavar="FILE", help="of --run: .gif, or a video: .mp4, .mov, .mkv, .webm "
+                           "(default: teacher.embedding.gif)")
 
     run.add_argument("runs", nargs="+", metavar="DIR", help="folders of train.py, or logs; NAME-0 to NAME-9 are seeds")
     run.add_argument("--against", choices=list(curves.AXES), default="step", help="horizontal axis")
@@ -81,6 +87,10 @@ def parse_args(argv=None):
     crops.add_argument("--output_dir", default=".", metavar="DIR", help="output folder")
     args = parser.parse_args(argv)
     cli.check_show_channels(parser, args)
+    if args.task == "embedding" and args.run and (args.ckpt or args.untrained):
+        parser.error("--run takes the checkpoints of a run: leave out --ckpt and --untrained")
+    if args.task == "embedding" and args.output and not args.run:
+        parser.error(f"--output {args.output} is for --run, set --output_dir")
     return args
 
 
@@ -197,29 +207,104 @@ def visualize_features(args, errors):
 
 def visualize_embedding(args, errors):
     """t-SNE of image features: a scatter plot in class colors, and the images at their points."""
+    if args.run:
+        return animate_embedding(args, errors)
     model, info, origin = open_backbone(args, rgb_only=False)
     size = resolve_image_size(args.image_size, model)
-    data = open_data(args.data_path or trained_data_path(args, info) or "shapes", bool(args.data_path),
-                     args.output_dir, origin["value_range"], trained_val_path(args, info), args.cache_dir,
-                     info["channels"])
-    print(data.note)
-    images = loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
+    data, images = open_held_out(args, info, origin)
     path = output_file(origin, args, "embedding.png")
     features, labels, indices, corrupt = extract_features(model, images, size, args, args.device,
                                                          loaders.build_view(info))
     points, method = embedding.embed_2d(features, args.seed)
-    names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
-    colors = getattr(data.train, "colors", None) or embedding.class_colors(len(names))
+    labels, names, colors, note = group_images(data, labels, features, args.seed)
     title, thumbnails = f"{method} of {len(points):,} images", path.with_suffix(".thumbnails.png")
-    title += f", features of {sheet.describe_model(origin, info, model.patch_size)}"
-    if (labels < 0).all() and (labels := embedding.cluster_features(features, args.seed)).max() >= 0:
-        names, colors = [f"cluster {i + 1}" for i in range(labels.max() + 1)], embedding.class_colors(labels.max() + 1)
-        title += "; colors: k-means clusters of the features"
+    title += f", features of {sheet.describe_model(origin, info, model.patch_size)}{note}"
     embedding.plot_scatter(points, labels, names, colors, title).savefig(path)
     embedding.plot_thumbnails(points, labels, names, colors, lambda i: show_channels(
         images[indices[i]][0], args.show_channels), title).save(thumbnails)
     print(f"{method} of {len(points):,} images -> {path} and {thumbnails}")
     errors += corrupt
+
+
+def animate_embedding(args, errors):
+    """t-SNE of image features over the saved epochs of a run, as one animation."""
+    epochs, features, data, images = list_epochs(args.run), [], None, None
+    path = Path(args.output or Path(args.output_dir or args.run, f"{args.checkpoint_key or 'teacher'}.embedding.gif"))
+    if path.suffix.lower() not in (".gif", *WRITABLE):
+        raise DataError(f"--output {path}: expected a file that ends with .gif, {', '.join(WRITABLE)}")
+    create_folder(path.parent)
+    for checkpoint in epochs.values():
+        args.ckpt = checkpoint
+        model, info, origin = open_backbone(args, rgb_only=False)
+        size = resolve_image_size(args.image_size, model)
+        data, images = (data, images) if data else open_held_out(args, info, origin)
+        x, labels, _, corrupt = extract_features(model, images, size, args, args.device, loaders.build_view(info))
+        features.append(x)
+    layouts, method = embedding.embed_sequence(features, args.seed)
+    labels, names, colors, note = group_images(data, labels, features[-1], args.seed)
+    title = f"{method} of {len(labels):,} images, {Path(args.run).resolve().name}{note}"
+    captions = [f"epoch {epoch}" for epoch in epochs]
+    write_animation(path, embedding.draw_frames(layouts, captions, labels, names, colors, title))
+    print(f"{method} of {len(labels):,} images, {', '.join(captions)} -> {path}")
+    errors += corrupt
+
+
+def list_epochs(folder):
+    """{epoch: path} of the numbered checkpoints in the folder of a run, and of its last one.
+
+    Epochs count from 0, as in the log; the last may be incomplete.
+
+    Raises:
+        CheckpointError: there are fewer than two, or the last one is not that of train.py.
+    """
+    found = {int(path.stem[10:]): str(path) for path in Path(folder).glob("checkpoint*.pth")
+             if path.stem[10:].isdecimal()}
+    last = os.path.join(folder, "checkpoint.pth")
+    if os.path.exists(last):
+        try:
+            state = load_checkpoint(last)
+            steps_per_epoch = state["fixed"]["num_images"] // state["fixed"]["global_batch_size"]
+            found.setdefault((state["progress"]["step"] - 1) // steps_per_epoch, last)
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{last}: is not of train.py") from None
+    if len(found) < 2:
+        raise CheckpointError(f"{folder}: saved epochs: {len(found)}, an animation needs two: train with "
+                              f"--saveckp_freq 1")
+    return dict(sorted(found.items()))
+
+
+def open_held_out(args, info, origin):
+    """The data for a model, and a random subset of its held-out images."""
+    data = open_data(args.data_path or trained_data_path(args, info) or "shapes", bool(args.data_path),
+                     args.output_dir, origin["value_range"], trained_val_path(args, info), args.cache_dir,
+                     info["channels"])
+    print(data.note)
+    return data, loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
+
+
+def group_images(data, labels, features, seed):
+    """Labels, names and colors of the classes or, without labels, of clusters of features, and a note of these."""
+    if (labels < 0).all() and (clusters := embedding.cluster_features(features, seed)).max() >= 0:
+        names = [f"cluster {i + 1}" for i in range(clusters.max() + 1)]
+        return clusters, names, embedding.class_colors(len(names)), "; colors: k-means clusters of the features"
+    names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
+    return labels, names, getattr(data.train, "colors", None) or embedding.class_colors(len(names)), ""
+
+
+def write_animation(path, frames, rate=20, hold=16):
+    """Write frames of `draw_frames` as GIF or video; each layout is held for `hold` frames."""
+    if path.suffix.lower() == ".gif":
+        palette, images, durations = None, [], []
+        for image, is_layout in frames:
+            palette = palette or image.quantize(method=Image.Quantize.FASTOCTREE)
+            images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
+            durations.append(1000 // rate * (hold if is_layout else 1))
+        images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+        return
+    with VideoWriter(path, rate) as writer:
+        for image, is_layout in frames:
+            for _ in range(hold if is_layout else 1):
+                writer.write("", image)
 
 
 # ---- training ----

@@ -4,11 +4,15 @@
     plot_scatter(points, labels, names, class_colors(len(names)), title).savefig("scatter.png")
     plot_thumbnails(points, labels, names, class_colors(len(names)), load_image, title).save("thumbnails.png")
 
+    layouts, method = embed_sequence(features_of_epochs)        # each layout starts from the one before
+    frames = draw_frames(layouts, captions, labels, names, colors, title)       # of an animation
+
 t-SNE and k-means need scikit-learn, the scatter plot matplotlib.
 """
 
 import colorsys
 import importlib.util
+import math
 
 import numpy as np
 import torch
@@ -21,8 +25,10 @@ from plotting.sheet import GAP, contact_sheet, draw_swatch, principal_components
 UNLABELED = (120, 120, 120)
 
 
-def embed_2d(features, seed=0):
+def embed_2d(features, seed=0, init=None):
     """Features [M, D] -> points float64 [M, 2] and the method: t-SNE of cosines (van der Maaten & Hinton 2008).
+
+    t-SNE starts from the layout `init` [M, 2], or from the principal components.
 
     The method is PCA without scikit-learn, for fewer than eight images, and for features that are all the same, of
     which t-SNE would crash.
@@ -33,8 +39,22 @@ def embed_2d(features, seed=0):
         return principal_components(features, 2), "PCA (all features are the same)"
     from sklearn.manifold import TSNE
 
-    tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", metric="cosine", random_state=seed)
+    # from a given layout without exaggeration, which would contract it first
+    start = dict(init="pca") if init is None else dict(init=init.float().numpy(), early_exaggeration=1.0)
+    tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), metric="cosine", random_state=seed, **start)
     return torch.from_numpy(tsne.fit_transform(features.numpy())).double(), "t-SNE"
+
+
+def embed_sequence(features, seed=0):
+    """Features [M, D] of the same images by several models -> a layout [M, 2] for each, and the method.
+
+    Each starts from the one before, so that what a model does not change stays in place.
+    """
+    layouts = []
+    for x in features:
+        points, method = embed_2d(x, seed, layouts[-1] if layouts else None)
+        layouts.append(points)
+    return layouts, method
 
 
 def class_colors(count):
@@ -83,6 +103,35 @@ def plot_scatter(points, labels, names, colors, title):
     figure.legend([dots[label] for label, _ in shown], entries, loc="outside right upper", fontsize=11, frameon=False,
                   markerscale=(60 / size) ** 0.5, title=f"{left_out} smaller classes left out" if left_out else None)
     return figure
+
+
+def draw_frames(layouts, captions, labels, names, colors, title, steps=12):
+    """Frames of an animation from layout to layout, [M, 2] each: yields (PIL image, whether it is a layout itself).
+
+    Args:
+        captions: of the layouts, such as "epoch 19", above the title.
+        labels, names, colors: see `plot_scatter`.
+        steps: frames from one layout to the next, the last of which is the next.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = plot_scatter(layouts[0], labels, names, colors, title)
+    figure.set_dpi(80)
+    canvas, (axes,) = FigureCanvasAgg(figure), figure.axes
+    low, high = torch.cat(layouts).amin(dim=0).numpy(), torch.cat(layouts).amax(dim=0).numpy()
+    margin = 0.03 * (high - low).max()
+    xlim, ylim = zip(low - margin, high + margin)
+    axes.set(xlim=xlim, ylim=ylim, adjustable="box")
+    for i, (caption, points) in enumerate(zip(captions, layouts)):
+        axes.title.set_text("\n".join(escape_text([caption, title])))
+        for step in range(1, steps + 1) if i else [steps]:
+            share = (1 - math.cos(math.pi * step / steps)) / 2  # slow at both ends
+            for label, dots in enumerate(axes.collections, start=-1):
+                dots.set_offsets(torch.lerp(layouts[max(i - 1, 0)], points, share)[labels == label])
+            canvas.draw()
+            figure.set_layout_engine("none")  # that of the first frame stays
+            image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+            yield image, step == steps
 
 
 def plot_thumbnails(points, labels, names, colors, load_image, title, side=1200, cell=48):

@@ -11,10 +11,11 @@ from sklearn.decomposition import PCA
 from torchvision.transforms import functional as TF
 
 import export
+import train
 import visualize
 from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from common import cli
-from common.weights import save_model
+from common.weights import load_backbone, save_model
 from data.folders import ImageFolder
 from data.shapes import Shapes
 from data.video import VideoWriter, open_video
@@ -430,6 +431,60 @@ def test_thumbnails_are_the_images_of_their_points(model, tmp_path, monkeypatch)
     test = Shapes("test", 2000, 32)
     pixels = {image.tobytes(): label for image, label in (test[i] for i in range(2000))}
     assert len(opened) == 30 and all(pixels[image.tobytes()] == label for image, label in opened.values())
+
+
+def test_animation_of_a_run(small_shapes, tmp_path, monkeypatch, exit_message, capsys):
+    folder = tmp_path / "tiny"
+    flags = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 1 --num_heads 2 --out_dim 64 --hidden_dim 32 "
+             "--global_crops_size 32 --local_crops_number 0 --batch_size_per_gpu 64 --warmup_epochs 0 --lr 0.1 "
+             "--momentum_teacher 0.5 --device cpu --num_workers 0 --knn_every 0 --saveckp_freq 2 --output_dir").split()
+    train.main(train.parse_args([*flags, str(folder), "--epochs", "1"]))
+    line = exit_message(run, "embedding", "--run", folder)
+    assert "tiny: saved epochs: 1, an animation needs two: train with --saveckp_freq 1" in line
+    train.main(train.parse_args([*flags, str(folder), "--epochs", "3"]))
+    (folder / "checkpoint0001 (copy).pth").write_bytes(b"")
+    seen = {}
+
+    def record(name):
+        function = getattr(embedding, name)
+
+        def call(*args):
+            seen[name] = args, function(*args)
+            if name == "draw_frames":
+                seen[name] = args, [*seen[name][1]]
+            return seen[name][1]
+        monkeypatch.setattr(embedding, name, call)
+    record("embed_sequence")
+    record("draw_frames")
+    run("embedding", "--run", folder, "--num_workers", 0)
+    assert "t-SNE of 60 images, epoch 1, epoch 2 -> " in capsys.readouterr().out
+    (features, _), (layouts, _) = seen["embed_sequence"]
+    val = Shapes("test", 60, 32)
+    x = torch.stack([TF.normalize(TF.to_tensor(val[i][0]), IMAGENET_MEAN, IMAGENET_STD) for i in range(60)])
+    for name, found in zip(("checkpoint0001.pth", "teacher.safetensors"), features, strict=True):
+        with torch.no_grad():
+            expected = load_backbone(folder / name, "teacher")[0](x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (features[0] - features[1]).abs().max() > 0.01
+    (drawn, captions, labels, names, _, title), frames = seen["draw_frames"]
+    assert drawn is layouts and captions == ["epoch 1", "epoch 2"] and title == "t-SNE of 60 images, tiny"
+    assert labels.tolist() == [val[i][1] for i in range(60)] and names == list(Shapes.classes)
+    with Image.open(folder / "teacher.embedding.gif") as gif:
+        assert gif.n_frames == len(frames) == 13 and gif.info["loop"] == 0
+        for i, (frame, is_layout) in enumerate(frames):
+            gif.seek(i)
+            assert is_layout == (i in (0, 12)) and gif.info["duration"] == (800 if is_layout else 50)
+            difference = np.abs(np.asarray(gif.convert("RGB"), int) - np.asarray(frame)).max(axis=-1)
+            assert np.median(difference) <= 1 and (difference > 50).mean() < 1e-4
+    visualize.write_animation(tmp_path / "a.mp4", frames)
+    assert len([*open_video(tmp_path / "a.mp4").frames]) == 2 * 16 + 11
+    line = exit_message(run, "embedding", "--run", folder, "--output", tmp_path / "a.png")
+    assert "expected a file that ends with .gif, .mp4" in line
+    torch.save({"fixed": {}}, folder / "checkpoint.pth")
+    assert "checkpoint.pth: is not of train.py" in exit_message(run, "embedding", "--run", folder)
+    for wrong in ("--run a --untrained", "--output a.gif"):
+        with pytest.raises(SystemExit):
+            run("embedding", *wrong.split())
 
 
 # ---- training ----

@@ -4,9 +4,18 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.decomposition import PCA
+from sklearn.manifold import trustworthiness
 
 from plotting import embedding
-from plotting.embedding import class_colors, cluster_features, embed_2d, plot_scatter, plot_thumbnails
+from plotting.embedding import (
+    class_colors,
+    cluster_features,
+    draw_frames,
+    embed_2d,
+    embed_sequence,
+    plot_scatter,
+    plot_thumbnails,
+)
 from plotting.sheet import contact_sheet, principal_components
 
 
@@ -21,6 +30,52 @@ def test_components_equal_those_of_scikit_learn():
     found, expected = principal_components(x, 3).numpy(), PCA(3).fit(x.double().numpy())
     signs = np.sign(expected.components_[np.arange(3), np.abs(expected.components_).argmax(axis=1)])
     np.testing.assert_allclose(found, expected.transform(x.double().numpy()) * signs, atol=1e-9)
+
+
+def test_layouts_of_a_sequence_stay_close():
+    labels, noise = torch.arange(90) // 30, torch.Generator().manual_seed(1)
+    features = [clusters() + 0.3 * step * torch.randn(90, 16, generator=noise) for step in range(4)]
+    layouts, method = embed_sequence(features)
+    alone = [embed_2d(x)[0] for x in features]
+    assert method == "t-SNE" and len(layouts) == 4 and torch.equal(layouts[0], alone[0])
+
+    def moves(layouts):
+        return [((b - a).norm(dim=1).mean() / (a - a.mean(dim=0)).norm(dim=1).mean()).item()
+                for a, b in zip(layouts, layouts[1:])]
+    assert max(moves(layouts)) < 0.3 < 3 * max(moves(layouts)) < max(moves(alone))
+    for points, x in zip(layouts, features):  # and they are as good as those of their own
+        nearest = torch.cdist(points, points).fill_diagonal_(torch.inf).argmin(dim=1)
+        assert (labels[nearest] == labels).all()
+        assert trustworthiness(x, points, n_neighbors=10, metric="cosine") > 0.85
+
+
+def test_frames_move_from_layout_to_layout(monkeypatch):
+    layouts = [torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()]
+    layouts += [layouts[0] + torch.tensor([8.0, 0.0]), layouts[0] + torch.tensor([8.0, 4.0])]
+    figures = []
+
+    def record_scatter(*args):
+        figures.append(plot_scatter(*args))
+        return figures[0]
+    monkeypatch.setattr(embedding, "plot_scatter", record_scatter)
+    shifts, titles, sizes, limits = [], [], set(), set()
+    for frame, is_layout in draw_frames(layouts, ["epoch 1", "epoch 5", "epoch 6"], torch.tensor([0, 1, -1]),
+                                        ["cat", "dog"], [(255, 0, 0), (0, 0, 255)], "t-SNE, $x$", steps=4):
+        (axes,) = figures[0].axes
+        found = np.concatenate([axes.collections[label + 1].get_offsets() for label in (0, 1, -1)])
+        np.testing.assert_allclose(found - found[0], layouts[0], atol=1e-12)
+        shifts.append((*found[0].round(3).tolist(), is_layout))
+        titles.append(axes.get_title())
+        sizes.add(frame.size)
+        limits.add((axes.get_xlim(), axes.get_ylim()))
+        pixels = np.asarray(frame, int)  # the dot is where its point is
+        rows, columns = np.nonzero((np.abs(pixels - (255, 0, 0)).sum(axis=-1) < 60)[:, :int(axes.bbox.x1)])
+        x, y = axes.transData.transform(found[0])
+        assert abs(columns.mean() - x) < 1.5 and abs(frame.height - rows.mean() - y) < 1.5
+    assert shifts == [(0, 0, True), (1.172, 0, False), (4, 0, False), (6.828, 0, False), (8, 0, True),
+                      (8, 0.586, False), (8, 2, False), (8, 3.414, False), (8, 4, True)]
+    assert titles == [f"epoch {epoch}\nt-SNE, \\$x\\$" for epoch in [1] + [5] * 4 + [6] * 4]
+    assert len(sizes) == len(limits) == 1
 
 
 def test_points_of_a_class_are_neighbors():
