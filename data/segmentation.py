@@ -84,7 +84,7 @@ def find_voc(data_path, folder):
     """Root of a VOC set that has a certain folder: `data_path`, or VOC2012 or VOC2007 in it; None if there is none."""
     roots = (Path(data_path, *parts) for parts in ((), ("VOC2012",), ("VOCdevkit", "VOC2012"), ("VOC2007",),
                                                    ("VOCdevkit", "VOC2007")))
-    return next((root for root in roots if (root / folder).is_dir() and (root / "JPEGImages").is_dir()), None)
+    return next((root for root in roots if (root / folder).is_dir()), None)
 
 
 def list_voc_masks(root, name):
