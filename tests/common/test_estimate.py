@@ -89,6 +89,7 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
 def test_the_estimate_is_near_the_peak_of_a_run(tmp_path, flags):
     """Of two steps, within 25%: libraries allocate too."""
     command = [sys.executable, "-c", MEASURE, *flags.split(), "--data_path", "shapes:64", "--epochs", "1",
+               *"--global_crops_size 224 --local_crops_size 96 --out_dim 65536".split(),
                *"--knn_every 0 --device cpu --num_workers 0 --dry_run --output_dir".split(), str(tmp_path / "run")]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True).stdout
     found, expected = int(re.search(r"rose by (\d+)", out)[1]), float(re.search(r"estimated: ([\d.]+) GB", out)[1])
