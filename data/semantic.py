@@ -9,6 +9,7 @@
 Indexing a corrupt image or mask raises `ImageReadError`; data/loaders.py skips such images.
 """
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def open_semantic(data_path: str) -> Data:
     The names of classes are those of the set, or the lines of classes.txt in the folder, or the indices that occur.
 
     Raises:
-        DataError: none of these layouts.
+        DataError: none of these layouts, or masks without a class besides 0.
     """
     if is_shapes(data_path):
         data = open_data(data_path)
@@ -53,7 +54,7 @@ def open_semantic(data_path: str) -> Data:
                         f"train/ and val/, or the layout of VOC2012, or 'shapes'")
     is_ade = Path(data_path, "objectInfo150.txt").is_file()
     read = partial(read_pair, first_class=1) if is_ade else read_pair
-    classes = list_classes(data_path, is_ade) or list(map(str, range(1 + max(map(find_largest_class, parts)))))
+    classes = list_classes(data_path, is_ade) or list(map(str, range(count_classes(parts))))
     images = [SemanticImages(part.pairs, read, classes) for part in parts]
     note = ", ".join(f"{len(part.pairs):,} images in {part.folder}" + f" ({part.without_mask:,} more have no mask)" * (
         part.without_mask > 0) for part in parts) + f", {len(classes)} classes"
@@ -76,16 +77,21 @@ def list_classes(data_path, is_ade):
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
 
-def find_largest_class(part):
-    """Largest class index in the masks of a part; masks that cannot be read are left to the evaluation."""
-    largest = 0
-    for _, path in part.pairs:
-        try:
-            labels = read_labels(path)
-        except ImageReadError:
-            continue
-        largest = max(largest, labels[labels != VOID].max(initial=0))
-    return int(largest)
+def count_classes(parts):
+    """One more than the largest class index in the masks; those that cannot be read are left to the evaluation.
+
+    Raises:
+        DataError: the masks are black and white, so that all objects would be unlabeled.
+    """
+    pixels = np.zeros(VOID + 1, int)
+    for _, path in (pair for part in parts for pair in part.pairs):
+        with contextlib.suppress(ImageReadError):
+            pixels += np.bincount(read_labels(path).ravel(), minlength=len(pixels))
+    classes = pixels[:VOID].nonzero()[0]
+    if pixels[VOID] and not classes.any():
+        raise DataError(f"{parts[0].folder}: its masks have no class besides 0, and {VOID} is unlabeled: write 1 for "
+                        f"the objects")
+    return 1 + int(classes.max(initial=0))
 
 
 class SemanticImages(Dataset):

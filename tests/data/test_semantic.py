@@ -115,6 +115,17 @@ def test_other_folders_and_masks(tmp_path):
             open_semantic(str(tmp_path)).train[0]
 
 
+def test_black_and_white_masks_are_an_error(tmp_path):
+    """255 is unlabeled, so the background would be the only class, with an mIoU of 100%."""
+    for part in ("train", "val"):
+        write(tmp_path / "images" / part / "a.jpg", PHOTO)
+        write(tmp_path / "masks" / part / "a.png", np.where(MASK == 1, 255, 0))
+    with pytest.raises(DataError, match="images.train: its masks have no class besides 0, and 255 is unlabeled: write"):
+        open_semantic(str(tmp_path))
+    write(tmp_path / "masks" / "val" / "a.png", np.where(MASK == 1, 255, MASK % 255))  # classes 0 and 2
+    assert open_semantic(str(tmp_path)).train.classes == ["0", "1", "2"]
+
+
 def test_crops_of_image_and_mask_are_the_same(tmp_path):
     """The class of each pixel is its color, also where they are flipped; edges are blurred in the image alone."""
     rng = np.random.default_rng(0)
