@@ -48,12 +48,14 @@ def embed_2d(features, seed=0, init=None):
 def embed_sequence(features, seed=0):
     """Features [M, D] of the same images by several models -> a layout [M, 2] for each, and the method.
 
-    Each starts from the one before, so that what a model does not change stays in place.
+    Each starts from the one before, so that what a model does not change stays in place. The start is a layout of
+    t-SNE, as it cannot separate equal points, such as those of a model that has collapsed.
     """
-    layouts = []
+    layouts, start = [], None
     for x in features:
-        points, method = embed_2d(x, seed, layouts[-1] if layouts else None)
+        points, method = embed_2d(x, seed, start)
         layouts.append(points)
+        start = points if method == "t-SNE" else start
     return layouts, method
 
 

@@ -49,6 +49,15 @@ def test_layouts_of_a_sequence_stay_close():
         assert trustworthiness(x, points, n_neighbors=10, metric="cosine") > 0.85
 
 
+def test_a_collapsed_model_is_no_start():
+    """Its features are all the same, and so would be all later points."""
+    equal, x = torch.ones(90, 16), clusters()
+    layouts, method = embed_sequence([equal, x, equal, x])
+    assert method == "t-SNE" and not layouts[0].any() and not layouts[2].any()
+    assert torch.equal(layouts[1], embed_2d(x)[0])
+    assert (layouts[3] - layouts[1]).norm(dim=1).mean() < 0.3 * layouts[1].norm(dim=1).mean()
+
+
 def test_frames_move_from_layout_to_layout(monkeypatch):
     layouts = [torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()]
     layouts += [layouts[0] + torch.tensor([8.0, 0.0]), layouts[0] + torch.tensor([8.0, 4.0])]
