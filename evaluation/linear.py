@@ -141,8 +141,9 @@ def fit_logistic_regression(features: Tensor, labels: Tensor, num_classes: int, 
                             chunk: int = 8192) -> nn.Linear:
     """L2-regularized multinomial logistic regression by L-BFGS, in float64: features [M, D] -> logits [M, num_classes].
 
-    Minimizes 1/2 ||weight||^2 + C * sum of the M cross-entropies, as LogisticRegression of scikit-learn does. The same
-    minimum is found faster in terms of features that are centered and have a mean square norm of 1.
+    Minimizes 1/2 ||weight||^2 + C * sum of the M cross-entropies, as LogisticRegression of scikit-learn does; of
+    two classes it has one weight vector, which makes it the same with 2 * C. The same minimum is found faster in terms
+    of features that are centered and have a mean square norm of 1.
 
     Args:
         features, labels: [M, D] and [M], on the device to compute on, which must have float64.

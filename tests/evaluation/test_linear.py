@@ -128,6 +128,13 @@ def test_logistic_regression_equals_scikit_learn():
         assert 100 * correct.double().mean().item() == pytest.approx(100 * theirs.score(test_x, test_y), abs=0.2)
 
 
+def test_two_classes_equal_scikit_learn_with_twice_the_cost():
+    x, y = clusters(1, 600, classes=2, width=8)
+    x = (x - x.mean(dim=0)) / x.std(dim=0)
+    theirs, ours = LogisticRegression(C=0.02, tol=1e-8).fit(x.double(), y), fit_logistic_regression(x, y, 2, 0.01)
+    torch.testing.assert_close(ours.weight[1] - ours.weight[0], torch.from_numpy(theirs.coef_[0]), rtol=0, atol=1e-4)
+
+
 def test_the_best_penalty_on_held_out_images_is_selected():
     x, y = clusters(1, 600, classes=4, width=8)
     x = (x - x.mean(dim=0)) / x.std(dim=0)
