@@ -292,7 +292,12 @@ def prepare_writing(args, images):
         for name in names:
             if (other := taken.setdefault(Path(name).with_suffix(""), name)) != name:
                 raise DataError(f"{args.data_path}: the masks of {other} and {name} would be one file, rename one")
+        masks, boxes = [Path(args.write, name).with_suffix(".png") for name in names], Path(args.write, "boxes.json")
+        if not boxes.exists() and (foreign := next((mask for mask in masks if mask.exists()), None)):
+            raise DataError(f"--write {args.write}: {foreign} was not written by this command, name another folder")
         create_folder(args.write)
+        if not boxes.exists():  # from now on the masks are of this command, also if it is interrupted
+            write_json(boxes, dict(images=[], annotations=[], categories=[]))
     return names
 
 

@@ -169,6 +169,11 @@ def test_attention_masks_are_written_as_weak_labels(model, tmp_path, capsys, exi
     (tmp_path / "set" / "images" / "a" / "3.png").write_bytes(b"bad")
     flags = "masks", "--ckpt", path, "--data_path", tmp_path / "set" / "images", "--image_size", 64, "--mass", 0.4
     assert "expected JPEGImages" in exit_message(run, *flags)
+    by_hand = tmp_path / "hand" / "a" / "1.png"
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_bytes(b"drawn by hand")
+    assert f"{by_hand} was not written by this command" in exit_message(run, *flags, "--write", tmp_path / "hand")
+    assert by_hand.read_bytes() == b"drawn by hand" and not (tmp_path / "hand" / "boxes.json").exists()
     line = exit_message(run, *flags, "--write", tmp_path / "set" / "masks")
     assert "skipped 1 of 4 images; the first: " in line
     assert not list(path.parent.glob("*masks*"))  # nothing to compare with
