@@ -212,11 +212,13 @@ class EvalSetup:
         classes: unique names, None for k-NN without --save_predictions and for few-shot.
         images: indices of the images that `extract` read last.
         corrupt: set of messages on corrupt images.
+        fit_device: for fits in float64.
     """
 
     def __init__(self, args):
         self.args, self.corrupt = args, set()
         self.device = distributed.init_distributed(args.device)[2]
+        self.fit_device = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
         is_dense = args.task == "segmentation"
         self.backbone, self.info, self.origin = open_backbone(
             args, self.device, needs="patch tokens" * is_dense, precision=args.precision, rgb_only=is_dense)
@@ -239,6 +241,12 @@ class EvalSetup:
         # on rank 0: datasets without class names are decoded
         if args.task not in ("knn", "fewshot") or args.save_predictions:
             self.classes = distributed.all_gather_objects(list_class_names(self.data) if is_rank_zero() else None)[0]
+
+    def log_corrupt(self, messages):
+        """Log messages on corrupt images, each once."""
+        for message in sorted(set(messages) - self.corrupt):
+            log(f"skipped corrupt image {message}")
+        self.corrupt.update(messages)
 
 
     def open_labeled(self, val_path):
@@ -278,9 +286,7 @@ def extract(setup, model, images):
     with autocast(setup.device, args.precision):
         outputs, labels, setup.images, corrupt = extract_features(model, images, args.image_size, args, setup.device,
                                                                     build_view(setup.info))
-    for message in sorted(set(corrupt) - setup.corrupt):
-        log(f"skipped corrupt image {message}")
-    setup.corrupt.update(corrupt)
+    setup.log_corrupt(corrupt)
     return outputs, labels
 
 
@@ -341,7 +347,7 @@ def fewshot(args):
                         f"the class out")
     amounts = {f"{n}-shot": n for n in shots} | {f"{percent:g}%": percent / 100 for percent in args.percent}
     accuracies = fewshot_classifier(**features, amounts=[*amounts.values()], draws=args.draws, seed=args.seed, C=args.C,
-                                    device="cpu" if setup.device.type == "mps" else setup.device)  # it has no float64
+                                    device=setup.fit_device)
     results = {name: {method: dict(mean=statistics.mean(top1), top1=top1,
                                    std=statistics.stdev(top1) if args.draws > 1 else 0.0)
                       for method, top1 in methods.items()} for name, methods in zip(amounts, accuracies)}
@@ -358,13 +364,12 @@ def logistic(args):
     """Logistic regression with an L2 penalty on frozen features; writes a classifier as linear does."""
     setup = EvalSetup(args)
     network = supervised.Classifiers(supervised.FeatureExtractor(setup.backbone), len(setup.classes)).eval()
-    device = "cpu" if setup.device.type == "mps" else setup.device  # MPS has no float64
 
     def fit(x, y):
         count = -(-len(args.C) // get_world_size())
         with tqdm(total=count, unit="C", leave=False, disable=None if is_rank_zero() else True) as bar:
-            layer, *rest = fit_best_logistic_regression(x.to(device), y.to(device), len(setup.classes), args.C,
-                                                        bar.update)
+            layer, *rest = fit_best_logistic_regression(x.to(setup.fit_device), y.to(setup.fit_device),
+                                                        len(setup.classes), args.C, bar.update)
         return layer.float().to(setup.device), *rest
 
     train_on_features(network, fit, [(C,) for C in args.C], ["C"], {}, setup)
@@ -536,9 +541,7 @@ def count_test_confusions(network, images, setup):
             matrix.add_(count_confusions(predict_classes(logits, labels.shape)[0], labels, count).cpu())
     distributed.wait_for(test)
     corrupt = set().union(*distributed.all_gather_objects(corrupt))
-    for message in sorted(corrupt - setup.corrupt):
-        log(f"skipped corrupt image {message}")
-    setup.corrupt.update(corrupt)
+    setup.log_corrupt(corrupt)
     num_images = sum(distributed.all_gather_objects(num_images))
     if not num_images:
         raise DataError(f"{setup.data.path}: no test image can be read, the last: {max(corrupt)}")
