@@ -43,6 +43,7 @@ from common.checkpoint import MODEL_FILES, CheckpointError
 from common.cli import fraction, nonnegative_float, nonnegative_int, percentage, positive_float, positive_int
 from common.distributed import get_rank, get_world_size, is_rank_zero
 from common.files import create_folder, first_line, write_json, write_text
+from common.logger import progress_bar
 from common.precision import autocast, set_matmul_precision
 from common.weights import open_backbone, output_folder, read_weights, resolve_image_size, result_file, save_model
 from data.datasets import (
@@ -367,7 +368,7 @@ def logistic(args):
 
     def fit(x, y):
         count = -(-len(args.C) // get_world_size())
-        with tqdm(total=count, unit="C", leave=False, disable=None if is_rank_zero() else True) as bar:
+        with progress_bar(total=count, unit="C") as bar:
             layer, *rest = fit_best_logistic_regression(x.to(setup.fit_device), y.to(setup.fit_device),
                                                         len(setup.classes), args.C, bar.update)
         return layer.float().to(setup.device), *rest
@@ -497,8 +498,7 @@ def train_on_features(network, fit, grid, names, hparams, setup):
 def fit_quick(network, grid, x, y, args):
     """The best linear classifier of a grid, for `train_on_features`."""
     log_grid(network, grid, min(1024, len(x)))
-    # disable=None: the bar is shown on a terminal only
-    with tqdm(total=2 * args.epochs * len(x), unit="img", leave=False, disable=None if is_rank_zero() else True) as bar:
+    with progress_bar(total=2 * args.epochs * len(x), unit="img") as bar:
         classifier, best, accuracies = fit_best_classifier(x, y, network.heads[0].out_features, grid,
                                                            epochs=args.epochs, seed=args.seed, progress=bar.update)
     if not classifier.weight.isfinite().all():
@@ -528,7 +528,7 @@ def count_test_confusions(network, images, setup):
 
     def test():
         nonlocal num_images
-        for example in tqdm(loader, unit="img", leave=False, disable=None if is_rank_zero() else True):
+        for example in progress_bar(loader, unit="img"):
             if isinstance(example, str):
                 corrupt.add(example)
                 continue

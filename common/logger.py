@@ -27,7 +27,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from common.distributed import get_world_size
+from common.distributed import get_world_size, is_rank_zero
 
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}{postfix}"  # within 80 columns, shorter first
 
@@ -155,6 +155,11 @@ class Logger:
             schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), record_shapes=True,
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
         self.profiler.start()
+
+
+def progress_bar(iterable=None, **kwargs):
+    """A tqdm bar on rank 0, shown on a terminal only (disable=None) and removed at its end."""
+    return tqdm(iterable, leave=False, disable=None if is_rank_zero() else True, **kwargs)
 
 
 def describe_environment(device):

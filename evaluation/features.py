@@ -6,10 +6,10 @@
 """
 
 import torch
-from tqdm import tqdm
 
 from common.checkpoint import CheckpointError
 from common.distributed import all_gather_objects, all_gather_rows, get_rank, get_world_size, wait_for
+from common.logger import progress_bar
 from common.weights import read_weights
 from data.loaders import build_eval_loader, center_crop_view
 
@@ -43,8 +43,7 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
                                          get_world_size(), view)
 
     def extract():
-        # disable=None: the bar is shown on a terminal only
-        with tqdm(total=len(images), unit="img", leave=False, disable=None if get_rank() == 0 else True) as bar:
+        with progress_bar(total=len(images), unit="img") as bar:
             for views, y, i, messages in loader:
                 if len(views):
                     features.append(model(views.to(device, non_blocking=views.is_pinned())).float())
