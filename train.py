@@ -64,8 +64,8 @@ FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has 
     "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
     "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
     "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay", "channels", "value_range")
-CONTINUE = dict(lr=0.000125, momentum_teacher=0.99, teacher_temp=0.07, warmup_teacher_temp=0.07, freeze_last_layer=0,
-                init_head_epochs=0, layer_decay=1.0)  # with heads: a quarter of the learning rate of a new run
+CONTINUE = dict(lr=0.000125, momentum_teacher=0.99, teacher_temp=0.07, warmup_teacher_temp=0.07, centering="mean",
+                freeze_last_layer=0, init_head_epochs=0, layer_decay=1.0)  # with heads: a quarter of a new run's lr
 CONTINUE_BACKBONE = dict(lr=0.00025, momentum_teacher=0.99, init_head_epochs=5, layer_decay=0.8)  # without: half of it
 
 
@@ -708,7 +708,7 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
                  f"(linear scaling rule)")
     if args.init:
         names = [*CONTINUE, *["channels"] * bool(args.channels)]
-        flags = ", ".join(f"{name} {getattr(args, name):g}" for name in names)
+        flags = ", ".join(f"{name} {auto.format_value(getattr(args, name))}" for name in names)
         logger.print(f"continuing from {args.init} with {flags}; flags given by hand win")
     if args.compile:
         logger.print("compiling: the first steps take a minute or more, --compile false avoids it")

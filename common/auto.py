@@ -8,12 +8,14 @@ At a million images of 224 pixels and 125,000 steps they are the paper's. What e
 docs/training.md.
 """
 
-PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, global_crops_scale=(0.4, 1.0),
-             local_crops_scale=(0.05, 0.4), out_dim=65536, momentum_teacher=0.996)
+PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_crops_number=8,
+             global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), out_dim=65536, use_bn_in_head=False,
+             centering="mean", momentum_teacher=0.996)
+SMALL = 100_000  # images; sets below have few steps
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:
-    """Set patch size, sizes and scales of crops, and prototypes, those of them that are in args.auto.
+    """Set patch size, crops, prototypes, batch norm in the head and centering, those of them that are in args.auto.
 
     Args:
         side: typical shorter side of an image in pixels, None if unknown.
@@ -26,6 +28,8 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
     if side < 64:  # an object that fills its image: from a search on CIFAR-10
         found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
+    if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
+        found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")
     set_auto(args, found)
 
 
@@ -51,11 +55,16 @@ def set_auto(args, values):
         setattr(args, name, values[name])
 
 
+def format_value(value):
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
 def describe_auto(args, num_images: int, side: float | None, total_steps: int) -> str:
     """"auto: out_dim 1024, patch_size 8 (9,469 images of 128 pixels); momentum_teacher 0.98 (5,310 steps)"."""
     def describe(names):
-        return ", ".join(f"{name} {' '.join(f'{x:g}' for x in value) if isinstance(value, tuple) else f'{value:g}'}"
-                         for name in PAPER if name in names for value in [getattr(args, name)])
+        values = {name: getattr(args, name) for name in PAPER if name in names}
+        return ", ".join(f"{name} {' '.join(map(format_value, value if isinstance(value, tuple) else [value]))}"
+                         for name, value in values.items())
     of_images, of_steps = describe({*args.auto} - {"momentum_teacher"}), describe({*args.auto} & {"momentum_teacher"})
     size = f" of {side:.0f} pixels" if side else ""
     parts = [f"{of_images} ({num_images:,} images{size})"] * bool(of_images) + [

@@ -478,7 +478,8 @@ def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path, form):
                 tar.add(tmp_path / "images" / part, ".")
     images = tmp_path / ("tars" if form == "tar" else "images")
     flags = TINY + ["--data_path", str(images), "--cache_dir", str(tmp_path / "cache"), *(
-        "--epochs 4 --batch_size_per_gpu 24 --lr 0.02 --knn_every 4 --knn_images 241".split())]
+        "--epochs 4 --batch_size_per_gpu 24 --lr 0.02 --knn_every 4 --knn_images 241 "
+        "--use_bn_in_head false".split())]  # whose statistics are those of each process on a CPU
 
     def start(*command):
         return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -551,7 +552,7 @@ def test_compile_without_a_compiler_is_one_line(tmp_path):
 # ---- collapse ----
 
 def test_collapse_to_uniform_is_reported(small_shapes, tmp_path, capsys):
-    run(tmp_path, "--epochs 2 --warmup_teacher_temp 1 --teacher_temp 1")
+    run(tmp_path, "--epochs 2 --warmup_teacher_temp 1 --teacher_temp 1 --centering mean --use_bn_in_head false")
     assert "WARNING: collapse to uniform" in capsys.readouterr().out
 
 
@@ -617,7 +618,8 @@ def test_recipes_are_flags(path):
 
 
 def test_flags_reach_loss_and_head(small_shapes, tmp_path, monkeypatch):
-    flags = "--epochs 1 --student_temp 0.2 --center_momentum 0.5 --head_layers 2 --bottleneck_dim 24"
+    flags = "--epochs 1 --student_temp 0.2 --center_momentum 0.5 --head_layers 2 --bottleneck_dim 24 --centering batch " \
+        "--use_bn_in_head false"
     built = []
 
     class Recorded(DINOLoss):
@@ -627,7 +629,7 @@ def test_flags_reach_loss_and_head(small_shapes, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "DINOLoss", Recorded)
         run(tmp_path, flags)
-    assert (built[0].student_temp, built[0].center_momentum, built[0].iterations) == (0.2, 0.5, 0)
+    assert (built[0].student_temp, built[0].center_momentum, built[0].iterations) == (0.2, 0.5, 1)
     teacher = load_file(tmp_path / "teacher.safetensors")
     heads = {name[5:]: tuple(value.shape) for name, value in teacher.items() if name.startswith("head.")}
     assert heads == {"mlp.0.weight": (32, 32), "mlp.0.bias": (32,), "mlp.2.weight": (24, 32), "mlp.2.bias": (24,),

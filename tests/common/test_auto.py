@@ -26,21 +26,24 @@ def test_small_sets():
     args = fit(50_000, 32, 10_000)
     assert (args.patch_size, args.global_crops_size, args.local_crops_size, args.out_dim) == (4, 32, 12, 4096)
     assert args.global_crops_scale == (0.8, 1.0) and args.momentum_teacher == 0.99
+    assert (args.local_crops_number, args.use_bn_in_head, args.centering) == (4, True, "sinkhorn")
     args = fit(9469, 128, 5310)
     assert (args.patch_size, args.global_crops_size, args.local_crops_size, args.out_dim) == (16, 128, 48, 1024)
     assert args.global_crops_scale == (0.4, 1.0) and args.momentum_teacher == 0.9812
     args = fit(9469, 128, 5310, "--patch_size", "8", "--out_dim", "77", "--momentum_teacher", "0.9")
     assert (args.patch_size, args.global_crops_size, args.out_dim, args.momentum_teacher) == (8, 128, 77, 0.9)
     assert describe_auto(args, 9469, 128, 5310) == (
-        "auto: global_crops_size 128, local_crops_size 56, global_crops_scale 0.4 1, local_crops_scale 0.05 0.4 (9,469 "
-        "images of 128 pixels)")
+        "auto: global_crops_size 128, local_crops_size 56, local_crops_number 4, global_crops_scale 0.4 1, "
+        "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn (9,469 images of 128 pixels)")
     args = fit(300, 20, 50, "--arch", "resnet18")
     assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
+    args = fit(300, 20, 50, "--loss", "mse", "--use_bn_in_head", "false")  # whose only centering is the mean
+    assert args.centering == "mean" and not args.use_bn_in_head
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 32, 63, 64, 100, 127, 128, 224])
 def test_crops_are_whole_patches(size):
-    args = SimpleNamespace(auto=tuple(PAPER), **PAPER)
+    args = SimpleNamespace(auto=tuple(PAPER), loss="ce", **PAPER)
     fit_to_images(args, 1000, size)
     p = args.patch_size
     assert args.global_crops_size % p == args.local_crops_size % p == 0 and p == choose_patch_size(size)
@@ -63,13 +66,14 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
              f"--output_dir {tmp_path}/run").split()
     train.main(train.parse_args([*flags, "--epochs", "1"]))
     line = "auto: patch_size 4, global_crops_size 32, local_crops_size 12, global_crops_scale 0.8 1, " \
-        "local_crops_scale 0.3 0.8, out_dim 256 (300 images of 32 pixels); momentum_teacher 0.9 (4 steps)\n"
+        "local_crops_scale 0.3 0.8, out_dim 256, use_bn_in_head true, centering sinkhorn (300 images of 32 pixels); " \
+        "momentum_teacher 0.9 (4 steps)\n"
     assert line in capsys.readouterr().out
     (tmp_path / "run" / "flags.txt").write_text((tmp_path / "run" / "flags.txt").read_text().replace(
         "--momentum_teacher 0.9\n", "--momentum_teacher 0.93\n"))  # as of a version with another rule
     for epochs in ("2", "3"):
         args = train.parse_args([*flags, "--epochs", epochs])
-        assert args.momentum_teacher == 0.93 and args.out_dim == 256 and set(args.auto) == {*PAPER}
+        assert args.momentum_teacher == 0.93 and args.out_dim == 256 and set(args.auto) == {*PAPER} - {"local_crops_number"}
         train.main(args)
         out = capsys.readouterr().out
         assert "resuming at step" in out and "momentum_teacher 0.93" in out

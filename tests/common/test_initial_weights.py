@@ -126,7 +126,7 @@ def test_a_run_continues_from_another(small_shapes, tmp_path, capsys):
     flags = ("--arch vit_tiny --patch_size 8 --embed_dim 16 --depth 1 --num_heads 2 --out_dim 16 --hidden_dim 16 "
              "--bottleneck_dim 8 --data_path shapes:32 --global_crops_size 32 --local_crops_size 16 --device cpu "
              "--local_crops_number 1 --batch_size_per_gpu 64 --num_workers 0 --knn_every 0 --epochs 1").split()
-    train.main(train.parse_args([*flags, "--teacher_temp", "0.05", "--centering", "batch",
+    train.main(train.parse_args([*flags, "--teacher_temp", "0.05", "--centering", "batch", "--use_bn_in_head", "false",
                                  "--output_dir", f"{tmp_path}/one"]))
     state = load_checkpoint(tmp_path / "one" / "checkpoint.pth")
     weights = read_initial_weights(f"{tmp_path}/one")
