@@ -618,8 +618,8 @@ def test_recipes_are_flags(path):
 
 
 def test_flags_reach_loss_and_head(small_shapes, tmp_path, monkeypatch):
-    flags = "--epochs 1 --student_temp 0.2 --center_momentum 0.5 --head_layers 2 --bottleneck_dim 24 --centering batch " \
-        "--use_bn_in_head false"
+    flags = "--epochs 1 --student_temp 0.2 --center_momentum 0.5 --head_layers 2 --bottleneck_dim 24 " \
+        "--centering batch --use_bn_in_head false"
     built = []
 
     class Recorded(DINOLoss):
