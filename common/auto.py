@@ -11,7 +11,8 @@ docs/training.md.
 PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_crops_number=8,
              global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), out_dim=65536, use_bn_in_head=False,
              centering="mean", momentum_teacher=0.996)
-SMALL = 100_000  # images; sets below have few steps
+SMALL = 100_000  # images of a data set
+SHORT = 200_000  # images of a run: number times epochs
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:
@@ -26,7 +27,7 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
     p = choose_patch_size(size, given) if "patch_size" in args.auto else args.patch_size or 1
     found = dict(patch_size=p, global_crops_size=max(1, size // p) * p, out_dim=choose_out_dim(num_images),
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
-    if side < 64:  # an object that fills its image: from a search on CIFAR-10
+    if side < 64 or num_images * args.epochs < SHORT:  # objects that fill their images, or no time for hard views
         found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
     if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
         found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")
@@ -60,13 +61,13 @@ def format_value(value):
 
 
 def describe_auto(args, num_images: int, side: float | None, total_steps: int) -> str:
-    """"auto: out_dim 1024, patch_size 8 (9,469 images of 128 pixels); momentum_teacher 0.98 (5,310 steps)"."""
+    """"auto: out_dim 1024 (9,469 images of 128 pixels, 18 epochs); momentum_teacher 0.98 (5,310 steps)"."""
     def describe(names):
         values = {name: getattr(args, name) for name in PAPER if name in names}
         return ", ".join(f"{name} {' '.join(map(format_value, value if isinstance(value, tuple) else [value]))}"
                          for name, value in values.items())
     of_images, of_steps = describe({*args.auto} - {"momentum_teacher"}), describe({*args.auto} & {"momentum_teacher"})
     size = f" of {side:.0f} pixels" if side else ""
-    parts = [f"{of_images} ({num_images:,} images{size})"] * bool(of_images) + [
+    parts = [f"{of_images} ({num_images:,} images{size}, {args.epochs} epochs)"] * bool(of_images) + [
         f"{of_steps} ({total_steps:,} steps)"] * bool(of_steps)
     return f"auto: {'; '.join(parts)}" if parts else ""

@@ -34,7 +34,9 @@ def test_small_sets():
     assert (args.patch_size, args.global_crops_size, args.out_dim, args.momentum_teacher) == (8, 128, 77, 0.9)
     assert describe_auto(args, 9469, 128, 5310) == (
         "auto: global_crops_size 128, local_crops_size 56, local_crops_number 4, global_crops_scale 0.4 1, "
-        "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn (9,469 images of 128 pixels)")
+        "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn (9,469 images of 128 pixels, 100 epochs)")
+    args = fit(9469, 128, 5310, "--epochs", "18")
+    assert (args.global_crops_scale, args.local_crops_scale) == ((0.8, 1.0), (0.3, 0.8))
     args = fit(300, 20, 50, "--arch", "resnet18")
     assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
     args = fit(300, 20, 50, "--loss", "mse", "--use_bn_in_head", "false")  # whose only centering is the mean
@@ -43,7 +45,7 @@ def test_small_sets():
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 32, 63, 64, 100, 127, 128, 224])
 def test_crops_are_whole_patches(size):
-    args = SimpleNamespace(auto=tuple(PAPER), loss="ce", **PAPER)
+    args = SimpleNamespace(auto=tuple(PAPER), loss="ce", epochs=100, **PAPER)
     fit_to_images(args, 1000, size)
     p = args.patch_size
     assert args.global_crops_size % p == args.local_crops_size % p == 0 and p == choose_patch_size(size)
@@ -66,8 +68,8 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
              f"--output_dir {tmp_path}/run").split()
     train.main(train.parse_args([*flags, "--epochs", "1"]))
     line = "auto: patch_size 4, global_crops_size 32, local_crops_size 12, global_crops_scale 0.8 1, " \
-        "local_crops_scale 0.3 0.8, out_dim 256, use_bn_in_head true, centering sinkhorn (300 images of 32 pixels); " \
-        "momentum_teacher 0.9 (4 steps)\n"
+        "local_crops_scale 0.3 0.8, out_dim 256, use_bn_in_head true, centering sinkhorn (300 images of 32 pixels, 1 "\
+        "epochs); momentum_teacher 0.9 (4 steps)\n"
     assert line in capsys.readouterr().out
     (tmp_path / "run" / "flags.txt").write_text((tmp_path / "run" / "flags.txt").read_text().replace(
         "--momentum_teacher 0.9\n", "--momentum_teacher 0.93\n"))  # as of a version with another rule
