@@ -249,7 +249,7 @@ def check_channels(parser, args):
 
 
 def check_log_to(parser, args):
-    """Without repetitions, None for a dry run; ends with a parser error if a package is not installed."""
+    """Drop repetitions, and all for a dry run; end with a parser error if a package is not installed."""
     args.log_to = tuple(dict.fromkeys(args.log_to or ())) or None
     packages = [*(args.log_to or ()), *["matplotlib"] * bool(args.log_to and args.knn_every)]
     if package := find_missing_package(packages):
@@ -429,7 +429,7 @@ def evaluate_and_log(name, model, data, args, run):
                    run.extra["info"] | {"network": "teacher"})
 
 
-def draw_evaluation(name, data, args, run, mass=0.6, most=1000):
+def draw_evaluation(name, data, args, run, mass=0.6, most=500):
     """The teacher's attention to a held-out image, and an embedding of held-out images: {name: PIL image} on rank 0.
 
     Args:
