@@ -163,6 +163,7 @@ def test_a_sink_that_does_not_start_or_fails_is_one_line(small_shapes, tmp_path,
     lines = [line for line in capsys.readouterr().out.splitlines() if "WARNING: --log_to" in line]
     assert len(lines) == 1 and "tensorboard" in lines[0] and "log.jsonl is complete" in lines[0]
     assert read_log(tmp_path)["loss"].keys() == set(range(4))
+    assert train.parse_args([f"@{tmp_path / 'flags.txt'}"]).log_to == ("tensorboard",)
 
 
 def start(folder, names, printed, first_step=0, records=()):
