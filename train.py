@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -36,21 +37,26 @@ from common.checkpoint import CheckpointError, Run, list_checkpoints, was_restar
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.files import atomic_write, read_text, write_json, write_text
 from common.initial_weights import load_initial_weights, read_initial_weights
+from common.log_sinks import SINKS, LogSinks, find_missing_package
 from common.logger import Logger, describe_environment
 from common.precision import autocast, cast_weights, set_matmul_precision
 from common.weights import save_model
 from data.datasets import DataError, describe_paths, hash_images, make_absolute, open_data
+from data.images import show_channels
 from data.loaders import (
     MultiCropDataset,
     build_multicrop,
     build_train_loader,
+    default_attention_size,
     derive_seed,
     iter_batch_keys,
     iter_on_device,
     measure_normalization,
 )
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, cosine_schedule, teacher_temp_schedule, update_teacher
-from evaluation.online import detect_collapse, evaluate_online, pixel_features
+from evaluation.features import extract_features
+from evaluation.masks import threshold_attention
+from evaluation.online import detect_collapse, evaluate_online, open_subset, pixel_features
 from optim import build_optimizer, build_param_groups, clip_gradients, decay_layers
 from vit import SIZES
 
@@ -131,6 +137,8 @@ def parse_args(argv=None):
         choices=["full", "blocks"])
     add(run, "--output_dir", "runs/dino", "folder of the run")
     cli.add_run_flags(run)
+    add(run, "--log_to", None, "also log there, with figures of each evaluation: " + ", ".join(SINKS), nargs="+",
+        choices=list(SINKS), metavar="NAME")
     add(run, "--save_every_steps", 0, "steps between checkpoints within an epoch, 0 for none", nonnegative_int)
     add(run, "--keep", 2, "recent checkpoints to keep", positive_int)
     add(run, "--saveckp_freq", 20, "epochs between numbered checkpoints, which are kept, 0 for none", nonnegative_int)
@@ -182,6 +190,7 @@ def parse_args(argv=None):
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         parser.error(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g} is not an ascending range")
     check_channels(parser, args)
+    check_log_to(parser, args)
     if args.compile == "auto":
         args.compile = args.device == "cuda" and args.arch in SIZES and can_compile()
     if args.views == "auto":
@@ -237,6 +246,16 @@ def check_channels(parser, args):
                          or min(values[channels:]) <= 0):
         parser.error(f"--normalization {' '.join(map(str, values))}: expected measure, or {channels} means and "
                      f"{channels} positive standard deviations")
+
+
+def check_log_to(parser, args):
+    """Drop repetitions, and all for a dry run; end with a parser error if a package is not installed."""
+    args.log_to = tuple(dict.fromkeys(args.log_to or ())) or None
+    packages = [*(args.log_to or ()), *["matplotlib"] * bool(args.log_to and args.knn_every)]
+    if package := find_missing_package(packages):
+        parser.error(f"--log_to {' '.join(args.log_to)}: {package} is not installed: pip install {package}")
+    if args.dry_run:
+        args.log_to = None
 
 
 def can_compile():
@@ -396,10 +415,11 @@ def evaluate_and_log(name, model, data, args, run):
     best = max((top1 for other, (top1, _) in knn.items() if has_labels and other.startswith("epoch")), default=-1.0)
     broadcast_buffers(teacher.eval())
     metrics, corrupt = evaluate_online(model, data, args, run.extra["info"]["mean"], run.extra["info"]["std"])
+    figures = draw_evaluation(name, data, args, run) if args.log_to and model is not pixel_features else {}
     teacher.train()
     knn[name] = metrics.get("knn_top1"), metrics.get("knn_top5")  # None without labels
     run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
-    run.logger.log({"eval": name} | metrics)
+    run.logger.log({"eval": name} | metrics, figures)
     fields = {"knn_top1": "top-1 {:.1f}%", "knn_top5": "top-5 {:.1f}%", "linear_top1": "linear top-1 {:.1f}%",
               "rankme": f"rank {{:.1f}} of {teacher.backbone.embed_dim}"}
     run.logger.print(f"{'k-NN' if has_labels else 'features'} of {name}: "
@@ -407,6 +427,43 @@ def evaluate_and_log(name, model, data, args, run):
     if distributed.is_rank_zero() and has_labels and name.startswith("epoch") and knn[name][0] > best:
         save_model(run.path.with_name("teacher_best.safetensors"), teacher.state_dict(),
                    run.extra["info"] | {"network": "teacher"})
+
+
+def draw_evaluation(name, data, args, run, mass=0.6, most=500):
+    """The teacher's attention to a held-out image, and an embedding of held-out images: {name: PIL image} on rank 0.
+
+    Args:
+        name: of the evaluation.
+        mass: share of the attention that a mask keeps.
+        most: images in the embedding.
+    """
+    from plotting import attention, embedding, sheet
+
+    backbone, info = run.objects["teacher"].backbone, run.extra["info"]
+    with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
+        # the loader of evaluate_online, whose workers are kept
+        images, loader = open_subset(data.train if data.val is None else data.val, max(1, args.knn_images // 5),
+                                     args.global_crops_size, args.batch_size_per_gpu, args.num_workers,
+                                     args.timeout_minutes, tuple(info["mean"]), tuple(info["std"]))
+        features, labels, indices, _ = extract_features(backbone, images, args.global_crops_size, args, args.device,
+                                                        loader=loader)
+    if not distributed.is_rank_zero():
+        return {}
+    stride = -(-len(features) // most)
+    features, labels, title = features[::stride], labels[::stride], f"{run.path.parent.resolve().name}, {name}"
+    points, method = embedding.embed_2d(features, args.seed)
+    labels, names, colors, note = embedding.group_images(data, labels, features, args.seed)
+    figure = embedding.plot_scatter(points, labels, names, colors, f"{method} of {len(points):,} images, {title}{note}")
+    figures = {"embedding": embedding.render_figure(figure)}
+    if args.arch in SIZES:
+        image, size = images[int(indices[0])][0], default_attention_size(args.global_crops_size, args.patch_size)
+        with torch.compiler.set_stance("force_eager"):
+            maps = attention.compute_attention(backbone, image, size, info, args.device)
+        x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
+        masks = threshold_attention(x, mass).view(-1, *maps.shape[1:]).numpy()
+        figures["attention"] = sheet.draw_attention_sheet("held-out image", show_channels(image), maps, masks, mass,
+                                                          1000, title)
+    return figures
 
 
 def finish_epoch(step, steps_per_epoch, data, args, run):
@@ -662,6 +719,8 @@ def main(args):
 def pretrain(args, data, rank, world_size, device):
     """The run that the flags describe, from its first or next step to the end, or to a signal."""
     logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
+    if args.log_to and rank == 0:
+        logger.sinks = LogSinks(args.log_to, args.output_dir, logger.print)
     memory = *estimate.available_memory(device), estimate.peak_memory(device)
     sample = estimate.sample_images(data.train) if rank == 0 else []  # the other ranks need not decode images for it
     side, is_new = distributed.all_gather_objects(estimate.typical_side(sample))[0], not list_flags_of_run(args)[0]

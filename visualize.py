@@ -216,7 +216,7 @@ def visualize_embedding(args, errors):
     features, labels, indices, corrupt = extract_features(model, images, size, args, args.device,
                                                          loaders.build_view(info))
     points, method = embedding.embed_2d(features, args.seed)
-    labels, names, colors, note = group_images(data, labels, features, args.seed)
+    labels, names, colors, note = embedding.group_images(data, labels, features, args.seed)
     title, thumbnails = f"{method} of {len(points):,} images", path.with_suffix(".thumbnails.png")
     title += f", features of {sheet.describe_model(origin, info, model.patch_size)}{note}"
     embedding.plot_scatter(points, labels, names, colors, title).savefig(path)
@@ -241,7 +241,7 @@ def animate_embedding(args, errors):
         x, labels, _, corrupt = extract_features(model, images, size, args, args.device, loaders.build_view(info))
         features.append(x)
     layouts, method = embedding.embed_sequence(features, args.seed)
-    labels, names, colors, note = group_images(data, labels, features[-1], args.seed)
+    labels, names, colors, note = embedding.group_images(data, labels, features[-1], args.seed)
     title = f"{method} of {len(labels):,} images, {Path(args.run).resolve().name}{note}"
     captions = [f"epoch {epoch}" for epoch in epochs]
     write_animation(path, embedding.draw_frames(layouts, captions, labels, names, colors, title))
@@ -280,15 +280,6 @@ def open_held_out(args, info, origin):
                      info["channels"])
     print(data.note)
     return data, loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
-
-
-def group_images(data, labels, features, seed):
-    """Labels, names and colors of the classes or, without labels, of clusters of features, and a note of these."""
-    if (labels < 0).all() and (clusters := embedding.cluster_features(features, seed)).max() >= 0:
-        names = [f"cluster {i + 1}" for i in range(clusters.max() + 1)]
-        return clusters, names, embedding.class_colors(len(names)), "; colors: k-means clusters of the features"
-    names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
-    return labels, names, getattr(data.train, "colors", None) or embedding.class_colors(len(names)), ""
 
 
 def write_animation(path, frames, rate=20, hold=16):

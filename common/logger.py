@@ -39,10 +39,12 @@ class Logger:
         path: log file, one JSON object per line.
         is_silent: print and log nothing but corrupt images: on all ranks but 0.
         device: where the steps run.
+
+    `sinks`, a LogSinks or None, gets all records too.
     """
 
     def __init__(self, path, is_silent=False, device="cpu"):
-        self.path, self.is_silent, self.progress, self.profiler = path, is_silent, None, None
+        self.path, self.is_silent, self.progress, self.profiler, self.sinks = path, is_silent, None, None, None
         self.uses_events = torch.device(device).type == "cuda"
         self.corrupt_images = set()  # messages
         self.reset_timer()
@@ -54,8 +56,8 @@ class Logger:
         except BrokenPipeError:  # as when a terminal closes: the run is saved and stops
             signal.raise_signal(getattr(signal, "SIGHUP", signal.SIGTERM))
 
-    def log(self, record):
-        """Append a record; values that are not finite become null."""
+    def log(self, record, images=None):
+        """Append a record; values that are not finite become null. Images, {name: PIL image}, are for the sinks."""
         if self.is_silent:
             return
         record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}
@@ -64,6 +66,8 @@ class Logger:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if self.sinks:
+            self.sinks.write(record, images)
 
     def resume(self, log_bytes, corrupt_images):
         """Continue the log of a checkpoint: what was logged after it is cut off, and will be logged again."""
@@ -142,9 +146,11 @@ class Logger:
             tqdm.write(f"skipped corrupt image {message}")
 
     def close(self):
-        """Close the progress bar; write the trace of a profiler that has not recorded all its steps."""
+        """Close the progress bar and the sinks; write the trace of a profiler that has not recorded all its steps."""
         if self.progress:
             self.progress.close()
+        if self.sinks:
+            self.sinks.close()
         if self.profiler:
             self.profiler.stop()
 

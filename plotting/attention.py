@@ -30,13 +30,23 @@ def open_attention(args, rgb_only=False):
     p = model.patch_size
     shorter_side = args.image_size or default_attention_size(model.grid[0] * p, p)
 
-    @torch.no_grad()
     def extract_attention(image):
-        x = normalize(resize_to_patches(image, shorter_side, p), info["mean"], info["std"])[None].to(args.device)
-        attention = model.forward_with_attention(x)[1][0]  # [heads, N]
-        return image, attention.unflatten(1, (x.shape[2] // p, -1)).cpu().numpy()
+        return image, compute_attention(model, image, shorter_side, info, args.device)
     return extract_attention, origin | dict(patch_size=p, channels=info["channels"],
                                             model=describe_model(origin, info, p))
+
+
+@torch.no_grad()
+def compute_attention(model, image, shorter_side, info, device):
+    """Attention of a vit.py model to an image, or [C, H, W] in [0, 1]: float32 [heads, h, w].
+
+    Args:
+        info: mean and std.
+    """
+    p = model.patch_size
+    x = normalize(resize_to_patches(image, shorter_side, p), info["mean"], info["std"])[None].to(device)
+    attention = model.forward_with_attention(x)[1][0].float()  # [heads, N]
+    return attention.unflatten(1, (x.shape[2] // p, -1)).cpu().numpy()
 
 
 def open_onnx_attention(args, rgb_only):

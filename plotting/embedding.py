@@ -12,6 +12,7 @@ t-SNE and k-means need scikit-learn, the scatter plot matplotlib.
 
 import colorsys
 import importlib.util
+import io
 import math
 
 import numpy as np
@@ -78,6 +79,15 @@ def cluster_features(features, seed=0, count=8):
     return order.argsort()[clusters]
 
 
+def group_images(data, labels, features, seed):
+    """Labels, names and colors of the classes or, without labels, of clusters of features, and a note of these."""
+    if (labels < 0).all() and (clusters := cluster_features(features, seed)).max() >= 0:
+        names = [f"cluster {i + 1}" for i in range(clusters.max() + 1)]
+        return clusters, names, class_colors(len(names)), "; colors: k-means clusters of the features"
+    names = [str(name) for name in getattr(data.train, "classes", None) or range(labels.max() + 1)]
+    return labels, names, getattr(data.train, "colors", None) or class_colors(len(names)), ""
+
+
 def list_legend(labels, names, most=30):
     """[(label, name and number of images)] of the largest classes and of -1, "no label"; number of classes left out.
     """
@@ -105,6 +115,13 @@ def plot_scatter(points, labels, names, colors, title):
     figure.legend([dots[label] for label, _ in shown], entries, loc="outside right upper", fontsize=11, frameon=False,
                   markerscale=(60 / size) ** 0.5, title=f"{left_out} smaller classes left out" if left_out else None)
     return figure
+
+
+def render_figure(figure, dpi=100):
+    """A matplotlib figure as RGB image."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    return Image.open(buffer).convert("RGB")
 
 
 def draw_frames(layouts, captions, labels, names, colors, title, steps=12):
