@@ -14,7 +14,6 @@ import common  # noqa: F401 (first: it checks the version of Python)
 
 # isort: split
 import contextlib
-import importlib.util
 import itertools
 import math
 import os
@@ -30,16 +29,27 @@ import torch.distributed as dist
 from torch import nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from backbones import BackboneError, broadcast_buffers, build_backbone, check_arch, convert_sync_batchnorm
+from backbones import BackboneError, broadcast_buffers, build_backbone, convert_sync_batchnorm
 from common import auto, cli, distributed, estimate
 from common.auto import PAPER
-from common.checkpoint import CheckpointError, Run, list_checkpoints, was_restarted
+from common.checkpoint import CheckpointError, Run
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
-from common.files import atomic_write, read_text, write_json, write_text
-from common.initial_weights import load_initial_weights, read_initial_weights
-from common.log_sinks import SINKS, LogSinks, find_missing_package
+from common.files import atomic_write, write_json
+from common.initial_weights import CONTINUE, follow_initial_weights, load_initial_weights, read_initial_weights
+from common.log_sinks import SINKS, LogSinks
 from common.logger import Logger, describe_environment
 from common.precision import autocast, cast_weights, set_matmul_precision
+from common.run_flags import (
+    FIXED_FLAGS,
+    can_compile,
+    check_channels,
+    check_crop_sizes,
+    check_log_to,
+    fill_in_arch,
+    is_new_run,
+    list_flags_of_run,
+    write_flags,
+)
 from common.weights import save_model
 from data.datasets import DataError, describe_paths, hash_images, make_absolute, open_data
 from data.images import show_channels
@@ -54,26 +64,12 @@ from data.loaders import (
     measure_normalization,
 )
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, cosine_schedule, teacher_temp_schedule, update_teacher
-from evaluation.features import extract_features
 from evaluation.masks import threshold_attention
-from evaluation.online import detect_collapse, evaluate_online, open_subset, pixel_features
+from evaluation.online import detect_collapse, evaluate_online, pixel_features
 from optim import build_optimizer, build_param_groups, clip_gradients, decay_layers
 from vit import SIZES
 
 # ---- flags ----
-
-FIXED_FLAGS = (  # a resumed run must have the same
-    "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
-    "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "loss", "queue_size", "optimizer",
-    "global_crops_size", "value_range", "channels", "normalization", "shuffle", "init", "layer_decay", "seed")
-FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
-    "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
-    "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
-    "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay", "channels", "value_range")
-CONTINUE = dict(lr=0.000125, momentum_teacher=0.99, teacher_temp=0.07, warmup_teacher_temp=0.07, centering="mean",
-                freeze_last_layer=0, init_head_epochs=0, layer_decay=1.0)  # with heads: a quarter of a new run's lr
-CONTINUE_BACKBONE = dict(lr=0.00025, momentum_teacher=0.99, init_head_epochs=5, layer_decay=0.8)  # without: half of it
-
 
 def parse_args(argv=None):
     """Flags with the reference implementation's names and defaults, checked against each other."""
@@ -198,135 +194,9 @@ def parse_args(argv=None):
     return args
 
 
-def follow_initial_weights(parser, args, given):
-    """Set what the weights of --init determine, and the defaults of runs that continue; the given flags stay.
-
-    Ends with a parser error if a given flag is of other weights.
-    """
-    weights = read_initial_weights(args.init, log=lambda text: None)
-    backbone, head = dict(weights.backbone), weights.head or {}
-    if (mlp_ratio := backbone.pop("mlp_ratio", 4)) != 4:
-        parser.error(f"--init {args.init}: its mlp_ratio is {mlp_ratio:g}, networks here have 4")
-    for name in ("img_size", "in_chans"):
-        backbone.pop(name, None)
-    sizes = {name: backbone.get(name) for name in SIZES["vit_small"]}
-    names = {"nlayers": "head_layers", "use_bn": "use_bn_in_head"}
-    found = {"arch": next((arch for arch in SIZES if SIZES[arch] == sizes), args.arch if args.arch in SIZES else
-                          "vit_small")} | backbone | {names.get(name, name): value for name, value in head.items()}
-    for name, value in found.items():
-        if name not in given or name == "patch_size":
-            setattr(args, name, getattr(args, name) if name in given else value)
-        elif getattr(args, name) != value:
-            parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")
-    continuing = CONTINUE | weights.flags if head else CONTINUE_BACKBONE
-    for name, value in continuing.items():
-        if name not in given:
-            setattr(args, name, value)
-    if "init_head_epochs" not in given:
-        args.init_head_epochs = min(args.init_head_epochs, -(-args.epochs // 8), args.epochs - 1)
-    args.auto = tuple(name for name in args.auto if name not in found | continuing)
-    images = weights.images
-    args.channels = args.channels or images["channels"]
-    if args.channels == images["channels"]:
-        values = [*images["mean"], *images["std"]]
-        is_imagenet = values == [*IMAGENET_MEAN, *IMAGENET_STD]
-        args.normalization = args.normalization or (["imagenet"] if is_imagenet else values)
-        args.value_range = args.value_range or images["value_range"]
-
-
-def check_channels(parser, args):
-    """Fill in the default of --normalization, and end with a parser error if it or the model does not fit --channels.
-    """
-    channels = args.channels or 3
-    if channels != 3 and args.arch not in SIZES:
-        parser.error(f"--channels {channels} is for {', '.join(SIZES)}, not for --arch {args.arch}")
-    values = args.normalization = tuple(args.normalization or ["measure" if args.channels else "imagenet"])
-    is_named = values == ("measure",) or (values == ("imagenet",) and channels == 3)
-    if not is_named and (len(values) != 2 * channels or {"imagenet", "measure"} & {*values}
-                         or min(values[channels:]) <= 0):
-        parser.error(f"--normalization {' '.join(map(str, values))}: expected measure, or {channels} means and "
-                     f"{channels} positive standard deviations")
-
-
-def check_log_to(parser, args):
-    """Drop repetitions, and all for a dry run; end with a parser error if a package is not installed."""
-    args.log_to = tuple(dict.fromkeys(args.log_to or ())) or None
-    packages = [*(args.log_to or ()), *["matplotlib"] * bool(args.log_to and args.knn_every)]
-    if package := find_missing_package(packages):
-        parser.error(f"--log_to {' '.join(args.log_to)}: {package} is not installed: pip install {package}")
-    if args.dry_run:
-        args.log_to = None
-
-
-def can_compile():
-    """Whether torch.compile works on CUDA here: Triton, and the C compiler that it calls."""
-    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return bool(importlib.util.find_spec("triton") and has_compiler) and torch.cuda.get_device_capability()[0] >= 7
-
-
 def auto_or(kind):
     """Argument type: "auto", or what another type takes."""
     return lambda text: text if text == "auto" else kind(text)
-
-
-def fill_in_arch(parser, args):
-    """Fill in the defaults of --arch, and end with a parser error if its sizes are inconsistent."""
-    vit_defaults = {"patch_size": PAPER["patch_size"]} | SIZES.get(args.arch, SIZES["vit_small"])
-    if args.drop_path_rate is None:
-        args.drop_path_rate = 0.1 if args.arch in SIZES else 0.0
-    if args.arch not in SIZES:
-        try:
-            check_arch(args.arch)
-        except BackboneError as error:
-            parser.error(f"--arch: {error}")
-        args.auto = tuple(name for name in args.auto if name != "patch_size")
-        for name in (*vit_defaults, "activation_checkpointing"):
-            if getattr(args, name):
-                parser.error(f"--{name} is for {', '.join(SIZES)}, not for --arch {args.arch}")
-        return
-    for name, value in vit_defaults.items():
-        setattr(args, name, getattr(args, name) or value)
-    if args.embed_dim % args.num_heads:
-        parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
-    if "patch_size" not in args.auto and (problem := check_crop_sizes(args)):
-        parser.error(problem)
-
-
-def check_crop_sizes(args):
-    """What is wrong with the sizes of crops for a vision transformer, "" if nothing."""
-    names = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
-    return "".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
-                   for name in names if args.arch in SIZES and getattr(args, name) % args.patch_size)
-
-
-def write_flags(path, args):
-    """Write the resolved flags so that @FILE reads them, but for those that would delete the run."""
-    flags = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()
-             if name not in ("resume", "overwrite", "dry_run", "auto") and value is not None}
-    lines = [shlex.join([f"--{name}", *map(str, values)]) for name, values in flags.items()]
-    lines[:0] = [f"# auto: {' '.join(args.auto)}"] * bool(args.auto)  # read by list_flags_of_run
-    write_text(path, "\n".join(lines) + "\n")
-
-
-def is_new_run(args):
-    """Whether no run in --output_dir will be resumed."""
-    is_resumed = args.resume == "auto" or was_restarted()
-    return not (is_resumed and list_checkpoints(Path(args.output_dir, "checkpoint.pth")))
-
-
-def list_flags_of_run(args):
-    """Arguments that the run that will be resumed keeps unless others are given, and its auto flags; [], () if new."""
-    if is_new_run(args):
-        return [], ()
-    with contextlib.suppress(OSError, ValueError):
-        lines = read_text(Path(args.output_dir, "flags.txt")).splitlines()
-        words = {name: values for name, *values in map(shlex.split, filter(str.strip, lines)) if name != "#"}
-        if args.arch not in SIZES and words.get("--arch") != [args.arch]:
-            return [], ()  # which cannot be resumed as such
-        names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
-        kept = ("batch_size_per_gpu", "channels", "normalization", *PAPER, *(FLAGS_OF_INIT * ("--init" in words)))
-        return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])], names
-    return [], ()
 
 
 def image_format(args):
@@ -414,8 +284,11 @@ def evaluate_and_log(name, model, data, args, run):
     knn, teacher, has_labels = run.progress["knn"], run.objects["teacher"], data.val is not None
     best = max((top1 for other, (top1, _) in knn.items() if has_labels and other.startswith("epoch")), default=-1.0)
     broadcast_buffers(teacher.eval())
-    metrics, corrupt = evaluate_online(model, data, args, run.extra["info"]["mean"], run.extra["info"]["std"])
-    figures = draw_evaluation(name, data, args, run) if args.log_to and model is not pixel_features else {}
+    info = run.extra["info"]
+    metrics, held_out, corrupt = evaluate_online(model, data, args, info["mean"], info["std"])
+    has_figures = run.logger.sinks and model is not pixel_features
+    title = f"{run.path.parent.resolve().name}, {name}"
+    figures = draw_evaluation(title, held_out, data, args, run) if has_figures else {}
     teacher.train()
     knn[name] = metrics.get("knn_top1"), metrics.get("knn_top5")  # None without labels
     run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
@@ -426,37 +299,28 @@ def evaluate_and_log(name, model, data, args, run):
                      + ", ".join(fields[key].format(value) for key, value in metrics.items()))
     if distributed.is_rank_zero() and has_labels and name.startswith("epoch") and knn[name][0] > best:
         save_model(run.path.with_name("teacher_best.safetensors"), teacher.state_dict(),
-                   run.extra["info"] | {"network": "teacher"})
+                   info | {"network": "teacher"})
 
 
-def draw_evaluation(name, data, args, run, mass=0.6, most=500):
-    """The teacher's attention to a held-out image, and an embedding of held-out images: {name: PIL image} on rank 0.
+def draw_evaluation(title, held_out, data, args, run, mass=0.6, most=500):
+    """The teacher's attention to a held-out image, and an embedding of held-out images: {name: PIL image}.
 
     Args:
-        name: of the evaluation.
         mass: share of the attention that a mask keeps.
         most: images in the embedding.
     """
     from plotting import attention, embedding, sheet
 
-    backbone, info = run.objects["teacher"].backbone, run.extra["info"]
-    with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
-        # the loader of evaluate_online, whose workers are kept
-        images, loader = open_subset(data.train if data.val is None else data.val, max(1, args.knn_images // 5),
-                                     args.global_crops_size, args.batch_size_per_gpu, args.num_workers,
-                                     args.timeout_minutes, tuple(info["mean"]), tuple(info["std"]))
-        features, labels, indices, _ = extract_features(backbone, images, args.global_crops_size, args, args.device,
-                                                        loader=loader)
-    if not distributed.is_rank_zero():
-        return {}
-    stride = -(-len(features) // most)
-    features, labels, title = features[::stride], labels[::stride], f"{run.path.parent.resolve().name}, {name}"
+    stride = -(-len(held_out.features) // most)
+    features, labels = held_out.features[::stride], held_out.labels[::stride]
     points, method = embedding.embed_2d(features, args.seed)
     labels, names, colors, note = embedding.group_images(data, labels, features, args.seed)
     figure = embedding.plot_scatter(points, labels, names, colors, f"{method} of {len(points):,} images, {title}{note}")
     figures = {"embedding": embedding.render_figure(figure)}
     if args.arch in SIZES:
-        image, size = images[int(indices[0])][0], default_attention_size(args.global_crops_size, args.patch_size)
+        backbone, info = run.objects["teacher"].backbone, run.extra["info"]
+        image = held_out.images[int(held_out.indices[0])][0]
+        size = default_attention_size(args.global_crops_size, args.patch_size)
         with torch.compiler.set_stance("force_eager"):
             maps = attention.compute_attention(backbone, image, size, info, args.device)
         x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)

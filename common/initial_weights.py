@@ -19,10 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from augment import IMAGENET_MEAN, IMAGENET_STD
 from common.checkpoint import CheckpointError, find_fault, iter_tensors, load_checkpoint
 from common.weights import load_backbone, read_input, read_weights, weights_file
 from dino_loss import DINOHead
+from vit import SIZES
 
+CONTINUE = dict(lr=0.000125, momentum_teacher=0.99, teacher_temp=0.07, warmup_teacher_temp=0.07, centering="mean",
+                freeze_last_layer=0, init_head_epochs=0, layer_decay=1.0)  # with heads: a quarter of a new run's lr
+CONTINUE_BACKBONE = dict(lr=0.00025, momentum_teacher=0.99, init_head_epochs=5, layer_decay=0.8)  # without: half of it
 HEAD_NAME = re.compile(r"(?:.*\.)?head\.((?:mlp|predictor|last_layer)\..*)")
 HEAD_RENAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 
@@ -194,3 +199,41 @@ def resample_patch_embedding(kernel: Tensor, size: int) -> Tensor:
     resize = F.interpolate(basis, (size, size), mode="bicubic", antialias=True).flatten(1).T  # [size^2, p^2]
     flat = kernel.double().flatten(2) @ torch.linalg.pinv(resize)
     return flat.view(*kernel.shape[:2], size, size).to(kernel.dtype)
+
+
+# ---- flags ----
+
+def follow_initial_weights(parser, args, given):
+    """Set what the weights of --init determine, and the defaults of runs that continue; the given flags stay.
+
+    Ends with a parser error if a given flag is of other weights.
+    """
+    weights = read_initial_weights(args.init, log=lambda text: None)
+    backbone, head = dict(weights.backbone), weights.head or {}
+    if (mlp_ratio := backbone.pop("mlp_ratio", 4)) != 4:
+        parser.error(f"--init {args.init}: its mlp_ratio is {mlp_ratio:g}, networks here have 4")
+    for name in ("img_size", "in_chans"):
+        backbone.pop(name, None)
+    sizes = {name: backbone.get(name) for name in SIZES["vit_small"]}
+    names = {"nlayers": "head_layers", "use_bn": "use_bn_in_head"}
+    found = {"arch": next((arch for arch in SIZES if SIZES[arch] == sizes), args.arch if args.arch in SIZES else
+                          "vit_small")} | backbone | {names.get(name, name): value for name, value in head.items()}
+    for name, value in found.items():
+        if name not in given or name == "patch_size":
+            setattr(args, name, getattr(args, name) if name in given else value)
+        elif getattr(args, name) != value:
+            parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")
+    continuing = CONTINUE | weights.flags if head else CONTINUE_BACKBONE
+    for name, value in continuing.items():
+        if name not in given:
+            setattr(args, name, value)
+    if "init_head_epochs" not in given:
+        args.init_head_epochs = min(args.init_head_epochs, -(-args.epochs // 8), args.epochs - 1)
+    args.auto = tuple(name for name in args.auto if name not in found | continuing)
+    images = weights.images
+    args.channels = args.channels or images["channels"]
+    if args.channels == images["channels"]:
+        values = [*images["mean"], *images["std"]]
+        is_imagenet = values == [*IMAGENET_MEAN, *IMAGENET_STD]
+        args.normalization = args.normalization or (["imagenet"] if is_imagenet else values)
+        args.value_range = args.value_range or images["value_range"]

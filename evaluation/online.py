@@ -1,14 +1,17 @@
 """Evaluation during training: k-NN and linear accuracy and RankMe of the teacher, and detection of collapse.
 
-    scores, corrupt = evaluate_online(teacher.backbone, data, args)         # {"knn_top1": ..., ...}
-    warning = detect_collapse(stats, out_dim, previous)                     # a sentence, or None
+    scores, held_out, corrupt = evaluate_online(teacher.backbone, data, args)       # {"knn_top1": ..., ...}
+    warning = detect_collapse(stats, out_dim, previous)                             # a sentence, or None
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from common.distributed import get_rank, get_world_size
@@ -20,8 +23,22 @@ from evaluation.linear import linear_probe_accuracy
 from evaluation.rankme import effective_rank
 
 
+class HeldOut(NamedTuple):
+    """Held-out images of which features were extracted.
+
+    Attributes:
+        images: dataset of them and of corrupt ones.
+        features, labels, indices: [M, D], [M] and [M], the index of each in the dataset.
+    """
+
+    images: Dataset
+    features: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
 def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Scores of a model's features on held-out images, and messages on corrupt images.
+    """Scores of a model's features on held-out images.
 
     Args:
         model: images [B, C, H, W] -> features [B, D], in eval mode.
@@ -33,8 +50,8 @@ def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
     Returns:
         {"knn_top1", "knn_top5"} in percent, for k = 20, and with linear_probe "linear_top1" (see
-        `linear_probe_accuracy`), if there are labels; but for raw pixels "rankme" (see `effective_rank`); list of
-        messages.
+        `linear_probe_accuracy`), if there are labels; but for raw pixels "rankme" (see `effective_rank`). HeldOut.
+        List of messages on corrupt images.
     """
     parts = [(data.train if data.val is None else data.val, max(1, args.knn_images // 5))]
     if data.val is not None:
@@ -45,20 +62,21 @@ def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
             images, loader = open_subset(images, max_images, args.global_crops_size, args.batch_size_per_gpu,
                                          args.num_workers, args.timeout_minutes, tuple(mean), tuple(std))
-            x, labels, _, messages = extract_features(model, images, args.global_crops_size, args, args.device,
-                                                      loader=loader)
+            x, labels, indices, messages = extract_features(model, images, args.global_crops_size, args, args.device,
+                                                            loader=loader)
         features += [x, labels]
         corrupt += messages
+    held_out = HeldOut(images, x, labels, indices)
     if data.val is not None:
         (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
         scores |= dict(knn_top1=top1, knn_top5=top5)
     if model is pixel_features:  # thousands of features: a linear probe and their singular values take minutes
-        return scores, corrupt
+        return scores, held_out, corrupt
     if data.val is not None and args.linear_probe and len(features[0]) > 1:  # of one image, none can be held out
         epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
         scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
     scores["rankme"] = effective_rank(x)
-    return scores, corrupt
+    return scores, held_out, corrupt
 
 
 @functools.lru_cache(maxsize=2)  # those of one run, whose workers are kept

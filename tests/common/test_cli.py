@@ -24,6 +24,7 @@ import train
 import visualize
 from backbones import BackboneError
 from common import cli
+from common.run_flags import write_flags
 from common.weights import save_model
 from data.datasets import DataError
 from vit import VisionTransformer
@@ -286,7 +287,7 @@ def test_flag_files_are_quoted_as_in_a_shell(tmp_path, monkeypatch, capsys):
             file.write_bytes(mark + text.encode("utf-8", "surrogateescape"))
             args = train.parse_args([f"@{file}", "--device", "cpu"])
             assert (args.data_path, args.output_dir) == (data_path, output_dir)
-        train.write_flags(tmp_path / "flags.txt", args)
+        write_flags(tmp_path / "flags.txt", args)
         again = vars(train.parse_args([f"@{tmp_path}/flags.txt"]))
         assert again | {"auto": args.auto} == vars(args) and not again["auto"]  # all are given
     (tmp_path / "home").mkdir()

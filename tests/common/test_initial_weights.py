@@ -9,7 +9,7 @@ from timm.models import adapt_input_conv
 
 import train
 from common.checkpoint import load_checkpoint
-from common.initial_weights import load_initial_weights, read_initial_weights, resample_embeddings
+from common.initial_weights import CONTINUE, load_initial_weights, read_initial_weights, resample_embeddings
 from dino_loss import DINOLoss
 from optim import build_optimizer, build_param_groups, decay_layers
 from train import Schedule, build_networks, train_step
@@ -49,9 +49,9 @@ def test_flags_follow_the_weights(exit_message, tmp_path):
     args = parse()
     assert (args.arch, args.patch_size, args.embed_dim, args.depth, args.num_heads) == ("vit_small", 8, 16, 2, 2)
     assert (args.out_dim, args.hidden_dim, args.bottleneck_dim, args.head_layers) == (32, 24, 8, 3)
-    assert args.lr == train.CONTINUE["lr"] and args.init_head_epochs == 0 and not args.use_bn_in_head
+    assert args.lr == CONTINUE["lr"] and args.init_head_epochs == 0 and not args.use_bn_in_head
     args = parse("--lr", "0.3", "--patch_size", "4", "--out_dim", "32")
-    assert args.lr == 0.3 and args.patch_size == 4 and args.momentum_teacher == train.CONTINUE["momentum_teacher"]
+    assert args.lr == 0.3 and args.patch_size == 4 and args.momentum_teacher == CONTINUE["momentum_teacher"]
     for flags, message in ((["--out_dim", "64"], f"--out_dim 64: --init {REFERENCE}/checkpoint.pth has 32, leave the"),
                            (["--depth", "3"], "--depth 3: --init"),
                            (["--init_head_epochs", "7", "--epochs", "7"], "--init_head_epochs 7 is not less than"),

@@ -31,7 +31,7 @@ def evaluate(model, data=None, **more):
 def test_equals_scikit_learn():
     model, seen = Colors(), []
     model.register_forward_hook(lambda module, images, features: seen.append(features))
-    scores, corrupt = evaluate(model, linear_probe=True)
+    scores, held_out, corrupt = evaluate(model, linear_probe=True)
     assert corrupt == [] and scores.keys() == {"knn_top1", "knn_top5", "linear_top1", "rankme"}
     data, (x, q) = open_data("shapes:32"), torch.cat(seen).split([300, 60])  # 60 = 300 / 5
     y, z = (np.array([images[i][1] for i in range(len(images))])
@@ -43,6 +43,7 @@ def test_equals_scikit_learn():
     of_truth = neighbors.predict_proba(q)[np.arange(60), z]
     assert scores["knn_top5"] == pytest.approx(100 * np.mean(of_truth >= best), abs=1e-3)
     assert scores["linear_top1"] == linear_probe_accuracy(x, torch.tensor(y), q, torch.tensor(z), epochs=333)
+    assert torch.equal(held_out.features, q) and held_out.labels.tolist() == z.tolist()
     assert scores["rankme"] == pytest.approx(rank_of(q), rel=1e-4) and 1.5 < scores["rankme"] < 24
 
 
@@ -54,20 +55,20 @@ def test_without_labels_rankme_is_of_training_images():
     model, seen = Colors(), []
     model.register_forward_hook(lambda module, images, features: seen.append(features))
     data = open_data("shapes:32")
-    scores, corrupt = evaluate(model, data._replace(train_labeled=None, val=None), linear_probe=True)
+    scores, _, corrupt = evaluate(model, data._replace(train_labeled=None, val=None), linear_probe=True)
     assert corrupt == [] and scores == {"rankme": pytest.approx(rank_of(torch.cat(seen)), rel=1e-4)}
     views = torch.stack([center_crop_view(image, 32) for image, _ in random_subset(data.train, 60)])
     torch.testing.assert_close(torch.cat(seen), model(views))
 
 
 def test_raw_pixels_have_no_linear_probe_and_no_rank():
-    scores, _ = evaluate(pixel_features, linear_probe=True)
+    scores, _, _ = evaluate(pixel_features, linear_probe=True)
     assert scores.keys() == {"knn_top1", "knn_top5"} and scores["knn_top1"] > 25
     assert pixel_features(torch.ones(2, 3, 40, 48)).shape == (2, 3 * 32 * 32)
 
 
 def test_one_train_image_has_no_linear_probe():
-    scores, _ = evaluate(Colors(), linear_probe=True, knn_images=1)
+    scores, _, _ = evaluate(Colors(), linear_probe=True, knn_images=1)
     assert scores.keys() == {"knn_top1", "knn_top5", "rankme"} and scores["rankme"] == pytest.approx(1, abs=1e-3)
 
 
