@@ -68,6 +68,8 @@ def discover_tokencut(keys: Tensor, tau: float = 0.2, eps: float = 1e-5) -> Tens
         weights[first:first + ROWS] = (f[first:first + ROWS] @ f.T > tau).numpy()
     if weights.all():
         return torch.ones(keys.shape[:2], dtype=torch.bool)
+    if len(f) == 2:  # too few for Lanczos iterations: y is (1, -1), and the first patch the seed
+        return torch.tensor([True, False]).view(keys.shape[:2])
     np.maximum(weights, eps, out=weights)
     # with z = D^0.5 y: the second largest eigenvalue of D^-0.5 W D^-0.5, by Lanczos iterations
     scale = weights.sum(axis=1) ** -0.5
