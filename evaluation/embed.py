@@ -4,8 +4,8 @@
 
 A row of the file is an image that can be read, in the order of the images:
 
-- .npy: float32 [M, D], and the names in NAME.names.json, a list
-- .safetensors: "features", float32 [M, D], and the names in NAME.names.json
+- .npy: float32 [M, D], and the names in PATH.names.json, a list
+- .safetensors: "features", float32 [M, D], and the names in PATH.names.json
 - .csv: "file", "feature_1", ..., "feature_D"
 - .parquet: "file", "features" (a list of D float32)
 
@@ -44,15 +44,18 @@ def write_features(path, images, extract, origin, log=print):
 
     Raises:
         DataError: no image can be read.
+        ModuleNotFoundError: .parquet without pyarrow.
     """
     write, folder = WRITERS[os.path.splitext(path)[1].lower()], f"{path}.parts"
+    if write is write_parquet:
+        import pyarrow.parquet  # noqa: F401 (missing: before images are read)
     digest = hashlib.sha256(json.dumps(origin | {"ckpt": None}, sort_keys=True).encode()).hexdigest()[:8]
     if is_rank_zero():
         create_folder(folder)
     files, count = [], 0
     for start in range(0, len(images), PART):
         files.append(os.path.join(folder, f"{digest}-{start:09}.safetensors"))
-        features, _ = update_index(files[-1], Part(images, start, min(start + PART, len(images))), extract, log)
+        features, _ = update_index(files[-1], ImageRange(images, start, min(start + PART, len(images))), extract, log)
         if len(features):
             count, dim = count + len(features), features.shape[1]
     if not count:
@@ -63,7 +66,7 @@ def write_features(path, images, extract, origin, log=print):
     return count
 
 
-class Part(Dataset):
+class ImageRange(Dataset):
     """Images start to stop of a dataset, with the keys and stamps of an image index."""
 
     def __init__(self, images, start, stop):
@@ -119,7 +122,7 @@ def with_header(path, read_parts, write_header):
 
 
 def write_names(path, read_parts):
-    """Write the names of the images as a JSON list, NAME.names.json, in the order of the rows."""
+    """Write the names of the images as a JSON list, PATH.names.json, in the order of the rows."""
     def write(temporary):
         with open(temporary, "w", encoding="ascii") as file:
             separator = "[\n"
@@ -128,7 +131,7 @@ def write_names(path, read_parts):
                     file.write(separator + json.dumps(name))
                     separator = ",\n"
             file.write("\n]\n")
-    atomic_write(f"{os.path.splitext(path)[0]}.names.json", write)
+    atomic_write(f"{path}.names.json", write)
 
 
 def write_csv(path, read_parts, shape):

@@ -11,7 +11,7 @@ from evaluation.segmentation import (
     SegmentationHead,
     count_confusions,
     pixel_cross_entropy,
-    predict_classes,
+    predict_pixels,
     summarize_confusions,
 )
 
@@ -69,7 +69,7 @@ def test_loss_is_the_mean_over_all_pixels():
 def test_classes_in_chunks_equal_the_argmax_of_all(chunk):
     logits = draw(2, 10, 5, 7)
     expected = nn.functional.interpolate(logits, (33, 20), mode="bilinear").argmax(dim=1)
-    assert predict_classes(logits, (33, 20), chunk).equal(expected) and len(expected.unique()) == 10
+    assert predict_pixels(logits, (33, 20), chunk).equal(expected) and len(expected.unique()) == 10
 
 
 def test_confusions_equal_scikit_learn():
