@@ -39,7 +39,7 @@ from common.weights import open_backbone, resolve_image_size, result_file
 from data.datasets import DataError
 from data.loaders import build_view
 from data.semantic import SemanticCrop
-from evaluation import report
+from evaluation import report, supervised
 from evaluation.classifiers import Classifiers, FeatureExtractor, load_classifier
 from evaluation.embed import WRITERS, write_features
 from evaluation.features import extract_features
@@ -48,14 +48,6 @@ from evaluation.knn import knn_classifier, knn_predict
 from evaluation.linear import COSTS, LRS, WEIGHT_DECAYS, fit_best_logistic_regression
 from evaluation.segmentation import PatchFeatures, SegmentationHead, pixel_cross_entropy
 from evaluation.setup import EvalSetup, list_class_names, log, open_inputs
-from evaluation.supervised import (
-    build_crops,
-    build_head_groups,
-    build_layer_decay_groups,
-    fit_quick,
-    train_and_test,
-    train_on_features,
-)
 from optim import build_optimizer
 
 # ---- flags ----
@@ -125,20 +117,18 @@ def parse_args(argv=None):
         task.add_argument("--test_only", action="store_true", help="evaluate classifier.safetensors of an earlier run")
         cli.add_run_flags(task)
 
-    predict.add_argument("images", nargs="+", metavar="PATH", help="images, folders of images, or shards")
+    for task in (predict, embed):
+        task.add_argument("images", nargs="+", metavar="PATH", help="images, folders, shards, or sets as for train.py")
+        add(task, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
+        cli.add_cache_flag(task)
     predict.add_argument("--ckpt", required=True, help="classifier.safetensors of linear, logistic or finetune")
     predict.add_argument("--output", default="predictions.csv", metavar="FILE.csv", help="file, class, probability")
     add(predict, "--topk", 1, "classes of each image, the most probable first", positive_int)
-    add(predict, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
-    cli.add_cache_flag(predict)
     cli.add_device_flags(predict)
 
-    embed.add_argument("images", nargs="+", metavar="PATH", help="images, folders, shards, or sets as for train.py")
     add(embed, "--output", "features.npy", "file that ends in " + ", ".join(WRITERS), metavar="FILE")
     cli.add_model_flags(embed, output_dir=False)
-    cli.add_cache_flag(embed)
     add(embed, "--image_size", None, "side of the center crop (default: the size in training)", cli.image_side)
-    add(embed, "--batch_size_per_gpu", 128, "images per GPU", positive_int)
     add(embed, "--n_last_blocks", 1, "blocks whose CLS tokens to concatenate, 0 for none", nonnegative_int)
     add(embed, "--avgpool_patchtokens", False, "append the last block's mean patch token", cli.boolean, nargs="?",
         const=True)
@@ -147,13 +137,9 @@ def parse_args(argv=None):
     parser.set_defaults(features=None, quick=False, save_predictions=False, warmup_epochs=0, label_smoothing=0.0,
                         mixup=0.0, cutmix=0.0, val_path=None, cache_dir=None)
     args = parser.parse_args(argv)
-    if args.task == "predict":
-        if not args.output.lower().endswith(".csv"):
-            parser.error(f"--output {args.output} does not end in .csv")
-        return args
-    if args.task == "embed":
-        if Path(args.output).suffix.lower() not in WRITERS:
-            parser.error(f"--output {args.output} does not end in {', '.join(WRITERS)}")
+    if endings := {"predict": (".csv",), "embed": WRITERS}.get(args.task):
+        if Path(args.output).suffix.lower() not in endings:
+            parser.error(f"--output {args.output} does not end in {', '.join(endings)}")
         return args
     if args.save_predictions and args.features:
         parser.error("--features holds no file names, leave it out with --save_predictions")
@@ -234,7 +220,7 @@ def logistic(args):
                                                         len(setup.classes), args.C, bar.update)
         return layer.float().to(setup.device), *rest
 
-    train_on_features(network, fit, [(C,) for C in args.C], ["C"], {}, setup)
+    supervised.train_on_features(network, fit, [(C,) for C in args.C], ["C"], {}, setup)
 
 
 def linear(args):
@@ -248,13 +234,13 @@ def linear(args):
     torch.manual_seed(args.seed)
     network = Classifiers(extractor, len(setup.classes), len(grid)).to(setup.device).eval()
     if args.quick and not args.test_only:
-        train_on_features(network, lambda x, y: fit_quick(network, grid, x, y, args), grid, ["lr", "weight_decay"],
-                          dict(quick=True, epochs=args.epochs), setup)
+        supervised.train_on_features(network, lambda x, y: supervised.fit_quick(network, grid, x, y, args), grid,
+                                     ["lr", "weight_decay"], dict(quick=True, epochs=args.epochs), setup)
     else:
-        optimizer = build_optimizer("sgd", build_head_groups(network, grid))
-        crops = build_crops(args, setup.info, setup.device)
-        train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup, crops, report.test_classifier,
-                       report.measure_top1)
+        optimizer = build_optimizer("sgd", supervised.build_head_groups(network, grid))
+        crops = supervised.build_crops(args, setup.info, setup.device)
+        supervised.train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup, crops,
+                                  report.test_classifier, report.measure_top1)
 
 
 def finetune(args):
@@ -269,31 +255,29 @@ def finetune(args):
     torch.manual_seed(args.seed)
     extractor = FeatureExtractor(backbone)
     network = Classifiers(extractor, len(setup.classes), frozen=False).to(setup.device).eval()
-    groups = build_layer_decay_groups(network, args.lr, args.weight_decay, args.layer_decay)
+    groups = supervised.build_layer_decay_groups(network, args.lr, args.weight_decay, args.layer_decay)
     hparams = {name: getattr(args, name) for name in (
         "epochs", "lr", "warmup_epochs", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "mixup",
         "cutmix")}
-    crops = build_crops(args, setup.info, setup.device)
-    train_and_test(network, build_optimizer("adamw", groups), [(args.lr, args.weight_decay)], hparams, setup, crops,
-                   report.test_classifier, report.measure_top1)
+    crops = supervised.build_crops(args, setup.info, setup.device)
+    supervised.train_and_test(network, build_optimizer("adamw", groups), [(args.lr, args.weight_decay)], hparams, setup,
+                              crops, report.test_classifier, report.measure_top1)
 
 
 def segmentation(args):
     """Linear segmentation: batch norm and a 1x1 convolution on the patch tokens of a frozen backbone, AdamW; mIoU."""
     setup = EvalSetup(args)
+    if args.n_last_blocks > (depth := len(setup.backbone.blocks)):
+        raise CheckpointError(f"--n_last_blocks {args.n_last_blocks} is more than the model's depth, {depth}")
     setup.origin |= dict(n_last_blocks=args.n_last_blocks)
     torch.manual_seed(args.seed)
-    try:
-        features = PatchFeatures(setup.backbone, args.n_last_blocks)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    network = Classifiers(features, len(setup.classes), build_head=SegmentationHead)
-    network = network.to(setup.device).eval()
+    features = PatchFeatures(setup.backbone, args.n_last_blocks)
+    network = Classifiers(features, len(setup.classes), build_head=SegmentationHead).to(setup.device).eval()
     grid = [(args.lr, args.weight_decay)]
-    optimizer = build_optimizer("adamw", build_head_groups(network, grid))
+    optimizer = build_optimizer("adamw", supervised.build_head_groups(network, grid))
     crops = SemanticCrop(args.image_size, args.crop_scale, setup.info["mean"], setup.info["std"])
-    train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup, crops, report.report_segmentation,
-                   report.measure_miou, "test_miou", pixel_cross_entropy)
+    supervised.train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup, crops,
+                              report.report_segmentation, report.measure_miou, "test_miou", pixel_cross_entropy)
 
 
 def predict(args):
@@ -302,15 +286,15 @@ def predict(args):
     network, info = load_classifier(args.ckpt)
     set_matmul_precision(device, "fp32", network.tokens.backbone.embed_dim)
     network.to(device)
-    classes, images = info["classes"], open_inputs(args, info)
+    images, k = open_inputs(args, info), min(args.topk, len(info["classes"]))
     create_folder(Path(args.output).parent)
-    k = min(args.topk, len(classes))
     top, _, indices, corrupt = extract_features(
         lambda x: torch.cat(network(x)[0].softmax(dim=-1).topk(k), dim=-1), images, info["image_size"], args, device,
         build_view(info))
     for message in corrupt:
         log(f"skipped corrupt image {message}")
-    report.write_predictions(args.output, [images.name(i) for i in indices.tolist()], top, classes, len(corrupt))
+    names = [images.name(i) for i in indices.tolist()]
+    report.write_predictions(args.output, names, top, info["classes"], len(corrupt))
 
 
 def embed(args):
@@ -333,8 +317,7 @@ def embed(args):
     log(f"written to {args.output}")
 
 
-TASKS = {"knn": knn, "fewshot": fewshot, "linear": linear, "logistic": logistic, "finetune": finetune,
-         "segmentation": segmentation, "predict": predict, "embed": embed}
+TASKS = {task.__name__: task for task in (knn, fewshot, linear, logistic, finetune, segmentation, predict, embed)}
 
 
 def main(args):

@@ -116,8 +116,7 @@ def evaluate_masks(args):
             head = scores[-1][0, 2:].argmax()
             drawn = draw_masks(image, masks[1 + head], objects, sheet.cell_side(1000, across))
             cells.append((drawn, f"head {head + 1}, Jaccard index {scores[-1][0, 2 + head]:.1%}"))
-    check_used(args, scores or records, skipped)
-    if args.write:
+    if records:
         write_boxes(args.write, records)
     if scores:
         print(f"Jaccard index (%), {args.mass:.0%} of the attention, {len(scores)} images, shorter side "
@@ -130,7 +129,7 @@ def evaluate_masks(args):
         write_json(path, vars(args) | origin | dict(num_images=len(scores), skipped=skipped, jaccard=result))
         write_sheet(path, cells, across, f"Attention masks of {sheet.describe_model(origin, info, model.patch_size)}",
                     f"patches with {args.mass:.0%} of the attention of the best head", "outline of the objects")
-    check_skipped(skipped, images)
+    check_skipped(args, images, skipped, scores or records)
 
 
 def score_masks(masks, objects, void):
@@ -176,8 +175,6 @@ def discover_objects(args):
         images, read = find_masks(args.data_path, args.num_images, True, args.write)
         read = partial(read_mask_boxes, read)
     model, info, origin, path, names, across = prepare(args, images, device, "keys", args.method, method=args.method)
-    if 0 < args.image_size < 2 * model.patch_size:
-        raise DataError(f"--image_size {args.image_size} is less than two patches of {model.patch_size} pixels")
     drawn, results = {i * len(images) // 12 for i in range(12)}, []  # twelve, evenly spread
     mine = range(distributed.get_rank(), len(images), world_size)
 
@@ -191,12 +188,12 @@ def discover_objects(args):
     if distributed.is_rank_zero():
         skipped = [result for _, result in results if isinstance(result, str)]
         records = [result for _, result in results if not isinstance(result, str)]
-        check_used(args, records, skipped)
-        if args.write:
+        if records and args.write:
             write_boxes(args.write, records)
-        report_discovery(records, skipped, path, args, origin, across, sheet.describe_model(
-            origin, info, model.patch_size))
-        check_skipped(skipped, images)
+        if records:
+            title = f"Objects found by {args.method} with {sheet.describe_model(origin, info, model.patch_size)}"
+            report_discovery(records, skipped, path, args, origin, across, title)
+        check_skipped(args, images, skipped, records)
 
 
 def read_mask_boxes(read, entry):
@@ -228,7 +225,7 @@ def discover_object(model, image, truth, info, args, name, width):
     return record | dict(file=name, box=box[0].tolist(), iou=iou, drawing=drawing)
 
 
-def report_discovery(records, skipped, path, args, origin, across, model):
+def report_discovery(records, skipped, path, args, origin, across, title):
     """Print CorLoc; write the results of `discover_object` as JSON, and a contact sheet."""
     ious = [record["iou"] for record in records if record["iou"] is not None]
     corloc = 100 * np.mean(np.array(ious) >= 0.5).item() if ious else None
@@ -238,7 +235,7 @@ def report_discovery(records, skipped, path, args, origin, across, model):
     write_json(path, vars(args) | origin | dict(corloc=corloc, num_images=len(ious), skipped=skipped, objects=kept))
     cells = [(record["drawing"], record["file"] + ("" if record["iou"] is None else f", IoU {record['iou']:.2f}"))
              for record in records if record["drawing"]]
-    write_sheet(path, cells, across, f"Objects found by {args.method} with {model}", "object and its box", "true boxes")
+    write_sheet(path, cells, across, title, "object and its box", "true boxes")
 
 
 def draw_boxes(image, mask, boxes, truth, width):
@@ -261,21 +258,21 @@ def prepare(args, images, device, needs, name, **settings):
         contact sheet.
     """
     model, info, origin = open_backbone(args, device, needs=needs)
+    p = model.patch_size
     if args.image_size is None:
-        args.image_size = default_attention_size(model.grid[0] * model.patch_size, model.patch_size)
+        args.image_size = default_attention_size(model.grid[0] * p, p)
+    if 0 < args.image_size < 2 * p:
+        raise DataError(f"--image_size {args.image_size} is less than two patches of {p} pixels")
     origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
                    image_size=args.image_size, **settings, dataset_size=len(images))
     path = result_file(origin, args, f"{name}.{data_name(args.data_path)}")
     return model, info, origin, path, prepare_writing(args, images), sheet.choose_columns(min(12, len(images)), 1000)
 
 
-def check_used(args, results, skipped):
+def check_skipped(args, images, skipped, results):
     if not results:
         raise DataError(f"{args.data_path}: none of its images can be used" + (
             f"; the last: {skipped[-1]}" if skipped else ", their masks are empty"))
-
-
-def check_skipped(skipped, images):
     if skipped:
         raise DataError(f"skipped {len(skipped)} of {len(images)} images; the first: {skipped[0]}")
 
@@ -314,8 +311,7 @@ def write_object_mask(folder, name, mask):
     path = Path(folder, name).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_mask(path, mask.numpy(), [0, 0, 0, *COLORS[0]])
-    labels, count = discovery.label_components(mask)
-    areas = torch.bincount(labels.flatten(), minlength=1 + count)[1:].tolist()
+    areas = torch.bincount(discovery.label_components(mask).flatten())[1:].tolist()
     return dict(file=name, size=list(mask.shape), boxes=discovery.find_component_boxes(mask).tolist(), areas=areas)
 
 

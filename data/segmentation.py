@@ -14,7 +14,6 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -63,7 +62,7 @@ def find_masks(data_path, num_images=None, allow_unlabeled=False, output_dir=Non
         if voc := find_voc(data_path, "SegmentationClass"):
             entries = list_voc_masks(voc, "val")
         elif parts := find_parts(data_path):
-            entries = parts[-1].pairs
+            entries = parts[-1][0]
         else:
             entries = allow_unlabeled and list_unlabeled_images(data_path, output_dir) or find_davis_masks(data_path)
         read = read_files
@@ -98,18 +97,13 @@ def list_voc_masks(root, name):
     return pairs
 
 
-class MaskedFolder(NamedTuple):
-    """Images of a folder that have masks."""
-
-    folder: Path
-    pairs: list  # (image, mask) paths
-    without_mask: int  # further images
-
-
 def find_parts(data_path):
     """Parts of images/ beside masks/ or annotations/: those of training and held-out images, or one of all.
 
-    A mask has the path of its image and the ending .png. None if the folder has another layout.
+    A mask has the path of its image and the ending .png.
+
+    Returns:
+        for each part a list of (image, mask) paths, and a note on it; None if the folder has another layout.
 
     Raises:
         DataError: no images in a part, or none with a mask.
@@ -127,7 +121,8 @@ def find_parts(data_path):
         found = [pair for pair in pairs if pair[1].is_file()]
         if not found:
             raise DataError(f"{images / name}: none of its {len(pairs)} images has a mask; expected {pairs[0][1]}")
-        parts.append(MaskedFolder(images / name, found, len(pairs) - len(found)))
+        missing = f" ({len(pairs) - len(found):,} more have no mask)" * (len(found) < len(pairs))
+        parts.append((found, f"{len(found):,} images in {images / name}{missing}"))
     return parts
 
 
@@ -157,12 +152,10 @@ def read_shape_objects(shapes, i):
 def read_files(paths):
     """Image and mask file -> image, objects, void; in VOC an "object" is all objects of one class."""
     image = read_image(paths[0])
-    if paths[1] is None:
-        nothing = torch.zeros(1, image.height, image.width, dtype=torch.bool)
-        return TF.to_tensor(image), nothing[:0], nothing[0]
-    mask, _, void = read_mask(paths[1], image.size)
-    indices = np.unique(mask[mask > 0])
-    return TF.to_tensor(image), torch.from_numpy(mask == indices[:, None, None]), torch.from_numpy(void)
+    empty = np.zeros((image.height, image.width), np.uint8)
+    mask, _, void = read_mask(paths[1], image.size) if paths[1] else (empty, None, empty > 0)
+    objects = mask == np.unique(mask[mask > 0])[:, None, None]
+    return TF.to_tensor(image), torch.from_numpy(objects), torch.from_numpy(void)
 
 
 # ---- images with boxes ----

@@ -33,7 +33,7 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 def open_semantic(data_path: str) -> Data:
     """Open the images with masks that `data_path` names, see above.
 
-    The names of classes are those of the set, or the lines of classes.txt in the folder, or the indices that occur.
+    The names of classes are those of the set, or the lines of classes.txt in the folder, or the values that occur.
     Masks of a folder that all hold nothing but 0 and 255 have two classes. All ranks must call this.
 
     Raises:
@@ -45,31 +45,19 @@ def open_semantic(data_path: str) -> Data:
         parts = [SemanticImages(range(len(shapes)), partial(read_shape_classes, shapes), classes)
                  for shapes in (data.train, data.val)]
         return Data(parts[0], *parts, data.path, data.note)
-    path = str(Path(data_path).absolute())
     if root := find_voc(data_path, "SegmentationClass"):
         lists = root / "ImageSets" / "Segmentation"
         name = "trainaug" if (lists / "trainaug.txt").exists() else "train"
-        train, val = (SemanticImages(list_voc_masks(root, name), read_pair, VOC_CLASSES) for name in (name, "val"))
-        return Data(train, train, val, path, f"{len(train):,} images of {lists / name}.txt, {len(val):,} held out of "
-                    f"val.txt, {len(VOC_CLASSES)} classes")
-    parts = find_parts(data_path)
-    if not parts:
+        train, val = (list_voc_masks(root, name) for name in (name, "val"))
+        parts = (train, f"{len(train):,} images of {lists / name}.txt"), (val, f"{len(val):,} held out of val.txt")
+        read, classes = read_pair, VOC_CLASSES
+    elif parts := find_parts(data_path):
+        read, classes = resolve_classes(data_path, parts)
+    else:
         raise DataError(f"{data_path}: no images with masks; expected images/ beside masks/ or annotations/, each with "
                         f"train/ and val/, or the layout of VOC2012, or 'shapes'")
-    is_ade = Path(data_path, "objectInfo150.txt").is_file()
-    classes = list_classes(data_path, is_ade)
-    values = None if is_ade else list_mask_values(parts, is_named=bool(classes))
-    if values == {VOID}:
-        raise DataError(f"{parts[0].folder}: its masks hold nothing but {VOID}, which is unlabeled")
-    is_binary = values == {0, VOID}
-    classes = classes or [str(i) for i in range(2 if is_binary else 1 + max(values - {VOID}, default=0))]
-    if is_binary and len(classes) != 2:
-        raise DataError(f"{Path(data_path, 'classes.txt')}: {len(classes)} names of classes, but the masks hold 0 and "
-                        f"{VOID} alone: name two, or write class indices into the masks")
-    read = partial(read_pair, first_class=int(is_ade), is_binary=is_binary)
-    images = [SemanticImages(part.pairs, read, classes) for part in parts]
-    note = ", ".join(f"{len(part.pairs):,} images in {part.folder}" + f" ({part.without_mask:,} more have no mask)" * (
-        part.without_mask > 0) for part in parts) + f", {len(classes)} classes" + " (0 and 255)" * is_binary
+    images = [SemanticImages(pairs, read, classes) for pairs, _ in parts]
+    path, note = str(Path(data_path).absolute()), ", ".join([*(note for _, note in parts), f"{len(classes)} classes"])
     if len(images) == 2:
         return Data(images[0], *images, path, note)
     labeled = np.arange(len(images[0]))
@@ -77,13 +65,26 @@ def open_semantic(data_path: str) -> Data:
                 f"{note}, every tenth held out")
 
 
-def list_classes(data_path, is_ade):
-    """Names of the classes in the file of ADE20K, or in classes.txt; None without one."""
-    file = Path(data_path, "objectInfo150.txt" if is_ade else "classes.txt")
-    if not file.is_file():
-        return None
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    names = [line.split("\t")[-1].strip() for line in lines[1:]] if is_ade else lines
+def resolve_classes(data_path, parts):
+    """Function that reads an image and its mask, and names of the classes, of the parts of `find_parts`."""
+    ade, file = Path(data_path, "objectInfo150.txt"), Path(data_path, "classes.txt")
+    if ade.is_file():
+        return partial(read_pair, first_class=1), read_class_names(ade, first_line=1)
+    classes = read_class_names(file) if file.is_file() else []
+    values = list_mask_values(parts, is_named=bool(classes))
+    if values == {VOID}:
+        raise DataError(f"{data_path}: its masks hold nothing but {VOID}, which is unlabeled")
+    if values != {0, VOID}:
+        return read_pair, classes or [str(i) for i in range(1 + max(values - {VOID}, default=0))]
+    if len(classes) not in (0, 2):
+        raise DataError(f"{file}: {len(classes)} names of classes, but the masks hold 0 and {VOID} alone: name two, or "
+                        f"write class indices into the masks")
+    return partial(read_pair, is_binary=True), classes or ["0", str(VOID)]
+
+
+def read_class_names(file, first_line=0):
+    """Names of the classes, the last column of each line."""
+    names = [line.split("\t")[-1].strip() for line in read_text(file).splitlines()[first_line:] if line.strip()]
     if not 0 < len(names) < VOID:
         raise DataError(f"{file}: {len(names)} names of classes, expected 1 to {VOID - 1}")
     return names
@@ -97,7 +98,7 @@ def list_mask_values(parts, is_named):
     """
     values = set()
     if is_rank_zero():
-        for _, path in progress_bar([pair for part in parts for pair in part.pairs], unit="mask"):
+        for _, path in progress_bar([pair for pairs, _ in parts for pair in pairs], unit="mask"):
             with contextlib.suppress(ImageReadError):
                 values |= {*np.unique(read_labels(path)).tolist()}
             if is_named and values - {0, VOID}:

@@ -89,7 +89,7 @@ METHODS = {"lost": discover_lost, "tokencut": discover_tokencut}
 
 def find_component(mask, patch):
     """Patches of a mask, bool [h, w], that are connected with one of it, by its flat index: bool [h, w]."""
-    labels = label_components(mask)[0]
+    labels = label_components(mask)
     return labels == labels.flatten()[patch]
 
 
@@ -97,16 +97,15 @@ def find_component_boxes(mask: Tensor) -> Tensor:
     """Bounding box of each connected component of a mask, bool [H, W] -> int64 [n, 4], left, top, right, bottom."""
     from scipy.ndimage import find_objects
 
-    boxes = [(x.start, y.start, x.stop, y.stop) for y, x in find_objects(label_components(mask)[0].numpy())]
+    boxes = [(x.start, y.start, x.stop, y.stop) for y, x in find_objects(label_components(mask).numpy())]
     return torch.tensor(boxes, dtype=torch.int64).view(-1, 4)
 
 
 def label_components(mask):
-    """Number of the component of each pixel, 0 for none: bool [H, W] -> int32 [H, W], and how many there are.
+    """Number of the component of each pixel, 0 for none: bool [H, W] -> int32 [H, W].
 
     Pixels are connected to their four neighbors.
     """
     from scipy.ndimage import label
 
-    labels, count = label(mask.numpy())
-    return torch.from_numpy(labels), count
+    return torch.from_numpy(label(mask.numpy())[0])

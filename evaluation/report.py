@@ -109,17 +109,15 @@ def report_segmentation(network, setup, hparams):
 def count_test_confusions(network, images, setup):
     """Confusion matrix of the pixels of images of a SemanticImages, [K, K], and their number; over all processes."""
     args, count = setup.args, len(setup.classes)
-    matrix, num_images, corrupt = torch.zeros(count, count, dtype=torch.int64), 0, set()
+    matrix, corrupt = torch.zeros(count, count, dtype=torch.int64), []
     mine = Subset(images, range(get_rank(), len(images), get_world_size()))
-    loader = build_loader(range(len(mine)), mine.__getitem__, args.num_workers)
 
     def test():
-        nonlocal num_images
-        for example in progress_bar(loader, unit="img"):
+        for example in progress_bar(build_loader(range(len(mine)), mine.__getitem__, args.num_workers), unit="img"):
             if isinstance(example, str):
-                corrupt.add(example)
+                corrupt.append(example)
                 continue
-            (image, labels), num_images = example[0], num_images + 1
+            (image, labels), _ = example
             x = resize_to_patches(image, args.image_size, setup.backbone.patch_size)
             x = normalize(x, setup.info["mean"], setup.info["std"])[None].to(setup.device)
             with autocast(setup.device, args.precision):
@@ -127,12 +125,12 @@ def count_test_confusions(network, images, setup):
             labels = torch.from_numpy(np.array(labels)).to(setup.device)
             matrix.add_(count_confusions(predict_pixels(logits, labels.shape)[0], labels, count).cpu())
     distributed.wait_for(test)
-    corrupt = set().union(*distributed.all_gather_objects(corrupt))
-    setup.log_corrupt(corrupt)
-    num_images = sum(distributed.all_gather_objects(num_images))
-    if not num_images:
-        raise DataError(f"{setup.data.path}: no test image can be read, the last: {max(corrupt)}")
     matrix = distributed.all_gather_rows(matrix[None]).sum(dim=0)
+    corrupt = sum(distributed.all_gather_objects(corrupt), [])
+    setup.log_corrupt(corrupt)
+    if len(corrupt) == len(images):
+        raise DataError(f"{setup.data.path}: no test image can be read, the last: {corrupt[-1]}")
     if not matrix.any():
-        raise DataError(f"{setup.data.path}: the masks of its {num_images} test images are unlabeled, nothing to test")
-    return matrix, num_images
+        raise DataError(f"{setup.data.path}: the masks of the {len(images) - len(corrupt)} test images are unlabeled, "
+                        f"nothing to test")
+    return matrix, len(images) - len(corrupt)

@@ -22,15 +22,10 @@ class PatchFeatures(nn.Module):
 
     Args:
         n_last_blocks: blocks whose tokens are concatenated.
-
-    Raises:
-        ValueError: more blocks than the backbone has.
     """
 
     def __init__(self, backbone, n_last_blocks=1):
         super().__init__()
-        if n_last_blocks > len(backbone.blocks):
-            raise ValueError(f"--n_last_blocks {n_last_blocks} is more than the model's depth, {len(backbone.blocks)}")
         self.backbone, self.n_last_blocks = backbone, n_last_blocks
         self.dim = backbone.embed_dim * n_last_blocks
 

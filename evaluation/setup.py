@@ -18,19 +18,8 @@ from common.distributed import is_rank_zero
 from common.files import create_folder, write_json
 from common.precision import autocast
 from common.weights import open_backbone, output_folder, resolve_image_size, save_model
-from data.datasets import (
-    ConcatImages,
-    DataError,
-    data_name,
-    describe_paths,
-    group_shards,
-    is_source,
-    make_absolute,
-    open_data,
-    open_images,
-    trained_data_path,
-    trained_val_path,
-)
+from data import datasets
+from data.datasets import DataError
 from data.loaders import build_eval_loader, build_view, default_attention_size
 from data.retrieval import ImageFiles
 from data.semantic import open_semantic
@@ -62,7 +51,7 @@ class EvalSetup:
             trained_size, p = self.backbone.grid[0] * self.backbone.patch_size, self.backbone.patch_size
             args.image_size = args.image_size or default_attention_size(trained_size, p)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
-        val_path = trained_val_path(args, self.info)
+        val_path = datasets.trained_val_path(args, self.info)
         self.data = open_semantic(args.data_path) if is_dense else distributed.run_on_rank_zero_first(
             lambda: self.open_labeled(val_path))
         sizes = [len(self.data.train_labeled), len(self.data.val)]
@@ -70,8 +59,10 @@ class EvalSetup:
         log(self.data.note)
         value_range = list(getattr(self.data.train, "value_range", None) or ()) or None
         self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size,
-                            value_range=value_range) | ({"val_path": make_absolute(val_path)} if val_path else {})
-        self.name = data_name(self.data.path)
+                            value_range=value_range)
+        if val_path:
+            self.origin["val_path"] = datasets.make_absolute(val_path)
+        self.name = datasets.data_name(self.data.path)
         self.output = output_folder(self.origin, args, f"{args.task}{'_quick' * args.quick}.{self.name}")
         self.classes = self.images = None
         # on rank 0: datasets without class names are decoded
@@ -80,15 +71,15 @@ class EvalSetup:
 
     def open_labeled(self, val_path):
         """Data of the labeled images that the flags name, or that the newest run was trained on."""
-        args, data_path = self.args, self.args.data_path or trained_data_path(self.args, self.info)
+        args, data_path = self.args, self.args.data_path or datasets.trained_data_path(self.args, self.info)
         if not data_path:
             raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
                             f"the labeled images with --data_path")
-        data = open_data(data_path, download=bool(args.data_path), value_range=self.info.get("value_range"),
-                         val_path=val_path, cache_dir=args.cache_dir, channels=self.info["channels"])
+        data = datasets.open_data(data_path, bool(args.data_path), None, self.info.get("value_range"), val_path,
+                                  args.cache_dir, self.info["channels"])
         if data.val is None:
-            raise DataError(f"{describe_paths(data_path)}: no labels; expected one folder per class, best in train/ "
-                            f"and val/")
+            raise DataError(f"{datasets.describe_paths(data_path)}: no labels; expected one folder per class, best in "
+                            f"train/ and val/")
         return data
 
     def extract(self, model, images):
@@ -149,18 +140,18 @@ def list_class_names(data):
 def open_inputs(args, info):
     """The images, folders, shards and named sets of a command line, for a model of this description, as one dataset."""
     parts, options = [], dict(value_range=info.get("value_range"), channels=info["channels"])
-    for paths in group_shards(args.images):
+    for paths in datasets.group_shards(args.images):
         path = paths[0]
-        if os.path.isdir(path) or is_source(path):
+        if os.path.isdir(path) or datasets.is_source(path):
             parts.append(distributed.run_on_rank_zero_first(
-                lambda paths=paths: open_images(paths, cache_dir=args.cache_dir, **options)))
-            log(f"{len(parts[-1]):,} images in {describe_paths(paths)}{parts[-1].passed_over}")
+                lambda paths=paths: datasets.open_images(paths, cache_dir=args.cache_dir, **options)))
+            log(f"{len(parts[-1]):,} images in {datasets.describe_paths(paths)}{parts[-1].passed_over}")
         elif os.path.exists(path):
             parts.append(ImageFiles(paths, **options))
         elif ":" in path or path == "shapes":
-            data = distributed.run_on_rank_zero_first(lambda path=path: open_data(path, **options))
+            data = distributed.run_on_rank_zero_first(lambda path=path: datasets.open_data(path, **options))
             parts.append(data.train)
             log(data.note)
         else:
             raise DataError(f"{path}: no such image or folder")
-    return ConcatImages(parts, [None] * len(parts), [])
+    return datasets.ConcatImages(parts, [None] * len(parts), [])

@@ -782,7 +782,7 @@ def test_wrong_segmentation_input_is_one_line(trained, exit_message):
     assert "classifies patches, here images are" in exit_message(run, "predict", "--ckpt", str(output), "images")
     for path in (folder / "set" / "masks" / "val").iterdir():
         Image.fromarray(np.full(np.asarray(Image.open(path)).shape, 255, np.uint8)).save(path)
-    assert "set: the masks of its 23 test images are unlabeled, nothing to test" in exit_message(
+    assert "set: the masks of the 23 test images are unlabeled, nothing to test" in exit_message(
         run, "segmentation", *CPU, "--data_path", "set", "--test_only")
     for path in (folder / "set" / "masks" / "val").iterdir():
         path.write_bytes(b"bad")
