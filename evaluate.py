@@ -134,8 +134,8 @@ def parse_args(argv=None):
         const=True)
 
     # the tasks that lack one of these flags need its value
-    parser.set_defaults(features=None, quick=False, save_predictions=False, warmup_epochs=0, label_smoothing=0.0,
-                        mixup=0.0, cutmix=0.0, val_path=None, cache_dir=None)
+    parser.set_defaults(features=None, quick=False, save_predictions=False, precision="fp32", warmup_epochs=0,
+                        label_smoothing=0.0, mixup=0.0, cutmix=0.0, val_path=None, cache_dir=None)
     args = parser.parse_args(argv)
     if endings := {"predict": (".csv",), "embed": WRITERS}.get(args.task):
         if Path(args.output).suffix.lower() not in endings:
@@ -146,7 +146,6 @@ def parse_args(argv=None):
     if args.features and not args.features.endswith(".safetensors"):
         parser.error(f"--features {args.features} does not end in .safetensors")
     if args.task in ("knn", "fewshot", "logistic"):
-        args.precision = "fp32"
         return args
     cli.check_range(parser, args, "crop_scale")
     cli.check_run_flags(parser, args, warmup_epochs=5)

@@ -209,15 +209,16 @@ def discover_object(model, image, truth, info, args, name, width):
         width: of a drawing, None for none.
 
     Returns:
-        {"file", "size", "box", "area", "iou": with the best of the truth, None without any, "drawing"}.
+        {"file", "box", "iou": with the best of the truth, None without any, "drawing", ...}; a message if the image has
+        too many patches.
     """
     size, p = image.shape[1:], model.patch_size
     x = normalize(resize_to_patches(image, args.image_size, p) if args.image_size else image, info["mean"], info["std"])
     x = F.pad(x, (0, -x.shape[2] % p, 0, -x.shape[1] % p))  # as published; resized images are whole patches
-    keys = discovery.extract_keys(model, x[None].to(next(model.parameters()).device))
-    mask = discovery.METHODS[args.method](keys)
-    covered = size if args.image_size else x.shape[1:]
-    mask = resize_masks(mask[None], covered)[0][:size[0], :size[1]]
+    if (count := x[0].numel() // p**2) > discovery.MAX_PATCHES:
+        return f"{name}: {count:,} patches are more than {discovery.MAX_PATCHES:,}, set a smaller --image_size"
+    mask = discovery.METHODS[args.method](discovery.extract_keys(model, x[None].to(next(model.parameters()).device)))
+    mask = resize_masks(mask[None], size if args.image_size else x.shape[1:])[0][:size[0], :size[1]]
     box = discovery.find_component_boxes(mask)
     iou = box_iou(box.float(), truth.float()).max().item() if len(truth) else None
     drawing = width and draw_boxes(image, mask, box, truth, width)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ROWS = 512  # of a matrix of N x N that are computed at a time
+MAX_PATCHES = 20_000  # N for which TokenCut's matrix has 3.2 GB
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@
 
     losses = supervised_step(network, optimizer, scaler, images, labels, lr_factor=0.5)                     # one step
     completed = train_classifiers(network, optimizer, images, crops, fixed, evaluate, output, args)         # all steps
+    train_and_test(network, optimizer, grid, hparams, setup, crops, report, measure)                        # and result
 
 Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted training resumes, as in train.py.
 """

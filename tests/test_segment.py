@@ -357,6 +357,14 @@ def test_an_image_of_two_patches_has_an_object(model, tmp_path):
     assert result["objects"][0]["box"] in ([0, 0, 8, 8], [0, 0, 16, 8])
 
 
+def test_images_of_too_many_patches_are_skipped(model, voc2007, exit_message):
+    Image.new("RGB", (1300, 1290)).save(voc2007 / "JPEGImages" / "3.jpg")  # 163 x 162 patches
+    line = exit_message(run, "discover", "--ckpt", model[1], "--data_path", voc2007, "--image_size", 0)
+    assert line.endswith("skipped 1 of 8 images; the first: JPEGImages/3.jpg: 26,406 patches are more than 20,000, set "
+                         "a smaller --image_size")
+    assert json.loads((model[1].parent / "teacher.tokencut.VOC2007.json").read_text())["num_images"] == 7
+
+
 def test_discovery_under_two_processes_equals_one(model, voc2007, tmp_path, run_torchrun):
     (voc2007 / "JPEGImages" / "2.jpg").write_bytes(b"bad")
     results = []
