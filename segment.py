@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from common import cli, distributed
 from common.files import create_folder, read_json, write_json
+from common.logger import progress_bar
 from common.precision import autocast
 from common.weights import CheckpointError, build_untrained, open_backbone, output_folder, result_file
 from data.datasets import DataError, data_name
@@ -88,40 +88,35 @@ def parse_args(argv=None):
 
 # ---- attention masks ----
 
+@torch.no_grad()
 def evaluate_masks(args):
     """Jaccard index of thresholded CLS attention and objects: best head per object, mean of heads, random weights."""
     images, read = find_masks(args.data_path, args.num_images, bool(args.write), args.write)
-    model, info, origin = open_backbone(args, needs="attention")
-    p = model.patch_size
-    args.image_size = args.image_size or default_attention_size(model.grid[0] * p, p)
-    origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
-                   image_size=args.image_size, mass=args.mass, dataset_size=len(images))
-    path = result_file(origin, args, f"masks.{data_name(args.data_path)}")
-    names = prepare_writing(args, images)
-    models = {} if args.untrained else {"trained": model}
-    models["untrained"] = build_untrained(info).to(args.device)
-    scores, skipped, cells, records, across = [], [], [], [], sheet.choose_columns(min(12, len(images)), 1000)
-    loader = tqdm(build_loader(images, read, args.num_workers), unit="img", leave=False, disable=None)
-    for i, example in enumerate(loader):
+    model, info, origin, path, names, across = prepare(args, images, args.device, "attention", "masks", mass=args.mass)
+    models = dict(untrained=model) if args.untrained else dict(
+        trained=model, untrained=build_untrained(info).to(args.device))
+    scores, skipped, cells, records = [], [], [], []
+    for i, example in enumerate(progress_bar(build_loader(images, read, args.num_workers), unit="img")):
         if isinstance(example, str):
             skipped.append(example)
             continue
         image, objects, void = example
-        x = normalize(resize_to_patches(image, args.image_size, p), info["mean"], info["std"])[None].to(args.device)
+        if not (len(objects) or args.write):
+            continue
+        x = normalize(resize_to_patches(image, args.image_size, model.patch_size), info["mean"], info["std"])
+        compute = partial(compute_attention_masks, x=x[None].to(args.device), size=image.shape[1:], mass=args.mass)
+        masks = compute(model)
         if args.write:
-            mask = compute_attention_masks(model, x, image.shape[1:], args.mass)[0]
-            records.append(write_object_mask(args.write, names[i], mask))
+            records.append(write_object_mask(args.write, names[i], masks[0]))
         if not len(objects):
             continue
-        results, masks = zip(*(evaluate_image(m, x, objects, void, args.mass) for m in models.values()))
-        scores.append(torch.stack(results))
+        scores.append(torch.stack([score_masks(masks if m is model else compute(m), objects, void)
+                                   for m in models.values()]))
         if len(scores) > len(cells) * len(images) // 12:  # twelve, evenly spread
-            head = results[0][2:].argmax()
-            drawn = draw_masks(image, masks[0][1 + head], objects, sheet.cell_side(1000, across))
-            cells.append((drawn, f"head {head + 1}, Jaccard index {results[0][2 + head]:.1%}"))
-    if not scores and not records:
-        raise DataError(f"{args.data_path}: none of its images can be used; the last: {skipped[-1]}")
-    if args.write:
+            head = scores[-1][0, 2:].argmax()
+            drawn = draw_masks(image, masks[1 + head], objects, sheet.cell_side(1000, across))
+            cells.append((drawn, f"head {head + 1}, Jaccard index {scores[-1][0, 2 + head]:.1%}"))
+    if records:
         write_boxes(args.write, records)
     if scores:
         print(f"Jaccard index (%), {args.mass:.0%} of the attention, {len(scores)} images, shorter side "
@@ -132,37 +127,24 @@ def evaluate_masks(args):
                   *(f"{head:.1f}" for head in heads))
             result[name] = dict(best_head=best, mean_of_heads=mean, heads=heads)
         write_json(path, vars(args) | origin | dict(num_images=len(scores), skipped=skipped, jaccard=result))
-        title = f"Attention masks of {sheet.describe_model(origin, info, p)}"
-        legend = [sheet.draw_swatch(COLORS[0], f"patches with {args.mass:.0%} of the attention of the best head", 1000),
-                  "White: outline of the objects."]
-        sheet.contact_sheet([(cells, across)], 1000, title, legend).save(path.with_suffix(".png"))
-        print(f"wrote {path} and {path.with_suffix('.png').name}")
-    check_skipped(skipped, images)
+        write_sheet(path, cells, across, f"Attention masks of {sheet.describe_model(origin, info, model.patch_size)}",
+                    f"patches with {args.mass:.0%} of the attention of the best head", "outline of the objects")
+    check_skipped(args, images, skipped, scores or records)
 
 
-def check_skipped(skipped, images):
-    if skipped:
-        raise DataError(f"skipped {len(skipped)} of {len(images)} images; the first: {skipped[0]}")
-
-
-@torch.no_grad()
-def evaluate_image(model, x, objects, void, mass):
-    """Jaccard index of an image's attention masks and its objects.
+def score_masks(masks, objects, void):
+    """Jaccard index of attention masks, bool [1 + heads, H, W], of the mean and each head, and objects of the image.
 
     Args:
-        x: image [1, 3, h*p, w*p].
-        objects, void: bool [O, H, W] and [H, W], of the image at any size.
+        objects, void: bool [O, H, W] and [H, W].
 
     Returns:
-        float64 [2 + heads], means over objects: the best head for each object, the mean of heads, and each head; and
-        masks of the mean and of each head, bool [1 + heads, H, W].
+        float64 [2 + heads], means over objects: the best head for each object, the mean of heads, and each head.
     """
-    masks = compute_attention_masks(model, x, objects.shape[-2:], mass)
     scores = torch.stack([jaccard(mask, objects, void) for mask in masks])  # [1 + heads, O]
-    return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1), masks
+    return torch.cat((scores[1:].amax(dim=0, keepdim=True), scores)).mean(dim=1)
 
 
-@torch.no_grad()
 def compute_attention_masks(model, x, size, mass):
     """Thresholded attention of the mean of the heads and of each head: [1, 3, h*p, w*p] -> bool [1 + heads, *size]."""
     attention = model.forward_with_attention(x)[1][0].cpu()  # [heads, N]
@@ -187,29 +169,18 @@ def draw_masks(image, mask, objects, width):
 def discover_objects(args):
     """Unsupervised discovery of one object per image: LOST or TokenCut; CorLoc with the boxes of VOC or of masks."""
     _, world_size, device = distributed.init_distributed(args.device)
-    found = find_boxes(args.data_path, args.num_images)
-    if found:
+    if found := find_boxes(args.data_path, args.num_images):
         images, read = found
     else:
         images, read = find_masks(args.data_path, args.num_images, True, args.write)
         read = partial(read_mask_boxes, read)
-    model, info, origin = open_backbone(args, device, needs="keys")
-    p = model.patch_size
-    if args.image_size is None:
-        args.image_size = default_attention_size(model.grid[0] * p, p)
-    if 0 < args.image_size < 2 * p:
-        raise DataError(f"--image_size {args.image_size} is less than two patches of {p} pixels")
-    origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
-                   image_size=args.image_size, method=args.method, dataset_size=len(images))
-    path = result_file(origin, args, f"{args.method}.{data_name(args.data_path)}")
-    names, across = prepare_writing(args, images), sheet.choose_columns(min(12, len(images)), 1000)
+    model, info, origin, path, names, across = prepare(args, images, device, "keys", args.method, method=args.method)
     drawn, results = {i * len(images) // 12 for i in range(12)}, []  # twelve, evenly spread
     mine = range(distributed.get_rank(), len(images), world_size)
 
     def discover():
         loader = build_loader([images[i] for i in mine], read, args.num_workers)
-        silent = None if distributed.is_rank_zero() else True
-        for i, example in zip(mine, tqdm(loader, unit="img", leave=False, disable=silent)):
+        for i, example in zip(mine, progress_bar(loader, unit="img")):
             results.append((i, example) if isinstance(example, str) else (i, discover_object(
                 model, *example, info, args, names[i], sheet.cell_side(1000, across) if i in drawn else None)))
     distributed.wait_for(discover)
@@ -217,10 +188,12 @@ def discover_objects(args):
     if distributed.is_rank_zero():
         skipped = [result for _, result in results if isinstance(result, str)]
         records = [result for _, result in results if not isinstance(result, str)]
-        if not records:
-            raise DataError(f"{args.data_path}: none of its images can be used; the last: {skipped[-1]}")
-        report_discovery(records, skipped, path, args, origin, info, p, across)
-        check_skipped(skipped, images)
+        if records and args.write:
+            write_boxes(args.write, records)
+        if records:
+            title = f"Objects found by {args.method} with {sheet.describe_model(origin, info, model.patch_size)}"
+            report_discovery(records, skipped, path, args, origin, across, title)
+        check_skipped(args, images, skipped, records)
 
 
 def read_mask_boxes(read, entry):
@@ -236,15 +209,16 @@ def discover_object(model, image, truth, info, args, name, width):
         width: of a drawing, None for none.
 
     Returns:
-        {"file", "size", "box", "area", "iou": with the best of the truth, None without any, "drawing"}.
+        {"file", "box", "iou": with the best of the truth, None without any, "drawing", ...}; a message if the image has
+        too many patches.
     """
     size, p = image.shape[1:], model.patch_size
     x = normalize(resize_to_patches(image, args.image_size, p) if args.image_size else image, info["mean"], info["std"])
     x = F.pad(x, (0, -x.shape[2] % p, 0, -x.shape[1] % p))  # as published; resized images are whole patches
-    keys = discovery.extract_keys(model, x[None].to(next(model.parameters()).device))
-    mask = discovery.METHODS[args.method](keys)
-    covered = size if args.image_size else x.shape[1:]
-    mask = resize_masks(mask[None], covered)[0][:size[0], :size[1]]
+    if (count := x[0].numel() // p**2) > discovery.MAX_PATCHES:
+        return f"{name}: {count:,} patches are more than {discovery.MAX_PATCHES:,}, set a smaller --image_size"
+    mask = discovery.METHODS[args.method](discovery.extract_keys(model, x[None].to(next(model.parameters()).device)))
+    mask = resize_masks(mask[None], size if args.image_size else x.shape[1:])[0][:size[0], :size[1]]
     box = discovery.find_component_boxes(mask)
     iou = box_iou(box.float(), truth.float()).max().item() if len(truth) else None
     drawing = width and draw_boxes(image, mask, box, truth, width)
@@ -252,10 +226,8 @@ def discover_object(model, image, truth, info, args, name, width):
     return record | dict(file=name, box=box[0].tolist(), iou=iou, drawing=drawing)
 
 
-def report_discovery(records, skipped, path, args, origin, info, p, across):
-    """Print CorLoc; write the results of `discover_object` as JSON, a contact sheet, and boxes.json."""
-    if args.write:
-        write_boxes(args.write, records)
+def report_discovery(records, skipped, path, args, origin, across, title):
+    """Print CorLoc; write the results of `discover_object` as JSON, and a contact sheet."""
     ious = [record["iou"] for record in records if record["iou"] is not None]
     corloc = 100 * np.mean(np.array(ious) >= 0.5).item() if ious else None
     print(f"{args.method}: {len(records)} images, " + (
@@ -264,11 +236,7 @@ def report_discovery(records, skipped, path, args, origin, info, p, across):
     write_json(path, vars(args) | origin | dict(corloc=corloc, num_images=len(ious), skipped=skipped, objects=kept))
     cells = [(record["drawing"], record["file"] + ("" if record["iou"] is None else f", IoU {record['iou']:.2f}"))
              for record in records if record["drawing"]]
-    if cells:
-        title = f"Objects found by {args.method} with {sheet.describe_model(origin, info, p)}"
-        legend = [sheet.draw_swatch(COLORS[0], "object and its box", 1000), "White: true boxes."]
-        sheet.contact_sheet([(cells, across)], 1000, title, legend).save(path.with_suffix(".png"))
-    print(f"wrote {path}" + f" and {path.with_suffix('.png').name}" * bool(cells))
+    write_sheet(path, cells, across, title, "object and its box", "true boxes")
 
 
 def draw_boxes(image, mask, boxes, truth, width):
@@ -281,7 +249,42 @@ def draw_boxes(image, mask, boxes, truth, width):
     return drawn
 
 
-# ---- masks and boxes as files ----
+# ---- what masks and discover share ----
+
+def prepare(args, images, device, needs, name, **settings):
+    """Model and output of an evaluation of images with masks or boxes.
+
+    Returns:
+        model, description and origin, see `open_backbone`; Path of the result; name of each image; columns of its
+        contact sheet.
+    """
+    model, info, origin = open_backbone(args, device, needs=needs)
+    p = model.patch_size
+    if args.image_size is None:
+        args.image_size = default_attention_size(model.grid[0] * p, p)
+    if 0 < args.image_size < 2 * p:
+        raise DataError(f"--image_size {args.image_size} is less than two patches of {p} pixels")
+    origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
+                   image_size=args.image_size, **settings, dataset_size=len(images))
+    path = result_file(origin, args, f"{name}.{data_name(args.data_path)}")
+    return model, info, origin, path, prepare_writing(args, images), sheet.choose_columns(min(12, len(images)), 1000)
+
+
+def check_skipped(args, images, skipped, results):
+    if not results:
+        raise DataError(f"{args.data_path}: none of its images can be used" + (
+            f"; the last: {skipped[-1]}" if skipped else ", their masks are empty"))
+    if skipped:
+        raise DataError(f"skipped {len(skipped)} of {len(images)} images; the first: {skipped[0]}")
+
+
+def write_sheet(path, cells, across, title, colored, white):
+    """Write (image, caption) pairs, if any, as a contact sheet beside a result, with the meaning of its colors."""
+    if cells:
+        legend = [sheet.draw_swatch(COLORS[0], colored, 1000), f"White: {white}."]
+        sheet.contact_sheet([(cells, across)], 1000, title, legend).save(path.with_suffix(".png"))
+    print(f"wrote {path}" + f" and {path.with_suffix('.png').name}" * bool(cells))
+
 
 def prepare_writing(args, images):
     """Create the folder of --write; returns the name of each image: its path relative to --data_path, or its index."""
@@ -309,8 +312,7 @@ def write_object_mask(folder, name, mask):
     path = Path(folder, name).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_mask(path, mask.numpy(), [0, 0, 0, *COLORS[0]])
-    labels, count = discovery.label_components(mask)
-    areas = torch.bincount(labels.flatten(), minlength=1 + count)[1:].tolist()
+    areas = torch.bincount(discovery.label_components(mask).flatten())[1:].tolist()
     return dict(file=name, size=list(mask.shape), boxes=discovery.find_component_boxes(mask).tolist(), areas=areas)
 
 
@@ -381,7 +383,7 @@ def segment_sequence(model, frames, folder, args):
     save_mask(folder / f"{frames[0].stem}.png", mask, palette)
     save_overlay(folder, frames[0], mask, classes[1:])
     masks = {}
-    bar = tqdm(frames[1:], desc=folder.name, unit="frame", leave=False, disable=None)
+    bar = progress_bar(frames[1:], desc=folder.name, unit="frame")
     for frame, labels in zip(bar, propagate_labels(features, first, args.n_last_frames, args.topk,
                                                    args.size_mask_neighborhood, args.temperature)):
         mask = Image.fromarray(labels_to_mask(labels, rows * p, cols * p).byte().cpu().numpy())

@@ -255,8 +255,10 @@ def list_epochs(folder):
     Epochs count from 0, as in the log; the last may be incomplete.
 
     Raises:
-        CheckpointError: there are fewer than two, or the last one is not that of train.py.
+        CheckpointError: no such folder, there are fewer than two, or the last one is not that of train.py.
     """
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"--run {folder}: no such folder; name that of a run, such as runs/demo")
     found = {int(path.stem[10:]): str(path) for path in Path(folder).glob("checkpoint*.pth")
              if path.stem[10:].isdecimal()}
     last = os.path.join(folder, "checkpoint.pth")

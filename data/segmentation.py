@@ -14,7 +14,6 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,7 +24,7 @@ from torchvision.transforms import functional as TF
 from common.files import read_text
 from data.datasets import DataError, open_data
 from data.folders import HELD_OUT, TRAIN, ImageFolder
-from data.images import ImageReadError, open_image, read_image, read_or_message, wrap_decode_errors
+from data.images import open_image, read_image, read_or_message, wrap_decode_errors
 from data.workers import DataLoader
 
 VOID = 255  # index of unlabeled pixels in a mask with a palette
@@ -58,14 +57,14 @@ def find_masks(data_path, num_images=None, allow_unlabeled=False, output_dir=Non
     """
     if is_shapes(data_path):
         shapes = open_data(data_path).val
-        entries, read = range(len(shapes)), partial(read_shape, shapes)
+        entries, read = range(len(shapes)), partial(read_shape_objects, shapes)
     else:
         if voc := find_voc(data_path, "SegmentationClass"):
             entries = list_voc_masks(voc, "val")
         elif parts := find_parts(data_path):
-            entries = parts[-1].pairs
+            entries = parts[-1][0]
         else:
-            entries = allow_unlabeled and list_images(data_path, output_dir) or find_davis_masks(data_path)
+            entries = allow_unlabeled and list_unlabeled_images(data_path, output_dir) or find_davis_masks(data_path)
         read = read_files
     return spread(entries, num_images), read
 
@@ -98,18 +97,13 @@ def list_voc_masks(root, name):
     return pairs
 
 
-class Part(NamedTuple):
-    """Images of a folder that have masks."""
-
-    folder: Path
-    pairs: list  # (image, mask) paths
-    without_mask: int  # further images
-
-
 def find_parts(data_path):
     """Parts of images/ beside masks/ or annotations/: those of training and held-out images, or one of all.
 
-    A mask has the path of its image and the ending .png. None if the folder has another layout.
+    A mask has the path of its image and the ending .png.
+
+    Returns:
+        for each part a list of (image, mask) paths, and a note on it; None if the folder has another layout.
 
     Raises:
         DataError: no images in a part, or none with a mask.
@@ -127,11 +121,12 @@ def find_parts(data_path):
         found = [pair for pair in pairs if pair[1].is_file()]
         if not found:
             raise DataError(f"{images / name}: none of its {len(pairs)} images has a mask; expected {pairs[0][1]}")
-        parts.append(Part(images / name, found, len(pairs) - len(found)))
+        missing = f" ({len(pairs) - len(found):,} more have no mask)" * (len(found) < len(pairs))
+        parts.append((found, f"{len(found):,} images in {images / name}{missing}"))
     return parts
 
 
-def list_images(data_path, output_dir=None):
+def list_unlabeled_images(data_path, output_dir=None):
     """(image, None) of each image below a folder; None if it has the layout of DAVIS, or is no folder."""
     if not os.path.isdir(data_path) or Path(data_path, "JPEGImages").is_dir():
         return None
@@ -148,7 +143,8 @@ def find_davis_masks(data_path):
     return pairs
 
 
-def read_shape(shapes, i):
+def read_shape_objects(shapes, i):
+    """Built-in image i -> image, objects, void; see `find_masks`."""
     image, mask = shapes.render(i)
     return TF.to_tensor(image), mask[None], torch.zeros_like(mask)
 
@@ -156,14 +152,10 @@ def read_shape(shapes, i):
 def read_files(paths):
     """Image and mask file -> image, objects, void; in VOC an "object" is all objects of one class."""
     image = read_image(paths[0])
-    if paths[1] is None:
-        nothing = torch.zeros(1, image.height, image.width, dtype=torch.bool)
-        return TF.to_tensor(image), nothing[:0], nothing[0]
-    mask, _, void = read_mask(paths[1], image.size)
-    indices = np.unique(mask[mask > 0])
-    if not len(indices):
-        raise ImageReadError(f"{paths[1]}: has no object")
-    return TF.to_tensor(image), torch.from_numpy(mask == indices[:, None, None]), torch.from_numpy(void)
+    empty = np.zeros((image.height, image.width), np.uint8)
+    mask, _, void = read_mask(paths[1], image.size) if paths[1] else (empty, None, empty > 0)
+    objects = mask == np.unique(mask[mask > 0])[:, None, None]
+    return TF.to_tensor(image), torch.from_numpy(objects), torch.from_numpy(void)
 
 
 # ---- images with boxes ----
@@ -237,8 +229,11 @@ def save_mask(path, mask, palette):
 # ---- layouts ----
 
 def read_names(path):
-    """First word of each line of a list file."""
-    return [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
+    """First word of each line of a list file; DataError if there is none."""
+    names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
+    if not names:
+        raise DataError(f"{path}: is empty, expected a name on each line")
+    return names
 
 
 def find_sequences(root, names=None):

@@ -19,7 +19,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Subset
 
 from augment import MultiCrop
+from common.distributed import all_gather_objects, is_rank_zero
 from common.files import read_text
+from common.logger import progress_bar
 from data.datasets import Data, DataError, open_data
 from data.images import ImageReadError, open_image, read_image, wrap_decode_errors
 from data.segmentation import VOID, find_parts, find_voc, is_shapes, list_voc_masks
@@ -31,33 +33,31 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 def open_semantic(data_path: str) -> Data:
     """Open the images with masks that `data_path` names, see above.
 
-    The names of classes are those of the set, or the lines of classes.txt in the folder, or the indices that occur.
+    The names of classes are those of the set, or the lines of classes.txt in the folder, or the values that occur.
+    Masks of a folder that all hold nothing but 0 and 255 have two classes. All ranks must call this.
 
     Raises:
-        DataError: none of these layouts, or masks without a class besides 0.
+        DataError: none of these layouts, masks that hold nothing but 255, or classes.txt contradicts them.
     """
     if is_shapes(data_path):
         data = open_data(data_path)
-        parts = [SemanticImages(range(len(shapes)), partial(read_shape, shapes), ("background", *shapes.classes))
+        classes = ["background", *data.train.classes]
+        parts = [SemanticImages(range(len(shapes)), partial(read_shape_classes, shapes), classes)
                  for shapes in (data.train, data.val)]
         return Data(parts[0], *parts, data.path, data.note)
-    path = str(Path(data_path).absolute())
     if root := find_voc(data_path, "SegmentationClass"):
         lists = root / "ImageSets" / "Segmentation"
         name = "trainaug" if (lists / "trainaug.txt").exists() else "train"
-        train, val = (SemanticImages(list_voc_masks(root, name), read_pair, VOC_CLASSES) for name in (name, "val"))
-        return Data(train, train, val, path, f"{len(train):,} images of {lists / name}.txt, {len(val):,} held out of "
-                    f"val.txt, {len(VOC_CLASSES)} classes")
-    parts = find_parts(data_path)
-    if not parts:
+        train, val = (list_voc_masks(root, name) for name in (name, "val"))
+        parts = (train, f"{len(train):,} images of {lists / name}.txt"), (val, f"{len(val):,} held out of val.txt")
+        read, classes = read_pair, VOC_CLASSES
+    elif parts := find_parts(data_path):
+        read, classes = resolve_classes(data_path, parts)
+    else:
         raise DataError(f"{data_path}: no images with masks; expected images/ beside masks/ or annotations/, each with "
                         f"train/ and val/, or the layout of VOC2012, or 'shapes'")
-    is_ade = Path(data_path, "objectInfo150.txt").is_file()
-    read = partial(read_pair, first_class=1) if is_ade else read_pair
-    classes = list_classes(data_path, is_ade) or list(map(str, range(count_classes(parts))))
-    images = [SemanticImages(part.pairs, read, classes) for part in parts]
-    note = ", ".join(f"{len(part.pairs):,} images in {part.folder}" + f" ({part.without_mask:,} more have no mask)" * (
-        part.without_mask > 0) for part in parts) + f", {len(classes)} classes"
+    images = [SemanticImages(pairs, read, classes) for pairs, _ in parts]
+    path, note = str(Path(data_path).absolute()), ", ".join([*(note for _, note in parts), f"{len(classes)} classes"])
     if len(images) == 2:
         return Data(images[0], *images, path, note)
     labeled = np.arange(len(images[0]))
@@ -65,33 +65,45 @@ def open_semantic(data_path: str) -> Data:
                 f"{note}, every tenth held out")
 
 
-def list_classes(data_path, is_ade):
-    """Names of the classes in the file of ADE20K, or in classes.txt; None without one."""
-    file = Path(data_path, "objectInfo150.txt" if is_ade else "classes.txt")
-    if not file.is_file():
-        return None
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    names = [line.split("\t")[-1].strip() for line in lines[1:]] if is_ade else lines
+def resolve_classes(data_path, parts):
+    """Function that reads an image and its mask, and names of the classes, of the parts of `find_parts`."""
+    ade, file = Path(data_path, "objectInfo150.txt"), Path(data_path, "classes.txt")
+    if ade.is_file():
+        return partial(read_pair, first_class=1), read_class_names(ade, first_line=1)
+    classes = read_class_names(file) if file.is_file() else []
+    values = list_mask_values(parts, is_named=bool(classes))
+    if values == {VOID}:
+        raise DataError(f"{data_path}: its masks hold nothing but {VOID}, which is unlabeled")
+    if values != {0, VOID}:
+        return read_pair, classes or [str(i) for i in range(1 + max(values - {VOID}, default=0))]
+    if len(classes) not in (0, 2):
+        raise DataError(f"{file}: {len(classes)} names of classes, but the masks hold 0 and {VOID} alone: name two, or "
+                        f"write class indices into the masks")
+    return partial(read_pair, is_binary=True), classes or ["0", str(VOID)]
+
+
+def read_class_names(file, first_line=0):
+    """Names of the classes, the last column of each line."""
+    names = [line.split("\t")[-1].strip() for line in read_text(file).splitlines()[first_line:] if line.strip()]
     if not 0 < len(names) < VOID:
         raise DataError(f"{file}: {len(names)} names of classes, expected 1 to {VOID - 1}")
-    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+    return names
 
 
-def count_classes(parts):
-    """One more than the largest class index in the masks; those that cannot be read are left to the evaluation.
+def list_mask_values(parts, is_named):
+    """Values in the masks, of rank 0; those that cannot be read are left to the evaluation.
 
-    Raises:
-        DataError: the masks are black and white, so that all objects would be unlabeled.
+    Args:
+        is_named: stop at the first value besides 0 and VOID: the names of the classes are known.
     """
-    pixels = np.zeros(VOID + 1, int)
-    for _, path in (pair for part in parts for pair in part.pairs):
-        with contextlib.suppress(ImageReadError):
-            pixels += np.bincount(read_labels(path).ravel(), minlength=len(pixels))
-    classes = pixels[:VOID].nonzero()[0]
-    if pixels[VOID] and not classes.any():
-        raise DataError(f"{parts[0].folder}: its masks have no class besides 0, and {VOID} is unlabeled: write 1 for "
-                        f"the objects")
-    return 1 + int(classes.max(initial=0))
+    values = set()
+    if is_rank_zero():
+        for _, path in progress_bar([pair for pairs, _ in parts for pair in pairs], unit="mask"):
+            with contextlib.suppress(ImageReadError):
+                values |= {*np.unique(read_labels(path)).tolist()}
+            if is_named and values - {0, VOID}:
+                break
+    return all_gather_objects(values)[0]
 
 
 class SemanticImages(Dataset):
@@ -122,18 +134,26 @@ class SemanticImages(Dataset):
         return str(entry[0]) if isinstance(entry, tuple) else str(entry)
 
 
-def read_shape(shapes, i):
+def read_shape_classes(shapes, i):
+    """Built-in image i -> RGB image, class indices."""
     image, mask = shapes.render(i)
     return image, mask.numpy().astype(np.uint8) * (1 + i % len(shapes.classes))
 
 
-def read_pair(paths, first_class=0):
-    """Image and mask file -> RGB image, class indices, counted from `first_class`; what is below it is unlabeled."""
+def read_pair(paths, first_class=0, is_binary=False):
+    """Image and mask file -> RGB image, class indices uint8 [H, W].
+
+    Args:
+        first_class: index of class 0 in the file; what is below it is unlabeled.
+        is_binary: 255 is class 1, not unlabeled.
+    """
     image = read_image(paths[0])
     labels = read_labels(paths[1])
     if labels.shape != (image.height, image.width):
         raise ImageReadError(f"{paths[1]}: the mask has {labels.shape[1]} x {labels.shape[0]} pixels, its image "
                              f"{image.width} x {image.height}")
+    if is_binary:
+        return image, labels // VOID
     if first_class:
         labels = np.where((labels < first_class) | (labels == VOID), VOID, labels - first_class).astype(np.uint8)
     return image, labels

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ROWS = 512  # of a matrix of N x N that are computed at a time
+MAX_PATCHES = 20_000  # N for which TokenCut's matrix has 3.2 GB
 
 
 @torch.no_grad()
@@ -68,6 +69,8 @@ def discover_tokencut(keys: Tensor, tau: float = 0.2, eps: float = 1e-5) -> Tens
         weights[first:first + ROWS] = (f[first:first + ROWS] @ f.T > tau).numpy()
     if weights.all():
         return torch.ones(keys.shape[:2], dtype=torch.bool)
+    if len(f) == 2:  # too few for Lanczos iterations: y is (1, -1), and the first patch the seed
+        return torch.tensor([True, False]).view(keys.shape[:2])
     np.maximum(weights, eps, out=weights)
     # with z = D^0.5 y: the second largest eigenvalue of D^-0.5 W D^-0.5, by Lanczos iterations
     scale = weights.sum(axis=1) ** -0.5
@@ -87,7 +90,7 @@ METHODS = {"lost": discover_lost, "tokencut": discover_tokencut}
 
 def find_component(mask, patch):
     """Patches of a mask, bool [h, w], that are connected with one of it, by its flat index: bool [h, w]."""
-    labels = label_components(mask)[0]
+    labels = label_components(mask)
     return labels == labels.flatten()[patch]
 
 
@@ -95,16 +98,15 @@ def find_component_boxes(mask: Tensor) -> Tensor:
     """Bounding box of each connected component of a mask, bool [H, W] -> int64 [n, 4], left, top, right, bottom."""
     from scipy.ndimage import find_objects
 
-    boxes = [(x.start, y.start, x.stop, y.stop) for y, x in find_objects(label_components(mask)[0].numpy())]
+    boxes = [(x.start, y.start, x.stop, y.stop) for y, x in find_objects(label_components(mask).numpy())]
     return torch.tensor(boxes, dtype=torch.int64).view(-1, 4)
 
 
 def label_components(mask):
-    """Number of the component of each pixel, 0 for none: bool [H, W] -> int32 [H, W], and how many there are.
+    """Number of the component of each pixel, 0 for none: bool [H, W] -> int32 [H, W].
 
     Pixels are connected to their four neighbors.
     """
     from scipy.ndimage import label
 
-    labels, count = label(mask.numpy())
-    return torch.from_numpy(labels), count
+    return torch.from_numpy(label(mask.numpy())[0])

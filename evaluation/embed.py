@@ -4,8 +4,8 @@
 
 A row of the file is an image that can be read, in the order of the images:
 
-- .npy: float32 [M, D], and the names in NAME.names.json, a list
-- .safetensors: "features", float32 [M, D], and the names in NAME.names.json
+- .npy: float32 [M, D], and the names in PATH.names.json, a list
+- .safetensors: "features", float32 [M, D], and the names in PATH.names.json
 - .csv: "file", "feature_1", ..., "feature_D"
 - .parquet: "file", "features" (a list of D float32)
 
@@ -44,26 +44,31 @@ def write_features(path, images, extract, origin, log=print):
 
     Raises:
         DataError: no image can be read.
+        ModuleNotFoundError: .parquet without pyarrow.
     """
     write, folder = WRITERS[os.path.splitext(path)[1].lower()], f"{path}.parts"
+    if write is write_parquet:
+        import pyarrow.parquet  # noqa: F401 (missing: before images are read)
     digest = hashlib.sha256(json.dumps(origin | {"ckpt": None}, sort_keys=True).encode()).hexdigest()[:8]
     if is_rank_zero():
         create_folder(folder)
     files, count = [], 0
     for start in range(0, len(images), PART):
         files.append(os.path.join(folder, f"{digest}-{start:09}.safetensors"))
-        features, _ = update_index(files[-1], Part(images, start, min(start + PART, len(images))), extract, log)
+        features, _ = update_index(files[-1], ImageRange(images, start, min(start + PART, len(images))), extract, log)
         if len(features):
             count, dim = count + len(features), features.shape[1]
     if not count:
         raise DataError(f"{path}: not written, none of the {len(images)} images can be read")
     if is_rank_zero():
-        write(path, lambda: map(read_part, files), (count, dim))
+        if write in (write_npy, write_safetensors):
+            atomic_write(f"{path}.names.json", lambda temporary: write_names(temporary, lambda: map(read_part, files)))
+        atomic_write(path, lambda temporary: write(temporary, lambda: map(read_part, files), (count, dim)))
         shutil.rmtree(folder)
     return count
 
 
-class Part(Dataset):
+class ImageRange(Dataset):
     """Images start to stop of a dataset, with the keys and stamps of an image index."""
 
     def __init__(self, images, start, stop):
@@ -94,51 +99,38 @@ def read_part(path):
 # ---- file formats: path, function that returns (names, features) of each part, shape of all features ----
 
 def write_npy(path, read_parts, shape):
-    write_names(path, read_parts)
-    with_header(path, read_parts, lambda file: np.lib.format.write_array_header_1_0(
-        file, dict(descr="<f4", fortran_order=False, shape=shape)))
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
+        file.writelines(features.astype("<f4").tobytes() for _, features in read_parts())
 
 
 def write_safetensors(path, read_parts, shape):
-    write_names(path, read_parts)
     # save_file needs all features in memory
     header = {"features": dict(dtype="F32", shape=shape, data_offsets=[0, 4 * shape[0] * shape[1]])}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with_header(path, read_parts, lambda file: file.write(len(text).to_bytes(8, "little") + text))
-
-
-def with_header(path, read_parts, write_header):
-    """Write a header, then the features."""
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            write_header(file)
-            for _, features in read_parts():
-                file.write(features.astype("<f4").tobytes())
-    atomic_write(path, write)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.writelines(features.astype("<f4").tobytes() for _, features in read_parts())
 
 
 def write_names(path, read_parts):
-    """Write the names of the images as a JSON list, NAME.names.json, in the order of the rows."""
-    def write(temporary):
-        with open(temporary, "w", encoding="ascii") as file:
-            separator = "[\n"
-            for names, _ in read_parts():
-                for name in names:
-                    file.write(separator + json.dumps(name))
-                    separator = ",\n"
-            file.write("\n]\n")
-    atomic_write(f"{os.path.splitext(path)[0]}.names.json", write)
+    """Write the names of the images as a JSON list, in the order of the rows."""
+    with open(path, "w", encoding="ascii") as file:
+        separator = "[\n"
+        for names, _ in read_parts():
+            for name in names:
+                file.write(separator + json.dumps(name))
+                separator = ",\n"
+        file.write("\n]\n")
 
 
 def write_csv(path, read_parts, shape):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["file", *(f"feature_{i}" for i in range(1, 1 + shape[1]))])
-            for names, features in read_parts():
-                writer.writerows([name, *(f"{x:.9g}" for x in row)] for name, row in zip(names, features.tolist()))
-    atomic_write(path, write)
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", *(f"feature_{i}" for i in range(1, 1 + shape[1]))])
+        for names, features in read_parts():
+            writer.writerows([name, *(f"{x:.9g}" for x in row)] for name, row in zip(names, features.tolist()))
 
 
 def write_parquet(path, read_parts, shape):
@@ -146,15 +138,12 @@ def write_parquet(path, read_parts, shape):
     from pyarrow import parquet
 
     schema = pyarrow.schema([("file", pyarrow.string()), ("features", pyarrow.list_(pyarrow.float32(), shape[1]))])
-
-    def write(temporary):
-        with parquet.ParquetWriter(temporary, schema) as writer:
-            for names, features in read_parts():
-                # Parquet holds UTF-8, which names of files need not be
-                names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
-                columns = names, pyarrow.FixedSizeListArray.from_arrays(features.ravel(), shape[1])
-                writer.write_table(pyarrow.table([*columns], schema=schema))
-    atomic_write(path, write)
+    with parquet.ParquetWriter(path, schema) as writer:
+        for names, features in read_parts():
+            # Parquet holds UTF-8, which names of files need not be
+            names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
+            columns = names, pyarrow.FixedSizeListArray.from_arrays(features.ravel(), shape[1])
+            writer.write_table(pyarrow.table([*columns], schema=schema))
 
 
 WRITERS = {".npy": write_npy, ".parquet": write_parquet, ".csv": write_csv, ".safetensors": write_safetensors}

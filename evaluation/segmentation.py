@@ -5,7 +5,7 @@
     logits = head(features(images))                                  # [B, 21, H/p, W/p]
     pixel_cross_entropy(logits, labels).backward()                   # labels uint8 [B, H, W], 255 where unlabeled
 
-    matrix += count_confusions(predict_classes(logits, labels.shape[1:])[0], labels[0], 21)    # over the whole set
+    matrix += count_confusions(predict_pixels(logits, labels.shape[1:])[0], labels[0], 21)    # over the whole set
     miou, accuracy, mean_accuracy, iou, class_accuracy = summarize_confusions(matrix).values()
 
 Oquab et al. 2023 (DINOv2), section 7.4. This file needs torch only.
@@ -16,24 +16,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOID = 255  # label of unlabeled pixels
-
 
 class PatchFeatures(nn.Module):
     """Patch tokens of the last blocks as a map: images [B, C, H, W] -> [B, dim, H/p, W/p].
 
     Args:
         n_last_blocks: blocks whose tokens are concatenated.
-
-    Raises:
-        ValueError: more blocks than the backbone has.
     """
 
     def __init__(self, backbone, n_last_blocks=1):
         super().__init__()
-        if n_last_blocks > len(backbone.blocks):
-            raise ValueError(f"--n_last_blocks {n_last_blocks} is more than the model's depth, {len(backbone.blocks)}")
-        self.backbone, self.n_last_blocks, self.avgpool = backbone, n_last_blocks, False
+        self.backbone, self.n_last_blocks = backbone, n_last_blocks
         self.dim = backbone.embed_dim * n_last_blocks
 
     def forward(self, x):
@@ -73,7 +66,8 @@ class SegmentationHead(nn.Conv2d):
         return super().forward(self.norm(x))
 
 
-def pixel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def pixel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0,
+                        ignore_index: int = 255) -> Tensor:
     """Cross-entropy of the upsampled logits, in nats.
 
     Its mean is over all pixels, those without a label included, which add 0: so the mean of several processes is that
@@ -81,14 +75,15 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
 
     Args:
         logits: [B, K, h, w], upsampled (bilinear) to the labels.
-        labels: uint8 [B, H, W], VOID where unlabeled.
+        labels: uint8 [B, H, W], `ignore_index` where unlabeled.
     """
     logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-    total = F.cross_entropy(logits, labels.long(), ignore_index=VOID, label_smoothing=label_smoothing, reduction="sum")
+    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, label_smoothing=label_smoothing,
+                            reduction="sum")
     return total / labels.numel()
 
 
-def predict_classes(logits: Tensor, size: tuple[int, int], chunk: int = 16) -> Tensor:
+def predict_pixels(logits: Tensor, size: tuple[int, int], chunk: int = 16) -> Tensor:
     """Class of each pixel: logits [B, K, h, w], upsampled (bilinear) to `size` -> int64 [B, H, W].
 
     Args:
@@ -105,9 +100,9 @@ def predict_classes(logits: Tensor, size: tuple[int, int], chunk: int = 16) -> T
     return predicted
 
 
-def count_confusions(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Confusion matrix of pixels, int64 [K, K], [true][predicted]; pixels with the label VOID do not count."""
-    labeled = labels != VOID
+def count_confusions(predicted: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """Confusion matrix of pixels, int64 [K, K], [true][predicted]; those with the label `ignore_index` do not count."""
+    labeled = labels != ignore_index
     pairs = labels[labeled].long() * num_classes + predicted[labeled]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 

@@ -8,124 +8,35 @@
 
     losses = supervised_step(network, optimizer, scaler, images, labels, lr_factor=0.5)                     # one step
     completed = train_classifiers(network, optimizer, images, crops, fixed, evaluate, output, args)         # all steps
+    train_and_test(network, optimizer, grid, hparams, setup, crops, report, measure)                        # and result
 
 Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted training resumes, as in train.py.
 """
-
-import contextlib
-import os
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Subset
 from torchvision.transforms import v2
 
 from augment import BatchMultiCrop, MultiCrop
 from backbones import broadcast_buffers, convert_sync_batchnorm
-from common.checkpoint import CheckpointError, Run
-from common.cli import image_side
-from common.distributed import StopRequested, StopSignals, all_gather_objects, get_rank, get_world_size
-from common.logger import Logger
+from common.checkpoint import MODEL_FILES, CheckpointError, Run
+from common.distributed import StopRequested, StopSignals, all_gather_objects, get_rank, get_world_size, is_rank_zero
+from common.files import create_folder
+from common.logger import Logger, progress_bar
 from common.precision import autocast
-from common.weights import check_image_size, load_backbone, read_input, read_weights
 from data.datasets import DataError
 from data.loaders import build_train_loader, iter_batch_keys, iter_on_device
 from data.order import derive_seed
 from dino_loss import cosine_schedule
+from evaluation.classifiers import get_fixed_settings, restore_classifier, save_classifier
+from evaluation.classifiers import load_classifier as load_classifier  # for export.py
+from evaluation.linear import fit_best_classifier, holdout_mask
+from evaluation.report import report_accuracy
+from evaluation.setup import log
 from optim import build_param_groups, decay_layers
-
-# ---- networks ----
-
-class FeatureExtractor(nn.Module):
-    """Input of a linear classifier: CLS tokens of the last blocks, optionally with the mean patch token.
-
-    Args:
-        n_last_blocks: 4 for ViT-S, 1 for ViT-B and for other backbones, which have one feature; 0: no CLS tokens.
-        avgpool: append the mean of the last block's patch tokens, as for ViT-B.
-
-    Raises:
-        CheckpointError: more blocks than the backbone has, or no patch tokens.
-    """
-
-    def __init__(self, backbone, n_last_blocks=1, avgpool=False):
-        super().__init__()
-        most = max(1, len(backbone.blocks))
-        if not 1 - avgpool <= n_last_blocks <= most:
-            raise CheckpointError(f"--n_last_blocks {n_last_blocks} is not from 1 to {most}, the model's depth")
-        if avgpool and not backbone.blocks:
-            raise CheckpointError(f"{backbone.arch} has no patch tokens, leave --avgpool_patchtokens out")
-        self.backbone, self.n_last_blocks, self.avgpool = backbone, n_last_blocks, avgpool
-        self.dim = backbone.embed_dim * (self.n_last_blocks + avgpool)
-
-    def forward(self, x):  # [B, C, H, W] -> [B, dim]
-        if self.n_last_blocks == 1 and not self.avgpool:
-            return self.backbone(x)  # equal, and with stochastic depth
-        tokens = self.backbone.get_intermediate_layers(x, max(1, self.n_last_blocks))
-        patches = [tokens[-1][:, 1:].mean(dim=1)] if self.avgpool else []
-        return torch.cat([t[:, 0] for t in tokens][:self.n_last_blocks] + patches, dim=1)
-
-
-class Classifiers(nn.Module):
-    """G linear classifiers on the same features: images [B, C, H, W] -> logits [G, B, K].
-
-    Args:
-        extractor: FeatureExtractor of a backbone.
-        num_classes: K.
-        count: G.
-        frozen: whether the backbone gets no gradient and stays in eval mode.
-        build_head: (dim, K) -> classifier with a weight and a bias; of a SegmentationHead, logits are [G, B, K, h, w].
-    """
-
-    def __init__(self, extractor, num_classes, count=1, frozen=True, build_head=nn.Linear):
-        super().__init__()
-        self.tokens, self.frozen = extractor.requires_grad_(not frozen), frozen  # "tokens" is in checkpoints
-        self.heads = nn.ModuleList(build_head(extractor.dim, num_classes) for _ in range(count))
-        for head in self.heads:
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
-
-    def forward(self, x):
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            features = self.tokens(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.stack([head(features.float()) for head in self.heads])
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.tokens.train(mode and not self.frozen)
-        return self
-
-
-def load_classifier(path):
-    """Load classifier.safetensors of evaluate.py, or the one in a folder: Classifiers in eval mode, on the CPU.
-
-    Returns:
-        the network with one head, and the description in the file: "classes", "image_size", ...
-
-    Raises:
-        CheckpointError: no such file, or not a classifier and its backbone.
-    """
-    path = os.path.join(path, "classifier.safetensors") if os.path.isdir(path) else str(path)
-    weights, info, _ = read_weights(path, None)
-    if not {"classes", "image_size"} <= info.keys() or "classifier.weight" not in weights:
-        raise CheckpointError(f"{path}: not classifier.safetensors of evaluate.py linear, logistic or finetune")
-    if "classifier.norm.weight" in weights:
-        raise CheckpointError(f"{path}: classifies patches, here images are; see SegmentationHead")
-    if not any(name.startswith("backbone.") for name in weights):
-        raise CheckpointError(f"{path}: holds no backbone, as those of earlier versions: run evaluate.py linear again")
-    backbone, info = load_backbone(path, log=lambda text: None)
-    try:
-        extractor = FeatureExtractor(backbone, info.get("n_last_blocks", 1), info.get("avgpool_patchtokens", False))
-        info |= dict(classes=[str(name) for name in info["classes"]], image_size=image_side(info["image_size"]))
-        network = Classifiers(extractor, len(info["classes"]))
-        network.heads[0].load_state_dict({name: weights[f"classifier.{name}"] for name in ("weight", "bias")})
-        check_image_size(backbone, info["image_size"])
-        info |= read_input(info, backbone.in_chans, path)
-    except Exception as error:  # the description may hold anything
-        raise CheckpointError(f"{path}: not a classifier for its backbone and classes: {error}") from None
-    return network.eval(), info
-
 
 # ---- optimization ----
 
@@ -296,3 +207,81 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
     logger.close()
     broadcast_buffers(network.eval())
     return True
+
+
+# ---- training and testing ----
+
+def train_and_test(network, optimizer, grid, hparams, setup, crops, report, measure, metric="test_top1",
+                   criterion=F.cross_entropy):
+    """Train Classifiers on random crops, or with --test_only load a trained one; test the best and write the result.
+
+    Args:
+        grid: (lr, weight decay) of each classifier; of several, the best on a held-out tenth of the images is kept.
+        hparams: {name: value} that a resumed run must share, written with the result.
+        crops, criterion: see `train_classifiers`.
+        report: (network, setup, hyperparameters), tests the classifier and writes the result.
+        measure: (network, images, setup) -> metric of each classifier, in percent.
+        metric: its name in the log.
+    """
+    args = setup.args
+    if args.test_only:
+        hparams = restore_classifier(network, setup)
+    else:
+        train_images, val_images = setup.data.train_labeled, setup.data.val
+        if len(grid) > 1:
+            mask, metric = holdout_mask(len(train_images)), "held_out_top1"
+            train_images, val_images = (Subset(train_images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
+        if 0 < (largest := len(train_images) // get_world_size()) < args.batch_size_per_gpu:
+            log(f"NOTE: --batch_size_per_gpu {largest} for {args.batch_size_per_gpu}, as there are {len(train_images)} "
+                f"training images")
+            args.batch_size_per_gpu = largest
+        log_grid(network, grid, args.batch_size_per_gpu * get_world_size())
+        completed = train_classifiers(
+            network, optimizer, train_images, crops, get_fixed_settings(setup) | hparams | {"grid": grid},
+            lambda: {metric: max(measure(network, val_images, setup))}, setup.output, args, criterion)
+        if not completed:  # stopped by a signal
+            return
+        accuracies = measure(network, val_images, setup) if len(grid) > 1 else [0.0]
+        best = accuracies.index(max(accuracies))
+        network.heads = network.heads[best:best + 1]
+        hparams = save_classifier(network, grid, best, accuracies, hparams, setup)
+    report(network, setup, hparams)
+
+
+def train_on_features(network, fit, grid, names, hparams, setup):
+    """Train and test on features that are extracted once; heads[0] becomes the best classifier of the grid.
+
+    Args:
+        fit: (features, labels) -> linear layer, index of its hyperparameters in the grid, held-out accuracy of each.
+        grid, names: hyperparameters of each classifier, and their names.
+        hparams: {name: value}, written with the result.
+    """
+    for name in ("checkpoint.pth", *MODEL_FILES["pretraining"]):
+        if (setup.output / name).exists():
+            raise CheckpointError(f"{setup.output} holds {name} of a training run: choose another --output_dir")
+    if is_rank_zero():
+        create_folder(setup.output)
+    features = setup.load_or_extract_features(network.tokens)
+    x, y, test_x = (features[name].to(setup.device) for name in ("train_features", "train_labels", "test_features"))
+    if len(x) < 2:
+        raise DataError(f"{setup.data.path}: one labeled image is too few to hold out a part, add images")
+    network.heads[0], best, accuracies = fit(x, y)
+    hparams = save_classifier(network, grid, best, accuracies, hparams, setup, names)
+    report_accuracy(network.heads[0](test_x).cpu(), features["test_labels"], setup, hparams)
+
+
+def fit_quick(network, grid, x, y, args):
+    """The best linear classifier of a grid, for `train_on_features`."""
+    log_grid(network, grid, min(1024, len(x)))
+    with progress_bar(total=2 * args.epochs * len(x), unit="img") as bar:
+        classifier, best, accuracies = fit_best_classifier(x, y, network.heads[0].out_features, grid,
+                                                           epochs=args.epochs, seed=args.seed, progress=bar.update)
+    if not classifier.weight.isfinite().all():
+        raise FloatingPointError("every classifier of the grid diverged: lower --lr")
+    return classifier.to_linear(), best, accuracies
+
+
+def log_grid(network, grid, batch_size):
+    lrs = ", ".join(f"{lr * batch_size / 256:.3g}" for lr in sorted({lr for lr, _ in grid}))
+    log(f"{len(grid)} linear classifier{'s' * (len(grid) > 1)} on {network.tokens.dim} features; effective lr {lrs} "
+        f"= lr * {batch_size} / 256 (linear scaling rule)")

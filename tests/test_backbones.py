@@ -27,7 +27,8 @@ from data.datasets import open_data
 from data.loaders import center_crop_view
 from data.shapes import Shapes
 from dino_loss import DINOLoss
-from evaluation.supervised import Classifiers, FeatureExtractor, build_layer_decay_groups
+from evaluation.classifiers import Classifiers, FeatureExtractor
+from evaluation.supervised import build_layer_decay_groups
 from optim import build_optimizer, build_param_groups
 from train import Schedule, build_networks, compile_blocks, train_step
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tarfile
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from common.weights import CheckpointError, load_backbone, save_model
 from data.datasets import Data, DataError, TorchvisionDataset
 from data.loaders import center_crop_view
 from data.shapes import Shapes
-from evaluation import supervised
+from evaluation import report, supervised
+from evaluation.classifiers import load_classifier
 from evaluation.fewshot import draw_images
 from evaluation.linear import holdout_mask
 from train import build_networks
@@ -262,7 +264,7 @@ def test_predictions_and_confusion_matrix_on_request(trained):
 
 
 def test_unwritable_paths_are_refused_before_extraction(trained, monkeypatch):
-    monkeypatch.setattr(evaluate, "extract", None)
+    monkeypatch.setattr(evaluate.EvalSetup, "extract", None)
     for flags, message in ((["--features", "/proc/f.safetensors"], "^/proc: no"),
                            (["--output_dir", "/proc"], "^/proc: no"),
                            (["--output_dir", "/proc/missing"], "/proc/missing")):
@@ -441,7 +443,7 @@ def test_predict(trained, capsys, exit_message, task, flags):
         assert message in exit_message(run, "predict", "--num_workers", "0", "--ckpt", *argv)
 
 
-def test_embed(trained, capsys, exit_message):
+def test_embed(trained, capsys, exit_message, monkeypatch):
     """Features of a folder, a file, a tar and a named set, in every format, equal those of the model."""
     folder, path, model = trained
     with tarfile.open("new.tar", "w") as tar:
@@ -459,7 +461,7 @@ def test_embed(trained, capsys, exit_message):
     out = capsys.readouterr().out
     assert "24 images, 1 corrupt, 32 features each\nwritten to features.npy" in out and "04.png" in out
     torch.testing.assert_close(torch.from_numpy(np.load("features.npy")), cls)
-    assert json.loads(Path("features.names.json").read_text()) == names
+    assert json.loads(Path("features.npy.names.json").read_text()) == names
     run(*inputs, "--n_last_blocks", "0", "--avgpool_patchtokens", "--output", "out/patches.safetensors")
     torch.testing.assert_close(load_file("out/patches.safetensors")["features"], patches)
     run(*inputs, "--avgpool_patchtokens", "--output", "both.PARQUET")
@@ -472,6 +474,8 @@ def test_embed(trained, capsys, exit_message):
                           (["images", "--n_last_blocks", "0"], "--n_last_blocks 0 is not from 1 to 1"),
                           (["images", "--image_size", "30"], "--image_size 30: not multiples")):
         assert message in exit_message(run, "embed", "--num_workers", "0", *argv)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pyarrow is not installed: pip install pyarrow" in exit_message(run, *inputs, "--output", "x.parquet")
 
 
 def test_embed_takes_named_sets(small_shapes, trained):
@@ -491,8 +495,8 @@ def test_a_linear_classifier_is_fine_tuned(trained):
     ckpt = Path("runs", "one", "teacher.linear_quick.images", "classifier.safetensors")
     train("finetune", "--ckpt", str(ckpt), "--data_path", "images", "--epochs", "1", "--warmup_epochs", "0",
           output=ckpt.with_name("classifier.finetune.images"))
-    network, _ = supervised.load_classifier(ckpt.with_name("classifier.finetune.images"))
-    assert network.heads[0].weight.shape == (3, 32) and supervised.load_classifier(ckpt)[0].tokens.avgpool
+    network, _ = load_classifier(ckpt.with_name("classifier.finetune.images"))
+    assert network.heads[0].weight.shape == (3, 32) and load_classifier(ckpt)[0].tokens.avgpool
 
 
 @pytest.mark.parametrize("change, words", [
@@ -574,7 +578,9 @@ def test_interrupted_training_resumes_exactly(trained, monkeypatch, capsys, task
 SCRIPT = """
 import contextlib, io, json, os
 import torch.distributed as dist
-import evaluate
+import data.semantic, evaluate
+if os.environ["RANK"] != "0":
+    data.semantic.progress_bar = None  # classes are counted on rank 0 alone
 for i, argv in enumerate(json.loads({commands!r})):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # else a process group finds the addresses of the one before
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -618,7 +624,7 @@ def test_two_processes_equal_one(trained, run_torchrun):
         confusions.append(np.array(result["confusion_matrix"]))
     assert results[0] == results[1]
     np.testing.assert_allclose(np.load(folder / "embed1.npy"), np.load(folder / "embed2.npy"), atol=1e-5)
-    assert (folder / "embed1.names.json").read_bytes() == (folder / "embed2.names.json").read_bytes()
+    assert (folder / "embed1.npy.names.json").read_bytes() == (folder / "embed2.npy.names.json").read_bytes()
     assert confusions[0].sum() == confusions[1].sum() > 10_000
     assert np.abs(confusions[0] - confusions[1]).sum() <= 1e-3 * confusions[0].sum()  # rounding moves single pixels
     assert len(losses[0]) == 18 and losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -649,8 +655,9 @@ def test_signal_handlers_are_restored_after_training(trained):
 
 def test_logits_are_computed_in_float32(trained, monkeypatch):
     """In bfloat16 two of a thousand classes often tie."""
-    report, seen = evaluate.report_accuracy, []
-    monkeypatch.setattr(evaluate, "report_accuracy", lambda logits, *rest: (seen.append(logits), report(logits, *rest)))
+    report_accuracy, seen = report.report_accuracy, []
+    monkeypatch.setattr(report, "report_accuracy", lambda logits, *rest: (
+        seen.append(logits), report_accuracy(logits, *rest)))
     train("finetune", "--epochs", "1", "--warmup_epochs", "0", "--precision", "bf16")
     assert not torch.equal(seen[0], seen[0].bfloat16().float())
 
@@ -774,9 +781,28 @@ def test_wrong_segmentation_input_is_one_line(trained, exit_message):
         assert message in exit_message(run, "segmentation", *CPU, *flags)
     assert "classifies patches, here images are" in exit_message(run, "predict", "--ckpt", str(output), "images")
     for path in (folder / "set" / "masks" / "val").iterdir():
+        Image.fromarray(np.full(np.asarray(Image.open(path)).shape, 255, np.uint8)).save(path)
+    assert "set: the masks of the 23 test images are unlabeled, nothing to test" in exit_message(
+        run, "segmentation", *CPU, "--data_path", "set", "--test_only")
+    for path in (folder / "set" / "masks" / "val").iterdir():
         path.write_bytes(b"bad")
     assert "set: no test image can be read, the last: " in exit_message(
         run, "segmentation", *CPU, "--data_path", "set", "--test_only")
+
+
+def test_segmentation_of_black_and_white_masks(trained):
+    """Two classes, 0 and 255, none of which is left out: with classes.txt too."""
+    folder, path, _ = trained
+    write_masks(folder, sizes=[(32, 32)])
+    for mask in (folder / "set" / "masks").rglob("*.png"):
+        Image.fromarray((np.asarray(Image.open(mask)) % 255 > 0).astype(np.uint8) * 255).save(mask)
+    (folder / "set" / "classes.txt").write_text("sky\nshape\n")
+    result = train("segmentation", "--data_path", "set", "--epochs", "1", output=path.with_name(
+        "teacher.segmentation.set"))
+    matrix = np.array(result["confusion_matrix"])
+    shapes = sum((np.asarray(Image.open(mask)) > 0).sum() for mask in (folder / "set" / "masks" / "val").iterdir())
+    assert matrix.sum(axis=1).tolist() == [23 * 32**2 - shapes, shapes] and result["miou"] < 100
+    assert list(result["per_class"]) == result["classes"] == ["sky", "shape"]
 
 
 # ---- class names ----

@@ -148,15 +148,31 @@ def test_each_object_has_its_best_head(model, davis):
     assert result["jaccard"]["trained"]["best_head"] == pytest.approx(100 * np.mean(best))
 
 
-def test_corrupt_masks_are_skipped_and_named(model, davis, exit_message):
+def test_corrupt_masks_are_skipped_and_empty_ones_have_no_object(model, davis, tmp_path, exit_message):
     _, path = model
     Image.new("L", (10, 10), 255).save(davis / "Annotations" / "480p" / "single" / "00002.png")
     Image.new("L", (150, 100)).save(davis / "Annotations" / "480p" / "single" / "00003.png")
-    line = exit_message(run, "masks", "--ckpt", path, "--data_path", davis)
-    assert "skipped 2 of 12 images; the first: " in line
+    line = exit_message(run, "masks", "--ckpt", path, "--data_path", davis, "--write", tmp_path / "out")
+    assert "skipped 1 of 12 images; the first: " in line
     assert "00002.png: the mask has 10 x 10 pixels, its image 150 x 100" in line
     result = json.loads(next(path.parent.glob("teacher.masks.*.json")).read_text())
-    assert result["num_images"] == 10 and result["skipped"][1].endswith("00003.png: has no object")
+    assert result["num_images"] == 10 and len(result["skipped"]) == 1
+    coco = json.loads((tmp_path / "out" / "boxes.json").read_text())
+    assert len(coco["images"]) == 11 and (tmp_path / "out/JPEGImages/480p/single/00003.png").exists()
+    (davis / "Annotations" / "480p" / "single" / "00002.png").unlink()
+    flags = "discover", "--ckpt", path, "--method", "lost", "--image_size", 64, "--data_path"
+    run(*flags, davis, "--write", tmp_path / "lost")
+    result = json.loads((path.parent / "teacher.lost.DAVIS.json").read_text())
+    ious = {row["file"][-16:]: row["iou"] for row in result["objects"]}
+    assert len(ious) == 11 and [name for name, iou in ious.items() if iou is None] == ["single/00003.jpg"]
+    assert result["num_images"] == 10 and result["skipped"] == []
+    assert result["corloc"] == 10 * sum(iou >= 0.5 for iou in ious.values() if iou is not None)
+    for mask in (davis / "Annotations").rglob("*.png"):
+        Image.new("L", (150, 100)).save(mask)
+    assert "DAVIS: none of its images can be used, their masks are empty" in exit_message(
+        run, "masks", "--ckpt", path, "--data_path", davis)
+    run(*flags, davis)
+    assert json.loads((path.parent / "teacher.lost.DAVIS.json").read_text())["corloc"] is None
 
 
 def test_attention_masks_are_written_as_weak_labels(model, tmp_path, capsys, exit_message):
@@ -209,12 +225,17 @@ def exit_parsing(capsys, *argv):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_masks_are_written_beside_the_evaluation(model, tmp_path, capsys):
+def test_masks_are_written_beside_the_evaluation(model, tmp_path, capsys, monkeypatch):
+    """The attention of each image is computed once for each of the two models."""
     flags = "masks", "--ckpt", model[1], "--num_images", 3, "--image_size", 64
     run(*flags)
     path, = model[1].parent.glob("teacher.masks.*.json")
     before = json.loads(path.read_text())["jaccard"]
+    forward, calls = VisionTransformer.forward_with_attention, []
+    monkeypatch.setattr(VisionTransformer, "forward_with_attention", lambda self, x: (
+        calls.append(self), forward(self, x))[1])
     run(*flags, "--write", tmp_path / "out")
+    assert len(calls) == 6 and len(set(map(id, calls))) == 2
     assert json.loads(path.read_text())["jaccard"] == before
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "00000.png", "00666.png", "01333.png", "boxes.json"]
@@ -323,6 +344,25 @@ def test_objects_of_masks_and_of_any_images(model, tmp_path, capsys, exit_messag
     for flags, message in ((["--data_path", tmp_path / "nothing"], "nothing: expected JPEGImages"),
                            (["--image_size", 8], "--image_size 8 is less than two patches of 8 pixels")):
         assert message in exit_message(run, "discover", "--ckpt", path, *flags)
+
+
+def test_an_image_of_two_patches_has_an_object(model, tmp_path):
+    """In its own size, as published: the first patch, unless both are alike."""
+    (tmp_path / "small").mkdir()
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, 8:] = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    Image.fromarray(pixels).save(tmp_path / "small" / "a.png")
+    run("discover", "--ckpt", model[1], "--data_path", tmp_path / "small", "--image_size", 0)
+    result = json.loads((model[1].parent / "teacher.tokencut.small.json").read_text())
+    assert result["objects"][0]["box"] in ([0, 0, 8, 8], [0, 0, 16, 8])
+
+
+def test_images_of_too_many_patches_are_skipped(model, voc2007, exit_message):
+    Image.new("RGB", (1300, 1290)).save(voc2007 / "JPEGImages" / "3.jpg")  # 163 x 162 patches
+    line = exit_message(run, "discover", "--ckpt", model[1], "--data_path", voc2007, "--image_size", 0)
+    assert line.endswith("skipped 1 of 8 images; the first: JPEGImages/3.jpg: 26,406 patches are more than 20,000, set "
+                         "a smaller --image_size")
+    assert json.loads((model[1].parent / "teacher.tokencut.VOC2007.json").read_text())["num_images"] == 7
 
 
 def test_discovery_under_two_processes_equals_one(model, voc2007, tmp_path, run_torchrun):

@@ -441,6 +441,7 @@ def test_animation_of_a_run(small_shapes, tmp_path, monkeypatch, exit_message, c
     train.main(train.parse_args([*flags, str(folder), "--epochs", "1"]))
     line = exit_message(run, "embedding", "--run", folder)
     assert "tiny: saved epochs: 1, an animation needs two: train with --saveckp_freq 1" in line
+    assert "--run missing: no such folder" in exit_message(run, "embedding", "--run", "missing")
     train.main(train.parse_args([*flags, str(folder), "--epochs", "3"]))
     (folder / "checkpoint0001 (copy).pth").write_bytes(b"")
     seen = {}

@@ -9,6 +9,7 @@ from data.loaders import build_train_loader
 from data.segmentation import find_masks
 from data.semantic import SemanticCrop, open_semantic
 from data.shapes import Shapes
+from evaluation.setup import list_class_names
 
 
 def write(path, array, mode=None):
@@ -56,6 +57,9 @@ def test_voc(tmp_path, augmented):
         assert data.train.classes[15] == "person" and data.val.name(0).endswith("c.jpg")
         for images in (data.train, data.val):
             assert (read_labels(images, len(images) - 1) == MASK).all()
+    (lists / "val.txt").write_text("\n")
+    with pytest.raises(DataError, match="Segmentation.val.txt: is empty, expected a name on each line"):
+        open_semantic(str(root))
 
 
 def test_ade20k(tmp_path):
@@ -67,7 +71,7 @@ def test_ade20k(tmp_path):
     (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *names]) + "\n")
     data = open_semantic(str(tmp_path))
     assert len(data.train.classes) == 150 and data.train.classes[0] == "wall"
-    assert data.train.classes[148:] == ["screen (148)", "screen (149)"]
+    assert list_class_names(data)[148:] == ["screen (148)", "screen (149)"]
     for images in (data.train, data.val):
         assert read_labels(images, 0)[0].tolist() == [255, 0, 0, 1, 149]
     assert [path.parent.name for path, _ in find_masks(str(tmp_path))[0]] == ["validation"]
@@ -115,15 +119,29 @@ def test_other_folders_and_masks(tmp_path):
             open_semantic(str(tmp_path)).train[0]
 
 
-def test_black_and_white_masks_are_an_error(tmp_path):
-    """255 is unlabeled, so the background would be the only class, with an mIoU of 100%."""
+def test_black_and_white_masks_have_two_classes(tmp_path):
+    """Also with two names in classes.txt; as soon as another class occurs in one of the masks, 255 is unlabeled."""
     for part in ("train", "val"):
         write(tmp_path / "images" / part / "a.jpg", PHOTO)
         write(tmp_path / "masks" / part / "a.png", np.where(MASK == 1, 255, 0))
-    with pytest.raises(DataError, match="images.train: its masks have no class besides 0, and 255 is unlabeled: write"):
+    for names in ("0 255", "sky cat"):
+        data = open_semantic(str(tmp_path))
+        assert data.train.classes == names.split() and data.note.endswith(", 2 classes")
+        for images in (data.train, data.val):
+            assert (read_labels(images, 0) == (MASK == 1)).all()
+        (tmp_path / "classes.txt").write_text("sky\ncat\n")
+    (tmp_path / "classes.txt").write_text("sky\ncat\ndog\n")
+    with pytest.raises(DataError, match="classes.txt: 3 names of classes, but the masks hold 0 and 255 alone"):
         open_semantic(str(tmp_path))
     write(tmp_path / "masks" / "val" / "a.png", np.where(MASK == 1, 255, MASK % 255))  # classes 0 and 2
-    assert open_semantic(str(tmp_path)).train.classes == ["0", "1", "2"]
+    for names in (["sky", "cat", "dog"], ["0", "1", "2"]):
+        data = open_semantic(str(tmp_path))
+        assert data.train.classes == names and read_labels(data.train, 0)[0].tolist() == [0, 255, 255, 0, 0]
+        (tmp_path / "classes.txt").unlink(missing_ok=True)
+    for part in ("train", "val"):
+        write(tmp_path / "masks" / part / "a.png", np.full_like(MASK, 255))
+    with pytest.raises(DataError, match="its masks hold nothing but 255, which is unlabeled"):
+        open_semantic(str(tmp_path))
 
 
 def test_crops_of_image_and_mask_are_the_same(tmp_path):

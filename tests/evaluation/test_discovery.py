@@ -81,6 +81,15 @@ def test_tokencut_equals_the_paper():
     assert len(areas) > 10 and unique > 20
 
 
+def test_tokencut_of_two_patches():
+    """Opposite keys are cut: one patch each, and the first is the object; alike, they are one."""
+    for h, w in ((1, 2), (2, 1)):
+        keys = torch.tensor([1.0, -1.0]).view(h, w, 1) * torch.ones(4)
+        expected = tokencut_by_definition(keys.numpy(), 0.2, 1e-5)[0]
+        assert expected.sum() == 1 and (discover_tokencut(keys).numpy() == expected).all()
+        assert discover_tokencut(keys.abs()).all()
+
+
 def test_tau_and_eps_are_those_of_the_graph():
     keys, flags = draw_keys(10, 10, 0, 2.0), [(0.4, 1e-5), (0.2, 1e-5), (0.2, 0.3)]
     found = [discover_tokencut(torch.from_numpy(keys), *pair).numpy() for pair in flags]

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -68,9 +69,8 @@ def test_every_format_holds_names_and_features(write):
         assert len(write(f"f.{ending}")) == len(NAMES)
         if ending in ("npy", "safetensors"):
             found = np.load("f.npy") if ending == "npy" else load_file("f.safetensors")["features"].numpy()
-            with open("f.names.json", encoding="utf-8") as file:
+            with open(f"f.{ending}.names.json", encoding="utf-8") as file:
                 assert json.load(file) == names
-            os.remove("f.names.json")
         elif ending == "csv":
             with open("f.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 header, *rows = csv.reader(file)
@@ -81,7 +81,28 @@ def test_every_format_holds_names_and_features(write):
             assert table["file"] == [*names[:-1], "latin\\xe9.png"]
             found = np.array(table["features"], np.float32)
         assert found.dtype == np.float32 and np.array_equal(found, features)
-    assert sorted(os.listdir()) == ["f.csv", "f.npy", "f.parquet", "f.safetensors"]
+    assert sorted(os.listdir()) == ["f.csv", "f.npy", "f.npy.names.json", "f.parquet", "f.safetensors",
+                                    "f.safetensors.names.json"]
+
+
+def test_names_of_two_files_of_one_stem_are_kept(write):
+    class Others(Images):
+        def name(self, i):
+            return f"other {i}"
+
+    write("f.npy")
+    write("f.safetensors", Others())
+    for name, of in (("f.npy", Images), ("f.safetensors", Others)):
+        with open(f"{name}.names.json", encoding="utf-8") as file:
+            assert json.load(file) == [of().name(i) for i in READABLE]
+
+
+def test_a_missing_package_is_noticed_before_images_are_read(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(Images, "__getitem__", None)
+    with pytest.raises(ModuleNotFoundError, match="pyarrow"):
+        write("f.parquet")
+    assert os.listdir() == []
 
 
 def test_interrupted_extraction_resumes_with_the_next_part(write):
@@ -93,7 +114,7 @@ def test_interrupted_extraction_resumes_with_the_next_part(write):
     changed = Images()
     changed.changed = [1, 9]
     assert write("f.npy", changed) == [1, 9, 10]
-    for name in ("npy", "names.json"):
+    for name in ("npy", "npy.names.json"):
         with open(f"f.{name}", "rb") as resumed, open(f"whole.{name}", "rb") as whole:
             assert resumed.read() == whole.read()
     assert not os.path.exists("f.npy.parts")

@@ -11,7 +11,7 @@ from evaluation.segmentation import (
     SegmentationHead,
     count_confusions,
     pixel_cross_entropy,
-    predict_classes,
+    predict_pixels,
     summarize_confusions,
 )
 
@@ -28,8 +28,6 @@ def test_patch_features_are_the_tokens_in_row_major_order(model):
     for row, column in ((0, 0), (0, 4), (1, 3)):
         expected = torch.cat([layer[:, 1 + 5 * row + column] for layer in layers], dim=1)
         torch.testing.assert_close(features[:, :, row, column], expected)
-    with pytest.raises(ValueError, match="--n_last_blocks 3 is more than the model's depth, 2"):
-        PatchFeatures(network, 3)
 
 
 def test_head_equals_torch_batch_norm_and_convolution():
@@ -69,7 +67,7 @@ def test_loss_is_the_mean_over_all_pixels():
 def test_classes_in_chunks_equal_the_argmax_of_all(chunk):
     logits = draw(2, 10, 5, 7)
     expected = nn.functional.interpolate(logits, (33, 20), mode="bilinear").argmax(dim=1)
-    assert predict_classes(logits, (33, 20), chunk).equal(expected) and len(expected.unique()) == 10
+    assert predict_pixels(logits, (33, 20), chunk).equal(expected) and len(expected.unique()) == 10
 
 
 def test_confusions_equal_scikit_learn():

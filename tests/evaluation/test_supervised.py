@@ -6,9 +6,8 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 
+from evaluation.classifiers import Classifiers, FeatureExtractor
 from evaluation.supervised import (
-    Classifiers,
-    FeatureExtractor,
     build_head_groups,
     build_layer_decay_groups,
     build_mixup,
