@@ -50,7 +50,7 @@ from common.precision import DTYPES
 from common.weights import check_image_size, find_model, load_backbone, read_input, save_model, sha256, sibling_path
 from data.datasets import DataError, ImageFolder
 from data.shapes import Shapes
-from evaluation.supervised import load_classifier
+from evaluation.classifiers import load_classifier
 from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine

@@ -32,7 +32,6 @@ from data.loaders import build_train_loader, iter_batch_keys, iter_on_device
 from data.order import derive_seed
 from dino_loss import cosine_schedule
 from evaluation.classifiers import get_fixed_settings, restore_classifier, save_classifier
-from evaluation.classifiers import load_classifier as load_classifier  # for export.py
 from evaluation.linear import fit_best_classifier, holdout_mask
 from evaluation.report import report_accuracy
 from evaluation.setup import log
