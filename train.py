@@ -629,6 +629,9 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
     logger.print(f"epochs: {args.epochs} of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
+    if not args.init and (seen := total_steps * global_batch_size) < auto.TOO_SHORT:
+        logger.print(f"NOTE: {seen:,} images in {args.epochs} epochs are few for random weights, whose features may "
+                     f"stay below raw pixels: raise --epochs, or continue from weights with --init")
     if args.init:
         names = [*CONTINUE, *["channels"] * bool(args.channels)]
         flags = ", ".join(f"{name} {auto.format_value(getattr(args, name))}" for name in names)

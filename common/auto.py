@@ -13,6 +13,7 @@ PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_cr
              centering="mean", momentum_teacher=0.996)
 SMALL = 100_000  # images of a data set
 SHORT = 200_000  # images of a run: number times epochs
+TOO_SHORT = 60_000  # with as many, features were hardly better than raw pixels
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:
@@ -24,10 +25,12 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
     side = side or PAPER["global_crops_size"]
     size = min(PAPER["global_crops_size"], int(side)) if "global_crops_size" in args.auto else args.global_crops_size
     given = [getattr(args, name) for name in ("global_crops_size", "local_crops_size") if name not in args.auto]
-    p = choose_patch_size(size, given) if "patch_size" in args.auto else args.patch_size or 1
+    is_short = num_images * args.epochs < SHORT
+    side_in_patches = 4 if is_short and side < 64 else 8
+    p = choose_patch_size(size, given, side_in_patches) if "patch_size" in args.auto else args.patch_size or 1
     found = dict(patch_size=p, global_crops_size=max(1, size // p) * p, out_dim=choose_out_dim(num_images),
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
-    if side < 64 or num_images * args.epochs < SHORT:  # objects that fill their images, or no time for hard views
+    if side < 64 or is_short:  # objects that fill their images, or no time for hard views
         found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
     if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
         found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")
@@ -40,9 +43,9 @@ def fit_to_steps(args, total_steps: int) -> None:
     set_auto(args, dict(momentum_teacher=round(1 - 1 / horizon, 4)))
 
 
-def choose_patch_size(size: int, multiples: tuple[int, ...] = ()) -> int:
-    """The largest of 16, 8, 4, 2 and 1 with 64 patches or more in a crop, or half of it if that divides given sizes."""
-    largest = next((p for p in (16, 8, 4, 2) if 8 * p <= size), 1)
+def choose_patch_size(size: int, multiples: tuple[int, ...] = (), side_in_patches: int = 8) -> int:
+    """The largest of 16, 8, 4, 2 and 1 with so many patches along a crop, or half of it if that divides given sizes."""
+    largest = next((p for p in (16, 8, 4, 2) if side_in_patches * p <= size), 1)
     return next((p for p in (largest, largest // 2) if p and not any(given % p for given in multiples)), largest)
 
 

@@ -35,7 +35,10 @@ def test_small_sets():
     assert describe_auto(args, 9469, 128, 5310) == (
         "auto: global_crops_size 128, local_crops_size 56, local_crops_number 4, global_crops_scale 0.4 1, "
         "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn (9,469 images of 128 pixels, 100 epochs)")
+    args = fit(3000, 32, 900, "--epochs", "19")
+    assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
     args = fit(9469, 128, 5310, "--epochs", "18")
+    assert args.patch_size == 16
     assert (args.global_crops_scale, args.local_crops_scale) == ((0.8, 1.0), (0.3, 0.8))
     args = fit(300, 20, 50, "--arch", "resnet18")
     assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
@@ -45,7 +48,7 @@ def test_small_sets():
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 32, 63, 64, 100, 127, 128, 224])
 def test_crops_are_whole_patches(size):
-    args = SimpleNamespace(auto=tuple(PAPER), loss="ce", epochs=100, **PAPER)
+    args = SimpleNamespace(auto=tuple(PAPER), loss="ce", epochs=1000, **PAPER)
     fit_to_images(args, 1000, size)
     p = args.patch_size
     assert args.global_crops_size % p == args.local_crops_size % p == 0 and p == choose_patch_size(size)
@@ -67,7 +70,7 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
              "--local_crops_number 1 --batch_size_per_gpu 64 --num_workers 0 --knn_every 0 --data_path shapes:32 "
              f"--output_dir {tmp_path}/run").split()
     train.main(train.parse_args([*flags, "--epochs", "1"]))
-    line = "auto: patch_size 4, global_crops_size 32, local_crops_size 12, global_crops_scale 0.8 1, " \
+    line = "auto: patch_size 8, global_crops_size 32, local_crops_size 16, global_crops_scale 0.8 1, " \
         "local_crops_scale 0.3 0.8, out_dim 256, use_bn_in_head true, centering sinkhorn (300 images of 32 pixels, 1 "\
         "epochs); momentum_teacher 0.9 (4 steps)\n"
     assert line in capsys.readouterr().out
@@ -81,7 +84,7 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
         out = capsys.readouterr().out
         assert "resuming at step" in out and "momentum_teacher 0.93" in out
     args = train.parse_args([*flags, "--epochs", "4", "--momentum_teacher", "0.5"])
-    assert args.momentum_teacher == 0.5 and "momentum_teacher" not in args.auto and args.patch_size == 4
+    assert args.momentum_teacher == 0.5 and "momentum_teacher" not in args.auto and args.patch_size == 8
 
 
 def test_a_resumed_run_keeps_what_was_given(small_shapes, tmp_path, capsys, exit_message):
@@ -95,7 +98,7 @@ def test_a_resumed_run_keeps_what_was_given(small_shapes, tmp_path, capsys, exit
     path.write_text("# repeated\n\n" + path.read_text())
     capsys.readouterr()
     args = train.parse_args([*flags, "--epochs", "3"])
-    assert (args.patch_size, args.out_dim, args.momentum_teacher) == (4, 99, 0.9) and len(args.normalization) == 6
+    assert (args.patch_size, args.out_dim, args.momentum_teacher) == (8, 99, 0.9) and len(args.normalization) == 6
     train.main(args)
     assert "resuming at step 8 of 12" in capsys.readouterr().out
     args = train.parse_args(["--arch", "resnet18", *flags[8:], "--epochs", "3"])
