@@ -433,22 +433,25 @@ def download_repository(name, log):
     Raises:
         CheckpointError: there is no such repository, it holds no model file, or the Hub cannot be reached.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    repository, problem = name.removeprefix("hf:"), f"holds none of {', '.join(MODEL_FILES)}"
+    repository, problem = name.removeprefix("hf:"), None
+    try:
+        HfApi().model_info(repository)  # hf_hub_download would ask six times for each file
+    except Exception as error:  # of its HTTP library; what is in the cache can be read nevertheless
+        problem = first_line(error)
     for file in MODEL_FILES:
         try:
-            path = hf_hub_download(repository, file)
+            path = hf_hub_download(repository, file, local_files_only=bool(problem))
             with contextlib.suppress(EntryNotFoundError):  # config.json is not in every repository
-                hf_hub_download(repository, "config.json")
+                hf_hub_download(repository, "config.json", local_files_only=bool(problem))
             log(f"{path}: SHA-256 {sha256(path)}")
             return path
-        except LocalEntryNotFoundError:
-            problem = "is not in the cache, and the Hub cannot be reached: go online, without HF_HUB_OFFLINE"
         except EntryNotFoundError:
             continue
-        except Exception as error:  # also those of its HTTP library
-            problem = f"cannot be downloaded from the Hugging Face Hub ({first_line(error)})"
+        except Exception as error:
+            problem = first_line(error)
             break
-    raise CheckpointError(f"{name}: {problem}")
+    raise CheckpointError(f"{name}: cannot be read from the Hugging Face Hub or its cache "
+                          f"({problem or 'no ' + ', '.join(MODEL_FILES)})")
