@@ -1,12 +1,14 @@
 """A folder for the Hugging Face Hub: its weights in every library, its card, and its way back through the cache."""
 
 import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -181,6 +183,61 @@ def test_a_repository_is_read_from_the_cache(model, cache, tmp_path, monkeypatch
     assert train.parse_args(["--init", "hf:me/demo", "--device", "cpu", "--global_crops_size", "32",
                              "--local_crops_size", "16"]).init == "hf:me/demo"
     assert sibling_path("hf:me/demo", None, "onnx") == Path("demo.onnx")
+
+
+def test_a_repository_is_downloaded_once(model, cache, tmp_path, monkeypatch, capsys, exit_message):
+    """By the library itself, from a server on the loopback address that answers as the Hub does."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self, with_content=True):
+            requests.append(f"{self.command} {self.path}")
+            owner, _, name = self.path.removeprefix("/api/models/").partition("/resolve/main/")
+            file = folder / name
+            content = b'{"id": "me/demo", "sha": "%s", "siblings": []}' % (b"01234567" * 5)
+            if name:
+                content = file.read_bytes() if file.exists() else b""
+            self.send_response(200 if content and owner.strip("/") == "me/demo" else 404)
+            self.send_header("X-Repo-Commit", "01234567" * 5)
+            self.send_header("X-Error-Code", "EntryNotFound" if name else "RepoNotFound")
+            self.send_header("ETag", hashlib.sha256(content).hexdigest())
+            self.send_header("Content-Length", len(content))
+            self.end_headers()
+            if with_content:
+                self.wfile.write(content)
+
+        def do_HEAD(self):
+            self.do_GET(with_content=False)
+
+        def log_message(self, *args):
+            pass
+
+    network, path = model
+    hub(path)
+    folder, requests = path.parent / "teacher.hub", []
+    (folder / "teacher.safetensors").unlink()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name, value in (("HF_HUB_OFFLINE", False), ("ENDPOINT", url),
+                            ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        try:
+            for _ in range(2):
+                found, _ = load_backbone("hf:me/demo")
+                assert all(torch.equal(x, found.state_dict()[name]) for name, x in network.state_dict().items())
+            downloads = [request for request in requests if request.startswith("GET /me")]
+            assert sorted(downloads) == [f"GET /me/demo/resolve/main/{name}" for name in ("config.json",
+                                                                                          "model.safetensors")]
+            assert "hf:me/none: cannot be read from the Hugging Face Hub or its cache (404 Client" in exit_message(
+                load_backbone, "hf:me/none")
+            (folder / "model.safetensors").unlink()
+            shutil.rmtree(cache)
+            assert "(no teacher.safetensors, model.safetensors, pytorch_model.bin)" in exit_message(
+                load_backbone, "hf:me/demo")
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_what_cannot_be_read_is_one_line(cache, monkeypatch, exit_message):
