@@ -5,10 +5,16 @@
     backbone = build_backbone(dict(arch="timm:xcit_small_12_p16_224", img_size=224))
     feature = backbone(images)                                                   # [B, 3, H, W] -> [B, D]
 
-Only the ViT has attention maps and patch tokens. Weights are random, nothing is downloaded.
+    path = download_published("dino_vits16")                                     # weights of the paper, a file
+
+Only the ViT has attention maps and patch tokens. Weights of what is built are random.
 """
 
 import difflib
+import hashlib
+import os
+import sys
+from http.client import HTTPException
 
 import torch
 import torch.distributed as dist
@@ -17,6 +23,16 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from vit import SIZES, VisionTransformer
+
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino"
+PUBLISHED = {  # name in torch.hub -> arguments of build_backbone, and the name of the authors' file
+    "dino_vits16": (dict(patch_size=16, **SIZES["vit_small"]), "dino_deitsmall16_pretrain"),
+    "dino_vits8": (dict(patch_size=8, **SIZES["vit_small"]), "dino_deitsmall8_pretrain"),
+    "dino_vitb16": (dict(patch_size=16, **SIZES["vit_base"]), "dino_vitbase16_pretrain"),
+    "dino_vitb8": (dict(patch_size=8, **SIZES["vit_base"]), "dino_vitbase8_pretrain"),
+    "dino_resnet50": (dict(arch="resnet50"), "dino_resnet50_pretrain"),
+    **{f"dino_{name}": (dict(arch=f"timm:{name}_224"), f"dino_{name}_pretrain") for name in (
+        "xcit_small_12_p16", "xcit_small_12_p8", "xcit_medium_24_p16", "xcit_medium_24_p8")}}
 
 
 class BackboneError(ValueError):
@@ -136,3 +152,42 @@ def build_backbone(arguments: dict, drop_path_rate: float = 0.0) -> nn.Module:
     """HeadlessClassifier from arguments that contain "arch", VisionTransformer from others."""
     kind = HeadlessClassifier if "arch" in arguments else VisionTransformer
     return kind(**arguments, drop_path_rate=drop_path_rate)
+
+
+# ---- published weights ----
+
+def is_published(name: str) -> bool:
+    """Whether the authors' weights have this name: one of PUBLISHED, or with "_full" the full checkpoint."""
+    return name.removesuffix("_full") in PUBLISHED
+
+
+def download_published(name: str, log=print) -> str:
+    """Path of the authors' file of a name, see `is_published` and `download`."""
+    file = PUBLISHED[name.removesuffix("_full")][1]
+    full = "_full_checkpoint" * name.endswith("_full")
+    return download(f"{PUBLISHED_URL}/{file}/{file}{full}.pth", f"{file}{full}.pth", log)
+
+
+def download(url: str, name: str, log=print) -> str:
+    """Path of a file in the cache of torch.hub, which downloads it unless it is there.
+
+    Args:
+        name: of the file in the cache.
+        log: called with a line that has its SHA-256.
+
+    Raises:
+        OSError: it cannot be downloaded.
+    """
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        print(f"downloading {url}")
+        try:
+            torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise OSError(f"{url} cannot be downloaded ({reason}): go online, or put a copy of the file at "
+                          f"{path}") from None
+    with open(path, "rb") as file:
+        log(f"{path}: SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return path

@@ -7,6 +7,7 @@
     python export.py --check teacher.onnx --benchmark              # verify and time an existing file
     python export.py run teacher.onnx dog.jpg                      # inference: infer.py, which needs no torch
     python export.py --format transformers                         # a folder for ViTModel.from_pretrained
+    python export.py --format hub                                  # a folder for the Hugging Face Hub
 
 The ONNX file takes `image`, [B, C, H, W] normalized with the mean and std in its metadata or, with --normalize, uint8
 pixels. Its outputs are `features` [B, D] and `attention` [B, heads, H/p, W/p], CLS over patches in the last block, and
@@ -29,6 +30,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -44,13 +46,26 @@ from backbones import HeadlessClassifier
 from common import cli
 from common.checkpoint import CheckpointError
 from common.cli import nonnegative_int, positive_int
-from common.convert import FORMATS
-from common.files import atomic_write, check_file, create_folder
+from common.convert import FORMATS, save_transformers
+from common.files import atomic_write, check_file, create_folder, write_text
 from common.precision import DTYPES
-from common.weights import check_image_size, find_model, load_backbone, read_input, save_model, sha256, sibling_path
+from common.weights import (
+    absolute_path,
+    check_image_size,
+    find_model,
+    is_remote,
+    load_backbone,
+    read_input,
+    read_weights,
+    save_model,
+    sha256,
+    sibling_path,
+    weights_file,
+)
 from data.datasets import DataError, ImageFolder
 from data.shapes import Shapes
 from evaluation.classifiers import load_classifier
+from evaluation.model_card import build_model_card, describe_publicly
 from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine
@@ -77,7 +92,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
     add("--checkpoint_key", choices=["teacher", "student"], help="network of a full checkpoint (default: teacher)")
-    add("--format", choices=["onnx", *FORMATS], default="onnx", help="ONNX, or weights under another library's names")
+    add("--format", choices=["onnx", "hub", *FORMATS], default="onnx",
+        help="ONNX, a folder for the Hugging Face Hub, or weights under another library's names")
     add("--output", metavar="FILE", help="output path (default: the model file's name with the format's ending)")
     add = parser.add_argument_group("ONNX").add_argument
     add("--image_size", type=cli.image_side, nargs="+", help="H W, or side of a square (default: that of training)")
@@ -150,7 +166,7 @@ def build_metadata(backbone, info, ckpt, args):
         value_range=info.get("value_range"),
         interpolation=None if is_dynamic else "bicubic: shorter side to 8/7 of the crop's, then the center",
         precision=args.precision, opset=args.opset, heads=args.heads, last_layers=args.last_layers,
-        checkpoint=os.path.abspath(ckpt), checkpoint_key=args.checkpoint_key, sha256=sha256(ckpt), outputs=outputs)
+        checkpoint=absolute_path(ckpt), checkpoint_key=args.checkpoint_key, sha256=sha256(ckpt), outputs=outputs)
 
 
 def build_onnx(backbone, metadata, args, classifier=None):
@@ -379,29 +395,63 @@ def main(args):
         images = read_images(args, metadata.get("channels"), metadata.get("value_range"))
         with wrap_errors(f"{output}: its metadata does not fit its model"):
             report = verify(backbone, model, metadata, images, classifier)
+        print(f"{output}: " + "\n  ".join(report))
     else:
         ckpt = find_model(args.ckpt)
         backbone, info, classifier = load_network(ckpt, args.checkpoint_key)
-        ending, save = FORMATS.get(args.format, ("onnx", None))
+        ending, save = FORMATS.get(args.format, (args.format, None))
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
-        if os.path.exists(output) and os.path.samefile(output, ckpt):
+        if os.path.exists(output) and not is_remote(ckpt) and os.path.samefile(output, ckpt):
             raise CheckpointError(f"--output {output}: is the model itself")
         create_folder(Path(output).parent)
+        if args.format == "hub":
+            return save_hub(output, backbone, info, ckpt, args)
         if save:
-            save(output, backbone, info, ckpt)
+            save(output, backbone, info, weights_file(ckpt))
             assumed = backbone.embed_dim // 64  # heads, by the models that other libraries build
             if args.format in ("timm", "dino", "dino_full") and getattr(backbone, "num_heads", assumed) != assumed:
                 print(f"NOTE: load_backbone reads the number of heads from the file, others need to be given "
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, ckpt, args)
-        images = read_images(args, metadata["channels"], metadata["value_range"])
-        model = build_onnx(backbone, metadata, args, classifier)
-        report = verify(backbone, model, metadata, images, classifier)
-        atomic_write(output, lambda temporary: Path(temporary).write_bytes(model))
-    print(f"{output}: " + "\n  ".join(report))
+        model = save_onnx(output, backbone, metadata, args, classifier)
     if args.benchmark:
         benchmark(backbone, model, metadata, metadata["batch_size"] or args.batch_size)
+
+
+def save_onnx(path, backbone, metadata, args, classifier=None):
+    """Build the ONNX file, write it if it computes what the model does, and print the report; returns it as bytes."""
+    images = read_images(args, metadata["channels"], metadata["value_range"])
+    model = build_onnx(backbone, metadata, args, classifier)
+    report = verify(backbone, model, metadata, images, classifier)
+    atomic_write(path, lambda temporary: Path(temporary).write_bytes(model))
+    print(f"{path}: " + "\n  ".join(report))
+    return model
+
+
+def save_hub(folder, backbone, info, ckpt, args):
+    """Write a folder for the Hugging Face Hub, and print how to publish it.
+
+    It holds the weights for transformers, the model file of this repository with its head, ONNX and a model card.
+
+    Raises:
+        CheckpointError: no vision transformer of vit.py, or a classifier.
+        ExportError: the ONNX file does not compute what the model computes.
+    """
+    if "classes" in info:
+        raise CheckpointError(f"--format hub: {ckpt} is a classifier; name a backbone, such as teacher.safetensors")
+    save_transformers(folder, backbone, info, ckpt)
+    weights = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    if "head" in info:
+        weights |= {name: tensor for name, tensor in read_weights(weights_file(ckpt), args.checkpoint_key)[0].items()
+                    if name.startswith("head.")}
+    info = describe_publicly(info)
+    save_model(own := os.path.join(folder, "teacher.safetensors"), weights, info)
+    metadata = build_metadata(backbone, info, own, args) | dict(checkpoint="teacher.safetensors")
+    save_onnx(os.path.join(folder, "model.onnx"), backbone, metadata, args)
+    write_text(card := os.path.join(folder, "README.md"), build_model_card(backbone, info, metadata, ckpt))
+    print(f"written to {folder}; publish it after adding a license to {card} and replacing USER/NAME there and here:\n"
+          f"hf upload USER/NAME {shlex.quote(folder)}")
 
 
 def load_exported(path, args):
@@ -412,8 +462,8 @@ def load_exported(path, args):
         ckpt, key, expected = (metadata[name] for name in ("checkpoint", "checkpoint_key", "sha256"))
     except Exception as error:  # protobuf raises nearly anything on other files
         raise CheckpointError(f"{path}: not a file of export.py, or corrupt ({error})") from None
-    ckpt = args.ckpt or ckpt
-    if not os.path.exists(ckpt) or sha256(ckpt) != expected:
+    ckpt = args.ckpt or os.path.join(os.path.dirname(path), ckpt)
+    if not (args.ckpt or os.path.exists(ckpt)) or sha256(ckpt) != expected:
         raise CheckpointError(f"{path}: was not exported from {ckpt} as it is now: name its model with --ckpt")
     return model, metadata, load_network(ckpt, args.checkpoint_key or key)
 

@@ -50,7 +50,7 @@ from common.run_flags import (
     list_flags_of_run,
     write_flags,
 )
-from common.weights import save_model
+from common.weights import absolute_path, save_model
 from data.datasets import DataError, describe_paths, hash_images, make_absolute, open_data
 from data.images import show_channels
 from data.loaders import (
@@ -91,7 +91,8 @@ def parse_args(argv=None):
     add(model, "--use_bn_in_head", False, "batch norm in the projection head", boolean)
 
     add(model, "--init", None, "weights to continue from: a checkpoint or model file, also of the reference, timm or "
-        "transformers; the defaults of other flags follow it", os.path.abspath, metavar="FILE")
+        "transformers, dino_vits16_full or hf:USER/NAME; the defaults of other flags follow it", absolute_path,
+        metavar="FILE")
     add(model, "--init_head_epochs", 0, "epochs with the backbone frozen, for --init without heads", nonnegative_int)
     add(model, "--layer_decay", 1.0, "lr factor per block of the backbone, from the top down", fraction)
 

@@ -193,7 +193,8 @@ def add_flag(group, name, default, help, type=None, **kwargs):
 
 def add_model_flags(group, workers=True, output_dir=True):
     """Add the flags that `common.weights.open_backbone` reads, those of the device and, if wanted, --output_dir."""
-    group.add_argument("--ckpt", nargs="?", help="model file, or folder of a run (default: that of the newest run)")
+    group.add_argument("--ckpt", nargs="?", help="model file, folder of a run, dino_vits16 or "
+                       "hf:USER/NAME (default: that of the newest run)")
     group.add_argument("--checkpoint_key", choices=["teacher", "student"],
                        help="network of a full checkpoint (default: teacher)")
     group.add_argument("--untrained", action="store_true", help="random weights of the same shapes, as a baseline")
@@ -298,7 +299,7 @@ def check_crop_flags(parser, args):
 # ---- running a command ----
 
 OPTIONAL_PACKAGES = (  # needed by some commands only
-    "matplotlib", "av", "timm", "pyarrow", "fsspec", "aiohttp", "tifffile", "scipy")
+    "matplotlib", "av", "timm", "pyarrow", "fsspec", "aiohttp", "tifffile", "scipy", "huggingface_hub")
 
 
 def run_command(main, parse_args, *errors):

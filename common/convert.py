@@ -87,7 +87,7 @@ def save_timm(path, backbone, info, ckpt):
 def save_transformers(folder, backbone, info, ckpt):
     """For transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)."""
     if not backbone.blocks:
-        raise CheckpointError(f"--format transformers: {backbone.arch} has no such names")
+        raise CheckpointError(f"{backbone.arch} has no names in transformers, use --format safetensors or dino")
     weights = {}
     for name, tensor in plain_weights(backbone).items():
         for our, their in TRANSFORMERS_NAMES:

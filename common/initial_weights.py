@@ -10,6 +10,7 @@ heads and the center; the model files of a run have one network, which student a
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from common.checkpoint import CheckpointError, find_fault, iter_tensors, load_checkpoint
-from common.weights import load_backbone, read_input, read_weights, weights_file
+from common.checkpoint import CheckpointError, find_fault, iter_tensors
+from common.weights import build_from_content, choose_weights, read_content, read_input, weights_file
 from dino_loss import DINOHead
 from vit import SIZES
 
@@ -58,6 +59,8 @@ class InitialWeights(NamedTuple):
 def read_initial_weights(path: str, log: Callable[[str], object] = print) -> InitialWeights:
     """Read backbone, heads and center of a file; of the folder of a run, its checkpoint.
 
+    They are kept until `load_initial_weights`, so that flags and networks of a run come from one reading.
+
     Args:
         log: called with lines about what was found, and what was left out.
 
@@ -65,13 +68,23 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
         CheckpointError: see `load_backbone`, or the heads of student and teacher differ.
     """
     checkpoint = os.path.join(path, "checkpoint.pth")
-    path = checkpoint if os.path.exists(checkpoint) else weights_file(path)
-    state = {} if path.lower().endswith((".safetensors", ".onnx")) else load_checkpoint(path)
-    keys = ("student", "teacher") if isinstance(state, dict) and {"student", "teacher"} <= state.keys() else (None,)
+    path = checkpoint if os.path.exists(checkpoint) else weights_file(path, log)
+    weights, lines = read_file(path, os.path.exists(path) and os.stat(path).st_mtime_ns)
+    for line in lines:
+        log(line)
+    return weights
+
+
+@functools.lru_cache(maxsize=1)
+def read_file(path, modified):
+    """InitialWeights of a file that was modified at that time, and lines about what was found and left out."""
+    content, lines = read_content(path), []
+    state = content[0] if isinstance(content[0], dict) else {}
+    keys = ("student", "teacher") if {"student", "teacher"} <= state.keys() else (None,)
     networks, arguments = [], []
     for key in keys:
-        backbone, info = load_backbone(path, key, log if key == keys[-1] else lambda text: None)
-        head, head_arguments = read_head(read_weights(path, key)[0], backbone.embed_dim, info)
+        backbone, info = build_from_content(content, path, key, lines.append if key == keys[-1] else lambda text: None)
+        head, head_arguments = read_head(choose_weights(content, path, key)[0], backbone.embed_dim, info)
         networks.append(dict(backbone=backbone.state_dict(), head=head))
         images = read_input(info, backbone.in_chans, path) | dict(value_range=info.get("value_range"))
         arguments.append((info["backbone"], images, head_arguments))
@@ -84,8 +97,8 @@ def read_initial_weights(path: str, log: Callable[[str], object] = print) -> Ini
     found = ["student and teacher" if len(keys) == 2 else "one network, for student and teacher",
              "with heads" if networks[0]["head"] else "without heads, which start at random",
              "the center" if center is not None else "no center, which starts at 0"]
-    log(f"{path}: {', '.join(found)}")
-    return InitialWeights(path, *arguments[0], networks[0], networks[-1], center, flags)
+    lines.append(f"{path}: {', '.join(found)}")
+    return InitialWeights(path, *arguments[0], networks[0], networks[-1], center, flags), lines
 
 
 def read_head(weights, embed_dim, info):
@@ -152,6 +165,7 @@ def load_initial_weights(weights: InitialWeights, student: nn.Module, teacher: n
         network.head.load_state_dict(ours | {key: tensor for key, tensor in parts["head"].items() if key in ours})
     if weights.center is not None:
         dino_loss.center.copy_(weights.center)
+    read_file.cache_clear()
 
 
 def resample_embeddings(weights, backbone, log=None):

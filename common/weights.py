@@ -2,6 +2,7 @@
 
     save_model("teacher.safetensors", network.state_dict(), info)         # backbone and head; `info` in the metadata
     backbone, info = load_backbone("teacher.safetensors")                 # also .pth, timm and transformers names
+    backbone, info = load_backbone("dino_vits16")                         # published weights; hf:USER/NAME, of the Hub
 
 The metadata holds the arguments of the backbone, image size, normalization and training data, so no other command
 needs flags for them. Loading unpickles nothing but tensors and plain values.
@@ -23,16 +24,17 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from backbones import BackboneError, HeadlessClassifier, build_backbone
+from backbones import BackboneError, HeadlessClassifier, build_backbone, download_published, is_published
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
-from common.distributed import is_rank_zero
-from common.files import atomic_write, check_file, create_folder, read_json
+from common.distributed import is_rank_zero, run_on_rank_zero_first
+from common.files import atomic_write, check_file, create_folder, first_line, read_json
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
 LEVELS = "teacher", "student", "state_dict_ema", "model_ema", "state_dict", "model", "module"
+MODEL_FILES = "teacher.safetensors", "model.safetensors", "pytorch_model.bin"  # of a run, of transformers: in a folder
 # a name that each network has once: DINO's and timm's, XCiT's, transformers', torchvision's
 ANCHOR = r"(.*?)(patch_embed\.proj\.(0\.0\.)?weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
 
@@ -57,9 +59,9 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
 
     Takes files of this repository, the released DINO .pth files (backbone or full checkpoint), vision transformers
     with the names of timm or transformers under any common prefix (`module.`, `backbone.`, ...), folders of
-    transformers, ResNets with the names of torchvision, and XCiTs. The arguments of a vision transformer are inferred
-    from the shapes of its weights; the number of heads is the file's or that of a config.json beside it, else 64
-    channels per head are assumed.
+    transformers, ResNets with the names of torchvision, XCiTs, and the names of `is_remote`. The arguments of a vision
+    transformer are inferred from the shapes of its weights; the number of heads is the file's or that of a config.json
+    beside it, else 64 channels per head are assumed.
 
     Args:
         key: "teacher" or "student" of a file with both (lightly, solo-learn, MoCo too); None takes the teacher, which
@@ -73,9 +75,14 @@ def load_backbone(path: str | os.PathLike, key: str | None = None,
     Raises:
         CheckpointError: not a model file, corrupt, or not the weights of a backbone of vit.py or backbones.py.
     """
-    path = weights_file(path)
+    path = weights_file(path, log)
+    return build_from_content(read_content(path), path, key, log)
+
+
+def build_from_content(content, path, key=None, log=print):
+    """Second half of `load_backbone`, after `read_content`."""
     try:
-        weights, info, network = read_weights(path, key, log)
+        weights, info, network = choose_weights(content, path, key, log)
         inside, outside, arguments, network = match_weights(weights, info.get("backbone"), network, key, path, log)
         model, matched = build_with_weights(arguments, inside)
     except (CheckpointError, OSError, ModuleNotFoundError):  # the last: timm is not installed
@@ -113,6 +120,8 @@ def open_backbone(args, device=None, needs="", precision="fp32", rgb_only=True):
         CheckpointError: the file cannot be loaded, takes other images than RGB, or lacks what is needed.
     """
     ckpt = find_model(args.ckpt)
+    if is_remote(ckpt):
+        run_on_rank_zero_first(lambda: weights_file(ckpt))
     backbone, info = load_backbone(ckpt, args.checkpoint_key, print if is_rank_zero() else lambda text: None)
     info |= read_input(info, backbone.in_chans, ckpt)
     if rgb_only and info["channels"]:
@@ -154,8 +163,14 @@ def build_untrained(info):
 
 # ---- reading and matching state dicts ----
 
-def read_weights(path, key, log=lambda text: None):
+def read_weights(path, key=None, log=lambda text: None):
     """Read one network of a file: {name: tensor}, its description ({} without one), its key (None if not known)."""
+    return choose_weights(read_content(path), path, key, log)
+
+
+def read_content(path):
+    """What a model file holds: {name: tensor} or a nest of such, and the metadata of safetensors, None of other files.
+    """
     if path.lower().endswith(".onnx"):
         raise CheckpointError(f"{path}: is an exported file, for export.py run (infer.py) and visualize.py attention; "
                               f"name the file it was made from, such as teacher.safetensors")
@@ -163,19 +178,28 @@ def read_weights(path, key, log=lambda text: None):
         check_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    if path.endswith(".safetensors"):
+    if not path.endswith(".safetensors"):
+        return checkpoint.load_checkpoint(path), None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # safetensors has exception types of its own
+        raise CheckpointError(f"{path}: not a safetensors file, or corrupt ({error})") from None
+
+
+def choose_weights(content, path, key=None, log=lambda text: None):
+    """One network of what `read_content` returns, see `read_weights`."""
+    state, metadata = content
+    if metadata is not None:
+        weights, heads = state, metadata.get("num_heads")  # the latter: of save_timm
+        is_ours = metadata.get("backbone", metadata.get("vit", "")).startswith("{")
         try:
-            with safe_open(path, framework="pt") as file:
-                info = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            is_ours = info.get("backbone", info.get("vit", "")).startswith("{")
-            heads = info.get("num_heads")  # of save_timm
-            info = {name: json.loads(value) for name, value in info.items()} if is_ours else {}
-        except Exception as error:  # safetensors has exception types of its own, and metadata may be anything
+            info = {name: json.loads(value) for name, value in metadata.items()} if is_ours else {}
+        except ValueError as error:
             raise CheckpointError(f"{path}: not a safetensors file, or corrupt ({error})") from None
         network = info.get("network")
     else:
-        weights = state = checkpoint.load_checkpoint(path)
+        weights = state
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
         info, network = json.loads(json.dumps(state.get("info"))), None  # lists for tuples, as in safetensors metadata
@@ -297,7 +321,10 @@ def build_with_weights(arguments, weights):
 # ---- paths and image sizes ----
 
 def find_model(ckpt=None):
-    """Path of --ckpt: a file, a folder of transformers, the teacher in the folder of a run; None for the newest run."""
+    """Path of --ckpt: a file, a folder of transformers, the teacher in the folder of a run; None for the newest run.
+
+    A name of `is_remote` stays, so that outputs are named after it, in the current folder.
+    """
     ckpt = (ckpt or find_newest_model()).rstrip("/") or "/"
     return weights_file(ckpt) if os.path.exists(os.path.join(ckpt, "teacher.safetensors")) else ckpt
 
@@ -342,6 +369,8 @@ def output_folder(origin, args, ending):
 
 def sibling_path(ckpt, key, ending, untrained=False):
     """Path beside a model file: its stem, the network unless it is the teacher, ".untrained", and an ending."""
+    if is_remote(ckpt):
+        ckpt = str(ckpt).rpartition("/")[2]
     file = Path(ckpt) if Path(ckpt).name not in ("", "..") else Path(ckpt).resolve()  # a folder of transformers
     network = f".{key}" * (key not in (None, "teacher", file.stem))
     return file.with_name(f"{file.stem}{network}{'.untrained' * untrained}.{ending}")
@@ -372,11 +401,57 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_file(path):
-    """The model file itself, that in a folder of transformers, or the teacher in the folder of a run."""
+def weights_file(path, log=lambda text: None):
+    """The model file itself, that in a folder of transformers, the teacher in the folder of a run, or a download.
+
+    Args:
+        log: called with the path and the SHA-256 of a download.
+    """
+    if is_remote(path):
+        return download_published(path, log) if is_published(path) else download_repository(path, log)
     if not os.path.isdir(path):
         return str(path)
-    for name in ("model.safetensors", "teacher.safetensors"):
+    for name in MODEL_FILES:
         if os.path.exists(file := os.path.join(path, name)):
             return file
     raise CheckpointError(f"{path}: holds no teacher.safetensors or model.safetensors, name a model file")
+
+
+def is_remote(path):
+    """Whether --ckpt or --init names published weights (dino_vits16) or hf:USER/NAME, and no file or folder here."""
+    return (is_published(str(path)) or str(path).startswith("hf:")) and not os.path.exists(path)
+
+
+def absolute_path(path):
+    """Path of --ckpt or --init as valid from any folder; a name of `is_remote` stays."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def download_repository(name, log):
+    """Path of the model file of hf:USER/NAME in the cache of huggingface_hub, which downloads what is not there.
+
+    Raises:
+        CheckpointError: there is no such repository, it holds no model file, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, problem = name.removeprefix("hf:"), None
+    try:
+        HfApi().model_info(repository)  # hf_hub_download would ask six times for each file
+    except Exception as error:  # of its HTTP library; what is in the cache can be read nevertheless
+        problem = first_line(error)
+    for file in MODEL_FILES:
+        try:
+            path = hf_hub_download(repository, file, local_files_only=bool(problem))
+            with contextlib.suppress(EntryNotFoundError):  # config.json is not in every repository
+                hf_hub_download(repository, "config.json", local_files_only=bool(problem))
+            log(f"{path}: SHA-256 {sha256(path)}")
+            return path
+        except EntryNotFoundError:
+            continue
+        except Exception as error:
+            problem = first_line(error)
+            break
+    raise CheckpointError(f"{name}: cannot be read from the Hugging Face Hub or its cache "
+                          f"({problem or 'no ' + ', '.join(MODEL_FILES)})")

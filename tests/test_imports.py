@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHOD = ("vit", "dino_loss", "augment", "optim", "onnx_graph", "infer")
-LEVELS = [METHOD, ("backbones",), ("common",), ("data",), ("evaluation", "plotting"),
+LEVELS = [METHOD, ("backbones",), ("hubconf", "common"), ("data",), ("evaluation", "plotting"),
           ("train", "evaluate", "export", "segment", "retrieve", "visualize"), ("benchmarks",)]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path.relative_to(ROOT) for pattern in ("*.py", *(f"{name}/*.py" for name in LEVEL))
