@@ -14,6 +14,7 @@ import common  # noqa: F401 (first: it checks the version of Python)
 
 # isort: split
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -172,7 +173,8 @@ def parse_args(argv=None):
     args = parser.parse_args([*of_run, *argv])
     if of_run and args.normalization == ["measure"]:
         args.normalization = parser.parse_args(of_run).normalization
-    args.auto = tuple(name for name in (of_run_auto if of_run else PAPER) if name not in given)
+    hand_made = given | ({"centering"} if "center_momentum" in given else set())  # which is for the mean alone
+    args.auto = tuple(name for name in (of_run_auto if of_run else PAPER) if name not in hand_made)
     if args.init and not of_run:
         follow_initial_weights(parser, args, given)
     if args.init_head_epochs and not args.init:
@@ -287,13 +289,12 @@ def evaluate_and_log(name, model, data, args, run):
     broadcast_buffers(teacher.eval())
     info = run.extra["info"]
     metrics, held_out, corrupt = evaluate_online(model, data, args, info["mean"], info["std"])
-    has_figures = run.logger.sinks and model is not pixel_features
-    title = f"{run.path.parent.resolve().name}, {name}"
-    figures = draw_evaluation(title, held_out, data, args, run) if has_figures else {}
-    teacher.train()
+    draw = None if model is pixel_features else functools.partial(
+        draw_evaluation, f"{run.path.parent.resolve().name}, {name}", held_out, data, args, run)
     knn[name] = metrics.get("knn_top1"), metrics.get("knn_top5")  # None without labels
     run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
-    run.logger.log({"eval": name} | metrics, figures)
+    run.logger.log({"eval": name} | metrics, draw)
+    teacher.train()
     fields = {"knn_top1": "top-1 {:.1f}%", "knn_top5": "top-5 {:.1f}%", "linear_top1": "linear top-1 {:.1f}%",
               "rankme": f"rank {{:.1f}} of {teacher.backbone.embed_dim}"}
     run.logger.print(f"{'k-NN' if has_labels else 'features'} of {name}: "
@@ -615,7 +616,12 @@ def pretrain(args, data, rank, world_size, device):
                      "than 8 bits; color of 16 bits is read by its upper 8, scale it before")
     run, first_step = start_run(objects, data, global_batch_size, total_steps, args, logger)
     student = wrap_student(objects["student"], objects["teacher"], args, device, world_size)
-    if train(student, run, data, first_step, total_steps, args, device):
+    try:
+        completed = train(student, run, data, first_step, total_steps, args, device)
+    except Exception:
+        logger.close(failed=True)
+        raise
+    if completed:
         (finish_dry_run if args.dry_run else print_results)(run, data, total_steps, args)
 
 

@@ -10,14 +10,14 @@ docs/training.md.
 
 PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_crops_number=8,
              global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), out_dim=65536, use_bn_in_head=False,
-             centering="mean", momentum_teacher=0.996)
+             centering="mean", lr=0.0005, momentum_teacher=0.996)
 SMALL = 100_000  # images of a data set
 SHORT = 200_000  # images of a run: number times epochs
 TOO_SHORT = 60_000  # with as many, features were hardly better than raw pixels
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:
-    """Set patch size, crops, prototypes, batch norm in the head and centering, those of them that are in args.auto.
+    """Set patch size, crops, prototypes, batch norm in the head, centering and learning rate, those in args.auto.
 
     Args:
         side: typical shorter side of an image in pixels, None if unknown.
@@ -32,6 +32,8 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
     if side < 64 or is_short:  # objects that fill their images, or no time for hard views
         found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
+    if is_short:
+        found["lr"] = 0.002
     if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
         found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")
     set_auto(args, found)

@@ -3,11 +3,12 @@
     sinks = LogSinks(["tensorboard", "wandb"], "runs/demo", print)
     sinks.write({"run": {"first_step": 0, "flags": {...}, ...}})        # starts a run in each, or resumes it
     sinks.write({"step": 0, "loss": 2.3})
-    sinks.write({"eval": "epoch 0", "knn_top1": 43.7}, {"attention": image})
+    sinks.write({"eval": "epoch 0", "knn_top1": 43.7}, draw)            # draw() -> {"attention": PIL image}
     sinks.close()
 
 Each library follows its own environment variables; without them, all is written to local files. log_to.json holds the
-id of the run in each library. log.jsonl is complete whatever happens to the sinks: one that fails is dropped.
+id of the run in each library, and where one has failed. log.jsonl is complete whatever happens to the sinks: one that
+fails is dropped, and gets what it lacks when the run resumes.
 """
 
 import contextlib
@@ -35,50 +36,66 @@ class LogSinks:
 
     def __init__(self, names, folder, print):
         self.names, self.folder, self.print = names, Path(folder).resolve(), print
-        self.sinks, self.step = {}, 0
+        self.sinks, self.step, self.runs = {}, 0, {}
 
-    def write(self, record, images=None):
-        """Send the numbers of a record, and images as {name: PIL image}, see `read_scalars`."""
+    def write(self, record, draw=None):
+        """Send the numbers of a record, see `read_scalars`, and what draw() returns: {name: PIL image}."""
         if "run" in record:
             self.start(**record["run"])
             return
         values, step, self.step = read_scalars(record, self.step)
+        images = {}
+        if draw and self.sinks:
+            try:
+                images = draw()
+            except Exception as error:  # of a plotting library, or of memory
+                self.print(f"WARNING: no figures of {record.get('eval')}: {first_line(error)[:300]}")
         for name, sink in list(self.sinks.items()):
-            with self.drop_on_error(name):
+            with self.drop_on_error(name, step):
                 sink.log_scalars(values, step)
                 if images:
                     sink.log_images(images, step)
 
     def start(self, first_step, flags, **environment):
-        """Start a run, or resume it if first_step is above 0; a new one gets the records of log.jsonl so far."""
-        path, config = self.folder / "log_to.json", flags | {"environment": environment}
-        ids, self.step = read_json(path) if first_step else {}, first_step
-        past = [record for line in read_text(self.folder / "log.jsonl").splitlines()
-                if "run" not in (record := json.loads(line))]
-        self.sinks = {name: SINKS[name]() for name in self.names}
+        """Start a run, or resume it if first_step is above 0; a library gets the records of log.jsonl that it lacks."""
+        config = flags | {"environment": environment}
+        path, self.step, next_step = self.folder / "log_to.json", first_step, 0
+        self.runs = read_json(path) if first_step else {}
+        self.sinks, past = {name: SINKS[name]() for name in self.names}, []
+        for line in read_text(self.folder / "log.jsonl").splitlines():
+            if "run" not in (record := json.loads(line)):
+                values, step, next_step = read_scalars(record, next_step)
+                past.append((values, step))
         for name, sink in list(self.sinks.items()):
-            with self.drop_on_error(name):
-                ids[name], is_new = sink.start(self.folder, config, first_step, ids.get(name))
-                next_step = 0
-                for record in past if is_new else ():
-                    values, step, next_step = read_scalars(record, next_step)
-                    sink.log_scalars(values, step)
-        write_json(path, ids)
+            known, next_step = self.runs.get(name, {}), past[-1][1] + 1 if past else first_step
+            with self.drop_on_error(name, first_step):
+                run_id, is_new = sink.start(self.folder, config, next_step, known.get("id"))
+                failed_at = 0 if is_new else known.get("failed_at", next_step)
+                self.runs[name] = {"id": run_id, "failed_at": failed_at}  # should it fail again
+                for values, step in past:
+                    if step >= failed_at:
+                        sink.log_scalars(values, step)
+                self.runs[name] = {"id": run_id}
+        write_json(path, self.runs)
 
     @contextlib.contextmanager
-    def drop_on_error(self, name):
-        """Print an exception in one line and go on without this sink."""
+    def drop_on_error(self, name, step):
+        """Print an exception in one line, and go on without this sink, which then lacks the records from this step."""
         try:
             yield
         except Exception as error:  # of another library, which may raise anything
             del self.sinks[name]
+            if name in self.runs:
+                self.runs[name].setdefault("failed_at", step)
+                write_json(self.folder / "log_to.json", self.runs)
             self.print(f"WARNING: --log_to {name}: {first_line(error)[:300]}; the run goes on without it, resuming the "
                        f"run tries it again, and log.jsonl is complete")
 
-    def close(self):
+    def close(self, failed=False):
+        """End the runs in all libraries; failed: by an error."""
         for name, sink in list(self.sinks.items()):
-            with self.drop_on_error(name):
-                sink.close()
+            with self.drop_on_error(name, self.step):
+                sink.close(failed)
         self.sinks = {}
 
 
@@ -102,18 +119,19 @@ def find_missing_package(names):
 
 
 # ---- the libraries ----
-# start(folder, config, first_step, id of the run or None) -> id, and whether the records so far are to be sent
+# Each has start(folder, config, step after the records so far, id of the run or None) -> id, whether those are to be
+# sent; log_scalars({name: number}, step), log_images({name: PIL image}, step), and close(whether by an error).
 
 class TensorBoardSink:
     """Event files in FOLDER/tensorboard."""
 
-    def start(self, folder, config, first_step, run_id):
+    def start(self, folder, config, next_step, run_id):
         from torch.utils.tensorboard import SummaryWriter
 
         # what a killed process wrote after its last checkpoint, or another run before, is not shown
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=next_step)
         text = json.dumps(config, indent=1)
-        self.writer.add_text("flags", f"```\n{text}\n```", first_step)
+        self.writer.add_text("flags", f"```\n{text}\n```", next_step)
         return "tensorboard", run_id is None
 
     def log_scalars(self, values, step):
@@ -126,14 +144,14 @@ class TensorBoardSink:
             self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
         self.writer.flush()
 
-    def close(self):
+    def close(self, failed):
         self.writer.close()
 
 
 class WandbSink:
     """Weights & Biases: offline in FOLDER/wandb, unless the user is logged in or WANDB_MODE is set."""
 
-    def start(self, folder, config, first_step, run_id):
+    def start(self, folder, config, next_step, run_id):
         import wandb
 
         mode = None if os.environ.get("WANDB_MODE") or is_logged_in(wandb) else "offline"
@@ -151,8 +169,8 @@ class WandbSink:
     def log_images(self, images, step):
         self.run.log({name: self.build_image(image) for name, image in images.items()}, step=step)
 
-    def close(self):
-        self.run.finish()
+    def close(self, failed):
+        self.run.finish(exit_code=int(failed))
 
 
 def is_logged_in(wandb):
@@ -166,7 +184,7 @@ def is_logged_in(wandb):
 class MLflowSink:
     """SQLite and image files in FOLDER/mlflow, or the server of MLFLOW_TRACKING_URI."""
 
-    def start(self, folder, config, first_step, run_id):
+    def start(self, folder, config, next_step, run_id):
         from mlflow import MlflowClient, entities
 
         uri, artifacts, self.entities = os.environ.get("MLFLOW_TRACKING_URI"), None, entities
@@ -195,14 +213,14 @@ class MLflowSink:
         for name, image in images.items():
             self.client.log_image(self.run_id, image, key=name, step=step)
 
-    def close(self):
-        self.client.set_terminated(self.run_id)
+    def close(self, failed):
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 class TrackioSink:
     """Trackio's own folder, TRACKIO_DIR, or the Space or server of its other variables."""
 
-    def start(self, folder, config, first_step, run_id):
+    def start(self, folder, config, next_step, run_id):
         import trackio
 
         self.run = trackio.init(PROJECT, name=folder.name, config=config, resume="allow" if run_id else "never")
@@ -217,7 +235,7 @@ class TrackioSink:
     def log_images(self, images, step):
         self.run.log({name: self.build_image(image) for name, image in images.items()}, step=step)
 
-    def close(self):
+    def close(self, failed):
         self.run.finish()
 
 

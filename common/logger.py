@@ -56,8 +56,8 @@ class Logger:
         except BrokenPipeError:  # as when a terminal closes: the run is saved and stops
             signal.raise_signal(getattr(signal, "SIGHUP", signal.SIGTERM))
 
-    def log(self, record, images=None):
-        """Append a record; values that are not finite become null. Images, {name: PIL image}, are for the sinks."""
+    def log(self, record, draw=None):
+        """Append a record; values that are not finite become null. draw() -> {name: PIL image} is for the sinks."""
         if self.is_silent:
             return
         record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}
@@ -67,7 +67,7 @@ class Logger:
         except OSError as error:
             raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
         if self.sinks:
-            self.sinks.write(record, images)
+            self.sinks.write(record, draw)
 
     def resume(self, log_bytes, corrupt_images):
         """Continue the log of a checkpoint: what was logged after it is cut off, and will be logged again."""
@@ -145,12 +145,16 @@ class Logger:
             self.corrupt_images.add(message)
             tqdm.write(f"skipped corrupt image {message}")
 
-    def close(self):
-        """Close the progress bar and the sinks; write the trace of a profiler that has not recorded all its steps."""
+    def close(self, failed=False):
+        """Close the progress bar and the sinks; write the trace of a profiler that has not recorded all its steps.
+
+        Args:
+            failed: whether an error ends the run.
+        """
         if self.progress:
             self.progress.close()
         if self.sinks:
-            self.sinks.close()
+            self.sinks.close(failed)
         if self.profiler:
             self.profiler.stop()
 

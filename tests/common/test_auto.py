@@ -36,6 +36,7 @@ def test_small_sets():
         "auto: global_crops_size 128, local_crops_size 56, local_crops_number 4, global_crops_scale 0.4 1, "
         "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn (9,469 images of 128 pixels, 100 epochs)")
     args = fit(3000, 32, 900, "--epochs", "19")
+    assert args.lr == 0.002
     assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
     args = fit(9469, 128, 5310, "--epochs", "18")
     assert args.patch_size == 16
@@ -71,8 +72,8 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
              f"--output_dir {tmp_path}/run").split()
     train.main(train.parse_args([*flags, "--epochs", "1"]))
     line = "auto: patch_size 8, global_crops_size 32, local_crops_size 16, global_crops_scale 0.8 1, " \
-        "local_crops_scale 0.3 0.8, out_dim 256, use_bn_in_head true, centering sinkhorn (300 images of 32 pixels, 1 "\
-        "epochs); momentum_teacher 0.9 (4 steps)\n"
+        "local_crops_scale 0.3 0.8, out_dim 256, use_bn_in_head true, centering sinkhorn, lr 0.002 (300 images of 32 "\
+        "pixels, 1 epochs); momentum_teacher 0.9 (4 steps)\n"
     assert line in capsys.readouterr().out
     (tmp_path / "run" / "flags.txt").write_text((tmp_path / "run" / "flags.txt").read_text().replace(
         "--momentum_teacher 0.9\n", "--momentum_teacher 0.93\n"))  # as of a version with another rule

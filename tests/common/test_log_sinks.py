@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -81,7 +82,11 @@ def read_wandb(folder, run_id):
     scalars, images, flags = {}, {}, {}
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         scalars.clear()  # each file is whole
-        for record in read_wandb_file(path):
+        records = []
+        while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
+            time.sleep(0.1)
+            records = list(read_wandb_file(path))
+        for record in records:
             if record.HasField("run"):
                 assert record.run.run_id == run_id and record.run.display_name == folder.name
                 flags = {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -135,9 +140,9 @@ def test_a_killed_and_resumed_run_is_one_run_that_equals_the_log(small_shapes, t
     run(folder, "--epochs", "2", "--log_to", name)
     os.replace(folder / "checkpoint0000.pth", folder / "checkpoint.pth")  # as if killed before the next save
     (folder / "checkpoint.pth.1").unlink()
-    (run_id,) = json.loads((folder / "log_to.json").read_text()).values()
+    (run_id,) = (run["id"] for run in json.loads((folder / "log_to.json").read_text()).values())
     run(folder, "--epochs", "2", "--log_to", name, "--save_every_minutes", "5")
-    assert json.loads((folder / "log_to.json").read_text()) == {name: run_id}
+    assert json.loads((folder / "log_to.json").read_text()) == {name: {"id": run_id}}
 
     scalars, images, flags = READERS[name](folder, run_id)
     expected = read_log(folder)
@@ -189,11 +194,34 @@ def test_the_others_go_on_when_one_fails(tmp_path):
     sinks.sinks = {"broken": Broken()} | sinks.sinks
     for step in range(3):
         sinks.write(dict(step=step, loss=step + 0.5))
-    sinks.write({"eval": "epoch 0", "knn_top1": None, "rankme": 7.5}, {"embedding": Image.new("RGB", (9, 5), "red")})
+    record = {"eval": "epoch 0", "knn_top1": None, "rankme": 7.5}
+    sinks.write(record, lambda: {"embedding": Image.new("RGB", (9, 5), "red")})
+    sinks.write(dict(step=3, loss=0.0), lambda: 1 / 0)  # a figure that cannot be drawn
     sinks.close()
-    assert len(printed) == 1 and "--log_to broken: no route to host; " in printed[0]
+    assert len(printed) == 2 and "--log_to broken: no route to host; " in printed[0] and "division" in printed[1]
     scalars, images, _ = read_tensorboard(tmp_path, None)
-    assert scalars == dict(loss={0: 0.5, 1: 1.5, 2: 2.5}, rankme={3: 7.5}) and images == dict(embedding=[3])
+    assert scalars == dict(loss={0: 0.5, 1: 1.5, 2: 2.5, 3: 0.0}, rankme={3: 7.5}) and images == dict(embedding=[3])
+
+
+def test_a_sink_that_failed_gets_what_it_lacks(tmp_path):
+    records = [dict(step=step, loss=step + 0.5) for step in range(4)]
+    sinks = start(tmp_path, ["tensorboard"], printed := [])
+    for step, record in enumerate(records):
+        if step == 2:
+            sinks.sinks["tensorboard"].log_scalars = None  # called, a TypeError
+        sinks.write(record)
+    sinks.close()
+    assert len(printed) == 1 and set(read_tensorboard(tmp_path, None)[0]["loss"]) == {0, 1}
+    for _ in range(2):  # the second time nothing is missing
+        start(tmp_path, ["tensorboard"], printed, first_step=4, records=records).close()
+        assert read_tensorboard(tmp_path, None)[0]["loss"] == {0: 0.5, 1: 1.5, 2: 2.5, 3: 3.5}
+
+
+def test_a_run_that_goes_on_after_its_end_keeps_the_evaluation_between(small_shapes, tmp_path):
+    for epochs in "12":
+        run(tmp_path, "--epochs", epochs, "--log_to", "tensorboard")
+    scalars, images, _ = read_tensorboard(tmp_path, None)
+    assert scalars["knn_top1"].keys() == {0, 4, 8} and images == dict(attention=[0, 4, 8], embedding=[0, 4, 8])
 
 
 def test_a_sink_added_to_a_running_run_gets_its_past(tmp_path):
