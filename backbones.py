@@ -10,11 +10,15 @@
 Only the ViT has attention maps and patch tokens. Weights of what is built are random.
 """
 
+import contextlib
 import difflib
 import hashlib
 import os
 import sys
+import tempfile
+import urllib.request
 from http.client import HTTPException
+from urllib.error import HTTPError
 
 import torch
 import torch.distributed as dist
@@ -169,25 +173,60 @@ def download_published(name: str, log=print) -> str:
 
 
 def download(url: str, name: str, log=print) -> str:
-    """Path of a file in the cache of torch.hub, which downloads it unless it is there.
+    """Path of a file in the cache of torch.hub, to which it is downloaded unless it is there.
 
     Args:
         name: of the file in the cache.
-        log: called with a line that has its SHA-256.
+        log: called with a line before a download, and one that has the SHA-256.
 
     Raises:
         OSError: it cannot be downloaded.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        print(f"downloading {url}")
-        try:
-            torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
-        except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise OSError(f"{url} cannot be downloaded ({reason}): go online, or put a copy of the file at "
-                          f"{path}") from None
+    try:
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with lock(f"{path}.lock"):
+                if not os.path.exists(path):  # of the ranks of torchrun, the first downloads
+                    log(f"downloading {url}")
+                    fetch_file(url, path)
+    except (OSError, HTTPException) as error:
+        reason, advice = getattr(error, "reason", None) or error, "go online, or "
+        if isinstance(error, HTTPError):
+            reason, advice = f"HTTP {error.code} {reason}", ""
+        raise OSError(f"{url} cannot be downloaded ({reason}): {advice}put a copy of the file at {path}") from None
     with open(path, "rb") as file:
         log(f"{path}: SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
     return path
+
+
+def fetch_file(url, path):
+    """Download a file, whole or not at all: torch.hub's function keeps one whose connection was closed midway."""
+    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})  # some servers refuse Python's own
+    folder, name = os.path.split(path)
+    with tempfile.TemporaryDirectory(".tmp", f"{name}.", folder) as own:
+        temporary = os.path.join(own, name)
+        with urllib.request.urlopen(request) as response, open(temporary, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0)
+            with torch.hub.tqdm(total=size or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+                while chunk := response.read(2**20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        if size and size != os.path.getsize(temporary):
+            raise OSError(f"the connection was closed after {os.path.getsize(temporary)} of {size} bytes")
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def lock(path):
+    """Wait until no other process is in this block; not on systems and disks without locks."""
+    with open(path, "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path)

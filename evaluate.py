@@ -239,7 +239,7 @@ def linear(args):
         optimizer = build_optimizer("sgd", supervised.build_head_groups(network, grid))
         crops = supervised.build_crops(args, setup.info, setup.device)
         supervised.train_and_test(network, optimizer, grid, dict(epochs=args.epochs), setup, crops,
-                                  report.test_classifier, report.measure_top1)
+                                  report.evaluate_classifier, report.measure_top1)
 
 
 def finetune(args):
@@ -260,7 +260,7 @@ def finetune(args):
         "cutmix")}
     crops = supervised.build_crops(args, setup.info, setup.device)
     supervised.train_and_test(network, build_optimizer("adamw", groups), [(args.lr, args.weight_decay)], hparams, setup,
-                              crops, report.test_classifier, report.measure_top1)
+                              crops, report.evaluate_classifier, report.measure_top1)
 
 
 def segmentation(args):

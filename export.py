@@ -47,13 +47,12 @@ from common import cli
 from common.checkpoint import CheckpointError
 from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS, save_transformers
-from common.files import atomic_write, check_file, create_folder, write_text
+from common.files import atomic_write, check_file, create_folder, read_text, write_text
+from common.hub import absolute_path, is_remote
 from common.precision import DTYPES
 from common.weights import (
-    absolute_path,
     check_image_size,
     find_model,
-    is_remote,
     load_backbone,
     read_input,
     read_weights,
@@ -65,18 +64,20 @@ from common.weights import (
 from data.datasets import DataError, ImageFolder
 from data.shapes import Shapes
 from evaluation.classifiers import load_classifier
-from evaluation.model_card import build_model_card, describe_publicly
+from evaluation.model_card import build_model_card, describe_publicly, is_model_card
 from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine
 LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (0.02, 0.9999), "mixed": (0.02, 0.9999)}
 # values of flags that torch's exporter supports, for backbones of torchvision and timm
 TRACEABLE = dict(precision=["fp32"], dynamic=["batch", "none"], heads=["each"], patch_tokens=[False], last_layers=[0])
+HUB_FILES = ("README.md", "config.json", "preprocessor_config.json", "model.safetensors", "teacher.safetensors",
+             "model.onnx")  # of --format hub
 
 
 def save_backbone(path, backbone, info, ckpt):
-    """This repository's model file, without the head."""
-    info = {name: value for name, value in info.items() if name != "classes"}
+    """This repository's model file, without head and classifier."""
+    info = {name: value for name, value in info.items() if name not in ("head", "classes")}
     save_model(path, {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}, info)
 
 
@@ -90,7 +91,7 @@ class ExportError(RuntimeError):
 def parse_args(argv=None):
     parser = cli.build_parser("export.py", __doc__)
     add = parser.add_argument
-    add("--ckpt", nargs="?", help="model file (default: teacher.safetensors of the newest run)")
+    add("--ckpt", nargs="?", help="model file, folder of a run, dino_vits16 or hf:USER/NAME (default: newest run)")
     add("--checkpoint_key", choices=["teacher", "student"], help="network of a full checkpoint (default: teacher)")
     add("--format", choices=["onnx", "hub", *FORMATS], default="onnx",
         help="ONNX, a folder for the Hugging Face Hub, or weights under another library's names")
@@ -398,22 +399,23 @@ def main(args):
         print(f"{output}: " + "\n  ".join(report))
     else:
         ckpt = find_model(args.ckpt)
-        backbone, info, classifier = load_network(ckpt, args.checkpoint_key)
+        file = weights_file(ckpt, print)
+        backbone, info, classifier = load_network(file, args.checkpoint_key)
         ending, save = FORMATS.get(args.format, (args.format, None))
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
         if os.path.exists(output) and not is_remote(ckpt) and os.path.samefile(output, ckpt):
             raise CheckpointError(f"--output {output}: is the model itself")
         create_folder(Path(output).parent)
         if args.format == "hub":
-            return save_hub(output, backbone, info, ckpt, args)
+            return save_hub(output, backbone, info, ckpt, file, args)
         if save:
-            save(output, backbone, info, weights_file(ckpt))
+            save(output, backbone, info, file)
             assumed = backbone.embed_dim // 64  # heads, by the models that other libraries build
             if args.format in ("timm", "dino", "dino_full") and getattr(backbone, "num_heads", assumed) != assumed:
                 print(f"NOTE: load_backbone reads the number of heads from the file, others need to be given "
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
-        metadata = build_metadata(backbone, info, ckpt, args)
+        metadata = build_metadata(backbone, info, file, args) | dict(checkpoint=absolute_path(ckpt))
         model = save_onnx(output, backbone, metadata, args, classifier)
     if args.benchmark:
         benchmark(backbone, model, metadata, metadata["batch_size"] or args.batch_size)
@@ -429,29 +431,46 @@ def save_onnx(path, backbone, metadata, args, classifier=None):
     return model
 
 
-def save_hub(folder, backbone, info, ckpt, args):
+def save_hub(folder, backbone, info, ckpt, file, args):
     """Write a folder for the Hugging Face Hub, and print how to publish it.
 
-    It holds the weights for transformers, the model file of this repository with its head, ONNX and a model card.
+    It holds the weights for transformers, the model file of this repository with its head, ONNX and a model card. A
+    card that is there stays.
 
     Raises:
-        CheckpointError: no vision transformer of vit.py, or a classifier.
+        CheckpointError: no vision transformer of vit.py, a classifier, or a folder that holds other files.
         ExportError: the ONNX file does not compute what the model computes.
     """
     if "classes" in info:
         raise CheckpointError(f"--format hub: {ckpt} is a classifier; name a backbone, such as teacher.safetensors")
-    save_transformers(folder, backbone, info, ckpt)
+    check_hub_folder(folder, file)
     weights = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     if "head" in info:
-        weights |= {name: tensor for name, tensor in read_weights(weights_file(ckpt), args.checkpoint_key)[0].items()
+        weights |= {name: tensor for name, tensor in read_weights(file, args.checkpoint_key)[0].items()
                     if name.startswith("head.")}
     info = describe_publicly(info)
+    metadata = build_metadata(backbone, info, file, args)
+    save_transformers(folder, backbone, info, ckpt)
+    if os.path.exists(card := os.path.join(folder, "README.md")):
+        print(f"kept {card} of an earlier export, to which you may have added; for a new one name another --output")
+    else:
+        write_text(card, build_model_card(backbone, info, metadata, ckpt, file))
     save_model(own := os.path.join(folder, "teacher.safetensors"), weights, info)
-    metadata = build_metadata(backbone, info, own, args) | dict(checkpoint="teacher.safetensors")
+    metadata |= dict(checkpoint="teacher.safetensors", sha256=sha256(own))
     save_onnx(os.path.join(folder, "model.onnx"), backbone, metadata, args)
-    write_text(card := os.path.join(folder, "README.md"), build_model_card(backbone, info, metadata, ckpt))
     print(f"written to {folder}; publish it after adding a license to {card} and replacing USER/NAME there and here:\n"
           f"hf upload USER/NAME {shlex.quote(folder)}")
+
+
+def check_hub_folder(folder, file):
+    """Raise CheckpointError if `save_hub` would write into a folder with other content than its own."""
+    if os.path.realpath(folder) == os.path.realpath(os.path.dirname(file)):
+        raise CheckpointError(f"--output {folder}: holds the model itself, name another folder")
+    held = {*os.listdir(folder)} if os.path.exists(folder) else set()
+    is_ours = "README.md" in held and is_model_card(read_text(os.path.join(folder, "README.md")))
+    for name in ("checkpoint.pth", "flags.txt", *([] if is_ours else HUB_FILES)):
+        if name in held:
+            raise CheckpointError(f"--output {folder}: holds {name}, no folder of --format hub: name another")
 
 
 def load_exported(path, args):
@@ -463,9 +482,9 @@ def load_exported(path, args):
     except Exception as error:  # protobuf raises nearly anything on other files
         raise CheckpointError(f"{path}: not a file of export.py, or corrupt ({error})") from None
     ckpt = args.ckpt or os.path.join(os.path.dirname(path), ckpt)
-    if not (args.ckpt or os.path.exists(ckpt)) or sha256(ckpt) != expected:
+    if not (args.ckpt or os.path.exists(ckpt)) or sha256(file := weights_file(ckpt)) != expected:
         raise CheckpointError(f"{path}: was not exported from {ckpt} as it is now: name its model with --ckpt")
-    return model, metadata, load_network(ckpt, args.checkpoint_key or key)
+    return model, metadata, load_network(file, args.checkpoint_key or key)
 
 
 if __name__ == "__main__":

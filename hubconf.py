@@ -11,6 +11,7 @@ is first on the path of the program meanwhile, whose own modules may be named as
 
 import hashlib
 import json
+import math
 import os
 import urllib.parse
 
@@ -27,7 +28,8 @@ def dino_vits16(pretrained=True, weights=None, **kwargs):
     Args:
         pretrained: load the authors' published weights, from the cache of torch.hub or their server.
         weights: path or URL to load instead: a model file or checkpoint of this repository, or the authors'.
-        kwargs: further arguments of the backbone, such as img_size and drop_path_rate.
+        kwargs: further arguments of the backbone: drop_path_rate and, with random weights, img_size. Vision
+            transformers take images of any size whatever their img_size, which with weights is that of the weights.
     """
     return _build("dino_vits16", pretrained, weights, **kwargs)
 
@@ -90,6 +92,12 @@ def _build(name, pretrained, weights, drop_path_rate=0.0, **kwargs):
             if described.get(key) != value:
                 raise ValueError(f"{file}: its {key} is {described.get(key)}, that of {name} is {value}: use the entry "
                                  f"point backbone")
+        if "patch_size" in arguments and "pos_embed" in tensors:
+            size = arguments["patch_size"] * math.isqrt(tensors["pos_embed"].shape[1] - 1)
+            if kwargs.get("img_size", size) != size:
+                raise ValueError(f"{name}: img_size={kwargs['img_size']} is for pretrained=False; these weights have "
+                                 f"{size}, and the model takes images of any size: leave it out")
+            described = described | dict(img_size=size)
         arguments = described | arguments
     model = backbones.build_backbone(arguments | kwargs, drop_path_rate)
     return _load_weights(model, tensors) if tensors else model.eval()

@@ -36,6 +36,7 @@ from common.auto import PAPER
 from common.checkpoint import CheckpointError, Run
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from common.files import atomic_write, write_json
+from common.hub import absolute_path
 from common.initial_weights import CONTINUE, follow_initial_weights, load_initial_weights, read_initial_weights
 from common.log_sinks import SINKS, LogSinks
 from common.logger import Logger, describe_environment
@@ -51,7 +52,7 @@ from common.run_flags import (
     list_flags_of_run,
     write_flags,
 )
-from common.weights import absolute_path, save_model
+from common.weights import save_model
 from data.datasets import DataError, describe_paths, hash_images, make_absolute, open_data
 from data.images import show_channels
 from data.loaders import (

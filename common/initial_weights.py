@@ -222,7 +222,8 @@ def follow_initial_weights(parser, args, given):
 
     Ends with a parser error if a given flag is of other weights.
     """
-    weights = read_initial_weights(args.init, log=lambda text: None)
+    # the other lines follow when the run starts
+    weights = read_initial_weights(args.init, lambda text: print(text) if text.startswith("downloading") else None)
     backbone, head = dict(weights.backbone), weights.head or {}
     if (mlp_ratio := backbone.pop("mlp_ratio", 4)) != 4:
         parser.error(f"--init {args.init}: its mlp_ratio is {mlp_ratio:g}, networks here have 4")

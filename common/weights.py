@@ -24,17 +24,17 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from backbones import BackboneError, HeadlessClassifier, build_backbone, download_published, is_published
+from backbones import BackboneError, HeadlessClassifier, build_backbone
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero, run_on_rank_zero_first
-from common.files import atomic_write, check_file, create_folder, first_line, read_json
+from common.files import atomic_write, check_file, create_folder, read_json
+from common.hub import WEIGHT_FILES, download_weights, is_remote
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
 LEVELS = "teacher", "student", "state_dict_ema", "model_ema", "state_dict", "model", "module"
-MODEL_FILES = "teacher.safetensors", "model.safetensors", "pytorch_model.bin"  # of a run, of transformers: in a folder
 # a name that each network has once: DINO's and timm's, XCiT's, transformers', torchvision's
 ANCHOR = r"(.*?)(patch_embed\.proj\.(0\.0\.)?weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
 
@@ -119,10 +119,9 @@ def open_backbone(args, device=None, needs="", precision="fp32", rgb_only=True):
     Raises:
         CheckpointError: the file cannot be loaded, takes other images than RGB, or lacks what is needed.
     """
-    ckpt = find_model(args.ckpt)
-    if is_remote(ckpt):
-        run_on_rank_zero_first(lambda: weights_file(ckpt))
-    backbone, info = load_backbone(ckpt, args.checkpoint_key, print if is_rank_zero() else lambda text: None)
+    ckpt, log = find_model(args.ckpt), print if is_rank_zero() else lambda text: None
+    file = run_on_rank_zero_first(lambda: weights_file(ckpt, log)) if is_remote(ckpt) else weights_file(ckpt)
+    backbone, info = load_backbone(file, args.checkpoint_key, log)
     info |= read_input(info, backbone.in_chans, ckpt)
     if rgb_only and info["channels"]:
         raise CheckpointError(f"{ckpt}: takes images of {info['channels']} channels, here they are RGB")
@@ -131,7 +130,7 @@ def open_backbone(args, device=None, needs="", precision="fp32", rgb_only=True):
     if args.untrained:
         backbone = build_untrained(info)
     set_matmul_precision(device or args.device, precision, backbone.embed_dim)
-    origin = dict(ckpt=ckpt, sha256=sha256(ckpt), network=info["network"], untrained=args.untrained,
+    origin = dict(ckpt=ckpt, sha256=sha256(file), network=info["network"], untrained=args.untrained,
                   value_range=info.get("value_range"))
     return backbone.to(device or args.device), info, origin
 
@@ -368,12 +367,14 @@ def output_folder(origin, args, ending):
 
 
 def sibling_path(ckpt, key, ending, untrained=False):
-    """Path beside a model file: its stem, the network unless it is the teacher, ".untrained", and an ending."""
-    if is_remote(ckpt):
-        ckpt = str(ckpt).rpartition("/")[2]
+    """Path beside a model file: its stem, the network unless it is the teacher, ".untrained", and an ending.
+
+    For a name of `is_remote`, its last part, in the current folder.
+    """
     file = Path(ckpt) if Path(ckpt).name not in ("", "..") else Path(ckpt).resolve()  # a folder of transformers
-    network = f".{key}" * (key not in (None, "teacher", file.stem))
-    return file.with_name(f"{file.stem}{network}{'.untrained' * untrained}.{ending}")
+    folder, stem = (Path(), str(ckpt).rpartition("/")[2]) if is_remote(ckpt) else (file.parent, file.stem)
+    network = f".{key}" * (key not in (None, "teacher", stem))
+    return folder / f"{stem}{network}{'.untrained' * untrained}.{ending}"
 
 
 def resolve_image_size(image_size, backbone):
@@ -408,50 +409,10 @@ def weights_file(path, log=lambda text: None):
         log: called with the path and the SHA-256 of a download.
     """
     if is_remote(path):
-        return download_published(path, log) if is_published(path) else download_repository(path, log)
+        return download_weights(path, log)
     if not os.path.isdir(path):
         return str(path)
-    for name in MODEL_FILES:
+    for name in WEIGHT_FILES:
         if os.path.exists(file := os.path.join(path, name)):
             return file
     raise CheckpointError(f"{path}: holds no teacher.safetensors or model.safetensors, name a model file")
-
-
-def is_remote(path):
-    """Whether --ckpt or --init names published weights (dino_vits16) or hf:USER/NAME, and no file or folder here."""
-    return (is_published(str(path)) or str(path).startswith("hf:")) and not os.path.exists(path)
-
-
-def absolute_path(path):
-    """Path of --ckpt or --init as valid from any folder; a name of `is_remote` stays."""
-    return path if is_remote(path) else os.path.abspath(path)
-
-
-def download_repository(name, log):
-    """Path of the model file of hf:USER/NAME in the cache of huggingface_hub, which downloads what is not there.
-
-    Raises:
-        CheckpointError: there is no such repository, it holds no model file, or the Hub cannot be reached.
-    """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    repository, problem = name.removeprefix("hf:"), None
-    try:
-        HfApi().model_info(repository)  # hf_hub_download would ask six times for each file
-    except Exception as error:  # of its HTTP library; what is in the cache can be read nevertheless
-        problem = first_line(error)
-    for file in MODEL_FILES:
-        try:
-            path = hf_hub_download(repository, file, local_files_only=bool(problem))
-            with contextlib.suppress(EntryNotFoundError):  # config.json is not in every repository
-                hf_hub_download(repository, "config.json", local_files_only=bool(problem))
-            log(f"{path}: SHA-256 {sha256(path)}")
-            return path
-        except EntryNotFoundError:
-            continue
-        except Exception as error:
-            problem = first_line(error)
-            break
-    raise CheckpointError(f"{name}: cannot be read from the Hugging Face Hub or its cache "
-                          f"({problem or 'no ' + ', '.join(MODEL_FILES)})")

@@ -17,6 +17,7 @@ from common.checkpoint import CheckpointError
 from common.cli import image_side
 from common.distributed import is_rank_zero
 from common.files import first_line
+from common.hub import is_remote
 from common.weights import check_image_size, load_backbone, read_input, read_weights, save_model
 from evaluation.setup import log
 
@@ -93,6 +94,9 @@ def load_classifier(path):
     Raises:
         CheckpointError: no such file, or not a classifier and its backbone.
     """
+    if is_remote(path):
+        raise CheckpointError(f"{path}: is a backbone; predict needs classifier.safetensors of evaluate.py linear, "
+                              f"logistic or finetune")
     path = os.path.join(path, "classifier.safetensors") if os.path.isdir(path) else str(path)
     weights, info, _ = read_weights(path, None)
     if not {"classes", "image_size"} <= info.keys() or "classifier.weight" not in weights:

@@ -1,19 +1,21 @@
 """Model card for the Hugging Face Hub: what a model is, its data, flags and results, and how to load it.
 
-    text = build_model_card(backbone, info, metadata, "runs/demo/teacher.safetensors")     # README.md
+    text = build_model_card(backbone, info, metadata, ckpt, weights_file(ckpt))     # README.md
 
 Everything in it comes from the model file and from what train.py and evaluate.py wrote beside it. Paths of the machine
 are left out: data are named as in result files.
 """
 
 import contextlib
+import glob
 import json
 import re
 import shlex
 from pathlib import Path
 
 from common.files import read_json, read_text
-from common.weights import MODEL_FILES, is_remote, sha256, weights_file
+from common.hub import is_remote
+from common.weights import sibling_path
 from data.datasets import data_name
 
 PATHS = ("data_path", "val_path", "output_dir", "cache_dir", "init")  # flags that are not published
@@ -83,14 +85,21 @@ def describe_publicly(info):
     return info
 
 
-def build_model_card(backbone, info, metadata, ckpt):
+def is_model_card(text):
+    """Whether a README.md is one of `build_model_card`, to which a license may have been added."""
+    lines = text.splitlines()
+    return {*CARD.splitlines()[:3]} <= {*lines} and any(line.startswith("| `teacher.safetensors` |") for line in lines)
+
+
+def build_model_card(backbone, info, metadata, ckpt, file):
     """Text of a model card.
 
     Args:
         backbone: VisionTransformer.
         info: its description, see `load_backbone` and `describe_publicly`.
-        metadata: of its ONNX file.
-        ckpt: its --ckpt, beside which flags and results are looked for.
+        metadata: of the ONNX file of `file`.
+        ckpt: its --ckpt, beside which results are looked for.
+        file: path of its weights, beside which the flags are looked for.
     """
     is_run = "head" in info
     size, p, C, D = backbone.grid[0] * backbone.patch_size, backbone.patch_size, backbone.in_chans, backbone.embed_dim
@@ -109,7 +118,7 @@ def build_model_card(backbone, info, metadata, ckpt):
         outputs="; ".join(f"`{output}`, {what}" for output, what in metadata["outputs"].items()),
         images=describe_input(metadata, C, size), transformers=write_transformers_code(C, size, D),
         timm=write_timm_code(backbone, size), onnx=write_onnx_code(metadata, C, size),
-        training=describe_training(info, ckpt), results=describe_results(ckpt))
+        training=describe_training(info, ckpt, file), results=describe_results(info, metadata, ckpt))
 
 
 # ---- how to load it ----
@@ -175,13 +184,13 @@ feature, attention = session.run(["features", "attention"], {{"image": images}})
 
 # ---- what is known of it ----
 
-def describe_training(info, ckpt):
+def describe_training(info, ckpt, file):
     """The data, the flags of the run, and its evaluations, of files beside the model file."""
     if "head" not in info:
         source = str(ckpt) if is_remote(ckpt) else Path(ckpt).resolve().name
         return f"The weights are those of `{source}`. How they were trained is not in that file."
     text = f"Data: {info['data_path']}." if info.get("data_path") else "The data are not named in the model file."
-    folder = Path(weights_file(ckpt)).parent
+    folder = Path(file).parent
     lines = read_text(folder / "flags.txt").splitlines() if (folder / "flags.txt").exists() else []
     flags = {line: shlex.split(line) for line in lines if line.startswith("--")}
     for name, *values in flags.values():
@@ -204,17 +213,16 @@ def describe_training(info, ckpt):
     return text
 
 
-def describe_results(ckpt):
-    """A table of the results of evaluate.py that are of exactly this model file."""
-    file, rows = Path(ckpt if not is_remote(ckpt) else str(ckpt).rpartition("/")[2]), []
-    if file.name in MODEL_FILES[1:]:
-        file = file.parent  # of transformers, whose results are named after the folder
-    digest = sha256(ckpt)
-    for path in sorted([*file.parent.glob(f"{file.stem}.*.json"), *file.parent.glob(f"{file.stem}.*/result.json")]):
+def describe_results(info, metadata, ckpt):
+    """A table of the results of evaluate.py that are of exactly this model file and network."""
+    start, rows = sibling_path(ckpt, metadata["checkpoint_key"], ""), []  # teacher. or checkpoint.student.
+    origin = {"sha256": metadata["sha256"], "network": info["network"], "untrained": False}
+    pattern = glob.escape(start.name)
+    for path in sorted([*start.parent.glob(f"{pattern}*.json"), *start.parent.glob(f"{pattern}*/result.json")]):
         result = read_json(path)
-        if result.get("sha256") != digest or result.get("untrained"):
+        if not origin.items() <= result.items():
             continue
-        task = (path.parent.name if path.name == "result.json" else path.name).removeprefix(f"{file.stem}.")
+        task = (path.parent.name if path.name == "result.json" else path.name).removeprefix(start.name)
         data = [data_name(result["data_path"]), result.get("num_images", ""), result.get("image_size", "")]
         if isinstance(result.get("knn"), dict):
             rows += [[f"k-NN, k = {k}", *data, format_score(score["top1"]), format_score(score["top5"])]

@@ -28,7 +28,7 @@ def measure_top1(network, images, setup):
     return (100 * (predictions == labels.view(-1, 1)).double().mean(dim=0)).tolist()
 
 
-def test_classifier(network, setup, hparams):
+def evaluate_classifier(network, setup, hparams):
     """Log and write the accuracy of a classifier on the test images."""
     report_accuracy(*setup.extract(lambda x: network(x)[0], setup.data.val), setup, hparams)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from common.hub import is_remote
 from plotting.draw import COLORS, HEAT, SIGNED, colorize, colorize_heads, components_to_rgb, highlight_mask
 
 GAP = 8  # pixels
@@ -127,13 +128,14 @@ def resize_to_width(image, width):
 
 
 def describe_model(origin, info, patch_size=1):
-    """"demo/teacher.safetensors (vit_small, patches of 16 x 16 pixels)", for titles.
+    """"demo/teacher.safetensors (vit_small, patches of 16 x 16 pixels)", or the name of `is_remote`, for titles.
 
     Args:
         origin, info: see `open_backbone`.
     """
     arch = info.get("arch") or info.get("backbone", {}).get("arch", "vision transformer")
-    name = "/".join(Path(origin["ckpt"]).resolve().parts[-2:]) + ", random weights" * bool(origin.get("untrained"))
+    name = origin["ckpt"] if is_remote(origin["ckpt"]) else "/".join(Path(origin["ckpt"]).resolve().parts[-2:])
+    name += ", random weights" * bool(origin.get("untrained"))
     return f"{name} ({arch}, patches of {patch_size} x {patch_size} pixels)" if patch_size > 1 else f"{name} ({arch})"
 
 

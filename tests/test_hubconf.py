@@ -3,9 +3,11 @@
 import hashlib
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ import export
 import hubconf
 import train
 from common.checkpoint import load_checkpoint
+from common.hub import is_remote
 from common.initial_weights import read_initial_weights
-from common.weights import is_remote, load_backbone, save_model
+from common.weights import load_backbone, save_model
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +46,9 @@ def server(tmp_path, monkeypatch):
         def log_message(self, text, *values):
             requests.append(self.path)
 
+        def copyfile(self, source, output):
+            output.write(source.read()[:1000 if (folder / "cut").exists() else None])
+
     folder, requests = tmp_path / "server", []
     torch.manual_seed(0)
     (folder / FILE).mkdir(parents=True)
@@ -61,7 +67,7 @@ def server(tmp_path, monkeypatch):
 
 # ---- torch.hub ----
 
-def test_published_weights_are_downloaded_once(server, capsys):
+def test_published_weights_are_downloaded_once(server, capsys, tmp_path):
     folder, requests = server
     arguments = {name: value for name, value in TINY.items() if name != "patch_size"}
     model = load("dino_vits16", drop_path_rate=0.3, **arguments)
@@ -76,6 +82,23 @@ def test_published_weights_are_downloaded_once(server, capsys):
     torch.save({name: tensor + 1 for name, tensor in expected.items()}, folder / "mine" / f"{FILE}.pth")
     theirs = load("dino_vits16", weights=url, **arguments)
     assert torch.equal(theirs.norm.bias, model.norm.bias + 1) and len(requests) == 2
+    capsys.readouterr()
+    load_backbone("dino_vits16", log=lambda text: None)
+    shutil.rmtree(tmp_path / "cache")
+    lines = []
+    load_backbone("dino_vits16", log=lines.append)
+    assert lines[0] == f"downloading {backbones.PUBLISHED_URL}/{FILE}/{FILE}.pth" and not capsys.readouterr().out
+
+
+def test_weights_have_an_image_size_of_their_own(server):
+    """Position embeddings of 32 pixels, not of 224, and the network takes other images than those."""
+    arguments = {name: value for name, value in TINY.items() if name not in ("patch_size", "img_size")}
+    model = load("dino_vits16", **arguments)
+    assert model.grid == (2, 2) and model(torch.zeros(1, 3, 48, 64)).shape == (1, 128)
+    with pytest.raises(ValueError, match=r"^dino_vits16: img_size=480 is for pretrained=False; these weights have 32, "
+                                         r"and the model takes images of any size: leave it out$"):
+        load("dino_vits16", img_size=480, **arguments)
+    assert load("dino_vits16", pretrained=False, img_size=480, **arguments).grid == (30, 30)
 
 
 def test_entry_points_are_the_networks_of_the_paper():
@@ -187,7 +210,8 @@ def test_runs_continue_from_published_weights_by_name(server, small_shapes, tmp_
     train.main(train.parse_args(flags))
     assert len(reads) == 1 and requests == [f"/{FILE}/{FILE}_full_checkpoint.pth"]
     out = capsys.readouterr().out
-    assert "_full_checkpoint.pth: SHA-256 " in out and "student and teacher, with heads, the center\n" in out
+    assert out.count("downloading ") == 1 and out.count("_full_checkpoint.pth: SHA-256 ") == 1
+    assert "student and teacher, with heads, the center\n" in out
     state, expected = load_checkpoint("run/checkpoint.pth"), load_checkpoint(REFERENCE)
     for name, tensor in state["student"].items():
         torch.testing.assert_close(tensor, expected["student"][f"module.{name}"], rtol=0, atol=1e-6)
@@ -195,19 +219,49 @@ def test_runs_continue_from_published_weights_by_name(server, small_shapes, tmp_
     assert read_initial_weights("dino_vits16").head is None
 
 
+def test_predict_takes_no_backbone_by_name(exit_message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dino_vits16", "hf:me/demo"):
+        assert exit_message(lambda *argv: evaluate.main(evaluate.parse_args(argv)), "predict", "--device", "cpu",
+                            "--ckpt", name, "a.png").endswith(
+            f"{name}: is a backbone; predict needs classifier.safetensors of evaluate.py linear, logistic or finetune")
+
+
 def test_without_a_connection_it_is_one_line(server, monkeypatch, exit_message, tmp_path):
     url = backbones.PUBLISHED_URL
-    cached = f"put a copy of the file at {tmp_path}/cache/hub/checkpoints/dino_"
+    cached = f"(HTTP 404 File not found): put a copy of the file at {tmp_path}/cache/hub/checkpoints/dino_"
     for main, *flags in ((lambda *argv: evaluate.main(evaluate.parse_args(argv)), "knn", "--ckpt", "dino_vitb8",
                           "--device", "cpu", "--data_path", "shapes:32"),
                          (lambda *argv: train.parse_args(argv), "--init", "dino_vitb8")):
         message = exit_message(main, *flags)
-        assert f"{url}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth cannot be downloaded (" in message
-        assert cached in message
+        assert f"{url}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth cannot be downloaded {cached}" in message
     monkeypatch.setattr(backbones, "PUBLISHED_URL", "http://127.0.0.1:9")  # nobody listens
     with pytest.raises(OSError, match="cannot be downloaded .*refused.*: go online, or put a copy of the file at"):
         load("dino_vits16")
+    monkeypatch.setattr(backbones, "PUBLISHED_URL", url)
+    (server[0] / "cut").touch()
+    size = (server[0] / FILE / f"{FILE}.pth").stat().st_size
+    with pytest.raises(OSError, match=f"the connection was closed after 1000 of {size} bytes"):
+        load("dino_vits16")
     assert not [*(tmp_path / "cache").rglob("*.pth*")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there: each process downloads")
+def test_of_several_processes_one_downloads(server, tmp_path):
+    """As of the ranks of torchrun train.py --init, which read the weights before they know of each other."""
+    folder, requests = server
+    cached = tmp_path / "cache" / "hub" / "checkpoints" / "one.pth"
+    cached.parent.mkdir(parents=True)
+    program = "import sys, backbones as b; print('ready', flush=True); print(b.download(sys.argv[1], 'one.pth', len))"
+    with backbones.lock(f"{cached}.lock"):  # as a process that downloads
+        process = subprocess.Popen([sys.executable, "-c", program, f"{backbones.PUBLISHED_URL}/{FILE}/{FILE}.pth"],
+                                   cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)  # in which it would download
+        shutil.copy(folder / FILE / f"{FILE}.pth", cached)
+    assert process.communicate(timeout=60)[0] == f"{cached}\n" and requests == []
+    assert [*cached.parent.iterdir()] == [cached]
 
 
 @pytest.mark.parametrize("content", [b"no weights here", b""])

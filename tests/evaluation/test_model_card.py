@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import evaluate
 import export
 import train
+import visualize
 from backbones import build_backbone
 from common.initial_weights import read_initial_weights
 from common.weights import find_model, load_backbone, save_model, sibling_path
@@ -119,6 +120,55 @@ def test_the_card_holds_what_is_known(run):
     assert "Data: shapes:32." in text and "the mean (0.1, 0.2, 0.3)" in text and "(the teacher of the run)" in text
     for file in Path("out").iterdir():  # no path of this machine
         assert b"secret" not in file.read_bytes(), file
+    export.main(export.parse_args(["--ckpt", str(folder), "--format", "safetensors", "--output", "b.safetensors"]))
+    assert "head" not in load_backbone("b.safetensors")[1]
+    hub("b.safetensors")
+    assert "projection head" in text and "projection head" not in Path("b.hub", "README.md").read_text()
+
+
+def test_no_folder_of_others_is_written_into(run, exit_message, tmp_path, capsys):
+    folder, _ = run
+    shutil.copy(folder / "teacher.safetensors", "copy.safetensors")
+
+    def refused(ckpt, output):
+        before = {path: path.read_bytes() for path in Path(output).iterdir() if path.is_file()}
+        message = exit_message(hub, ckpt, "--output", str(output))
+        assert before == {path: path.read_bytes() for path in Path(output).iterdir() if path.is_file()}
+        return message
+
+    assert f"--output {folder}: holds the model itself, name another folder" in refused(folder, folder)
+    assert "holds checkpoint.pth, no folder of --format hub: name another" in refused("copy.safetensors", folder)
+    for name in ("README.md", "teacher.safetensors", "flags.txt"):
+        Path("out").mkdir()
+        Path("out", name).write_text("---\nlicense: mit\nlibrary_name: transformers\n---\n# Mine\n")
+        assert f"--output out: holds {name}, no folder of --format hub" in refused(folder, "out")
+        shutil.rmtree("out")
+    hub(folder, "--output", "out")
+    card = Path("out", "README.md")
+    card.write_text(text := card.read_text().replace("---\n", "---\nlicense: mit\n", 1) + "Mine.\n")
+    Path("out", "model.onnx").write_bytes(b"old")
+    capsys.readouterr()
+    hub("copy.safetensors", "--output", "out")
+    assert card.read_text() == text and f"kept {card} of an earlier export" in capsys.readouterr().out
+    export.main(export.parse_args(["--check", "out/model.onnx"]))
+    assert "holds the model itself" in refused("out", "out")
+
+
+def test_results_are_those_of_the_network(run):
+    """Teacher and student of a checkpoint.pth have its checksum; the results of either begin with checkpoint."""
+    checkpoint = str(run[0] / "checkpoint.pth")
+    knn = ["knn", "--ckpt", checkpoint, "--num_workers", "0", "--device", "cpu", "--nb_knn"]
+    evaluate.main(evaluate.parse_args([*knn, "5"]))
+    evaluate.main(evaluate.parse_args([*knn, "6", "--checkpoint_key", "student"]))
+    linear = run[0] / "checkpoint.student.linear.shapes-32" / "result.json"
+    linear.parent.mkdir()
+    result = json.loads((run[0] / "checkpoint.student.knn.shapes-32.json").read_text())
+    linear.write_text(json.dumps(result | dict(knn=None, top1=61.5, top5=70.25)))
+    for flags, expected in (([], ["k-NN, k = 5"]), (["--checkpoint_key", "student"], ["k-NN, k = 6", "linear"])):
+        hub(checkpoint, *flags, "--output", f"out{len(flags)}")
+        results = Path(f"out{len(flags)}", "README.md").read_text().rpartition("## Results")[2]
+        assert re.findall(r"^\| (k-NN.*?|linear) \|", results, re.MULTILINE) == expected
+    assert "| linear | shapes-32 | 60 | 32 | 61.50 | 70.25 |" in results
 
 
 def test_a_card_of_other_weights_claims_nothing(tmp_path, model, exit_message):
@@ -182,7 +232,7 @@ def test_a_repository_is_read_from_the_cache(model, cache, tmp_path, monkeypatch
     assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in network.state_dict().items())
     assert train.parse_args(["--init", "hf:me/demo", "--device", "cpu", "--global_crops_size", "32",
                              "--local_crops_size", "16"]).init == "hf:me/demo"
-    assert sibling_path("hf:me/demo", None, "onnx") == Path("demo.onnx")
+    assert sibling_path("hf:me/dino.v1", "student", "onnx", True) == Path("dino.v1.student.untrained.onnx")
 
 
 def test_a_repository_is_downloaded_once(model, cache, tmp_path, monkeypatch, capsys, exit_message):
@@ -229,6 +279,17 @@ def test_a_repository_is_downloaded_once(model, cache, tmp_path, monkeypatch, ca
             downloads = [request for request in requests if request.startswith("GET /me")]
             assert sorted(downloads) == [f"GET /me/demo/resolve/main/{name}" for name in ("config.json",
                                                                                           "model.safetensors")]
+            monkeypatch.chdir(tmp_path)
+            flags = ["--ckpt", "hf:me/demo"]
+            for command in (lambda: export.main(export.parse_args(flags)),
+                            lambda: hub("hf:me/demo"),
+                            lambda: export.main(export.parse_args([*flags, "--check", "demo.onnx"])),
+                            lambda: visualize.main(visualize.parse_args(
+                                ["features", "shapes:32", *flags, "--device", "cpu"]))):
+                requests.clear()
+                command()
+                assert requests.count("GET /api/models/me/demo") == 1
+            capsys.readouterr()
             assert "hf:me/none: cannot be read from the Hugging Face Hub or its cache (404 Client" in exit_message(
                 load_backbone, "hf:me/none")
             (folder / "model.safetensors").unlink()

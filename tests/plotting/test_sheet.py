@@ -119,6 +119,8 @@ def test_descriptions_of_models(tmp_path):
         "demo/teacher.safetensors (vit_tiny, patches of 8 x 8 pixels)")
     assert describe_model(origin | dict(untrained=True), dict(backbone=dict(arch="resnet18"))) == (
         "demo/teacher.safetensors, random weights (resnet18)")
+    for name in ("dino_vits16", "hf:me/demo"):  # not in the current folder
+        assert describe_model(dict(ckpt=name, untrained=True), dict(arch="a")) == f"{name}, random weights (a)"
 
 
 @pytest.mark.parametrize("heads, size", [(1, (64, 48)), (3, (30, 80)), (6, (40, 40)), (12, (64, 48)), (17, (10, 90))])
