@@ -101,7 +101,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("ONNX").add_argument
     add("--image_size", type=cli.image_side, nargs="+", help="H W, or side of a square (default: that of training)")
     add("--dynamic", choices=["batch", "size", "none"], default="batch", help="dynamic axes; size: batch, H and W")
-    add("--batch_size", type=positive_int, default=1, help="batch size of --dynamic none and --benchmark")
+    add("--batch_size", type=positive_int, default=1, help="batch size of --dynamic none and of timing")
     add("--precision", choices=list(LIMITS), default="fp32",
         help="mixed: matrix products in fp16, the rest in fp32; int8: products with weights, for CPUs")
     add("--opset", type=int, choices=range(18, onnx.defs.onnx_opset_version() + 1), default=18,
@@ -452,7 +452,7 @@ def save_onnx(path, backbone, metadata, args, classifier=None, data=None):
     model = build_onnx(backbone, metadata, args, classifier)
     report = verify(backbone, model, metadata, images, classifier)
     if data:
-        model, lines = quantize(backbone, model, metadata, data)
+        model, lines = quantize(backbone, model, metadata, data, args.batch_size)
         report += lines
     atomic_write(path, lambda temporary: Path(temporary).write_bytes(model))
     print(f"{path}: " + "\n  ".join(report))

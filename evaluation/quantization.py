@@ -1,7 +1,7 @@
 """INT8 quantization of an exported ONNX file by ONNX Runtime, calibrated and compared with torch on images.
 
-    model, report = quantize(backbone, model, metadata, data)      # static or, if that is too inaccurate, dynamic
-    report = check_accuracy(backbone, {"int8": model}, metadata, data)[1]
+    model, lines = quantize(backbone, model, metadata, data)      # static or, if that is too inaccurate, dynamic
+    line = check_accuracy(backbone, model, metadata, data)
 
 Products with weights are computed in integers: q, k, v, the projection and the MLP of each block. The patch embedding,
 attention products, softmax, GELU, norms and a classifier stay in fp32. Weights have a scale per output channel and 7
@@ -33,7 +33,7 @@ class QuantizationError(RuntimeError):
     """The features of a quantized file are too far from those of the model."""
 
 
-def quantize(backbone, model, metadata, data):
+def quantize(backbone, model, metadata, data, batch_size=1):
     """Quantize an fp32 file: static, or dynamic if static is too inaccurate.
 
     Args:
@@ -41,6 +41,7 @@ def quantize(backbone, model, metadata, data):
         model: the file as bytes.
         metadata: of the file.
         data: see `open_data`; labels are not needed.
+        batch_size: that speed is measured at.
 
     Returns:
         the quantized file as bytes, and lines on accuracy and speed.
@@ -57,7 +58,7 @@ def quantize(backbone, model, metadata, data):
         except QuantizationError as error:
             failures.append(f"{method}: {error}")
         else:
-            return quantized, [f"int8, {method}: {line}", measure_speed(quantized, model, metadata, data),
+            return quantized, [f"int8, {method}: {line}", measure_speed(quantized, model, metadata, data, batch_size),
                                f"{len(quantized) / 1e6:.1f} MB, fp32 {len(model) / 1e6:.1f} MB"]
     raise QuantizationError(f"int8 is refused, {'; '.join(failures)}; export --precision fp32")
 
@@ -145,9 +146,10 @@ def open_session(model):
 
 # ---- speed ----
 
-def measure_speed(model, fp32_model, metadata, data, rounds=15):
+def measure_speed(model, fp32_model, metadata, data, batch_size, rounds=15):
     """A line on images per second of a quantized file and the fp32 file on the CPU: medians of alternating rounds."""
-    feed = next(iter_inputs(data.train, 1, metadata))
+    image = next(iter_inputs(data.train, 1, metadata))["image"]
+    feed = {"image": np.resize(image, (metadata["batch_size"] or batch_size, *image.shape[1:]))}
     timers = [Timer("session.run(None, feed)", globals=dict(session=open_session(file), feed=feed),
                     num_threads=torch.get_num_threads()) for file in (model, fp32_model)]
     seconds = torch.tensor([[timer.timeit(3).mean for timer in timers] for _ in range(rounds)])

@@ -130,11 +130,13 @@ def test_inaccurate_files_are_refused(path, small_shapes, exit_message, bias, wo
 
 
 def test_dynamic_where_images_leave_the_calibrated_range(path):
-    def forget_positions(model):
-        for p in (model.pos_embed, model.cls_token, model.patch_embed.proj.bias):
-            p.mul_(1e-5)
+    def shrink_tokens(model):  # so that the norms return little for an image without contrast
+        model.patch_embed.proj.weight *= 0.01
+        for name, p in model.named_parameters():
+            if "bias" in name or name in ("pos_embed", "cls_token"):
+                p *= 1e-5
 
-    model = save(path, forget_positions)
+    model = save(path, shrink_tokens)
     file = path.with_suffix(".onnx")
     export.main(export.parse_args(["--ckpt", str(path)]))
     session, metadata = infer.open_model(str(file))
