@@ -2,6 +2,7 @@
 
     python export.py                                               # newest run -> teacher.onnx beside its model file
     python export.py --precision mixed --normalize nhwc            # mixed precision, uint8 input
+    python export.py --precision int8                              # for CPUs; calibrated on the training images
     python export.py --ckpt dino_deitsmall16_pretrain.pth --image_size 480 320 --output vits16_480x320.onnx
     python export.py --dynamic size                                # height and width may vary too
     python export.py --check teacher.onnx --benchmark              # verify and time an existing file
@@ -61,14 +62,16 @@ from common.weights import (
     sibling_path,
     weights_file,
 )
-from data.datasets import DataError, ImageFolder
+from data.datasets import DataError, ImageFolder, open_data, trained_data_path, trained_val_path
 from data.shapes import Shapes
 from evaluation.classifiers import load_classifier
 from evaluation.model_card import build_model_card, describe_publicly, is_model_card
+from evaluation.quantization import QuantizationError, check_accuracy, quantize
 from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine
 LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (0.02, 0.9999), "mixed": (0.02, 0.9999)}
+LIMITS["int8"] = LIMITS["fp32"]  # before quantization, which has limits of its own
 # values of flags that torch's exporter supports, for backbones of torchvision and timm
 TRACEABLE = dict(precision=["fp32"], dynamic=["batch", "none"], heads=["each"], patch_tokens=[False], last_layers=[0])
 HUB_FILES = ("README.md", "config.json", "preprocessor_config.json", "model.safetensors", "teacher.safetensors",
@@ -99,8 +102,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("ONNX").add_argument
     add("--image_size", type=cli.image_side, nargs="+", help="H W, or side of a square (default: that of training)")
     add("--dynamic", choices=["batch", "size", "none"], default="batch", help="dynamic axes; size: batch, H and W")
-    add("--batch_size", type=positive_int, default=1, help="batch size of --dynamic none and --benchmark")
-    add("--precision", choices=list(LIMITS), default="fp32", help="mixed: matrix products in fp16, the rest in fp32")
+    add("--batch_size", type=positive_int, default=1, help="batch size of --dynamic none and of timing")
+    add("--precision", choices=list(LIMITS), default="fp32",
+        help="mixed: matrix products in fp16, the rest in fp32; int8: products with weights, for CPUs")
     add("--opset", type=int, choices=range(18, onnx.defs.onnx_opset_version() + 1), default=18,
         help="ONNX opset; from 20 Gelu, from 23 Attention is one node; 18 to 20 for TensorRT")
     add("--heads", choices=["each", "mean"], default="each", help="attention of each head, or their mean")
@@ -110,6 +114,8 @@ def parse_args(argv=None):
     add("--images", metavar="DIR", help="also compare on the first five images of a folder")
     add("--check", metavar="FILE", help="verify an existing file against its model; writes nothing")
     add("--benchmark", action="store_true", help="time ONNX Runtime against torch")
+    cli.add_data_flags(parser.add_argument_group("--precision int8"), None,
+                       "images to calibrate and compare on, as for train.py (default: the data of the newest run)")
     args = parser.parse_args(argv)
     if args.image_size and (len(args.image_size) > 2 or args.check or args.dynamic == "size"):
         parser.error("--image_size takes H [W]; leave it out with --check, and with --dynamic size, which is any")
@@ -177,7 +183,8 @@ def build_onnx(backbone, metadata, args, classifier=None):
     else:
         head = (classifier.heads[0], classifier.tokens.n_last_blocks, classifier.tokens.avgpool) if classifier else ()
         proto = build_graph(
-            backbone, *(metadata["image_size"] or (None, None)), metadata["batch_size"], args.precision, args.opset,
+            backbone, *(metadata["image_size"] or (None, None)), metadata["batch_size"],
+            args.precision.replace("int8", "fp32"), args.opset,
             args.heads, args.patch_tokens, args.last_layers, args.normalize, metadata["mean"], metadata["std"],
             *head)
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
@@ -246,7 +253,7 @@ def verify(backbone, model, metadata, images=(), classifier=None):
     if opsets != {"": opset}:
         raise ExportError(f"written in opset {opsets}, not {opset}")
     counts = Counter(node.op_type for node in proto.graph.node).most_common()
-    half = open_half_session(proto) if precision != "fp32" else None
+    half = open_half_session(proto) if precision in ("fp16", "mixed") else None
     p, (rows, cols) = backbone.patch_size, backbone.grid
     sizes = [metadata["image_size"]] if metadata["image_size"] else [
         (p * h, p * w) for h, w in ((rows, cols), (rows // 2 + 1, cols), (rows + 3, cols + 1))]
@@ -266,7 +273,7 @@ def verify(backbone, model, metadata, images=(), classifier=None):
                 difference = (output - target).abs().max().item()
                 cosine = F.cosine_similarity(output.flatten(1), target.flatten(1)).min().item()
                 most, least = LIMITS[precision]
-                scale = 1 if precision == "fp32" else target.abs().max().item()
+                scale = target.abs().max().item() if half else 1
                 if name == "logits":  # the weights multiply what features differ by, and may cancel the rest
                     scale, least = max(scale, 0.1 * classifier.heads[0].weight.norm(dim=1).max().item()), -1
                 most *= scale
@@ -286,7 +293,7 @@ def wrap_errors(message):
     """Turn the many exception types of ONNX, its runtime and torch's exporter into ExportError."""
     try:
         yield
-    except ExportError:
+    except (ExportError, QuantizationError):
         raise
     except Exception as error:
         raise ExportError(f"{message}: {error}") from None
@@ -383,6 +390,19 @@ def benchmark(backbone, model, metadata, batch, rounds=15):
 
 # ---- commands ----
 
+def open_images(ckpt, info, in_chans, args):
+    """Images to calibrate and compare a quantized file on, those that its model was trained on if none are named."""
+    data_path = args.data_path or trained_data_path(args, info)
+    if not data_path:
+        raise DataError(f"--precision int8: {ckpt} was trained on {info.get('data_path') or 'unknown data'}; name "
+                        f"images to calibrate and compare on with --data_path")
+    channels = read_input(info, in_chans, ckpt)["channels"]
+    data = open_data(data_path, bool(args.data_path), value_range=info.get("value_range"), channels=channels,
+                     val_path=trained_val_path(args, info), cache_dir=args.cache_dir)
+    print(data.note)
+    return data
+
+
 def read_images(args, channels, value_range):
     """The first images of --images, as the model takes them."""
     options = dict(channels=channels, value_range=value_range) if channels else {}
@@ -392,10 +412,13 @@ def read_images(args, channels, value_range):
 def main(args):
     if args.check:
         output = args.check
-        model, metadata, (backbone, _, classifier) = load_exported(output, args)
+        model, metadata, (backbone, info, classifier) = load_exported(output, args)
         images = read_images(args, metadata.get("channels"), metadata.get("value_range"))
+        is_int8 = metadata["precision"] == "int8"
+        data = open_images(output, info, backbone.in_chans, args) if is_int8 else None
         with wrap_errors(f"{output}: its metadata does not fit its model"):
-            report = verify(backbone, model, metadata, images, classifier)
+            report = [check_accuracy(backbone, model, metadata, data)] if is_int8 else verify(
+                backbone, model, metadata, images, classifier)
         print(f"{output}: " + "\n  ".join(report))
     else:
         ckpt = find_model(args.ckpt)
@@ -406,8 +429,9 @@ def main(args):
         if os.path.exists(output) and not is_remote(ckpt) and os.path.samefile(output, ckpt):
             raise CheckpointError(f"--output {output}: is the model itself")
         create_folder(Path(output).parent)
+        data = open_images(ckpt, info, backbone.in_chans, args) if args.precision == "int8" and not save else None
         if args.format == "hub":
-            return save_hub(output, backbone, info, ckpt, file, args)
+            return save_hub(output, backbone, info, ckpt, file, args, data)
         if save:
             save(output, backbone, info, file)
             assumed = backbone.embed_dim // 64  # heads, by the models that other libraries build
@@ -416,22 +440,28 @@ def main(args):
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, file, args) | dict(checkpoint=absolute_path(ckpt))
-        model = save_onnx(output, backbone, metadata, args, classifier)
+        model = save_onnx(output, backbone, metadata, args, classifier, data)
     if args.benchmark:
         benchmark(backbone, model, metadata, metadata["batch_size"] or args.batch_size)
 
 
-def save_onnx(path, backbone, metadata, args, classifier=None):
-    """Build the ONNX file, write it if it computes what the model does, and print the report; returns it as bytes."""
+def save_onnx(path, backbone, metadata, args, classifier=None, data=None):
+    """Build the ONNX file, write it if it computes what the model does, and print the report; returns it as bytes.
+
+    With data it is quantized, see `quantize`.
+    """
     images = read_images(args, metadata["channels"], metadata["value_range"])
     model = build_onnx(backbone, metadata, args, classifier)
     report = verify(backbone, model, metadata, images, classifier)
+    if data:
+        model, lines = quantize(backbone, model, metadata, data, args.batch_size)
+        report += lines
     atomic_write(path, lambda temporary: Path(temporary).write_bytes(model))
     print(f"{path}: " + "\n  ".join(report))
     return model
 
 
-def save_hub(folder, backbone, info, ckpt, file, args):
+def save_hub(folder, backbone, info, ckpt, file, args, data=None):
     """Write a folder for the Hugging Face Hub, and print how to publish it.
 
     It holds the weights for transformers, the model file of this repository with its head, ONNX and a model card. A
@@ -457,7 +487,7 @@ def save_hub(folder, backbone, info, ckpt, file, args):
         write_text(card, build_model_card(backbone, info, metadata, ckpt, file))
     save_model(own := os.path.join(folder, "teacher.safetensors"), weights, info)
     metadata |= dict(checkpoint="teacher.safetensors", sha256=sha256(own))
-    save_onnx(os.path.join(folder, "model.onnx"), backbone, metadata, args)
+    save_onnx(os.path.join(folder, "model.onnx"), backbone, metadata, args, data=data)
     print(f"written to {folder}; publish it after adding a license to {card} and replacing USER/NAME there and here:\n"
           f"hf upload USER/NAME {shlex.quote(folder)}")
 
@@ -488,4 +518,4 @@ def load_exported(path, args):
 
 
 if __name__ == "__main__":
-    cli.run_command(main, parse_args, CheckpointError, ExportError, DataError)
+    cli.run_command(main, parse_args, CheckpointError, ExportError, QuantizationError, DataError)

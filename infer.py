@@ -40,7 +40,7 @@ ABOVE_0 = rf"(?=[\d.]*[1-9]){NUMBER}"
 SCHEMA = {  # key of the metadata -> pattern of the JSON that export.py writes
     "patch_size": SIZE, "trained_size": SIZE, "image_size": rf"null|\[{SIZE}, {SIZE}\]", "batch_size": f"null|{SIZE}",
     "mean": rf"null|\[-?{NUMBER}(, -?{NUMBER})*\]", "channels": f"null|{SIZE}", "layout": '"nchw"|"nhwc"',
-    "precision": '"(fp32|fp16|mixed)"',
+    "precision": '"(fp32|fp16|mixed|int8)"',
     "std": rf"null|\[{ABOVE_0}(, {ABOVE_0})*\]", "classes": rf"null|\[({TEXT}(, {TEXT})*)?\]",
     "outputs": rf'(?=.*"features": )\{{{TEXT}: {TEXT}(, {TEXT}: {TEXT})*\}}', "heads": '"each"|"mean"',
     "last_layers": r"\d{1,3}", "checkpoint": TEXT,

@@ -529,7 +529,7 @@ def test_metadata_of_strangers_is_checked(saved, scene, monkeypatch, capfd):
     wrong = {"patch_size": [None, 0, -8, 8.0, "8", True, 10**9], "image_size": [32, [32], [32, 0], ["a", "b"], {}],
              "batch_size": [0, "1", [1]], "mean": [1, [1, 2], [0, 0, "x"], [0, 0, float("nan")], [0, 0, 10**400]],
              "std": [[1, 1, 0], [1, 1, -1], {}], "layout": [None, "chw", []], "outputs": [None, [], {}, {"cls": ""}, 7],
-             "precision": ["int8", None], "heads": ["one", 3], "last_layers": [-1, 1.5], "checkpoint": [7, None],
+             "precision": ["int4", None], "heads": ["one", 3], "last_layers": [-1, 1.5], "checkpoint": [7, None],
              "channels": [0, "3", [3]],
              "trained_size": [None, "224"], "classes": ["cat", [1]]}
     for key, values in wrong.items():
