@@ -47,7 +47,7 @@ from evaluation.fewshot import SHOTS, fewshot_classifier
 from evaluation.knn import knn_classifier, knn_predict
 from evaluation.linear import COSTS, LRS, WEIGHT_DECAYS, fit_best_logistic_regression
 from evaluation.segmentation import PatchFeatures, SegmentationHead, pixel_cross_entropy
-from evaluation.setup import EvalSetup, list_class_names, log, open_inputs
+from evaluation.setup import EvalSetup, check_output, list_class_names, log, open_inputs
 from optim import build_optimizer
 
 # ---- flags ----
@@ -302,6 +302,7 @@ def embed(args):
     backbone, info, origin = open_backbone(args, device, rgb_only=False)
     extractor = FeatureExtractor(backbone, args.n_last_blocks, args.avgpool_patchtokens)
     size = resolve_image_size(args.image_size, backbone)
+    check_output(args.output, [origin["ckpt"]])
     images = open_inputs(args, info)
     create_folder(Path(args.output).parent)
     origin |= dict(images=args.images, image_size=size, n_last_blocks=args.n_last_blocks,

@@ -13,17 +13,18 @@ Features are extracted in parts, which are image indices in the folder PATH.part
 holds one part, and the same call resumes.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
-import shutil
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from common.distributed import is_rank_zero
-from common.files import atomic_write, create_folder
+from common.files import atomic_write, create_folder, remove_temporaries
 from data.datasets import DataError
 from evaluation.image_index import load_index, update_index
 
@@ -64,7 +65,7 @@ def write_features(path, images, extract, origin, log=print):
         if write in (write_npy, write_safetensors):
             atomic_write(f"{path}.names.json", lambda temporary: write_names(temporary, lambda: map(read_part, files)))
         atomic_write(path, lambda temporary: write(temporary, lambda: map(read_part, files), (count, dim)))
-        shutil.rmtree(folder)
+        remove_parts(folder)
     return count
 
 
@@ -86,6 +87,16 @@ class ImageRange(Dataset):
 
     def stat(self, i):
         return self.images.stat(self.numbers[i])
+
+
+def remove_parts(folder):
+    """Remove all parts in a folder, also of other features, and the folder unless it holds anything else."""
+    pattern = f"{'[0-9a-f]' * 8}-{'[0-9]' * 9}.safetensors"
+    remove_temporaries(folder, pattern)
+    for path in Path(folder).glob(pattern):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def read_part(path):

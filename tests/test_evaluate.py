@@ -1,6 +1,7 @@
 import contextlib
 import csv
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import timm
 import torch
@@ -476,6 +478,39 @@ def test_embed(trained, capsys, exit_message, monkeypatch):
         assert message in exit_message(run, "embed", "--num_workers", "0", *argv)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pyarrow is not installed: pip install pyarrow" in exit_message(run, *inputs, "--output", "x.parquet")
+
+
+def test_outputs_do_not_overwrite_inputs(trained, exit_message):
+    """A shard, also one of a folder or pattern and under another name; a list, images of channels, the model file."""
+    folder, path, _ = trained
+    run("logistic", *CPU)
+    buffer, classifier = io.BytesIO(), str(path.with_name("teacher.logistic.images"))
+    Shapes("test", 1, 32)[0][0].save(buffer, "PNG")
+    Path("shards").mkdir()
+    for i in range(2):
+        parquet.write_table(pyarrow.table({"image": [{"bytes": buffer.getvalue(), "path": "a.png"}]}),
+                            f"shards/{i}.parquet")
+    os.link("shards/1.parquet", "linked.parquet")
+    Path("list.csv").write_text("images/val/class0/00.png\n")
+    Path("channels").mkdir()
+    for i in range(2):
+        np.save(f"channels/{i}.npy", np.full((32, 32, 5), 9 * i, np.uint8))
+    many = VisionTransformer(**VIT, in_chans=5)
+    save_model("many.safetensors", {f"backbone.{k}": v for k, v in many.state_dict().items()},
+               dict(arch="vit_tiny", backbone=VIT | dict(in_chans=5), channels=5, mean=[0.5] * 5, std=[0.2] * 5))
+    files = {file: file.read_bytes() for file in (*Path("shards").iterdir(), Path("list.csv"), path,
+                                                  *Path("channels").iterdir())}
+    for task, ckpt, output, *inputs in (
+            ("embed", path, "shards/0.parquet", "shards/0.parquet"), ("embed", path, "shards/1.parquet", "shards"),
+            ("embed", path, "linked.parquet", "images", "shards/{0..1}.parquet"),
+            ("embed", path, "list.csv", "./list.csv"), ("predict", classifier, "list.csv", "list.csv"),
+            ("embed", "many.safetensors", "channels/1.npy", "channels"),
+            ("embed", path, str(path), "images")):
+        assert exit_message(run, task, *CPU, "--ckpt", str(ckpt), *inputs, "--output", output).endswith(
+            f"--output {output}: is one of the inputs, choose another")
+    assert {file: file.read_bytes() for file in files} == files
+    run("embed", *CPU, "--ckpt", str(path), "list.csv", "--output", "other.csv")
+    assert len(Path("other.csv").read_text().splitlines()) == 2
 
 
 def test_embed_takes_named_sets(small_shapes, trained):
