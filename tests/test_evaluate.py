@@ -740,7 +740,7 @@ def test_corrupt_images_are_skipped_and_counted(trained, capsys):
     corrupt.write_bytes(b"bad")
     (folder / "images" / "train" / "class1" / "01.png").write_bytes(b"bad")
     result = train("linear", "--lr", "0.1", "--epochs", "2", "--val_freq", "1")
-    assert result["num_images"] == 22 and len(result["corrupt"]) == 1
+    assert result["num_images"] == 22 and len(result["corrupt"]) == result["corrupt_train_images"] == 1
     assert capsys.readouterr().out.count(f"skipped corrupt image {corrupt}") == 1
     lines = (path.with_name("teacher.linear.images") / "log.jsonl").read_text().splitlines()
     log = [json.loads(line) for line in lines]
@@ -754,6 +754,8 @@ def test_segmentation_equals_scikit_learn(trained, capsys):
     folder, path, model = trained
     write_masks(folder)
     (folder / "set" / "images" / "val" / "05.png").write_bytes(b"bad")
+    (folder / "set" / "masks" / "train" / "07.png").write_bytes(b"bad")
+    Image.new("L", (3, 3)).save(folder / "set" / "masks" / "train" / "08.png")
     flags = ["--data_path", "set", "--epochs", "3", "--val_freq", "2", "--image_size", "48", "--precision", "fp32"]
     output = path.with_name("teacher.segmentation.set")
     result = train("segmentation", *flags, output=output)
@@ -785,6 +787,7 @@ def test_segmentation_equals_scikit_learn(trained, capsys):
     assert [row["accuracy"] for row in result["per_class"].values()] == pytest.approx(100 * recalls, abs=0.1)
     assert list(result["per_class"]) == ["0", "1", "2"] and result["num_images"] == 22
     assert "22 test images: mIoU " in out and "epoch 1: test mIoU " in out and "effective lr 0.001 = lr * 16" in out
+    assert result["corrupt_train_images"] == 2
     assert result["corrupt"] == [next(line.split("image ", 1)[1] for line in out.splitlines() if "05.png" in line)]
     assert train("segmentation", *flags, "--test_only", output=output) == result
 
@@ -815,6 +818,13 @@ def test_wrong_segmentation_input_is_one_line(trained, exit_message):
              "trained with untrained False, not True")):
         assert message in exit_message(run, "segmentation", *CPU, *flags)
     assert "classifies patches, here images are" in exit_message(run, "predict", "--ckpt", str(output), "images")
+    write_masks(folder / "one", [(32, 32)])
+    for path in [*(folder / "one").rglob("*.png")]:
+        path.rename(path.parents[1] / "0.png")
+    for path in [*(folder / "one").rglob("train"), *(folder / "one").rglob("val")]:
+        path.rmdir()
+    assert exit_message(run, "segmentation", *CPU, "--data_path", "one/set").endswith(
+        "one/set: too few labeled images to train and to hold out a part, at least 2 are needed")
     for path in (folder / "set" / "masks" / "val").iterdir():
         Image.fromarray(np.full(np.asarray(Image.open(path)).shape, 255, np.uint8)).save(path)
     assert "set: the masks of the 23 test images are unlabeled, nothing to test" in exit_message(
