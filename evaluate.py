@@ -190,6 +190,8 @@ def fewshot(args):
     shots = args.shots or [n for n in SHOTS if n <= min(counts)] or SHOTS[:1]
     if max(shots) > min(counts):
         name = list_class_names(setup.data)[counts.index(min(counts))]
+        if not min(counts):
+            raise DataError(f"class {name} has no training image: add some, or leave the class out of the test images")
         raise DataError(f"--shots {max(shots)}: class {name} has {min(counts)} training images, lower --shots or leave "
                         f"the class out")
     amounts = {f"{n}-shot": n for n in shots} | {f"{percent:g}%": percent / 100 for percent in args.percent}
@@ -313,7 +315,7 @@ def embed(args):
         return features, *rest
 
     count = write_features(args.output, images, extract, origin, log)
-    log(f"{count} images, {len(images) - count} corrupt, {extractor.dim} features each")
+    log(f"{count} image{'s' * (count != 1)}, {len(images) - count} corrupt, {extractor.dim} features each")
     log(f"written to {args.output}")
 
 

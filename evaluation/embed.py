@@ -54,13 +54,21 @@ def write_features(path, images, extract, origin, log=print):
     if is_rank_zero():
         create_folder(folder)
     files, count = [], 0
-    for start in range(0, len(images), PART):
-        files.append(os.path.join(folder, f"{digest}-{start:09}.safetensors"))
-        features, _ = update_index(files[-1], ImageRange(images, start, min(start + PART, len(images))), extract, log)
-        if len(features):
-            count, dim = count + len(features), features.shape[1]
+    try:
+        for start in range(0, len(images), PART):
+            files.append(os.path.join(folder, f"{digest}-{start:09}.safetensors"))
+            part = ImageRange(images, start, min(start + PART, len(images)))
+            features, _ = update_index(files[-1], part, extract, log)
+            if len(features):
+                count, dim = count + len(features), features.shape[1]
+    finally:
+        if is_rank_zero():
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # which is empty after an error in the first part
     if not count:
-        raise DataError(f"{path}: not written, none of the {len(images)} images can be read")
+        if is_rank_zero():
+            remove_parts(folder)
+        raise DataError(f"{path}: not written, 0 of {len(images)} images can be read")
     if is_rank_zero():
         if write in (write_npy, write_safetensors):
             atomic_write(f"{path}.names.json", lambda temporary: write_names(temporary, lambda: map(read_part, files)))

@@ -149,7 +149,8 @@ def open_inputs(args, info):
                 lambda paths=paths: datasets.open_images(paths, cache_dir=args.cache_dir, **options)))
             if info["channels"] and not is_source:  # .npy files are images
                 check_output(args.output, map(parts[-1].name, range(len(parts[-1]))))
-            log(f"{len(parts[-1]):,} images in {datasets.describe_paths(paths)}{parts[-1].passed_over}")
+            log(f"{(count := len(parts[-1])):,} image{'s' * (count != 1)} in {datasets.describe_paths(paths)}"
+                f"{parts[-1].passed_over}")
         elif os.path.exists(path):
             parts.append(ImageFiles(paths, **options))
         elif ":" in path or path == "shapes":

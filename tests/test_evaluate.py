@@ -309,6 +309,11 @@ def test_fewshot(trained, capsys, exit_message):
     result = json.loads(path.with_suffix(".fewshot.images.2.json").read_text())["fewshot"]
     assert list(result) == ["1-shot", "2-shot", "5-shot", "1%", "10%"]
     assert result["1-shot"] == result["1%"] and result["1%"]["logistic"]["std"] == 0
+    for image in Path("images", "train", "class1").iterdir():
+        image.write_bytes(b"bad")
+    for flags in ([], ["--shots", "2"]):
+        assert exit_message(run, "fewshot", *CPU, *flags).endswith(
+            ": class class1 has no training image: add some, or leave the class out of the test images")
 
 
 def test_logistic(trained, capsys):
@@ -472,10 +477,15 @@ def test_embed(trained, capsys, exit_message, monkeypatch):
     assert table["file"] == names and not list(Path().rglob("*.parts"))
     for argv, message in ((["images", "--output", "f.txt"], "f.txt does not end in .npy, .parquet, .csv, .safetensors"),
                           (["missing"], "missing: no such image or folder"),
-                          (["images/val/class1/04.png"], "none of the 1 images can be read"),
-                          (["images", "--n_last_blocks", "0"], "--n_last_blocks 0 is not from 1 to 1"),
+                          (["images/val/class1/04.png"], "features.npy: not written, 0 of 1 images can be read"),
+                          (["images", "--n_last_blocks", "0"], "--n_last_blocks 0 alone leaves no features: add --avg"),
+                          (["images", "--n_last_blocks", "2"], "--n_last_blocks 2 is not from 1 to 1, the"),
+                          (["images", "--n_last_blocks", "2", "--avgpool_patchtokens"], "2 is not from 0 to 1, the"),
                           (["images", "--image_size", "30"], "--image_size 30: not multiples")):
         assert message in exit_message(run, "embed", "--num_workers", "0", *argv)
+    capsys.readouterr()
+    run("embed", "--num_workers", "0", "images/val/class0/00.png", "--output", "one.npy")
+    assert "\n1 image, 0 corrupt, 32 features each\n" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pyarrow is not installed: pip install pyarrow" in exit_message(run, *inputs, "--output", "x.parquet")
 

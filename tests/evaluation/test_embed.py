@@ -135,5 +135,8 @@ def test_files_of_others_in_the_folder_of_parts_are_kept(write):
 
 def test_no_readable_image_is_an_error(write, monkeypatch):
     monkeypatch.setattr(Images, "__getitem__", lambda self, i: NAMES.index("bad.png"))
-    with pytest.raises(DataError, match="f.npy: not written, none of the 11 images can be read"):
+    with pytest.raises(DataError, match="f.npy: not written, 0 of 11 images can be read"):
         write("f.npy")
+    assert os.listdir() == []
+    write("f.npy", stop_at=NAMES.index("bad.png"))  # the first
+    assert os.listdir() == []
