@@ -93,7 +93,7 @@ def resolve_classes(data_path, parts):
         return read_pair, classes, ""
     missing = [str(value) for value in range(max(values, default=0)) if value not in counts]
     note = missing and (f"\nNOTE: no mask holds {', '.join(missing[:5])}{', ...' * (len(missing) > 5)}, and "
-                        f"{counts[values[-1]]:,} the largest, {values[-1]}: is it a class? {file} may name them")
+                        f"{counts[values[-1]]:,} the largest, {values[-1]}: name the classes in {file}, or correct it")
     return read_pair, [str(i) for i in range(1 + max(values, default=0))], note or ""
 
 

@@ -168,7 +168,7 @@ def test_classes_that_do_not_occur(tmp_path):
     data = open_semantic(str(tmp_path))
     assert len(data.train.classes) == 255
     assert data.note.endswith("every tenth held out\nNOTE: no mask holds 3, 4, 5, 6, 8, ..., and 1 the largest, 254: "
-                              f"is it a class? {tmp_path / 'classes.txt'} may name them")
+                              f"name the classes in {tmp_path / 'classes.txt'}, or correct it")
     write(tmp_path / "masks" / "0.png", np.where(MASK == 255, 6, MASK))
     assert "\nNOTE: no mask holds 3, 4, 5, and 2 the largest, 7:" in open_semantic(str(tmp_path)).note
 
