@@ -47,7 +47,7 @@ from evaluation.fewshot import SHOTS, fewshot_classifier
 from evaluation.knn import knn_classifier, knn_predict
 from evaluation.linear import COSTS, LRS, WEIGHT_DECAYS, fit_best_logistic_regression
 from evaluation.segmentation import PatchFeatures, SegmentationHead, pixel_cross_entropy
-from evaluation.setup import EvalSetup, list_class_names, log, open_inputs
+from evaluation.setup import EvalSetup, check_output, list_class_names, log, open_inputs
 from optim import build_optimizer
 
 # ---- flags ----
@@ -190,6 +190,8 @@ def fewshot(args):
     shots = args.shots or [n for n in SHOTS if n <= min(counts)] or SHOTS[:1]
     if max(shots) > min(counts):
         name = list_class_names(setup.data)[counts.index(min(counts))]
+        if not min(counts):
+            raise DataError(f"class {name} has no training image: add some, or leave the class out of the test images")
         raise DataError(f"--shots {max(shots)}: class {name} has {min(counts)} training images, lower --shots or leave "
                         f"the class out")
     amounts = {f"{n}-shot": n for n in shots} | {f"{percent:g}%": percent / 100 for percent in args.percent}
@@ -302,6 +304,7 @@ def embed(args):
     backbone, info, origin = open_backbone(args, device, rgb_only=False)
     extractor = FeatureExtractor(backbone, args.n_last_blocks, args.avgpool_patchtokens)
     size = resolve_image_size(args.image_size, backbone)
+    check_output(args.output, [origin["ckpt"]])
     images = open_inputs(args, info)
     create_folder(Path(args.output).parent)
     origin |= dict(images=args.images, image_size=size, n_last_blocks=args.n_last_blocks,
@@ -312,7 +315,7 @@ def embed(args):
         return features, *rest
 
     count = write_features(args.output, images, extract, origin, log)
-    log(f"{count} images, {len(images) - count} corrupt, {extractor.dim} features each")
+    log(f"{count} image{'s' * (count != 1)}, {len(images) - count} corrupt, {extractor.dim} features each")
     log(f"written to {args.output}")
 
 

@@ -39,7 +39,7 @@ from common.precision import autocast
 from common.weights import CheckpointError, build_untrained, open_backbone, output_folder, result_file
 from data.datasets import DataError, data_name
 from data.images import ImageReadError, read_image
-from data.loaders import default_attention_size, normalize, resize_to_patches
+from data.loaders import compute_patch_grid, default_attention_size, normalize, resize_to_patches
 from data.segmentation import (
     build_loader,
     find_boxes,
@@ -55,6 +55,8 @@ from evaluation.label_propagation import labels_to_mask, mask_to_labels, propaga
 from evaluation.masks import boundary_f, jaccard, summarize_over_time, threshold_attention
 from plotting import sheet
 from plotting.draw import COLORS, overlay_mask
+
+INFO = dict(description="masks and boxes of segment.py")  # in boxes.json: a folder that this command has written
 
 
 def parse_args(argv=None):
@@ -81,8 +83,10 @@ def parse_args(argv=None):
     video.add_argument("--temperature", type=cli.positive_float, default=0.1, help="softmax temperature of the cosines")
     video.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast of the backbone")
     args = parser.parse_args(argv)
-    if args.task != "video" and args.write and os.path.realpath(args.write) == os.path.realpath(args.data_path):
-        parser.error(f"--write {args.write}: masks would be written among the images, name another folder")
+    if args.task != "video" and args.write and Path(os.path.realpath(args.write)).is_relative_to(
+            os.path.realpath(args.data_path)):
+        parser.error(f"--write {args.write}: masks would be written among the images, name a folder outside of "
+                     f"--data_path")
     return args
 
 
@@ -91,7 +95,7 @@ def parse_args(argv=None):
 @torch.no_grad()
 def evaluate_masks(args):
     """Jaccard index of thresholded CLS attention and objects: best head per object, mean of heads, random weights."""
-    images, read = find_masks(args.data_path, args.num_images, bool(args.write), args.write)
+    images, read = find_masks(args.data_path, args.num_images, bool(args.write))
     model, info, origin, path, names, across = prepare(args, images, args.device, "attention", "masks", mass=args.mass)
     models = dict(untrained=model) if args.untrained else dict(
         trained=model, untrained=build_untrained(info).to(args.device))
@@ -172,7 +176,7 @@ def discover_objects(args):
     if found := find_boxes(args.data_path, args.num_images):
         images, read = found
     else:
-        images, read = find_masks(args.data_path, args.num_images, True, args.write)
+        images, read = find_masks(args.data_path, args.num_images, True)
         read = partial(read_mask_boxes, read)
     model, info, origin, path, names, across = prepare(args, images, device, "keys", args.method, method=args.method)
     drawn, results = {i * len(images) // 12 for i in range(12)}, []  # twelve, evenly spread
@@ -213,10 +217,11 @@ def discover_object(model, image, truth, info, args, name, width):
         too many patches.
     """
     size, p = image.shape[1:], model.patch_size
+    rows, cols = compute_patch_grid(size, args.image_size, p) if args.image_size else (-(-side // p) for side in size)
+    if (count := rows * cols) > discovery.MAX_PATCHES:
+        return f"{name}: {count:,} patches are more than {discovery.MAX_PATCHES:,}, set a smaller --image_size"
     x = normalize(resize_to_patches(image, args.image_size, p) if args.image_size else image, info["mean"], info["std"])
     x = F.pad(x, (0, -x.shape[2] % p, 0, -x.shape[1] % p))  # as published; resized images are whole patches
-    if (count := x[0].numel() // p**2) > discovery.MAX_PATCHES:
-        return f"{name}: {count:,} patches are more than {discovery.MAX_PATCHES:,}, set a smaller --image_size"
     mask = discovery.METHODS[args.method](discovery.extract_keys(model, x[None].to(next(model.parameters()).device)))
     mask = resize_masks(mask[None], size if args.image_size else x.shape[1:])[0][:size[0], :size[1]]
     box = discovery.find_component_boxes(mask)
@@ -296,11 +301,12 @@ def prepare_writing(args, images):
             if (other := taken.setdefault(Path(name).with_suffix(""), name)) != name:
                 raise DataError(f"{args.data_path}: the masks of {other} and {name} would be one file, rename one")
         masks, boxes = [Path(args.write, name).with_suffix(".png") for name in names], Path(args.write, "boxes.json")
-        if not boxes.exists() and (foreign := next((mask for mask in masks if mask.exists()), None)):
+        is_own = read_json(boxes).get("info") == INFO
+        if not is_own and (foreign := next((path for path in (boxes, *masks) if path.exists()), None)):
             raise DataError(f"--write {args.write}: {foreign} was not written by this command, name another folder")
         create_folder(args.write)
-        if not boxes.exists():  # from now on the masks are of this command, also if it is interrupted
-            write_json(boxes, dict(images=[], annotations=[], categories=[]))
+        if not is_own:  # from now on the masks are of this command, also if it is interrupted
+            write_json(boxes, dict(info=INFO, images=[], annotations=[], categories=[]))
     return names
 
 
@@ -326,7 +332,8 @@ def write_boxes(folder, records):
             annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=1, area=area, iscrowd=0,
                                     bbox=[left, top, right - left, bottom - top]))
     categories = [dict(id=1, name="object")]
-    write_json(Path(folder, "boxes.json"), dict(images=images, annotations=annotations, categories=categories))
+    write_json(Path(folder, "boxes.json"), dict(info=INFO, images=images, annotations=annotations,
+                                                categories=categories))
     print(f"wrote {len(images)} masks and {len(annotations)} boxes to {folder}")
 
 

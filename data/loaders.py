@@ -198,8 +198,13 @@ def default_attention_size(trained_size, patch_size):
 def resize_to_patches(image, shorter_side, patch_size):
     """RGB image or [C, H, W], resized (bicubic) so that both sides are multiples of the patch size."""
     _, H, W = TF.get_dimensions(image)
-    sides = [max(1, round(side * shorter_side / min(H, W) / patch_size)) * patch_size for side in (H, W)]
+    sides = [count * patch_size for count in compute_patch_grid((H, W), shorter_side, patch_size)]
     return TF.resize(image, sides, TF.InterpolationMode.BICUBIC)
+
+
+def compute_patch_grid(size, shorter_side, patch_size):
+    """Rows and columns of patches of an image of (height, width) pixels after `resize_to_patches`."""
+    return [max(1, round(side * shorter_side / min(size) / patch_size)) for side in size]
 
 
 def collate_views(images, size, view, indices):

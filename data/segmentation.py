@@ -37,7 +37,7 @@ def build_loader(entries, read, num_workers=0):
 
 # ---- images with masks ----
 
-def find_masks(data_path, num_images=None, allow_unlabeled=False, output_dir=None):
+def find_masks(data_path, num_images=None, allow_unlabeled=False):
     """Images with object masks that `data_path` names.
 
     shapes[:PIXELS]; VOC2012 (its validation list); images/ beside masks/ or annotations/ (their held-out part, if they
@@ -46,7 +46,6 @@ def find_masks(data_path, num_images=None, allow_unlabeled=False, output_dir=Non
     Args:
         num_images: at most this many, evenly spread.
         allow_unlabeled: take a folder of another layout as images without objects.
-        output_dir: folder to which the command writes; not searched for images.
 
     Returns:
         a list of entries, and a function: entry -> image [3, H, W] in [0, 1], objects bool [O, H, W], void bool
@@ -63,8 +62,14 @@ def find_masks(data_path, num_images=None, allow_unlabeled=False, output_dir=Non
             entries = list_voc_masks(voc, "val")
         elif parts := find_parts(data_path):
             entries = parts[-1][0]
+        elif Path(data_path, "JPEGImages").is_dir():
+            entries = find_davis_masks(data_path)
+        elif allow_unlabeled:
+            images = ImageFolder(data_path)
+            entries = [(Path(images.name(i)), None) for i in range(len(images))]
         else:
-            entries = allow_unlabeled and list_unlabeled_images(data_path, output_dir) or find_davis_masks(data_path)
+            raise DataError(f"{data_path}: no images with masks; expected images/ beside masks/ or annotations/, or "
+                            f"the layout of VOC2012 or DAVIS, or 'shapes'; masks of any images need --write DIR")
         read = read_files
     return spread(entries, num_images), read
 
@@ -124,14 +129,6 @@ def find_parts(data_path):
         missing = f" ({len(pairs) - len(found):,} more have no mask)" * (len(found) < len(pairs))
         parts.append((found, f"{len(found):,} images in {images / name}{missing}"))
     return parts
-
-
-def list_unlabeled_images(data_path, output_dir=None):
-    """(image, None) of each image below a folder; None if it has the layout of DAVIS, or is no folder."""
-    if not os.path.isdir(data_path) or Path(data_path, "JPEGImages").is_dir():
-        return None
-    images = ImageFolder(data_path, output_dir)
-    return [(Path(images.name(i)), None) for i in range(len(images))]
 
 
 def find_davis_masks(data_path):

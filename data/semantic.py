@@ -6,10 +6,12 @@
     data = open_semantic("shapes")              # built-in; the background, and the class of the objects
     (image, labels), _ = data.train[0]          # RGB image; class indices as an 8-bit image, VOID where unlabeled
 
-Indexing a corrupt image or mask raises `ImageReadError`; data/loaders.py skips such images.
+Indexing a corrupt image or mask raises `ImageReadError`; data/loaders.py skips such images. A class that has no name is
+a `DataError`.
 """
 
 import contextlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def open_semantic(data_path: str) -> Data:
     Masks of a folder that all hold nothing but 0 and 255 have two classes. All ranks must call this.
 
     Raises:
-        DataError: none of these layouts, masks that hold nothing but 255, or classes.txt contradicts them.
+        DataError: none of these layouts, masks that hold one class or none, or classes.txt contradicts them.
     """
     if is_shapes(data_path):
         data = open_data(data_path)
@@ -50,36 +52,49 @@ def open_semantic(data_path: str) -> Data:
         name = "trainaug" if (lists / "trainaug.txt").exists() else "train"
         train, val = (list_voc_masks(root, name) for name in (name, "val"))
         parts = (train, f"{len(train):,} images of {lists / name}.txt"), (val, f"{len(val):,} held out of val.txt")
-        read, classes = read_pair, VOC_CLASSES
+        read, classes, note = read_pair, VOC_CLASSES, ""
     elif parts := find_parts(data_path):
-        read, classes = resolve_classes(data_path, parts)
+        read, classes, note = resolve_classes(data_path, parts)
     else:
         raise DataError(f"{data_path}: no images with masks; expected images/ beside masks/ or annotations/, each with "
                         f"train/ and val/, or the layout of VOC2012, or 'shapes'")
     images = [SemanticImages(pairs, read, classes) for pairs, _ in parts]
-    path, note = str(Path(data_path).absolute()), ", ".join([*(note for _, note in parts), f"{len(classes)} classes"])
+    path, found = str(Path(data_path).absolute()), ", ".join([*(of for _, of in parts), f"{len(classes)} classes"])
     if len(images) == 2:
-        return Data(images[0], *images, path, note)
+        return Data(images[0], *images, path, found + note)
     labeled = np.arange(len(images[0]))
     return Data(images[0], Subset(images[0], labeled[labeled % 10 > 0]), Subset(images[0], labeled[::10]), path,
-                f"{note}, every tenth held out")
+                f"{found}, every tenth held out{note}")
 
 
 def resolve_classes(data_path, parts):
-    """Function that reads an image and its mask, and names of the classes, of the parts of `find_parts`."""
+    """Function that reads an image and its mask, names of the classes, and a note, of the parts of `find_parts`."""
     ade, file = Path(data_path, "objectInfo150.txt"), Path(data_path, "classes.txt")
     if ade.is_file():
-        return partial(read_pair, first_class=1), read_class_names(ade, first_line=1)
+        return partial(read_pair, first_class=1), read_class_names(ade, first_line=1), ""
     classes = read_class_names(file) if file.is_file() else []
-    values = list_mask_values(parts, is_named=bool(classes))
-    if values == {VOID}:
+    counts = count_mask_values(parts)
+    values = sorted(counts.keys() - {VOID})
+    if counts and not values:
         raise DataError(f"{data_path}: its masks hold nothing but {VOID}, which is unlabeled")
-    if values != {0, VOID}:
-        return read_pair, classes or [str(i) for i in range(1 + max(values - {VOID}, default=0))]
-    if len(classes) not in (0, 2):
-        raise DataError(f"{file}: {len(classes)} names of classes, but the masks hold 0 and {VOID} alone: name two, or "
-                        f"write class indices into the masks")
-    return partial(read_pair, is_binary=True), classes or ["0", str(VOID)]
+    if values == [0] and VOID in counts:
+        if len(classes) not in (0, 2):
+            raise DataError(f"{file}: {len(classes)} names of classes, but the masks hold 0 and {VOID} alone: name "
+                            f"two, or write class indices into the masks")
+        return partial(read_pair, is_binary=True), classes or ["0", str(VOID)], ""
+    if len(values) == 1:
+        raise DataError(f"{data_path}: its masks hold no class but {values[0]}, expected two or more")
+    if classes:
+        total = sum(len(pairs) for pairs, _ in parts)
+        others = [f"{value} ({counts[value]:,} of {total:,})" for value in values if value >= len(classes)]
+        if others:
+            raise DataError(f"{file}: names classes 0 to {len(classes) - 1}, but masks hold {', '.join(others[:5])}: "
+                            f"add names, or correct the masks")
+        return read_pair, classes, ""
+    missing = [str(value) for value in range(max(values, default=0)) if value not in counts]
+    note = missing and (f"\nNOTE: no mask holds {', '.join(missing[:5])}{', ...' * (len(missing) > 5)}, and "
+                        f"{counts[values[-1]]:,} the largest, {values[-1]}: name the classes in {file}, or correct it")
+    return read_pair, [str(i) for i in range(1 + max(values, default=0))], note or ""
 
 
 def read_class_names(file, first_line=0):
@@ -90,20 +105,14 @@ def read_class_names(file, first_line=0):
     return names
 
 
-def list_mask_values(parts, is_named):
-    """Values in the masks, of rank 0; those that cannot be read are left to the evaluation.
-
-    Args:
-        is_named: stop at the first value besides 0 and VOID: the names of the classes are known.
-    """
-    values = set()
+def count_mask_values(parts):
+    """{value: number of masks that hold it}, of rank 0; masks that cannot be read are left to the evaluation."""
+    counts = Counter()
     if is_rank_zero():
         for _, path in progress_bar([pair for pairs, _ in parts for pair in pairs], unit="mask"):
             with contextlib.suppress(ImageReadError):
-                values |= {*np.unique(read_labels(path)).tolist()}
-            if is_named and values - {0, VOID}:
-                break
-    return all_gather_objects(values)[0]
+                counts.update(np.unique(read_labels(path)).tolist())
+    return all_gather_objects(counts)[0]
 
 
 class SemanticImages(Dataset):
@@ -125,7 +134,8 @@ class SemanticImages(Dataset):
         image, labels = self.read(self.entries[i])
         largest = labels[labels != VOID].max(initial=0)
         if largest >= len(self.classes):
-            raise ImageReadError(f"{self.name(i)}: its mask has class {largest}, expected 0 to {len(self.classes) - 1}")
+            raise DataError(f"{self.name(i)}: its mask has class {largest}, but the names are of 0 to "
+                            f"{len(self.classes) - 1}: correct the mask, or name more classes")
         return (image, Image.fromarray(labels)), -1
 
     def name(self, i):

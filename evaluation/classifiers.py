@@ -30,14 +30,17 @@ class FeatureExtractor(nn.Module):
         avgpool: append the mean of the last block's patch tokens, as for ViT-B.
 
     Raises:
-        CheckpointError: more blocks than the backbone has, or no patch tokens.
+        CheckpointError: more blocks than the backbone has, no features, or no patch tokens.
     """
 
     def __init__(self, backbone, n_last_blocks=1, avgpool=False):
         super().__init__()
         most = max(1, len(backbone.blocks))
-        if not 1 - avgpool <= n_last_blocks <= most:
-            raise CheckpointError(f"--n_last_blocks {n_last_blocks} is not from 1 to {most}, the model's depth")
+        if not (n_last_blocks or avgpool):
+            raise CheckpointError("--n_last_blocks 0 alone leaves no features: add --avgpool_patchtokens")
+        if not 0 <= n_last_blocks <= most:
+            raise CheckpointError(f"--n_last_blocks {n_last_blocks} is not from {1 - avgpool} to {most}, the model's "
+                                  f"depth")
         if avgpool and not backbone.blocks:
             raise CheckpointError(f"{backbone.arch} has no patch tokens, leave --avgpool_patchtokens out")
         self.backbone, self.n_last_blocks, self.avgpool = backbone, n_last_blocks, avgpool

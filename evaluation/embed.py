@@ -13,17 +13,18 @@ Features are extracted in parts, which are image indices in the folder PATH.part
 holds one part, and the same call resumes.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
-import shutil
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from common.distributed import is_rank_zero
-from common.files import atomic_write, create_folder
+from common.files import atomic_write, create_folder, remove_temporaries
 from data.datasets import DataError
 from evaluation.image_index import load_index, update_index
 
@@ -53,18 +54,26 @@ def write_features(path, images, extract, origin, log=print):
     if is_rank_zero():
         create_folder(folder)
     files, count = [], 0
-    for start in range(0, len(images), PART):
-        files.append(os.path.join(folder, f"{digest}-{start:09}.safetensors"))
-        features, _ = update_index(files[-1], ImageRange(images, start, min(start + PART, len(images))), extract, log)
-        if len(features):
-            count, dim = count + len(features), features.shape[1]
+    try:
+        for start in range(0, len(images), PART):
+            files.append(os.path.join(folder, f"{digest}-{start:09}.safetensors"))
+            part = ImageRange(images, start, min(start + PART, len(images)))
+            features, _ = update_index(files[-1], part, extract, log)
+            if len(features):
+                count, dim = count + len(features), features.shape[1]
+    finally:
+        if is_rank_zero():
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # which is empty after an error in the first part
     if not count:
-        raise DataError(f"{path}: not written, none of the {len(images)} images can be read")
+        if is_rank_zero():
+            remove_parts(folder)
+        raise DataError(f"{path}: not written, 0 of {len(images)} images can be read")
     if is_rank_zero():
         if write in (write_npy, write_safetensors):
             atomic_write(f"{path}.names.json", lambda temporary: write_names(temporary, lambda: map(read_part, files)))
         atomic_write(path, lambda temporary: write(temporary, lambda: map(read_part, files), (count, dim)))
-        shutil.rmtree(folder)
+        remove_parts(folder)
     return count
 
 
@@ -86,6 +95,16 @@ class ImageRange(Dataset):
 
     def stat(self, i):
         return self.images.stat(self.numbers[i])
+
+
+def remove_parts(folder):
+    """Remove all parts in a folder, also of other features, and the folder unless it holds anything else."""
+    pattern = f"{'[0-9a-f]' * 8}-{'[0-9]' * 9}.safetensors"
+    remove_temporaries(folder, pattern)
+    for path in Path(folder).glob(pattern):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def read_part(path):

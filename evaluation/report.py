@@ -75,7 +75,7 @@ def write_predictions(path, names, top, classes, num_corrupt):
         for probability, label in zip(values[:k], values[k:]):
             rows[-1] += [classes[int(label)], f"{probability:.6f}"]
     counts = ", ".join(f"{name} {count}" for name, count in Counter(row[1] for row in rows[1:]).most_common(10))
-    log(f"{len(top)} images, {num_corrupt} corrupt; most frequent: {counts}")
+    log(f"{len(top)} image{'s' * (len(top) != 1)}, {num_corrupt} corrupt; most frequent: {counts}")
     if is_rank_zero():
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)

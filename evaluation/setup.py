@@ -23,6 +23,7 @@ from data.datasets import DataError
 from data.loaders import build_eval_loader, build_view, default_attention_size
 from data.retrieval import ImageFiles
 from data.semantic import open_semantic
+from data.shards import find_shards
 from evaluation.features import extract_features, load_features
 
 
@@ -141,11 +142,15 @@ def open_inputs(args, info):
     """The images, folders, shards and named sets of a command line, for a model of this description, as one dataset."""
     parts, options = [], dict(value_range=info.get("value_range"), channels=info["channels"])
     for paths in datasets.group_shards(args.images):
-        path = paths[0]
-        if os.path.isdir(path) or datasets.is_source(path):
+        path, is_source = paths[0], datasets.is_source(paths[0])
+        check_output(args.output, (file for path in paths for file in (find_shards(path) if is_source else [path])))
+        if os.path.isdir(path) or is_source:
             parts.append(distributed.run_on_rank_zero_first(
                 lambda paths=paths: datasets.open_images(paths, cache_dir=args.cache_dir, **options)))
-            log(f"{len(parts[-1]):,} images in {datasets.describe_paths(paths)}{parts[-1].passed_over}")
+            if info["channels"] and not is_source:  # .npy files are images
+                check_output(args.output, map(parts[-1].name, range(len(parts[-1]))))
+            log(f"{(count := len(parts[-1])):,} image{'s' * (count != 1)} in {datasets.describe_paths(paths)}"
+                f"{parts[-1].passed_over}")
         elif os.path.exists(path):
             parts.append(ImageFiles(paths, **options))
         elif ":" in path or path == "shapes":
@@ -155,3 +160,9 @@ def open_inputs(args, info):
         else:
             raise DataError(f"{path}: no such image or folder")
     return datasets.ConcatImages(parts, [None] * len(parts), [])
+
+
+def check_output(output, inputs):
+    """Raise DataError if an output file is one of the inputs, under whatever name."""
+    if os.path.exists(output) and any(os.path.exists(path) and os.path.samefile(path, output) for path in inputs):
+        raise DataError(f"--output {output}: is one of the inputs, choose another")

@@ -7,7 +7,7 @@
     optimizer = build_optimizer("adamw", build_layer_decay_groups(network, 0.0005, weight_decay=0.05, layer_decay=0.75))
 
     losses = supervised_step(network, optimizer, scaler, images, labels, lr_factor=0.5)                     # one step
-    completed = train_classifiers(network, optimizer, images, crops, fixed, evaluate, output, args)         # all steps
+    num_corrupt = train_classifiers(network, optimizer, images, crops, fixed, evaluate, output, args)       # all steps
     train_and_test(network, optimizer, grid, hparams, setup, crops, report, measure)                        # and result
 
 Caron et al. 2021, section 4: linear classification and fine-tuning. Interrupted training resumes, as in train.py.
@@ -123,7 +123,8 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
         criterion: see `supervised_step`.
 
     Returns:
-        False if a signal stopped the run, which is then saved; the same call resumes it.
+        Number of corrupt images that were skipped; None if a signal stopped the run, which is then saved: the same call
+        resumes it.
 
     Raises:
         DataError: fewer images than the global batch size.
@@ -201,11 +202,11 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
     except StopRequested as stop:
         run.save(completed)
         run.print_stopped(stop, completed, total_steps, args)
-        return False
+        return None
     signals.restore()
     logger.close()
     broadcast_buffers(network.eval())
-    return True
+    return len(logger.corrupt_images)
 
 
 # ---- training and testing ----
@@ -230,19 +231,23 @@ def train_and_test(network, optimizer, grid, hparams, setup, crops, report, meas
         if len(grid) > 1:
             mask, metric = holdout_mask(len(train_images)), "held_out_top1"
             train_images, val_images = (Subset(train_images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
+        if not len(train_images):
+            raise DataError(f"{setup.data.path}: too few labeled images to train and to hold out a part, at least 2 "
+                            f"are needed")
         if 0 < (largest := len(train_images) // get_world_size()) < args.batch_size_per_gpu:
             log(f"NOTE: --batch_size_per_gpu {largest} for {args.batch_size_per_gpu}, as there are {len(train_images)} "
                 f"training images")
             args.batch_size_per_gpu = largest
         log_grid(network, grid, args.batch_size_per_gpu * get_world_size())
-        completed = train_classifiers(
+        num_corrupt = train_classifiers(
             network, optimizer, train_images, crops, get_fixed_settings(setup) | hparams | {"grid": grid},
             lambda: {metric: max(measure(network, val_images, setup))}, setup.output, args, criterion)
-        if not completed:  # stopped by a signal
+        if num_corrupt is None:  # stopped by a signal
             return
         accuracies = measure(network, val_images, setup) if len(grid) > 1 else [0.0]
         best = accuracies.index(max(accuracies))
         network.heads = network.heads[best:best + 1]
+        hparams |= dict(corrupt_train_images=num_corrupt)
         hparams = save_classifier(network, grid, best, accuracies, hparams, setup)
     report(network, setup, hparams)
 

@@ -1,6 +1,7 @@
 import contextlib
 import csv
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import timm
 import torch
@@ -307,6 +309,11 @@ def test_fewshot(trained, capsys, exit_message):
     result = json.loads(path.with_suffix(".fewshot.images.2.json").read_text())["fewshot"]
     assert list(result) == ["1-shot", "2-shot", "5-shot", "1%", "10%"]
     assert result["1-shot"] == result["1%"] and result["1%"]["logistic"]["std"] == 0
+    for image in Path("images", "train", "class1").iterdir():
+        image.write_bytes(b"bad")
+    for flags in ([], ["--shots", "2"]):
+        assert exit_message(run, "fewshot", *CPU, *flags).endswith(
+            ": class class1 has no training image: add some, or leave the class out of the test images")
 
 
 def test_logistic(trained, capsys):
@@ -470,12 +477,50 @@ def test_embed(trained, capsys, exit_message, monkeypatch):
     assert table["file"] == names and not list(Path().rglob("*.parts"))
     for argv, message in ((["images", "--output", "f.txt"], "f.txt does not end in .npy, .parquet, .csv, .safetensors"),
                           (["missing"], "missing: no such image or folder"),
-                          (["images/val/class1/04.png"], "none of the 1 images can be read"),
-                          (["images", "--n_last_blocks", "0"], "--n_last_blocks 0 is not from 1 to 1"),
+                          (["images/val/class1/04.png"], "features.npy: not written, 0 of 1 images can be read"),
+                          (["images", "--n_last_blocks", "0"], "--n_last_blocks 0 alone leaves no features: add --avg"),
+                          (["images", "--n_last_blocks", "2"], "--n_last_blocks 2 is not from 1 to 1, the"),
+                          (["images", "--n_last_blocks", "2", "--avgpool_patchtokens"], "2 is not from 0 to 1, the"),
                           (["images", "--image_size", "30"], "--image_size 30: not multiples")):
         assert message in exit_message(run, "embed", "--num_workers", "0", *argv)
+    capsys.readouterr()
+    run("embed", "--num_workers", "0", "images/val/class0/00.png", "--output", "one.npy")
+    assert "\n1 image, 0 corrupt, 32 features each\n" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pyarrow is not installed: pip install pyarrow" in exit_message(run, *inputs, "--output", "x.parquet")
+
+
+def test_outputs_do_not_overwrite_inputs(trained, exit_message):
+    """A shard, also one of a folder or pattern and under another name; a list, images of channels, the model file."""
+    folder, path, _ = trained
+    run("logistic", *CPU)
+    buffer, classifier = io.BytesIO(), str(path.with_name("teacher.logistic.images"))
+    Shapes("test", 1, 32)[0][0].save(buffer, "PNG")
+    Path("shards").mkdir()
+    for i in range(2):
+        parquet.write_table(pyarrow.table({"image": [{"bytes": buffer.getvalue(), "path": "a.png"}]}),
+                            f"shards/{i}.parquet")
+    os.link("shards/1.parquet", "linked.parquet")
+    Path("list.csv").write_text("images/val/class0/00.png\n")
+    Path("channels").mkdir()
+    for i in range(2):
+        np.save(f"channels/{i}.npy", np.full((32, 32, 5), 9 * i, np.uint8))
+    many = VisionTransformer(**VIT, in_chans=5)
+    save_model("many.safetensors", {f"backbone.{k}": v for k, v in many.state_dict().items()},
+               dict(arch="vit_tiny", backbone=VIT | dict(in_chans=5), channels=5, mean=[0.5] * 5, std=[0.2] * 5))
+    files = {file: file.read_bytes() for file in (*Path("shards").iterdir(), Path("list.csv"), path,
+                                                  *Path("channels").iterdir())}
+    for task, ckpt, output, *inputs in (
+            ("embed", path, "shards/0.parquet", "shards/0.parquet"), ("embed", path, "shards/1.parquet", "shards"),
+            ("embed", path, "linked.parquet", "images", "shards/{0..1}.parquet"),
+            ("embed", path, "list.csv", "./list.csv"), ("predict", classifier, "list.csv", "list.csv"),
+            ("embed", "many.safetensors", "channels/1.npy", "channels"),
+            ("embed", path, str(path), "images")):
+        assert exit_message(run, task, *CPU, "--ckpt", str(ckpt), *inputs, "--output", output).endswith(
+            f"--output {output}: is one of the inputs, choose another")
+    assert {file: file.read_bytes() for file in files} == files
+    run("embed", *CPU, "--ckpt", str(path), "list.csv", "--output", "other.csv")
+    assert len(Path("other.csv").read_text().splitlines()) == 2
 
 
 def test_embed_takes_named_sets(small_shapes, trained):
@@ -705,7 +750,7 @@ def test_corrupt_images_are_skipped_and_counted(trained, capsys):
     corrupt.write_bytes(b"bad")
     (folder / "images" / "train" / "class1" / "01.png").write_bytes(b"bad")
     result = train("linear", "--lr", "0.1", "--epochs", "2", "--val_freq", "1")
-    assert result["num_images"] == 22 and len(result["corrupt"]) == 1
+    assert result["num_images"] == 22 and len(result["corrupt"]) == result["corrupt_train_images"] == 1
     assert capsys.readouterr().out.count(f"skipped corrupt image {corrupt}") == 1
     lines = (path.with_name("teacher.linear.images") / "log.jsonl").read_text().splitlines()
     log = [json.loads(line) for line in lines]
@@ -719,6 +764,8 @@ def test_segmentation_equals_scikit_learn(trained, capsys):
     folder, path, model = trained
     write_masks(folder)
     (folder / "set" / "images" / "val" / "05.png").write_bytes(b"bad")
+    (folder / "set" / "masks" / "train" / "07.png").write_bytes(b"bad")
+    Image.new("L", (3, 3)).save(folder / "set" / "masks" / "train" / "08.png")
     flags = ["--data_path", "set", "--epochs", "3", "--val_freq", "2", "--image_size", "48", "--precision", "fp32"]
     output = path.with_name("teacher.segmentation.set")
     result = train("segmentation", *flags, output=output)
@@ -750,6 +797,7 @@ def test_segmentation_equals_scikit_learn(trained, capsys):
     assert [row["accuracy"] for row in result["per_class"].values()] == pytest.approx(100 * recalls, abs=0.1)
     assert list(result["per_class"]) == ["0", "1", "2"] and result["num_images"] == 22
     assert "22 test images: mIoU " in out and "epoch 1: test mIoU " in out and "effective lr 0.001 = lr * 16" in out
+    assert result["corrupt_train_images"] == 2
     assert result["corrupt"] == [next(line.split("image ", 1)[1] for line in out.splitlines() if "05.png" in line)]
     assert train("segmentation", *flags, "--test_only", output=output) == result
 
@@ -780,6 +828,13 @@ def test_wrong_segmentation_input_is_one_line(trained, exit_message):
              "trained with untrained False, not True")):
         assert message in exit_message(run, "segmentation", *CPU, *flags)
     assert "classifies patches, here images are" in exit_message(run, "predict", "--ckpt", str(output), "images")
+    write_masks(folder / "one", [(32, 32)])
+    for path in [*(folder / "one").rglob("*.png")]:
+        path.rename(path.parents[1] / "0.png")
+    for path in [*(folder / "one").rglob("train"), *(folder / "one").rglob("val")]:
+        path.rmdir()
+    assert exit_message(run, "segmentation", *CPU, "--data_path", "one/set").endswith(
+        "one/set: too few labeled images to train and to hold out a part, at least 2 are needed")
     for path in (folder / "set" / "masks" / "val").iterdir():
         Image.fromarray(np.full(np.asarray(Image.open(path)).shape, 255, np.uint8)).save(path)
     assert "set: the masks of the 23 test images are unlabeled, nothing to test" in exit_message(

@@ -184,14 +184,22 @@ def test_attention_masks_are_written_as_weak_labels(model, tmp_path, capsys, exi
         image.save(tmp_path / "set" / "images" / "a" / f"{i}.png")
     (tmp_path / "set" / "images" / "a" / "3.png").write_bytes(b"bad")
     flags = "masks", "--ckpt", path, "--data_path", tmp_path / "set" / "images", "--image_size", 64, "--mass", 0.4
-    assert "expected JPEGImages" in exit_message(run, *flags)
+    assert exit_message(run, *flags).endswith("masks of any images need --write DIR")
     by_hand = tmp_path / "hand" / "a" / "1.png"
     by_hand.parent.mkdir(parents=True)
     by_hand.write_bytes(b"drawn by hand")
     assert f"{by_hand} was not written by this command" in exit_message(run, *flags, "--write", tmp_path / "hand")
     assert by_hand.read_bytes() == b"drawn by hand" and not (tmp_path / "hand" / "boxes.json").exists()
-    line = exit_message(run, *flags, "--write", tmp_path / "set" / "masks")
-    assert "skipped 1 of 4 images; the first: " in line
+    theirs = '{"info": {"year": 2017}, "images": [], "annotations": [], "categories": [{"id": 1, "name": "object"}]}'
+    (tmp_path / "hand" / "boxes.json").write_text(theirs)
+    for _ in range(2):  # beside a mask and alone
+        assert f"{tmp_path / 'hand' / 'boxes.json'} was not written by this command" in exit_message(
+            run, *flags, "--write", tmp_path / "hand")
+        assert (tmp_path / "hand" / "boxes.json").read_text() == theirs
+        by_hand.unlink(missing_ok=True)
+    for _ in range(2):  # the folder is its own
+        line = exit_message(run, *flags, "--write", tmp_path / "set" / "masks")
+        assert "skipped 1 of 4 images; the first: " in line
     assert not list(path.parent.glob("*masks*"))  # nothing to compare with
     coco = json.loads((tmp_path / "set" / "masks" / "boxes.json").read_text())
     assert [image["file_name"] for image in coco["images"]] == ["a/0.png", "a/1.png", "a/2.png"]
@@ -212,8 +220,9 @@ def test_attention_masks_are_written_as_weak_labels(model, tmp_path, capsys, exi
         assert sum(row["area"] for row in boxes) == mask.sum() and all(row["iscrowd"] == 0 for row in boxes)
     data = open_semantic(str(tmp_path / "set"))
     assert data.train.classes == ["0", "1"] and len(data.train) == 3
-    assert "masks would be written among the images" in exit_parsing(
-        capsys, *flags, "--write", tmp_path / "set" / "images")
+    for name in ("images", "images/masks", "masks/../images/new/masks"):
+        assert f"--write {tmp_path / 'set' / name}: masks would be written among the images" in exit_parsing(
+            capsys, *flags, "--write", tmp_path / "set" / name)
     (tmp_path / "set" / "images" / "a" / "0.jpg").write_bytes(b"")
     assert "the masks of a/0.jpg and a/0.png would be one file" in exit_message(run, *flags, "--write", tmp_path / "w")
 
@@ -341,7 +350,7 @@ def test_objects_of_masks_and_of_any_images(model, tmp_path, capsys, exit_messag
     assert "skipped 1 of 3 images; the first: " in line and "1.png" in line
     result = json.loads((path.parent / "teacher.tokencut.photos.json").read_text())
     assert result["corloc"] is None and [row["iou"] for row in result["objects"]] == [None, None]
-    for flags, message in ((["--data_path", tmp_path / "nothing"], "nothing: expected JPEGImages"),
+    for flags, message in ((["--data_path", tmp_path / "nothing"], "nothing: no such folder, or no image found"),
                            (["--image_size", 8], "--image_size 8 is less than two patches of 8 pixels")):
         assert message in exit_message(run, "discover", "--ckpt", path, *flags)
 
@@ -363,6 +372,9 @@ def test_images_of_too_many_patches_are_skipped(model, voc2007, exit_message):
     assert line.endswith("skipped 1 of 8 images; the first: JPEGImages/3.jpg: 26,406 patches are more than 20,000, set "
                          "a smaller --image_size")
     assert json.loads((model[1].parent / "teacher.tokencut.VOC2007.json").read_text())["num_images"] == 7
+    line = exit_message(run, "discover", "--ckpt", model[1], "--data_path", voc2007, "--image_size", 999_999)
+    # 50 x 68 pixels: 125,000 x 170,000 patches, before anything of that size is made
+    assert "none of its images can be used; the last: JPEGImages/7.jpg: 21,250,000,000 patches are more than" in line
 
 
 def test_discovery_under_two_processes_equals_one(model, voc2007, tmp_path, run_torchrun):

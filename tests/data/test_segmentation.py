@@ -79,11 +79,14 @@ def test_voc_boxes(voc, tmp_path):
 
 def test_folders_of_images(tmp_path):
     """Without masks if that is allowed, else with those in masks/, of the held-out part."""
-    for name in ("b.jpg", "nested/a.png", "out/a.png"):
+    for name in ("b.jpg", "nested/a.png"):
         write(tmp_path / name, np.full((20, 30, 3), 90, np.uint8))
-    with pytest.raises(DataError, match="expected JPEGImages"):
+    with pytest.raises(DataError, match="expected images/ beside masks/ or annotations/, or the layout of VOC2012 or "
+                                        "DAVIS, or 'shapes'; masks of any images need --write DIR"):
         find_masks(str(tmp_path))
-    entries, read = find_masks(str(tmp_path), None, True, tmp_path / "out")
+    with pytest.raises(DataError, match="missing: no such folder, or no image found"):
+        find_masks(str(tmp_path / "missing"), None, True)
+    entries, read = find_masks(str(tmp_path), None, True)
     assert entries == [(tmp_path / "b.jpg", None), (tmp_path / "nested" / "a.png", None)]
     image, objects, void = read(entries[0])
     assert image.shape == (3, 20, 30) and objects.shape == (0, 20, 30) and void.shape == (20, 30) and not void.any()
@@ -121,9 +124,8 @@ def test_davis(tmp_path):
     assert (objects.numpy() == [values == 1, values == 2]).all()
     with pytest.raises(DataError, match="no frames .* in c"):
         find_sequences(str(tmp_path), ["a", "c"])
-    for name in ("nothing", "JPEGImages"):
-        with pytest.raises(DataError, match=f"{name}: expected JPEGImages/480p/SEQUENCE"):
-            find_masks(str(tmp_path / name))
+    with pytest.raises(DataError, match="Annotations: expected JPEGImages/480p/SEQUENCE"):
+        find_sequences(str(tmp_path / "Annotations"))
 
 
 def test_frames_are_sorted_by_number_without_hidden_files(tmp_path):

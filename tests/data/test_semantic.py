@@ -86,10 +86,16 @@ def test_folder_of_images_and_masks(tmp_path):
     data = open_semantic(str(tmp_path))
     assert [len(data.train), len(data.val)] == [2, 2] and "train (1 more have no mask)" in data.note
     assert data.train.classes == ["0", "1", "2"] and (read_labels(data.val, 1) == MASK).all()
+    write(tmp_path / "masks" / "val" / "nested" / "0.png", MASK == 1)  # none but 0 and 1
+    (tmp_path / "masks" / "val" / "nested" / "1.png").write_bytes(b"bad")
     (tmp_path / "classes.txt").write_text("sky\ncat\n")
+    with pytest.raises(DataError, match=r"classes.txt: names classes 0 to 1, but masks hold 2 \(2 of 4\): add names"):
+        open_semantic(str(tmp_path))
+    (tmp_path / "classes.txt").write_text("sky\ncat\ndog\nbird\n")
     data = open_semantic(str(tmp_path))
-    assert data.train.classes == ["sky", "cat"]
-    with pytest.raises(ImageReadError, match="its mask has class 2, expected 0 to 1"):
+    assert data.train.classes == ["sky", "cat", "dog", "bird"] and data.note.endswith(" 4 classes")
+    write(tmp_path / "masks" / "val" / "nested" / "0.png", np.full_like(MASK, 4))  # changed since
+    with pytest.raises(DataError, match="0.jpg: its mask has class 4, but the names are of 0 to 3"):
         data.val[0]
     (tmp_path / "classes.txt").write_text("\n")
     with pytest.raises(DataError, match="classes.txt: 0 names of classes, expected 1 to 254"):
@@ -142,6 +148,29 @@ def test_black_and_white_masks_have_two_classes(tmp_path):
         write(tmp_path / "masks" / part / "a.png", np.full_like(MASK, 255))
     with pytest.raises(DataError, match="its masks hold nothing but 255, which is unlabeled"):
         open_semantic(str(tmp_path))
+
+
+def test_classes_that_do_not_occur(tmp_path):
+    """A single class is an error, also beside unlabeled pixels; the largest value is named, and missing ones."""
+    for i in range(3):
+        write(tmp_path / "images" / f"{i}.jpg", PHOTO)
+        write(tmp_path / "masks" / f"{i}.png", np.zeros_like(MASK))
+    for _ in range(2):  # without and with names
+        with pytest.raises(DataError, match=f"{tmp_path.name}: its masks hold no class but 0, expected two or more"):
+            open_semantic(str(tmp_path))
+        (tmp_path / "classes.txt").write_text("sky\ncat\n")
+    (tmp_path / "classes.txt").unlink()
+    for i in range(3):
+        write(tmp_path / "masks" / f"{i}.png", np.where(MASK == 255, 255, 7))
+    with pytest.raises(DataError, match="hold no class but 7"):
+        open_semantic(str(tmp_path))
+    write(tmp_path / "masks" / "0.png", np.where(MASK == 255, 254, MASK))
+    data = open_semantic(str(tmp_path))
+    assert len(data.train.classes) == 255
+    assert data.note.endswith("every tenth held out\nNOTE: no mask holds 3, 4, 5, 6, 8, ..., and 1 the largest, 254: "
+                              f"name the classes in {tmp_path / 'classes.txt'}, or correct it")
+    write(tmp_path / "masks" / "0.png", np.where(MASK == 255, 6, MASK))
+    assert "\nNOTE: no mask holds 3, 4, 5, and 2 the largest, 7:" in open_semantic(str(tmp_path)).note
 
 
 def test_crops_of_image_and_mask_are_the_same(tmp_path):

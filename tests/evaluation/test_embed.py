@@ -120,7 +120,23 @@ def test_interrupted_extraction_resumes_with_the_next_part(write):
     assert not os.path.exists("f.npy.parts")
 
 
+def test_files_of_others_in_the_folder_of_parts_are_kept(write):
+    """Parts of killed and of other calls are removed, what else lies there is not."""
+    kept = ["notes.txt", "00000000-1.safetensors", "teacher.safetensors"]
+    write("f.npy", n_last_blocks=4, stop_at=3)
+    os.mkdir("f.npy.parts/0123abcd-000000003.safetensors.abcdefgh.tmp")
+    for name in kept:
+        with open(f"f.npy.parts/{name}", "w") as file:
+            file.write("of others")
+    assert len(os.listdir("f.npy.parts")) == 5
+    write("f.npy")
+    assert sorted(os.listdir("f.npy.parts")) == sorted(kept)
+
+
 def test_no_readable_image_is_an_error(write, monkeypatch):
     monkeypatch.setattr(Images, "__getitem__", lambda self, i: NAMES.index("bad.png"))
-    with pytest.raises(DataError, match="f.npy: not written, none of the 11 images can be read"):
+    with pytest.raises(DataError, match="f.npy: not written, 0 of 11 images can be read"):
         write("f.npy")
+    assert os.listdir() == []
+    write("f.npy", stop_at=NAMES.index("bad.png"))  # the first
+    assert os.listdir() == []
