@@ -34,7 +34,8 @@ def test_small_sets():
     assert (args.patch_size, args.global_crops_size, args.out_dim, args.momentum_teacher) == (8, 128, 77, 0.9)
     assert describe_auto(args, 9469, 128, 5310) == (
         "auto: global_crops_size 128, local_crops_size 56, local_crops_number 4, global_crops_scale 0.4 1, "
-        "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn (9,469 images of 128 pixels, 100 epochs)")
+        "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn, lr 0.0005 (9,469 images of 128 pixels, "
+        "100 epochs)")
     args = fit(3000, 32, 900, "--epochs", "19")
     assert args.lr == 0.002
     assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
