@@ -302,7 +302,8 @@ def test_every_file_is_prepared_as_for_evaluation(scene, tmp_path, value_range):
         path = tmp_path / f"a{ending}"
         try:
             image.save(path, **({"exif": exif} if ending in (".png", ".tif", ".jpg", ".webp") else {}))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # not a mode of this format
+            Image.open(path).load()
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # not a mode of this format, or of this Pillow
             continue
         read.add((name, ending))
         expected = center_crop_view(read_image(path, value_range=value_range), 32, 24)

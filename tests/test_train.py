@@ -258,7 +258,7 @@ def test_values_of_more_than_8_bits_have_one_range_everywhere(tmp_path, capsys, 
 def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 2 --knn_every 1 --saveckp_freq 1 --linear_probe")
     out = capsys.readouterr().out
-    for words in ("effective lr 0.000125", "raw pixels", "untrained backbone", "linear top-1"):
+    for words in ("effective lr 0.0005 = 0.002 * 64 / 256", "raw pixels", "untrained backbone", "linear top-1"):
         assert words in out
     line = next(line for line in out.splitlines() if " epoch 1/2 [8/8] " in line)
     for words in ("loss ", "(ln K 4.16)", "entropy ", "kl ", "lr ", " img/s", "data ", "elapsed 0:0", "eta 0:00:00"):
