@@ -1,4 +1,4 @@
-"""Flags that follow from the data where they are not given: pure functions of number and size of images, and of steps.
+"""Flags that follow from the data where they are not given: pure functions of images, their size, epochs and steps.
 
     args.auto = ("out_dim", "momentum_teacher", ...)                # names of the flags that were not given
     fit_to_images(args, num_images=9469, side=128)
