@@ -62,11 +62,11 @@ from common.weights import (
     sibling_path,
     weights_file,
 )
-from data.datasets import DataError, ImageFolder, open_data, trained_data_path, trained_val_path
+from data.datasets import DataError, ImageFolder, open_data_of_model
 from data.shapes import Shapes
 from evaluation.classifiers import load_classifier
 from evaluation.model_card import build_model_card, describe_publicly, is_model_card
-from evaluation.quantization import QuantizationError, check_accuracy, quantize
+from evaluation.quantization import QuantizationError, check_accuracy, open_session, quantize
 from onnx_graph import build_graph
 
 # precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine
@@ -353,11 +353,8 @@ def compute_expected(backbone, x, metadata):
 @torch.no_grad()
 def benchmark(backbone, model, metadata, batch, rounds=15):
     """Print images per second of ONNX Runtime, torch and torch.compile: medians of alternating rounds."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow torch's rounds
     providers = [("CUDAExecutionProvider", {"use_tf32": 0})] if torch.cuda.is_available() else []  # as torch in fp32
-    session = onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
+    session = open_session(model, providers)
     provider = session.get_providers()[0]
     if providers and provider == "CPUExecutionProvider":
         print("ONNX Runtime has no CUDA provider here: timed on the CPU")
@@ -392,13 +389,8 @@ def benchmark(backbone, model, metadata, batch, rounds=15):
 
 def open_images(ckpt, info, in_chans, args):
     """Images to calibrate and compare a quantized file on, those that its model was trained on if none are named."""
-    data_path = args.data_path or trained_data_path(args, info)
-    if not data_path:
-        raise DataError(f"--precision int8: {ckpt} was trained on {info.get('data_path') or 'unknown data'}; name "
-                        f"images to calibrate and compare on with --data_path")
-    channels = read_input(info, in_chans, ckpt)["channels"]
-    data = open_data(data_path, bool(args.data_path), value_range=info.get("value_range"), channels=channels,
-                     val_path=trained_val_path(args, info), cache_dir=args.cache_dir)
+    info = info | read_input(info, in_chans, ckpt)
+    data = open_data_of_model(args, info, f"--precision int8: {ckpt}", "images to calibrate and compare on")
     print(data.note)
     return data
 

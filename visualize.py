@@ -32,7 +32,7 @@ from common.checkpoint import load_checkpoint
 from common.files import create_folder, number_name
 from common.weights import CheckpointError, open_backbone, output_file, output_folder, resolve_image_size
 from data import loaders
-from data.datasets import DataError, is_source, open_data, open_images, trained_data_path, trained_val_path
+from data.datasets import DataError, is_source, open_data, open_data_of_model, open_images
 from data.images import ImageReadError, read_image, show_channels
 from data.video import WRITABLE, VideoWriter, open_video
 from evaluation.features import extract_features
@@ -277,9 +277,7 @@ def list_epochs(folder):
 
 def open_held_out(args, info, origin):
     """The data for a model, and a random subset of its held-out images."""
-    data = open_data(args.data_path or trained_data_path(args, info) or "shapes", bool(args.data_path),
-                     args.output_dir, origin["value_range"], trained_val_path(args, info), args.cache_dir,
-                     info["channels"])
+    data = open_data_of_model(args, info, origin["ckpt"], default="shapes", output_dir=args.output_dir)
     print(data.note)
     return data, loaders.random_subset(data.val if data.train_labeled is data.train else data.train, args.num_images)
 

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import math
 import os
@@ -123,6 +124,12 @@ def read_json(path):
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def hash_file(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- errors ----

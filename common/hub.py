@@ -5,12 +5,11 @@
 """
 
 import contextlib
-import hashlib
 import os
 
 from backbones import download_published, is_published
 from common.checkpoint import CheckpointError
-from common.files import first_line
+from common.files import first_line, hash_file
 
 WEIGHT_FILES = "teacher.safetensors", "model.safetensors", "pytorch_model.bin"  # of a run, of transformers: in a folder
 
@@ -53,8 +52,7 @@ def download_repository(name, log):
             path = hf_hub_download(repository, file, local_files_only=bool(problem))
             with contextlib.suppress(EntryNotFoundError):  # config.json is not in every repository
                 hf_hub_download(repository, "config.json", local_files_only=bool(problem))
-            with open(path, "rb") as content:
-                log(f"{path}: SHA-256 {hashlib.file_digest(content, 'sha256').hexdigest()}")
+            log(f"{path}: SHA-256 {hash_file(path)}")
             return path
         except EntryNotFoundError:
             continue

@@ -66,8 +66,9 @@ class LogSinks:
             if "run" not in (record := json.loads(line)):
                 values, step, next_step = read_scalars(record, next_step)
                 past.append((values, step))
+        next_step = past[-1][1] + 1 if past else first_step  # an evaluation before the first step has its number
         for name, sink in list(self.sinks.items()):
-            known, next_step = self.runs.get(name, {}), past[-1][1] + 1 if past else first_step
+            known = self.runs.get(name, {})
             with self.drop_on_error(name, first_step):
                 run_id, is_new = sink.start(self.folder, config, next_step, known.get("id"))
                 failed_at = 0 if is_new else known.get("failed_at", next_step)

@@ -9,7 +9,6 @@ needs flags for them. Loading unpickles nothing but tensors and plain values.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -29,7 +28,7 @@ from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero, run_on_rank_zero_first
-from common.files import atomic_write, check_file, create_folder, read_json
+from common.files import atomic_write, check_file, create_folder, hash_file, read_json
 from common.hub import WEIGHT_FILES, download_weights, is_remote
 from common.precision import set_matmul_precision
 
@@ -398,8 +397,7 @@ def check_image_size(backbone, *sides):
 
 def sha256(path):
     """Checksum of a model file, or of the weights in a folder of transformers."""
-    with open(check_file(weights_file(path)), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(check_file(weights_file(path)))
 
 
 def weights_file(path, log=lambda text: None):

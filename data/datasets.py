@@ -125,6 +125,25 @@ def trained_val_path(args, info):
     return args.val_path or (None if args.data_path or args.ckpt else info.get("val_path"))
 
 
+def open_data_of_model(args, info, ckpt, what="images", default="", output_dir=None):
+    """Data that --data_path names, or that a model was trained on, read as the model takes it.
+
+    Args:
+        info: description of the model, see `open_backbone`.
+        what: the images are for, in the message.
+        default: data of a model whose own are unknown or untrusted.
+        output_dir: see `open_data`.
+
+    Raises:
+        DataError: see `open_data`, or no data are known.
+    """
+    data_path = args.data_path or trained_data_path(args, info) or default
+    if not data_path:
+        raise DataError(f"{ckpt}: trained on {info.get('data_path') or 'unknown data'}; name {what} with --data_path")
+    return open_data(data_path, bool(args.data_path), output_dir, info.get("value_range"), trained_val_path(args, info),
+                     args.cache_dir, info["channels"])
+
+
 def make_absolute(paths):
     """One path, or several, as valid from any working directory."""
     if isinstance(paths, str):

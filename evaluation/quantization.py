@@ -137,11 +137,12 @@ def check_accuracy(backbone, model, metadata, data):
     return line
 
 
-def open_session(model):
+def open_session(model, providers=()):
+    """ONNX Runtime session of a file, given as bytes, with as many threads as torch; the CPU is the last provider."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow others in their turns
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
 
 
 # ---- speed ----

@@ -53,8 +53,7 @@ class EvalSetup:
             args.image_size = args.image_size or default_attention_size(trained_size, p)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
         val_path = datasets.trained_val_path(args, self.info)
-        self.data = open_semantic(args.data_path) if is_dense else distributed.run_on_rank_zero_first(
-            lambda: self.open_labeled(val_path))
+        self.data = open_semantic(args.data_path) if is_dense else distributed.run_on_rank_zero_first(self.open_labeled)
         sizes = [len(self.data.train_labeled), len(self.data.val)]
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)
@@ -70,16 +69,12 @@ class EvalSetup:
         if args.task not in ("knn", "fewshot") or args.save_predictions:
             self.classes = distributed.all_gather_objects(list_class_names(self.data) if is_rank_zero() else None)[0]
 
-    def open_labeled(self, val_path):
+    def open_labeled(self):
         """Data of the labeled images that the flags name, or that the newest run was trained on."""
-        args, data_path = self.args, self.args.data_path or datasets.trained_data_path(self.args, self.info)
-        if not data_path:
-            raise DataError(f"{self.origin['ckpt']}: trained on {self.info.get('data_path') or 'unknown data'}; name "
-                            f"the labeled images with --data_path")
-        data = datasets.open_data(data_path, bool(args.data_path), None, self.info.get("value_range"), val_path,
-                                  args.cache_dir, self.info["channels"])
+        data = datasets.open_data_of_model(self.args, self.info, self.origin["ckpt"], "the labeled images")
         if data.val is None:
-            raise DataError(f"{datasets.describe_paths(data_path)}: no labels; expected one folder per class, best in "
+            paths = self.args.data_path or datasets.trained_data_path(self.args, self.info)
+            raise DataError(f"{datasets.describe_paths(paths)}: no labels; expected one folder per class, best in "
                             f"train/ and val/")
         return data
 
