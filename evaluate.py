@@ -34,8 +34,9 @@ from common.cli import fraction, nonnegative_float, nonnegative_int, percentage,
 from common.distributed import get_world_size
 from common.files import create_folder
 from common.logger import progress_bar
+from common.paths import result_file
 from common.precision import set_matmul_precision
-from common.weights import open_backbone, resolve_image_size, result_file
+from common.weights import open_backbone, resolve_image_size
 from data.datasets import DataError
 from data.loaders import build_view
 from data.semantic import SemanticCrop

@@ -27,20 +27,16 @@ if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before torch is impor
 
     sys.exit(infer.main(sys.argv[2:]))
 
-import contextlib
 import itertools
 import json
 import os
 import shlex
-from collections import Counter
+import shutil
+import tempfile
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import torch
-import torch.nn.functional as F
-from torch.utils.benchmark import Timer
-from torchvision.transforms import functional as TF
 
 import infer
 from backbones import HeadlessClassifier
@@ -50,28 +46,16 @@ from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS, save_transformers
 from common.files import atomic_write, check_file, create_folder, read_text, write_text
 from common.hub import absolute_path, is_remote
-from common.precision import DTYPES
-from common.weights import (
-    check_image_size,
-    find_model,
-    load_backbone,
-    read_input,
-    read_weights,
-    save_model,
-    sha256,
-    sibling_path,
-    weights_file,
-)
+from common.paths import find_model, sha256, sibling_path, weights_file
+from common.weights import check_image_size, load_backbone, read_input, read_weights, save_model
 from data.datasets import DataError, ImageFolder, open_data_of_model
-from data.shapes import Shapes
 from evaluation.classifiers import load_classifier
 from evaluation.model_card import build_model_card, describe_publicly, is_model_card
-from evaluation.quantization import QuantizationError, check_accuracy, open_session, quantize
+from evaluation.onnx_parity import LIMITS, ExportError, build_inputs, verify, wrap_errors
+from evaluation.onnx_speed import print_speed
+from evaluation.quantization import check_accuracy, quantize
 from onnx_graph import build_graph
 
-# precision -> largest difference, absolute in fp32 and relative to the largest value in half, and least cosine
-LIMITS = {"fp32": (1e-4, 0.99999), "fp16": (0.02, 0.9999), "mixed": (0.02, 0.9999)}
-LIMITS["int8"] = LIMITS["fp32"]  # before quantization, which has limits of its own
 # values of flags that torch's exporter supports, for backbones of torchvision and timm
 TRACEABLE = dict(precision=["fp32"], dynamic=["batch", "none"], heads=["each"], patch_tokens=[False], last_layers=[0])
 HUB_FILES = ("README.md", "config.json", "preprocessor_config.json", "model.safetensors", "teacher.safetensors",
@@ -85,10 +69,6 @@ def save_backbone(path, backbone, info, ckpt):
 
 
 FORMATS = {"safetensors": ("backbone.safetensors", save_backbone)} | FORMATS
-
-
-class ExportError(RuntimeError):
-    """The exported file does not compute what the model computes."""
 
 
 def parse_args(argv=None):
@@ -227,164 +207,6 @@ def trace_classifier(backbone, metadata, args, classifier):
             opset_version=args.opset).model_proto
 
 
-# ---- verification ----
-
-def verify(backbone, model, metadata, images=(), classifier=None):
-    """Compare a file in ONNX Runtime on the CPU with the model in torch, at several batch sizes and image sizes.
-
-    Args:
-        model: the file as bytes.
-        images: images to compare on, besides noise and the built-in shapes.
-        classifier: Classifiers, if the file has logits.
-
-    Returns:
-        the report, lines on nodes, inputs, outputs and the largest differences.
-
-    Raises:
-        ExportError: the file is invalid, or an output differs by more than LIMITS.
-    """
-    opset, precision, names = metadata["opset"], metadata["precision"], list(metadata["outputs"])
-    failure = f"ONNX Runtime {onnxruntime.__version__} cannot run this file of opset {opset}"
-    with wrap_errors(failure):
-        onnx.checker.check_model(model, full_check=True)
-        proto = onnx.load_from_string(model)
-        session, _ = infer.open_model(model)
-    opsets = {item.domain: item.version for item in proto.opset_import}
-    if opsets != {"": opset}:
-        raise ExportError(f"written in opset {opsets}, not {opset}")
-    counts = Counter(node.op_type for node in proto.graph.node).most_common()
-    half = open_half_session(proto) if precision in ("fp16", "mixed") else None
-    p, (rows, cols) = backbone.patch_size, backbone.grid
-    sizes = [metadata["image_size"]] if metadata["image_size"] else [
-        (p * h, p * w) for h, w in ((rows, cols), (rows // 2 + 1, cols), (rows + 3, cols + 1))]
-    batch_sizes = [metadata["batch_size"]] if metadata["batch_size"] else (1, 2, 7)
-    worst = dict.fromkeys(names, (0.0, 1.0))
-    for batch, (height, width) in itertools.product(batch_sizes, sizes):
-        for x, feed in build_inputs(backbone, batch, height, width, metadata, images):
-            with wrap_errors(failure):
-                outputs = session.run(names, {"image": feed})
-            if half:
-                check_half_range(half, feed)
-            expected = compute_expected(backbone, x, metadata)
-            if classifier:
-                expected["logits"] = classifier(x)[0].detach()
-            for name, output in zip(names, outputs):
-                output, target = torch.from_numpy(output).float(), expected[name]
-                difference = (output - target).abs().max().item()
-                cosine = F.cosine_similarity(output.flatten(1), target.flatten(1)).min().item()
-                most, least = LIMITS[precision]
-                scale = target.abs().max().item() if half else 1
-                if name == "logits":  # the weights multiply what features differ by, and may cancel the rest
-                    scale, least = max(scale, 0.1 * classifier.heads[0].weight.norm(dim=1).max().item()), -1
-                most *= scale
-                if not (difference <= most and cosine >= least):
-                    raise ExportError(f"{name} differs from torch by {difference:.2g}, cosine {cosine:.6f}, at {batch} "
-                                      f"x {height} x {width}; {precision} allows {most:.2g}, {least:g}")
-                worst[name] = max(worst[name][0], difference), min(worst[name][1], cosine)
-    return [f"opset {opset}, {precision}, CPUExecutionProvider; {len(proto.graph.node)} nodes: "
-            + ", ".join(f"{count} {kind}" for kind, count in counts),
-            *(f"{value.name} {value.type[7:-1]} {value.shape}" for value in session.get_inputs()),
-            *("{} {} {}, at most {:.1e} from torch, cosine at least {:.6f}".format(
-                value.name, value.type[7:-1], value.shape, *worst[value.name]) for value in session.get_outputs())]
-
-
-@contextlib.contextmanager
-def wrap_errors(message):
-    """Turn the many exception types of ONNX, its runtime and torch's exporter into ExportError."""
-    try:
-        yield
-    except (ExportError, QuantizationError):
-        raise
-    except Exception as error:
-        raise ExportError(f"{message}: {error}") from None
-
-
-def open_half_session(proto):
-    """A session of a half-precision model with every sum and product as an output too.
-
-    ONNX Runtime's CPU provider computes most of such a file in float32, which would hide an overflow.
-    """
-    names = [node.output[0] for node in proto.graph.node if node.op_type in ("Add", "MatMul")
-             and not node.output[0].startswith(("image.", "grid.", "logits"))]  # these are in float32, or outputs
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None)
-                              for name in names)
-    return infer.open_model(proto.SerializeToString())[0]
-
-
-def check_half_range(session, feed):
-    """Raise ExportError if an output of open_half_session is not finite."""
-    for output, value in zip(session.get_outputs(), session.run(None, {"image": feed})):
-        if not torch.from_numpy(value).isfinite().all():
-            raise ExportError(f"{output.name} leaves the range of half precision: export --precision fp32")
-
-
-def build_inputs(backbone, batch, height, width, metadata, images=()):
-    """Yield (normalized [B, C, H, W] for torch, the same input for the file): noise, shapes, each of the images."""
-    mean, std = (torch.tensor(metadata[name] or [0.5]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    crop = metadata | {"image_size": [height, width]}
-    shape = batch, backbone.in_chans, height, width
-    batches = [torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()]
-    if metadata.get("channels"):
-        batches += [255 * torch.from_numpy(infer.prepare(image.numpy(), crop)).expand(shape) for image in images]
-    elif backbone.in_chans == 3:
-        shapes = Shapes("test", batch, max(height, width, 16))
-        batches += [torch.stack([TF.pil_to_tensor(infer.prepare(image, crop)) for image in group])
-                    for group in ([shapes[i][0] for i in range(batch)], *([image] * batch for image in images))]
-    for pixels in batches:
-        x = (pixels / 255 - mean) / std
-        feed = pixels if metadata["input"] == "uint8 RGB" else x.half() if metadata["precision"] == "fp16" else x
-        yield x, (feed.permute(0, 2, 3, 1) if metadata["layout"] == "nhwc" else feed).contiguous().numpy()
-
-
-@torch.no_grad()
-def compute_expected(backbone, x, metadata):
-    """Outputs of the model in torch, {name: tensor}."""
-    if isinstance(backbone, HeadlessClassifier):
-        return {"features": backbone(x)}
-    features, attention = backbone.forward_with_attention(x)
-    attention = attention.unflatten(2, [side // backbone.patch_size for side in x.shape[2:]])
-    layers = backbone.get_intermediate_layers(x, max(1, metadata["last_layers"]))
-    return {"features": features, "attention": attention.mean(dim=1) if metadata["heads"] == "mean" else attention,
-            "patch_tokens": layers[-1][:, 1:]} | {f"layer_{i}": layer for i, layer in enumerate(layers, start=1)}
-
-
-# ---- speed ----
-
-@torch.no_grad()
-def benchmark(backbone, model, metadata, batch, rounds=15):
-    """Print images per second of ONNX Runtime, torch and torch.compile: medians of alternating rounds."""
-    providers = [("CUDAExecutionProvider", {"use_tf32": 0})] if torch.cuda.is_available() else []  # as torch in fp32
-    session = open_session(model, providers)
-    provider = session.get_providers()[0]
-    if providers and provider == "CPUExecutionProvider":
-        print("ONNX Runtime has no CUDA provider here: timed on the CPU")
-    device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
-    precision = "fp16" if device == "cuda" and metadata["precision"] != "fp32" else "fp32"
-    height, width = metadata["image_size"] or [side * backbone.patch_size for side in backbone.grid]
-    x, feed = next(build_inputs(backbone, batch, height, width, metadata))
-    network, x = (thing.to(device, DTYPES[precision]) for thing in (backbone, x))
-    eager = network if isinstance(backbone, HeadlessClassifier) else network.forward_with_attention
-    compiled = torch.compile(eager)
-    binding = session.io_binding()  # input and outputs stay on the device
-    binding.bind_ortvalue_input("image", onnxruntime.OrtValue.ortvalue_from_numpy(feed, device))
-    for name in metadata["outputs"]:
-        binding.bind_output(name, device)
-    functions = {f"ONNX Runtime, {provider}, {metadata['precision']}": lambda: session.run_with_iobinding(binding),
-                 f"torch {device}, {precision}": lambda: eager(x)}
-    try:
-        compiled(x)
-        functions[f"torch {device}, {precision}, compiled"] = lambda: compiled(x)
-    except Exception as error:  # no C++ compiler or no Triton
-        print(f"torch.compile failed here: {str(error).strip().splitlines()[0]}")
-    timers = [Timer("run()", globals={"run": function}, num_threads=torch.get_num_threads())
-              for function in functions.values()]
-    seconds = torch.tensor([[timer.timeit(1).median for timer in timers] for _ in range(rounds)])
-    medians, ratios = (values.median(dim=0).values for values in (seconds, seconds / seconds[:, :1]))
-    print(f"{batch} x {height} x {width}, {rounds} rounds")
-    for name, median, ratio in zip(functions, medians, ratios):
-        print(f"  {name}: {batch / median:.1f} img/s, ONNX Runtime is {ratio:.2f}x as fast")
-
-
 # ---- commands ----
 
 def open_images(ckpt, info, in_chans, args):
@@ -432,15 +254,19 @@ def main(args):
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, file, args) | dict(checkpoint=absolute_path(ckpt))
-        model = save_onnx(output, backbone, metadata, args, classifier, data)
+        model, report = make_onnx(backbone, metadata, args, classifier, data)
+        save_onnx(output, model, report)
     if args.benchmark:
-        benchmark(backbone, model, metadata, metadata["batch_size"] or args.batch_size)
+        print_speed(backbone, model, metadata, metadata["batch_size"] or args.batch_size)
 
 
-def save_onnx(path, backbone, metadata, args, classifier=None, data=None):
-    """Build the ONNX file, write it if it computes what the model does, and print the report; returns it as bytes.
+def make_onnx(backbone, metadata, args, classifier=None, data=None):
+    """Build an ONNX file that computes what the model does: the file as bytes, and lines about it.
 
     With data it is quantized, see `quantize`.
+
+    Raises:
+        ExportError: it does not.
     """
     images = read_images(args, metadata["channels"], metadata["value_range"])
     model = build_onnx(backbone, metadata, args, classifier)
@@ -448,9 +274,13 @@ def save_onnx(path, backbone, metadata, args, classifier=None, data=None):
     if data:
         model, lines = quantize(backbone, model, metadata, data, args.batch_size)
         report += lines
+    return model, report
+
+
+def save_onnx(path, model, report):
+    """Write a file of `make_onnx` and print the lines about it."""
     atomic_write(path, lambda temporary: Path(temporary).write_bytes(model))
     print(f"{path}: " + "\n  ".join(report))
-    return model
 
 
 def save_hub(folder, backbone, info, ckpt, file, args, data=None):
@@ -472,14 +302,17 @@ def save_hub(folder, backbone, info, ckpt, file, args, data=None):
                     if name.startswith("head.")}
     info = describe_publicly(info)
     metadata = build_metadata(backbone, info, file, args)
-    save_transformers(folder, backbone, info, ckpt)
+    with tempfile.TemporaryDirectory() as temporary:
+        save_model(own := os.path.join(temporary, "teacher.safetensors"), weights, info)
+        of_own = dict(checkpoint="teacher.safetensors", sha256=sha256(own))
+        made = make_onnx(backbone, metadata | of_own, args, data=data)  # before anything is written to the folder
+        save_transformers(folder, backbone, info, ckpt)
+        shutil.copy(own, folder)
+    save_onnx(os.path.join(folder, "model.onnx"), *made)
     if os.path.exists(card := os.path.join(folder, "README.md")):
         print(f"kept {card} of an earlier export, to which you may have added; for a new one name another --output")
     else:
         write_text(card, build_model_card(backbone, info, metadata, ckpt, file))
-    save_model(own := os.path.join(folder, "teacher.safetensors"), weights, info)
-    metadata |= dict(checkpoint="teacher.safetensors", sha256=sha256(own))
-    save_onnx(os.path.join(folder, "model.onnx"), backbone, metadata, args, data=data)
     print(f"written to {folder}; publish it after adding a license to {card} and replacing USER/NAME there and here:\n"
           f"hf upload USER/NAME {shlex.quote(folder)}")
 
@@ -510,4 +343,4 @@ def load_exported(path, args):
 
 
 if __name__ == "__main__":
-    cli.run_command(main, parse_args, CheckpointError, ExportError, QuantizationError, DataError)
+    cli.run_command(main, parse_args, CheckpointError, ExportError, DataError)

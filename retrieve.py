@@ -28,7 +28,8 @@ from PIL import Image
 
 from common import cli, distributed
 from common.files import create_folder, number_name, write_json
-from common.weights import CheckpointError, open_backbone, output_folder, resolve_image_size, result_file
+from common.paths import output_folder, result_file
+from common.weights import CheckpointError, open_backbone, resolve_image_size
 from data import loaders, retrieval
 from data.datasets import DataError, data_name, make_absolute, open_images
 from data.images import read_image, show_channels

@@ -85,7 +85,11 @@ def save_timm(path, backbone, info, ckpt):
 
 
 def save_transformers(folder, backbone, info, ckpt):
-    """For transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)."""
+    """For transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).
+
+    Raises:
+        CheckpointError: not a vision transformer of vit.py, or the folder holds another model.
+    """
     if not backbone.blocks:
         raise CheckpointError(f"{backbone.arch} has no names in transformers, use --format safetensors or dino")
     weights = {}
@@ -96,11 +100,14 @@ def save_transformers(folder, backbone, info, ckpt):
         for part, rows in zip(parts, tensor.chunk(len(parts))):
             weights[name.replace("qkv", part)] = rows.clone()  # safetensors refuses tensors that share memory
     size, block = backbone.grid[0] * backbone.patch_size, backbone.blocks[0]
-    os.makedirs(folder, exist_ok=True)
-    write_json(os.path.join(folder, "config.json"), dict(
+    config = dict(
         architectures=["ViTModel"], model_type="vit", hidden_size=backbone.embed_dim, patch_size=backbone.patch_size,
         num_hidden_layers=len(backbone.blocks), num_attention_heads=backbone.num_heads, image_size=size,
-        intermediate_size=block.mlp.fc1.out_features, num_channels=backbone.in_chans, layer_norm_eps=block.norm1.eps))
+        intermediate_size=block.mlp.fc1.out_features, num_channels=backbone.in_chans, layer_norm_eps=block.norm1.eps)
+    if os.path.exists(path := os.path.join(folder, "config.json")) and read_json(path) != config:
+        raise CheckpointError(f"{path}: is of another model, name another --output")
+    os.makedirs(folder, exist_ok=True)
+    write_json(path, config)
     if backbone.in_chans == 3:
         write_json(os.path.join(folder, "preprocessor_config.json"), dict(
             image_processor_type="ViTImageProcessor", size=dict(shortest_edge=round(size / 0.875)), resample=3,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from common.checkpoint import CheckpointError, find_fault, iter_tensors
-from common.weights import build_from_content, choose_weights, read_content, read_input, weights_file
+from common.paths import weights_file
+from common.weights import build_from_content, choose_weights, read_content, read_input
 from dino_loss import DINOHead
 from vit import SIZES
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.files import read_json, read_text
 from common.hub import is_remote
-from common.weights import sibling_path
+from common.paths import sibling_path
 from data.datasets import data_name
 
 PATHS = ("data_path", "val_path", "output_dir", "cache_dir", "init")  # flags that are not published

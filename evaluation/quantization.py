@@ -16,21 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 from data.loaders import build_eval_loader, build_view, center_crop_view, random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
+from evaluation.onnx_parity import ExportError
+from evaluation.onnx_speed import compare_files, open_session
 
 CALIBRATION_IMAGES, COMPARED_IMAGES = 256, 1000  # the latter: train and held-out images, each
 MIN_COSINE, MAX_DROP = 0.99, 0.5  # of the features of each image; k-NN accuracy in points
-
-
-class QuantizationError(RuntimeError):
-    """The features of a quantized file are too far from those of the model."""
 
 
 def quantize(backbone, model, metadata, data, batch_size=1):
@@ -47,7 +43,7 @@ def quantize(backbone, model, metadata, data, batch_size=1):
         the quantized file as bytes, and lines on accuracy and speed.
 
     Raises:
-        QuantizationError: both are too inaccurate.
+        ExportError: both are too inaccurate.
     """
     failures = []
     for method in ("static", "dynamic"):
@@ -55,12 +51,14 @@ def quantize(backbone, model, metadata, data, batch_size=1):
         quantized = quantize_products(model, batches)
         try:
             line = check_accuracy(backbone, quantized, metadata, data)
-        except QuantizationError as error:
+        except ExportError as error:
             failures.append(f"{method}: {error}")
         else:
-            return quantized, [f"int8, {method}: {line}", measure_speed(quantized, model, metadata, data, batch_size),
+            image = next(iter_inputs(data.train, CALIBRATION_IMAGES, metadata))["image"]
+            feed = np.resize(image, (metadata["batch_size"] or batch_size, *image.shape[1:]))
+            return quantized, [f"int8, {method}: {line}", compare_files(quantized, model, feed),
                                f"{len(quantized) / 1e6:.1f} MB, fp32 {len(model) / 1e6:.1f} MB"]
-    raise QuantizationError(f"int8 is refused, {'; '.join(failures)}; export --precision fp32")
+    raise ExportError(f"int8 is refused, {'; '.join(failures)}; export --precision fp32")
 
 
 def quantize_products(model, batches=None):
@@ -106,7 +104,7 @@ def check_accuracy(backbone, model, metadata, data):
     Without labels there is the cosine alone, on training images.
 
     Raises:
-        QuantizationError: the cosine of an image is below MIN_COSINE, or k-NN accuracy on held-out images is more than
+        ExportError: the cosine of an image is below MIN_COSINE, or k-NN accuracy on held-out images is more than
             MAX_DROP points lower; of less than 200 held-out images, one may be lost.
     """
     session = open_session(model)
@@ -133,31 +131,8 @@ def check_accuracy(backbone, model, metadata, data):
         is_accurate &= exact - quantized <= max(MAX_DROP, 100 / len(cosines)) + 1e-3
     if not is_accurate:
         allowed = f"{MIN_COSINE:g}" + f" and {MAX_DROP:g} points" * has_labels
-        raise QuantizationError(f"{line} (allowed {allowed})")
+        raise ExportError(f"{line} (allowed {allowed})")
     return line
-
-
-def open_session(model, providers=()):
-    """ONNX Runtime session of a file, given as bytes, with as many threads as torch; the CPU is the last provider."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow others in their turns
-    return onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
-
-
-# ---- speed ----
-
-def measure_speed(model, fp32_model, metadata, data, batch_size, rounds=15):
-    """A line on images per second of a quantized file and the fp32 file on the CPU: medians of alternating rounds."""
-    image = next(iter_inputs(data.train, 1, metadata))["image"]
-    feed = {"image": np.resize(image, (metadata["batch_size"] or batch_size, *image.shape[1:]))}
-    timers = [Timer("session.run(None, feed)", globals=dict(session=open_session(file), feed=feed),
-                    num_threads=torch.get_num_threads()) for file in (model, fp32_model)]
-    seconds = torch.tensor([[timer.timeit(3).mean for timer in timers] for _ in range(rounds)])
-    int8, fp32 = (len(feed["image"]) / seconds.median(dim=0).values).tolist()
-    ratio = (seconds[:, 1] / seconds[:, 0]).median().item()
-    return (f"CPU, {torch.get_num_threads()} threads, batch {len(feed['image'])}: {int8:.1f} img/s, fp32 {fp32:.1f} "
-            f"img/s, {ratio:.2f}x as fast")
 
 
 # ---- input ----

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from common import distributed
 from common.distributed import is_rank_zero
 from common.files import create_folder, write_json
+from common.paths import output_folder
 from common.precision import autocast
-from common.weights import open_backbone, output_folder, resolve_image_size, save_model
+from common.weights import open_backbone, resolve_image_size, save_model
 from data import datasets
 from data.datasets import DataError
 from data.loaders import build_eval_loader, build_view, default_attention_size

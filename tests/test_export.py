@@ -22,6 +22,7 @@ import visualize
 from common.weights import CheckpointError, save_model
 from data.images import DECODERS, read_image, to_rgb
 from data.loaders import center_crop_view, normalize
+from evaluation import onnx_parity
 from plotting.draw import colorize
 from vit import VisionTransformer
 
@@ -182,8 +183,8 @@ def test_half_precision_has_its_own_limits(saved, monkeypatch):
 def test_images_of_a_folder_are_compared_too(saved, scene, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     scene.save(tmp_path / "images" / "a.png")
-    seen, compute_expected = [], export.compute_expected
-    monkeypatch.setattr(export, "compute_expected", lambda backbone, x, values: seen.append(x) or compute_expected(
+    seen, compute_expected = [], onnx_parity.compute_expected
+    monkeypatch.setattr(onnx_parity, "compute_expected", lambda backbone, x, values: seen.append(x) or compute_expected(
         backbone, x, values))
     make(saved[0], "--images", str(tmp_path / "images"))
     crop = infer.prepare(scene, dict(patch_size=8, image_size=[32, 32]))

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import export
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.weights import load_backbone, read_weights, save_model
 from data.loaders import center_crop_view
 from vit import VisionTransformer
@@ -70,6 +70,11 @@ def test_transformers(tmp_path, capsys, scene):
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = load_backbone(tmp_path / "theirs")  # the number of heads is in config.json
     assert ours.num_heads == 2
+    before = (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="theirs/config.json: is of another model, name another --output"):
+        export.main(export.parse_args(["--ckpt", str(path), "--format", "transformers", "--output",
+                                       f"{tmp_path}/theirs"]))
+    assert (tmp_path / "theirs" / "model.safetensors").read_bytes() == before
     export.main(export.parse_args(["--ckpt", f"{tmp_path}/theirs/"]))
     assert (tmp_path / "theirs.onnx").exists()
     torch.testing.assert_close(ours(images), theirs(images).last_hidden_state[:, 0], rtol=0, atol=1e-5)

@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.weights import CheckpointError, find_model, find_newest_model, load_backbone, read_weights, save_model
+from common.paths import find_model, find_newest_model
+from common.weights import CheckpointError, load_backbone, read_weights, save_model
 from vit import VisionTransformer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_redesign"

@@ -25,7 +25,8 @@ import train
 import visualize
 from backbones import build_backbone
 from common.initial_weights import read_initial_weights
-from common.weights import find_model, load_backbone, save_model, sibling_path
+from common.paths import find_model, sibling_path
+from common.weights import load_backbone, save_model
 from vit import VisionTransformer
 
 ROOT = Path(__file__).parents[2]

@@ -90,7 +90,7 @@ def test_figures_of_the_report_are_those_of_the_file(path, small_shapes, capsys)
     constant = next(c for c in proto.graph.initializer if c.name == "norm.bias")
     constant.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(constant), "norm.bias"))
     onnx.save(proto, file)
-    with pytest.raises(quantization.QuantizationError, match="cosine at least -?0"):
+    with pytest.raises(export.ExportError, match="cosine at least -?0"):
         export.main(export.parse_args(["--check", str(file), "--data_path", "shapes"]))
 
 
@@ -99,6 +99,7 @@ def test_pixels_and_folders_without_labels(path, scene, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for i in range(5):
         scene.rotate(30 * i).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "0.jpg").write_bytes(b"no image")
     file = run_export(path, "--data_path", str(tmp_path / "images"), "--normalize", "nhwc", "--dynamic", "size")
     output = capsys.readouterr().out
     assert "on 5 images\n" in output and "k-NN" not in output
@@ -119,7 +120,7 @@ def test_inaccurate_files_are_refused(path, small_shapes, exit_message, bias, wo
     path.with_suffix(".onnx").write_bytes(b"earlier")
 
     def main(*flags):
-        cli.run_command(lambda args: run_export(path, *flags), lambda: None, quantization.QuantizationError)
+        cli.run_command(lambda args: run_export(path, *flags), lambda: None, export.ExportError)
 
     with pytest.raises(SystemExit) as stop:
         main("--data_path", "shapes")
@@ -127,6 +128,9 @@ def test_inaccurate_files_are_refused(path, small_shapes, exit_message, bias, wo
     assert stop.value.code == 2
     assert re.search(rf"int8 is refused, {words} \(allowed 0.99 and 0.5 points\); export --precision fp32$", error)
     assert path.with_suffix(".onnx").read_bytes() == b"earlier" and len([*path.parent.iterdir()]) == 2
+    with pytest.raises(SystemExit):
+        main("--data_path", "shapes", "--format", "hub", "--output", str(path.parent / "hub"))
+    assert not (path.parent / "hub").exists()
 
 
 def test_dynamic_where_images_leave_the_calibrated_range(path):
