@@ -23,10 +23,12 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
         side: typical shorter side of an image in pixels, None if unknown.
     """
     side = side or PAPER["global_crops_size"]
-    size = min(PAPER["global_crops_size"], int(side)) if "global_crops_size" in args.auto else args.global_crops_size
-    given = [getattr(args, name) for name in ("global_crops_size", "local_crops_size") if name not in args.auto]
     is_short = num_images * args.epochs < SHORT
-    side_in_patches = 4 if is_short and side < 64 else 8
+    size = min(PAPER["global_crops_size"], int(side)) if "global_crops_size" in args.auto else args.global_crops_size
+    if is_short and side <= 64 and {"patch_size", "global_crops_size", "local_crops_size"} <= {*args.auto}:
+        size = min(size, 32)  # more images in the same time
+    given = [getattr(args, name) for name in ("global_crops_size", "local_crops_size") if name not in args.auto]
+    side_in_patches = 4 if is_short and size < 64 else 8
     p = choose_patch_size(size, given, side_in_patches) if "patch_size" in args.auto else args.patch_size or 1
     found = dict(patch_size=p, global_crops_size=max(1, size // p) * p, out_dim=choose_out_dim(num_images),
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224

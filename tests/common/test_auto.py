@@ -39,6 +39,11 @@ def test_small_sets():
     args = fit(3000, 32, 900, "--epochs", "19")
     assert args.lr == 0.002
     assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
+    args = fit(3000, 64, 828, "--epochs", "18")
+    assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
+    for flags in ("--local_crops_size 40", "--global_crops_size 64", "--patch_size 8", "--epochs 99"):
+        args = fit(3000, 64, 828, "--epochs", "18", *flags.split())
+        assert (args.patch_size, args.global_crops_size) == (8, 64)
     args = fit(9469, 128, 5310, "--epochs", "18")
     assert args.patch_size == 16
     assert (args.global_crops_scale, args.local_crops_scale) == ((0.8, 1.0), (0.3, 0.8))
