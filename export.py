@@ -27,6 +27,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before torch is impor
 
     sys.exit(infer.main(sys.argv[2:]))
 
+import argparse
 import itertools
 import json
 import os
@@ -103,6 +104,10 @@ def parse_args(argv=None):
         parser.error("leave out --output with --check, which writes nothing, and --checkpoint_key with dino_full")
     if args.format != "onnx" and (args.check or args.benchmark):
         parser.error(f"--format {args.format}: only ONNX files are checked and timed")
+    if args.precision != "fp32" and args.format in FORMATS:
+        parser.error(f"--format {args.format}: --precision is of ONNX files")
+    if (args.data_path or args.val_path) and not (args.precision == "int8" or args.check):
+        parser.error("--data_path is for --precision int8; --images compares on images too")
     return args
 
 
@@ -130,7 +135,8 @@ def build_metadata(backbone, info, ckpt, args):
     if isinstance(backbone, HeadlessClassifier):
         for name, supported in TRACEABLE.items():
             if getattr(args, name) not in supported:
-                raise CheckpointError(f"--{name} is for vision transformers of vit.py, not for {backbone.arch}")
+                flag = f"--{name} {getattr(args, name)}".removesuffix(" True")
+                raise CheckpointError(f"{flag} is for vision transformers of vit.py, not for {backbone.arch}")
         outputs = {"features": "before the classifier, [B, D]"}
     else:
         if args.last_layers > depth:
@@ -212,6 +218,7 @@ def trace_classifier(backbone, metadata, args, classifier):
 def open_images(ckpt, info, in_chans, args):
     """Images to calibrate and compare a quantized file on, those that its model was trained on if none are named."""
     info = info | read_input(info, in_chans, ckpt)
+    args = argparse.Namespace(**vars(args) | dict(ckpt=args.ckpt or args.check))  # whose paths are not to be trusted
     data = open_data_of_model(args, info, f"--precision int8: {ckpt}", "images to calibrate and compare on")
     print(data.note)
     return data
@@ -225,15 +232,7 @@ def read_images(args, channels, value_range):
 
 def main(args):
     if args.check:
-        output = args.check
-        model, metadata, (backbone, info, classifier) = load_exported(output, args)
-        images = read_images(args, metadata.get("channels"), metadata.get("value_range"))
-        is_int8 = metadata["precision"] == "int8"
-        data = open_images(output, info, backbone.in_chans, args) if is_int8 else None
-        with wrap_errors(f"{output}: its metadata does not fit its model"):
-            report = [check_accuracy(backbone, model, metadata, data)] if is_int8 else verify(
-                backbone, model, metadata, images, classifier)
-        print(f"{output}: " + "\n  ".join(report))
+        backbone, model, metadata = check_exported(args)
     else:
         ckpt = find_model(args.ckpt)
         file = weights_file(ckpt, print)
@@ -242,11 +241,8 @@ def main(args):
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
         if os.path.exists(output) and not is_remote(ckpt) and os.path.samefile(output, ckpt):
             raise CheckpointError(f"--output {output}: is the model itself")
-        create_folder(Path(output).parent)
-        data = open_images(ckpt, info, backbone.in_chans, args) if args.precision == "int8" and not save else None
-        if args.format == "hub":
-            return save_hub(output, backbone, info, ckpt, file, args, data)
         if save:
+            create_folder(Path(output).parent)
             save(output, backbone, info, file)
             assumed = backbone.embed_dim // 64  # heads, by the models that other libraries build
             if args.format in ("timm", "dino", "dino_full") and getattr(backbone, "num_heads", assumed) != assumed:
@@ -254,10 +250,28 @@ def main(args):
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, file, args) | dict(checkpoint=absolute_path(ckpt))
+        data = open_images(ckpt, info, backbone.in_chans, args) if args.precision == "int8" else None
+        create_folder(Path(output).parent)
+        if args.format == "hub":
+            return save_hub(output, backbone, info, ckpt, file, args, data)
         model, report = make_onnx(backbone, metadata, args, classifier, data)
         save_onnx(output, model, report)
     if args.benchmark:
         print_speed(backbone, model, metadata, metadata["batch_size"] or args.batch_size)
+
+
+def check_exported(args):
+    """Compare the file of --check with its model, and print the lines about it: the model, the file as bytes, metadata.
+    """
+    model, metadata, (backbone, info, classifier) = load_exported(args.check, args)
+    is_int8 = metadata["precision"] == "int8"
+    data = open_images(args.check, info, backbone.in_chans, args) if is_int8 else None
+    images = read_images(args, metadata.get("channels"), metadata.get("value_range"))
+    with wrap_errors(f"{args.check}: its metadata does not fit its model"):
+        report = check_accuracy(backbone, model, metadata, data, classifier) if is_int8 else verify(
+            backbone, model, metadata, images, classifier)
+    print(f"{args.check}: " + "\n  ".join(report))
+    return backbone, model, metadata
 
 
 def make_onnx(backbone, metadata, args, classifier=None, data=None):
@@ -271,10 +285,7 @@ def make_onnx(backbone, metadata, args, classifier=None, data=None):
     images = read_images(args, metadata["channels"], metadata["value_range"])
     model = build_onnx(backbone, metadata, args, classifier)
     report = verify(backbone, model, metadata, images, classifier)
-    if data:
-        model, lines = quantize(backbone, model, metadata, data, args.batch_size)
-        report += lines
-    return model, report
+    return quantize(backbone, model, metadata, data, args.batch_size, classifier) if data else (model, report)
 
 
 def save_onnx(path, model, report):

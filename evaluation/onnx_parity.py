@@ -63,9 +63,7 @@ def verify(backbone, model, metadata, images=(), classifier=None):
                 outputs = session.run(names, {"image": feed})
             if half:
                 check_half_range(half, feed)
-            expected = compute_expected(backbone, x, metadata)
-            if classifier:
-                expected["logits"] = classifier(x)[0].detach()
+            expected = compute_expected(backbone, x, metadata, classifier)
             for name, output in zip(names, outputs):
                 output, target = torch.from_numpy(output).float(), expected[name]
                 difference = (output - target).abs().max().item()
@@ -91,7 +89,7 @@ def wrap_errors(message):
     """Turn the many exception types of ONNX, its runtime and torch's exporter into ExportError."""
     try:
         yield
-    except ExportError:
+    except (ExportError, OSError):  # the latter: images that cannot be read
         raise
     except Exception as error:
         raise ExportError(f"{message}: {error}") from None
@@ -135,12 +133,13 @@ def build_inputs(backbone, batch, height, width, metadata, images=()):
 
 
 @torch.no_grad()
-def compute_expected(backbone, x, metadata):
+def compute_expected(backbone, x, metadata, classifier=None):
     """Outputs of the model in torch, {name: tensor}."""
+    logits = {"logits": classifier(x)[0]} if classifier else {}
     if isinstance(backbone, HeadlessClassifier):
-        return {"features": backbone(x)}
+        return {"features": backbone(x)} | logits
     features, attention = backbone.forward_with_attention(x)
     attention = attention.unflatten(2, [side // backbone.patch_size for side in x.shape[2:]])
     layers = backbone.get_intermediate_layers(x, max(1, metadata["last_layers"]))
     return {"features": features, "attention": attention.mean(dim=1) if metadata["heads"] == "mean" else attention,
-            "patch_tokens": layers[-1][:, 1:]} | {f"layer_{i}": layer for i, layer in enumerate(layers, start=1)}
+            "patch_tokens": layers[-1][:, 1:]} | {f"layer_{i}": layer for i, layer in enumerate(layers, 1)} | logits

@@ -1,7 +1,7 @@
 """Speed of an exported ONNX file in ONNX Runtime, beside torch or beside another file.
 
     print_speed(backbone, model, metadata, batch)              # beside torch and torch.compile
-    line = compare_files(int8_model, fp32_model, feed)         # on the CPU
+    line = time_files(int8_model, fp32_model, feed)         # on the CPU
 """
 
 import onnxruntime
@@ -65,7 +65,7 @@ def print_speed(backbone, model, metadata, batch):
         print(f"  {name}: {batch / seconds:.1f} img/s, ONNX Runtime is {ratio:.2f}x as fast")
 
 
-def compare_files(int8_model, fp32_model, feed):
+def time_files(int8_model, fp32_model, feed):
     """A line on images per second of a quantized file and the fp32 file, both as bytes, on the CPU.
 
     Args:
@@ -75,4 +75,4 @@ def compare_files(int8_model, fp32_model, feed):
     seconds, ratios = time_in_turns([lambda s=session: s.run(None, {"image": feed}) for session in sessions], calls=3)
     int8, fp32 = (len(feed) / seconds).tolist()
     return (f"CPU, {torch.get_num_threads()} threads, batch {len(feed)}: {int8:.1f} img/s, fp32 {fp32:.1f} img/s, "
-            f"{ratios[1]:.2f}x as fast")
+            f"{ratios[1]:.2f}x as fast (medians of {ROUNDS} rounds)")

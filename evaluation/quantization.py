@@ -18,18 +18,21 @@ import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
 
 from data.loaders import build_eval_loader, build_view, center_crop_view, random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
-from evaluation.onnx_parity import ExportError
-from evaluation.onnx_speed import compare_files, open_session
+from evaluation.onnx_parity import ExportError, compute_expected, wrap_errors
+from evaluation.onnx_speed import open_session, time_files
 
 CALIBRATION_IMAGES, COMPARED_IMAGES = 256, 1000  # the latter: train and held-out images, each
 MIN_COSINE, MAX_DROP = 0.99, 0.5  # of the features of each image; k-NN accuracy in points
+MIN_AGREEMENT = 98  # percent of images whose class by logits is that of the model
+MAX_ATTENTION = 2**26  # values of an attention matrix, of a batch
 
 
-def quantize(backbone, model, metadata, data, batch_size=1):
+def quantize(backbone, model, metadata, data, batch_size=1, classifier=None):
     """Quantize an fp32 file: static, or dynamic if static is too inaccurate.
 
     Args:
@@ -38,27 +41,45 @@ def quantize(backbone, model, metadata, data, batch_size=1):
         metadata: of the file.
         data: see `open_data`; labels are not needed.
         batch_size: that speed is measured at.
+        classifier: Classifiers, if the file has logits.
 
     Returns:
         the quantized file as bytes, and lines on accuracy and speed.
 
     Raises:
-        ExportError: both are too inaccurate.
+        ExportError: both are too inaccurate, or ONNX Runtime cannot quantize the file.
     """
-    failures = []
+    failures, (calibration, *_) = [], split_images(data)
     for method in ("static", "dynamic"):
-        batches = iter_inputs(data.train, CALIBRATION_IMAGES, metadata) if method == "static" else None
-        quantized = quantize_products(model, batches)
+        batches = iter_inputs(calibration, backbone, metadata) if method == "static" else None
+        with wrap_errors("ONNX Runtime cannot quantize this file"):
+            quantized = quantize_products(model, batches)
         try:
-            line = check_accuracy(backbone, quantized, metadata, data)
+            report = check_accuracy(backbone, quantized, metadata, data, classifier)
         except ExportError as error:
             failures.append(f"{method}: {error}")
         else:
-            image = next(iter_inputs(data.train, CALIBRATION_IMAGES, metadata))["image"]
+            image = next(iter_inputs(calibration, backbone, metadata))["image"]
             feed = np.resize(image, (metadata["batch_size"] or batch_size, *image.shape[1:]))
-            return quantized, [f"int8, {method}: {line}", compare_files(quantized, model, feed),
+            return quantized, [f"int8, {method}: {report[0]}", *report[1:],
+                               time_files(quantized, model, feed),
                                f"{len(quantized) / 1e6:.1f} MB, fp32 {len(model) / 1e6:.1f} MB"]
     raise ExportError(f"int8 is refused, {'; '.join(failures)}; export --precision fp32")
+
+
+def split_images(data):
+    """Images to calibrate on and to compare on: training images, and a list of these and the held-out ones.
+
+    Without labels, each half of the training images, so that no image is compared that was calibrated on.
+
+    Raises:
+        ExportError: one image without a label.
+    """
+    if data.val is not None:
+        return data.train, [data.train_labeled, data.val]
+    if len(data.train) < 2:
+        raise ExportError("int8 is calibrated on one half of the images and compared on the other: 1 is too few")
+    return Subset(data.train, range(0, len(data.train), 2)), [Subset(data.train, range(1, len(data.train), 2))]
 
 
 def quantize_products(model, batches=None):
@@ -98,50 +119,78 @@ def quantize_products(model, batches=None):
 # ---- accuracy ----
 
 @torch.no_grad()
-def check_accuracy(backbone, model, metadata, data):
-    """Compare the features of a quantized file with those of its model on images: a line with the figures.
-
-    Without labels there is the cosine alone, on training images.
+def check_accuracy(backbone, model, metadata, data, classifier=None):
+    """Compare the outputs of a quantized file with those of its model on images: lines with the figures.
 
     Raises:
-        ExportError: the cosine of an image is below MIN_COSINE, or k-NN accuracy on held-out images is more than
-            MAX_DROP points lower; of less than 200 held-out images, one may be lost.
+        ExportError: the cosine of the features of an image is below MIN_COSINE, k-NN accuracy on held-out images is
+            more than MAX_DROP points lower (of less than 200 held-out images, one may be lost), or the logits of less
+            than MIN_AGREEMENT percent of the images have their largest value at the same class.
     """
-    session = open_session(model)
+    names, session = list(metadata["outputs"]), open_session(model)
+    cosines, agree = {name: [] for name in names}, []
 
     def extract_both(views):
-        features, = session.run(["features"], {"image": to_input(views, metadata)})
-        return torch.cat((backbone(views), torch.from_numpy(features[:len(views)])), dim=1)
+        with wrap_errors("ONNX Runtime cannot run this file"):
+            outputs = session.run(names, {"image": to_input(views, metadata)})
+        outputs = {name: torch.from_numpy(output[:len(views)]).float() for name, output in zip(names, outputs)}
+        expected = compute_expected(backbone, views, metadata, classifier)
+        for name in names:
+            cosines[name].append(F.cosine_similarity(outputs[name].flatten(1), expected[name].flatten(1)))
+        if classifier:
+            agree.append(outputs["logits"].argmax(dim=1) == expected["logits"].argmax(dim=1))
+        return torch.cat((expected["features"], outputs["features"]), dim=1)
 
-    args = Namespace(batch_size_per_gpu=metadata["batch_size"] or 64, num_workers=0)
-    has_labels = data.val is not None
-    both, labels = [], []
-    for images in (data.train_labeled, data.val) if has_labels else (data.train,):
-        x, y, *_ = extract_features(extract_both, random_subset(images, COMPARED_IMAGES), crop_size(metadata), args,
-                                    view=build_view(metadata, crop_center))
+    args = Namespace(batch_size_per_gpu=choose_batch_size(backbone, metadata), num_workers=0)
+    both, labels, corrupt = [], [], []
+    for images in split_images(data)[1]:
+        x, y, _, messages = extract_features(extract_both, random_subset(images, COMPARED_IMAGES), crop_size(metadata),
+                                             args, view=build_view(metadata, crop_center))
         both.append(x.chunk(2, dim=1))
         labels.append(y)
-    cosines = F.cosine_similarity(*both[-1])
-    line = f"cosine at least {cosines.min():.4f}, mean {cosines.mean():.4f} on {len(cosines):,} images"
-    is_accurate = cosines.min() >= MIN_COSINE  # False for NaN
-    if has_labels:
+        corrupt += messages
+    num_compared = len(labels[-1])
+    cosines = {name: torch.cat(parts)[-num_compared:] for name, parts in cosines.items()}
+    features = cosines.pop("features")
+    line = f"cosine at least {features.min():.4f}, mean {features.mean():.4f} on {num_compared:,} images"
+    is_accurate, allowed = features.min() >= MIN_COSINE, f"{MIN_COSINE:g}"  # False for NaN
+    if len(both) == 2:
         exact, quantized = ([*knn_classifier(train, labels[0], val, labels[1], ks=(20,)).values()][0][0]
                             for train, val in zip(*both))
+        max_drop = max(MAX_DROP, 100 / num_compared)
         line += f"; k-NN {quantized:.1f}%, fp32 {exact:.1f}%"
-        is_accurate &= exact - quantized <= max(MAX_DROP, 100 / len(cosines)) + 1e-3
+        is_accurate &= exact - quantized <= max_drop + 1e-3
+        allowed += f" and {max_drop:.1f} points"
+    if classifier:
+        agreement = 100 * torch.cat(agree)[-num_compared:].float().mean().item()
+        line += f"; class of logits as in fp32 on {agreement:.1f}%"
+        is_accurate &= agreement >= MIN_AGREEMENT
+        allowed += f" and {MIN_AGREEMENT}%"
     if not is_accurate:
-        allowed = f"{MIN_COSINE:g}" + f" and {MAX_DROP:g} points" * has_labels
         raise ExportError(f"{line} (allowed {allowed})")
-    return line
+    report = [line]
+    if len(both) == 1:
+        report.append("no labels, so k-NN was not compared")
+    if cosines:
+        report.append("least cosine of " + ", ".join(f"{name} {values.min():.4f}" for name, values in cosines.items()))
+    if corrupt:
+        report.append(f"skipped {len(corrupt)} corrupt images, the first: {corrupt[0]}")
+    return report
 
 
 # ---- input ----
 
-def iter_inputs(images, max_images, metadata):
-    """Yield batches of a dataset as the file takes them, {"image": array}."""
-    loader = build_eval_loader(random_subset(images, max_images), crop_size(metadata), metadata["batch_size"] or 64,
-                               view=build_view(metadata, crop_center))
+def iter_inputs(images, backbone, metadata):
+    """Yield batches of CALIBRATION_IMAGES images as the file takes them, {"image": array}."""
+    loader = build_eval_loader(random_subset(images, CALIBRATION_IMAGES), crop_size(metadata),
+                               choose_batch_size(backbone, metadata), view=build_view(metadata, crop_center))
     return ({"image": to_input(views, metadata)} for views, *_ in loader if len(views))
+
+
+def choose_batch_size(backbone, metadata):
+    """Batch size of calibration and comparison: that of the file, or 64, less where attention matrices are large."""
+    num_tokens = 1 + np.prod([side // backbone.patch_size for side in crop_size(metadata)])
+    return metadata["batch_size"] or max(1, min(64, int(MAX_ATTENTION // (backbone.num_heads * num_tokens**2))))
 
 
 def crop_size(metadata):

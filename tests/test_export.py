@@ -184,8 +184,8 @@ def test_images_of_a_folder_are_compared_too(saved, scene, tmp_path, monkeypatch
     (tmp_path / "images").mkdir()
     scene.save(tmp_path / "images" / "a.png")
     seen, compute_expected = [], onnx_parity.compute_expected
-    monkeypatch.setattr(onnx_parity, "compute_expected", lambda backbone, x, values: seen.append(x) or compute_expected(
-        backbone, x, values))
+    monkeypatch.setattr(onnx_parity, "compute_expected", lambda backbone, x, *others: (
+        seen.append(x) or compute_expected(backbone, x, *others)))
     make(saved[0], "--images", str(tmp_path / "images"))
     crop = infer.prepare(scene, dict(patch_size=8, image_size=[32, 32]))
     expected = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1) / 255
