@@ -303,7 +303,7 @@ def read_version(name, s):
 def main(name, settings):
     s = argparse.Namespace(**json.loads(settings))
     set_threads(s.threads)
-    if name in PACKAGES and s.device == "cuda":
+    if name in PACKAGES and s.device == "cuda" and s.precision != "fp32":
         torch.set_float32_matmul_precision("high")  # TF32, as in ours and as Lightning recommends
     LOOPS[name](s, Turns(s, read_version(name, s)))
 
