@@ -227,7 +227,8 @@ def train_lightly(s, turns):
 
 def train_lightly_train(s, turns):
     """Its pretrain function, with AdamW, because its default for DINO is SGD."""
-    os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"  # it reports its use otherwise
+    # it reports its use otherwise, and leaves files in the home folder when it is killed
+    os.environ |= {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "LIGHTLY_TRAIN_CACHE_DIR": os.getcwd()}
     import lightly_train
     from pytorch_lightning import Callback
 
@@ -257,6 +258,8 @@ def train_stable_pretraining(s, turns):
     from stable_pretraining.data import transforms as T
     from stable_pretraining.methods.dino import DINO
     from torchvision.datasets import ImageFolder
+
+    spt.set(cache_dir=os.getcwd())  # of its logs, otherwise in the home folder
 
     class MultiCropDINO(DINO):
         def forward(self, batch, stage):
