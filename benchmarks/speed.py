@@ -56,14 +56,20 @@ def parse_args(argv=None):
     parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino, timed as one more row")
     parser.add_argument("--warmup", type=cli.positive_int, default=2, help="untimed calls of each row")
     parser.add_argument("--runs", type=cli.positive_int, default=5, help="timed calls of each row")
-    args, train_flags = parser.parse_known_args(argv)
+    args = parse_train_flags(parser, argv)
     if args.task != "step" and any("checkpointing" in name for name in args.settings):
         parser.error(f"--settings: +checkpointing needs a backward pass through the backbone, {args.task} has none")
+    if args.task == "video":
+        args.batch_size_per_gpu = 1
+    return args
+
+
+def parse_train_flags(parser, argv):
+    """Flags of a parser, and those of train.py, with which the others are parsed."""
+    args, train_flags = parser.parse_known_args(argv)
     args = argparse.Namespace(**vars(train.parse_args(["--batch_size_per_gpu", "8", *train_flags])) | vars(args))
     if args.patch_size is None:
         parser.error(f"--arch {args.arch} is not one of vit.py's, which are timed here")
-    if args.task == "video":
-        args.batch_size_per_gpu = 1
     return args
 
 
@@ -97,7 +103,7 @@ class Ours:
 
     def step(self, crops, **objects):
         finite = torch.ones((), dtype=torch.bool, device=self.args.device)
-        train.train_step(*objects.values(), [crops], SCHEDULE, self.args, finite)
+        return train.train_step(*objects.values(), [crops], SCHEDULE, self.args, finite)
 
     def update(self, student, teacher, optimizer, **others):
         clip_gradients(student.parameters(), self.args.clip_grad, self.args.clip_mode == "per_parameter")
@@ -143,9 +149,9 @@ class Reference:
             scaler=torch.amp.GradScaler("cuda") if self.args.precision == "fp16" else None)
 
     def step(self, crops, student, teacher, dino_loss, optimizer, scaler):
-        self.main_dino.train_one_epoch(
+        return self.main_dino.train_one_epoch(
             checkout.wrap_single_process(student), teacher, teacher, dino_loss, [(crops, None)], optimizer,
-            [SCHEDULE.lr], [SCHEDULE.weight_decay], [SCHEDULE.momentum], 0, scaler, self.args)
+            [SCHEDULE.lr], [SCHEDULE.weight_decay], [SCHEDULE.momentum], 0, scaler, self.args)["loss"]
 
     @torch.no_grad()
     def update(self, student, teacher, optimizer, **others):
@@ -327,23 +333,36 @@ def main(args):
 
 
 def print_results(args, seconds, memory, flops, peaks):
-    """Print one JSON object per row to standard output, and a table to standard error."""
+    """Print a row for each code."""
     flags = dict(task=args.task, device=args.device, threads=torch.get_num_threads(), torch=torch.__version__)
     defaults = vars(parse_args(["step"]))
     flags |= {name: value for name, value in vars(args).items() if value != defaults[name]}
-    line = "{:24s}" + "".join(f"{{:>{max(9, len(key)) + 2}s}}" for key in COLUMNS)
-    print(", ".join(f"{name} {value}" for name, value in flags.items()), file=sys.stderr)
-    print(line.format("", *COLUMNS), file=sys.stderr)
+    rows = {}
     for name, values in seconds.items():
         median, peak = statistics.median(values), peaks[name]
         images_per_sec = args.batch_size_per_gpu / median
-        record = dict(
+        rows[name] = dict(
             ms=1000 * median, ms_min=1000 * min(values), ms_max=1000 * max(values), images_per_sec=images_per_sec,
             peak_mib=memory[name] and memory[name] / 2**20, mfu=peak and flops * images_per_sec / peak,
             gflops_per_image=flops and flops / 1e9, peak_gflops=peak and peak / 1e9,
             ratio=args.reference and statistics.median(a / b for a, b in zip(seconds["reference"], values)))
-        print(json.dumps(flags | {"row": name} | record), flush=True)
-        cells = ("" if value is None else format(value, COLUMNS[key]) for key, value in record.items())
+    print_rows(flags, rows, COLUMNS)
+
+
+def print_rows(flags, rows, columns):
+    """Print one JSON object per row to standard output, and a table to standard error.
+
+    Args:
+        flags: of all rows.
+        rows: {name: {key: value}}.
+        columns: of the table, {key: format}.
+    """
+    line = "{:24s}" + "".join(f"{{:>{max(9, len(key)) + 2}s}}" for key in columns)
+    print(", ".join(f"{name} {value}" for name, value in flags.items()), file=sys.stderr)
+    print(line.format("", *columns), file=sys.stderr)
+    for name, row in rows.items():
+        print(json.dumps(flags | {"row": name} | row), flush=True)
+        cells = ("" if row[key] is None else format(row[key], columns[key]) for key in columns)
         print(line.format(name, *cells), file=sys.stderr)
 
 

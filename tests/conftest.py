@@ -17,6 +17,8 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow: many kills, fuzzing, browser")
     parser.addoption("--kills", type=int, help="how often the killed run is killed (default: 3, with --slow 12)")
     parser.addoption("--reference", help="checkout of facebookresearch/dino, for tests beside it (default: none)")
+    parser.addoption("--peers", action="append", default=[], metavar="NAME=PYTHON",
+                     help="as --env of benchmarks.peers, for tests beside other libraries; may be repeated")
     parser.addoption("--images", help="folder of real images for tests of crops and copies (default: generated)")
 
 
