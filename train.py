@@ -65,6 +65,7 @@ from data.loaders import (
     iter_on_device,
     measure_normalization,
 )
+from data.shapes import Shapes
 from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, cosine_schedule, teacher_temp_schedule, update_teacher
 from evaluation.masks import threshold_attention
 from evaluation.online import detect_collapse, evaluate_online, pixel_features
@@ -612,6 +613,9 @@ def pretrain(args, data, rank, world_size, device):
     print_setup(objects["student"], global_batch_size, total_steps, args, world_size, logger)
     if args.auto:
         logger.print(auto.describe_auto(args, len(data.train), side, total_steps))
+    if not args.init and not isinstance(data.train, Shapes) and (seen := total_steps * global_batch_size) < auto.SHORT:
+        logger.print(f"NOTE: {seen:,} images in {args.epochs} epochs are few for random weights, whose features may "
+                     f"stay below raw pixels: raise --epochs, or continue from weights with --init")
     if sample and not args.channels and all(map(estimate.is_nearly_black, sample)):
         logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of more "
                      "than 8 bits; color of 16 bits is read by its upper 8, scale it before")
@@ -637,9 +641,6 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
     logger.print(f"epochs: {args.epochs} of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
-    if not args.init and (seen := total_steps * global_batch_size) < auto.TOO_SHORT:
-        logger.print(f"NOTE: {seen:,} images in {args.epochs} epochs are few for random weights, whose features may "
-                     f"stay below raw pixels: raise --epochs, or continue from weights with --init")
     if args.init:
         names = [*CONTINUE, *["channels"] * bool(args.channels)]
         flags = ", ".join(f"{name} {auto.format_value(getattr(args, name))}" for name in names)

@@ -12,8 +12,7 @@ PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_cr
              global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), out_dim=65536, use_bn_in_head=False,
              centering="mean", lr=0.0005, momentum_teacher=0.996)
 SMALL = 100_000  # images of a data set
-SHORT = 200_000  # images of a run: number times epochs
-TOO_SHORT = 60_000  # with as many, features were hardly better than raw pixels
+SHORT = 200_000  # images of a run: number times epochs; with fewer, features may stay below raw pixels
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:

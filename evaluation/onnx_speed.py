@@ -6,9 +6,9 @@
 
 import onnxruntime
 import torch
-from torch.utils.benchmark import Timer
 
 from backbones import HeadlessClassifier
+from common.estimate import time_call
 from common.precision import DTYPES
 from evaluation.onnx_parity import build_inputs
 
@@ -23,14 +23,15 @@ def open_session(model, providers=()):
     return onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
 
 
-def time_in_turns(functions, calls=1):
-    """Seconds per call of each function, and of the others to the first of its round: medians of alternating rounds.
+def time_in_turns(functions, device="cpu"):
+    """Seconds per call of each function, and relative to the first in each round: medians of alternating rounds.
 
     Returns:
         two tensors [functions].
     """
-    timers = [Timer("run()", globals={"run": function}, num_threads=torch.get_num_threads()) for function in functions]
-    seconds = torch.tensor([[timer.timeit(calls).mean for timer in timers] for _ in range(ROUNDS)])
+    for function in functions:
+        function()  # warm-up
+    seconds = torch.tensor([[time_call(function, device) for function in functions] for _ in range(ROUNDS)])
     return seconds.median(dim=0).values, (seconds / seconds[:, :1]).median(dim=0).values
 
 
@@ -61,7 +62,7 @@ def print_speed(backbone, model, metadata, batch):
     except Exception as error:  # no C++ compiler or no Triton
         print(f"torch.compile failed here: {str(error).strip().splitlines()[0]}")
     print(f"{batch} x {height} x {width}, {ROUNDS} rounds")
-    for name, seconds, ratio in zip(functions, *time_in_turns(functions.values())):
+    for name, seconds, ratio in zip(functions, *time_in_turns([*functions.values()], device)):
         print(f"  {name}: {batch / seconds:.1f} img/s, ONNX Runtime is {ratio:.2f}x as fast")
 
 
@@ -72,7 +73,7 @@ def time_files(int8_model, fp32_model, feed):
         feed: input of both, [B, ...].
     """
     sessions = [open_session(model) for model in (int8_model, fp32_model)]
-    seconds, ratios = time_in_turns([lambda s=session: s.run(None, {"image": feed}) for session in sessions], calls=3)
+    seconds, ratios = time_in_turns([lambda s=session: s.run(None, {"image": feed}) for session in sessions])
     int8, fp32 = (len(feed) / seconds).tolist()
     return (f"CPU, {torch.get_num_threads()} threads, batch {len(feed)}: {int8:.1f} img/s, fp32 {fp32:.1f} img/s, "
             f"{ratios[1]:.2f}x as fast (medians of {ROUNDS} rounds)")

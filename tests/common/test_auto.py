@@ -94,6 +94,17 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
     assert args.momentum_teacher == 0.5 and "momentum_teacher" not in args.auto and args.patch_size == 8
 
 
+def test_short_runs_of_photos_say_that_they_are_short(small_shapes, scene, tmp_path, capsys):
+    for i in range(8):
+        scene.rotate(i).save(tmp_path / f"{i}.png")
+    flags = ("--arch vit_tiny --embed_dim 16 --depth 1 --num_heads 2 --device cpu --dry_run --batch_size_per_gpu 8 "
+             "--num_workers 0 --knn_every 0 --global_crops_size 32 --local_crops_size 16 "
+             f"--output_dir {tmp_path}/run").split()
+    for data_path, epochs, is_told in ((tmp_path, "1", True), (tmp_path, "25000", False), ("shapes", "1", False)):
+        train.main(train.parse_args([*flags, "--data_path", str(data_path), "--epochs", epochs]))
+        assert ("NOTE: 8 images in 1 epochs are few" in capsys.readouterr().out) == is_told
+
+
 def test_a_resumed_run_keeps_what_was_given(small_shapes, tmp_path, capsys, exit_message):
     """Also if it was resumed by its flags.txt, in which nothing is auto, and if that was edited."""
     path = tmp_path / "run" / "flags.txt"
