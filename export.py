@@ -253,7 +253,7 @@ def main(args):
         data = open_images(ckpt, info, backbone.in_chans, args) if args.precision == "int8" else None
         create_folder(Path(output).parent)
         if args.format == "hub":
-            return save_hub(output, backbone, info, ckpt, file, args, data)
+            return save_hub(output, backbone, info, metadata, ckpt, file, args, data)
         model, report = make_onnx(backbone, metadata, args, classifier, data)
         save_onnx(output, model, report)
     if args.benchmark:
@@ -294,7 +294,7 @@ def save_onnx(path, model, report):
     print(f"{path}: " + "\n  ".join(report))
 
 
-def save_hub(folder, backbone, info, ckpt, file, args, data=None):
+def save_hub(folder, backbone, info, metadata, ckpt, file, args, data=None):
     """Write a folder for the Hugging Face Hub, and print how to publish it.
 
     It holds the weights for transformers, the model file of this repository with its head, ONNX and a model card. A
@@ -312,7 +312,6 @@ def save_hub(folder, backbone, info, ckpt, file, args, data=None):
         weights |= {name: tensor for name, tensor in read_weights(file, args.checkpoint_key)[0].items()
                     if name.startswith("head.")}
     info = describe_publicly(info)
-    metadata = build_metadata(backbone, info, file, args)
     with tempfile.TemporaryDirectory() as temporary:
         save_model(own := os.path.join(temporary, "teacher.safetensors"), weights, info)
         of_own = dict(checkpoint="teacher.safetensors", sha256=sha256(own))

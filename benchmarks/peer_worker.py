@@ -3,8 +3,8 @@
     python benchmarks/peer_worker.py lightly '{"out_dim": 65536, "batch_size_per_gpu": 8, ...}'
 
 Runs under the python of that library and needs only torch and the library; `ours` and `reference` import this
-repository. The settings are the flags of train.py and of benchmarks.peers. Each line of standard input is a task, crops
-or train; each answer is a line of JSON on standard output.
+repository. The settings are the flags of train.py and of benchmarks.peers, and `schedule`, the values of a step in
+mid-training. Each line of standard input is a task, crops or train; each answer is a line of JSON on standard output.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import torch
 
 PACKAGES = {"lightly": "lightly timm", "lightly-train": "lightly-train", "stable-pretraining": "stable-pretraining"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BETWEEN = dict(lr=1e-4, weight_decay=0.1, momentum=0.998, teacher_temp=0.04)  # values of a step in mid-training
 
 
 class Turns:
@@ -195,8 +194,8 @@ def train_lightly(s, turns):
     deactivate_requires_grad(teacher)
     dino_loss = DINOLoss(s.out_dim).to(s.device)
     matrices, others = get_weight_decay_parameters([student])
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=BETWEEN["weight_decay"]),
-                                   dict(params=others, weight_decay=0.0)], lr=BETWEEN["lr"])
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=s.schedule["weight_decay"]),
+                                   dict(params=others, weight_decay=0.0)], lr=s.schedule["lr"])
     scaler = torch.amp.GradScaler(s.device, enabled=s.precision == "fp16")
     dtype = torch.float16 if s.precision == "fp16" else torch.bfloat16
     transform = DINOTransform(s.global_crops_size, s.global_crops_scale, s.local_crops_size, s.local_crops_scale,
@@ -209,13 +208,13 @@ def train_lightly(s, turns):
     for crops, _, _ in loader:
         crops = [crop.to(s.device, non_blocking=True) for crop in crops]
         turns.start_step()
-        update_momentum(student, teacher, BETWEEN["momentum"])
+        update_momentum(student, teacher, s.schedule["momentum"])
         with torch.autocast(s.device, dtype, enabled=s.precision != "fp32"):
             with torch.no_grad():
                 targets = teacher(torch.cat(crops[:2]))
             groups = [crops[:2], crops[2:]] if s.local_crops_number else [crops]
             logits = torch.cat([student(torch.cat(group)) for group in groups])
-            loss = dino_loss(targets.chunk(2), logits.chunk(len(crops)), teacher_temp=BETWEEN["teacher_temp"])
+            loss = dino_loss(targets.chunk(2), logits.chunk(len(crops)), teacher_temp=s.schedule["teacher_temp"])
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -245,8 +244,8 @@ def train_lightly_train(s, turns):
         # a string, because it logs its arguments as JSON
         trainer_args=arguments | dict(callbacks=[turns.as_callback(Callback, str)], logger=False),
         method_args=dict(output_dim=s.out_dim, hidden_dim=s.hidden_dim, bottleneck_dim=s.bottleneck_dim,
-                         batch_norm=s.use_bn_in_head, norm_last_layer=s.norm_last_layer, teacher_temp=0.04,
-                         warmup_teacher_temp=0.04),
+                         batch_norm=s.use_bn_in_head, norm_last_layer=s.norm_last_layer,
+                         teacher_temp=s.schedule["teacher_temp"], warmup_teacher_temp=s.schedule["teacher_temp"]),
         transform_args=crop(dict(image_size=(s.global_crops_size,) * 2), s.global_crops_scale)
         | dict(local_view=local if s.local_crops_number else None))
 
@@ -282,8 +281,8 @@ def train_stable_pretraining(s, turns):
     loader = torch.utils.data.DataLoader(images, s.batch_size_per_gpu, drop_last=True, num_workers=s.num_workers,
                                          pin_memory=s.device == "cuda")
     module = MultiCropDINO("vit_small_patch16_224", s.hidden_dim, s.bottleneck_dim, s.out_dim,
-                           temperature_teacher=BETWEEN["teacher_temp"], encoder_kwargs=vit_arguments(s))
-    module.optim = dict(optimizer=dict(type="AdamW", lr=BETWEEN["lr"], weight_decay=BETWEEN["weight_decay"]),
+                           temperature_teacher=s.schedule["teacher_temp"], encoder_kwargs=vit_arguments(s))
+    module.optim = dict(optimizer=dict(type="AdamW", lr=s.schedule["lr"], weight_decay=s.schedule["weight_decay"]),
                         scheduler=dict(type="LinearWarmupCosineAnnealing"), interval="epoch")
     trainer = Trainer(max_epochs=1, logger=False, precision=lightning_precision(s), gradient_clip_val=s.clip_grad,
                       callbacks=[spt.callbacks.TeacherStudentCallback(update_after_backward=True),

@@ -149,7 +149,8 @@ def main(args):
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_images(args.data_path, folder / "images", images * (args.warmup + args.runs))
-        settings = vars(args) | dict(folder=str(folder / "images"), threads=torch.get_num_threads())
+        settings = vars(args) | dict(folder=str(folder / "images"), threads=torch.get_num_threads(),
+                                     schedule=speed.SCHEDULE._asdict())
         pythons = {"ours": sys.executable} | ({"reference": sys.executable} if args.reference else {}) | dict(args.env)
         workers = {}
         for name, python in pythons.items():
