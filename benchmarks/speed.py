@@ -5,6 +5,7 @@
     python -m benchmarks.speed loss --reference DIR --batch_size_per_gpu 32      # loss and center, forward and backward
     python -m benchmarks.speed update --reference DIR                            # clipping, optimizer, EMA
     python -m benchmarks.speed views --reference DIR --data_path /photos         # image files to crops
+    python -m benchmarks.speed parts @recipes/demo.txt                           # the parts of a step, one by one
     python -m benchmarks.speed features --reference DIR --batch_size_per_gpu 32  # inference: the paper's im/s
     python -m benchmarks.speed video --reference DIR --patch_size 8              # label propagation, 480 x 832 frames
 
@@ -50,14 +51,16 @@ SETTINGS = list(map("".join, itertools.product(DTYPES, ("", "+compile"), ("", "+
 
 def parse_args(argv=None):
     parser = cli.build_parser("speed.py", __doc__)
-    parser.add_argument("task", choices=[*TASKS, "views"], help="what to time")
+    parser.add_argument("task", choices=[*TASKS, "views", "parts"], help="what to time")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["fp32"], metavar="S",
                         help="rows: fp32, bf16 or fp16; append +compile, and for step +checkpointing")
     parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino, timed as one more row")
     parser.add_argument("--warmup", type=cli.positive_int, default=2, help="untimed calls of each row")
     parser.add_argument("--runs", type=cli.positive_int, default=5, help="timed calls of each row")
     args = parse_train_flags(parser, argv)
-    if args.task != "step" and any("checkpointing" in name for name in args.settings):
+    if args.task == "parts" and (len(args.settings) > 1 or args.reference):
+        parser.error("parts times this code in one of --settings: give one, and no --reference")
+    if args.task not in ("step", "parts") and any("checkpointing" in name for name in args.settings):
         parser.error(f"--settings: +checkpointing needs a backward pass through the backbone, {args.task} has none")
     if args.task == "video":
         args.batch_size_per_gpu = 1
@@ -216,7 +219,7 @@ def bench_video(code, args):
 
 
 TASKS = {"step": bench_step, "loss": bench_loss, "update": bench_update, "features": bench_features,
-         "video": bench_video}  # and views, see list_view_rows
+         "video": bench_video}  # and views and parts, see list_view_rows and list_part_rows
 
 
 def random_crops(args):
@@ -257,6 +260,39 @@ def list_view_rows(args, reference=None):
         rows["pixels on cuda, compiled"] = functools.partial(
             render, build_multicrop(replace_flags(args, views="device"), compile=True))
     return rows
+
+
+def list_part_rows(args):
+    """{row: function that returns its calls}: a whole step, and each of its parts by itself; a batch's crops."""
+    code = Ours(args, args.settings[0])
+    objects, crops = code.build_training(), random_crops(args)
+    student, teacher, V = objects["student"], objects["teacher"], len(crops)
+    backbone, head = student.backbone, student.head
+    groups = [torch.cat(crops[:2]), torch.cat(crops[2:])][:V - 1]  # one forward pass for each size
+    features = torch.randn(V * args.batch_size_per_gpu, backbone.embed_dim, device=args.device, requires_grad=True)
+    images = open_data(args.data_path).train
+    keys = [(0, i) for i in range(args.batch_size_per_gpu)]
+    worker = MultiCropDataset(images, build_multicrop(replace_flags(args, views="cpu")), args.seed)
+
+    def run_backward(forward):
+        with autocast(args.device, code.args.precision):
+            output = forward()
+        output.backward(torch.ones_like(output))
+
+    def run_teacher():
+        with torch.no_grad(), autocast(args.device, code.args.precision):
+            teacher(crops[:2])
+
+    parts = {
+        "images": lambda: [images[index] for _, index in keys],
+        "images and crops": lambda: [worker[key] for key in keys],
+        "teacher": run_teacher,
+        "student backbone": lambda: run_backward(lambda: torch.cat([backbone(group) for group in groups])),
+        "student head": lambda: run_backward(lambda: head(features)),
+    }
+    tasks = {"loss": bench_loss, "update": bench_update, "whole step": bench_step}
+    return {name: functools.partial(itertools.repeat, call) for name, call in parts.items()} | {
+        name: functools.partial(task, code, args) for name, task in tasks.items()}
 
 
 # ---- measuring ----
@@ -309,9 +345,9 @@ def main(args):
     torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # graphs of a row: crop sizes, last block, teacher
     rows = {"reference": Reference(args)} if args.reference else {}
     with checkout.patch_all(rows["reference"].patches if rows else []):
-        if args.task == "views":
-            builders = list_view_rows(args, **rows)
-            rows = dict.fromkeys(builders, Ours(args)) | rows
+        if args.task in ("views", "parts"):
+            builders = list_view_rows(args, **rows) if args.task == "views" else list_part_rows(args)
+            rows = dict.fromkeys(builders, Ours(args, args.settings[0])) | rows
         else:
             rows |= {setting: Ours(args, setting) for setting in args.settings}
             builders = {name: functools.partial(TASKS[args.task], code, args) for name, code in rows.items()}

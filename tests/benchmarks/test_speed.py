@@ -38,6 +38,18 @@ def test_rows_of_a_task(run, task, settings):
             assert row["mfu"] is None and row["gflops_per_image"] is None
 
 
+def test_parts_of_a_step(run):
+    """Memory tells the parts apart: nothing is kept for a backward pass through the teacher."""
+    rows, table = run("parts", "--data_path", "shapes", "--batch_size_per_gpu", "4")
+    memory = {row["row"]: row["peak_mib"] for row in rows}
+    assert [*memory] == ["images", "images and crops", "teacher", "student backbone", "student head", "loss", "update",
+                         "whole step"]
+    assert memory["teacher"] < memory["student backbone"] < memory["whole step"]
+    assert all(row["images_per_sec"] == pytest.approx(4000 / row["ms"]) for row in rows)
+    with pytest.raises(SystemExit):
+        run("parts", "--settings", "fp32", "bf16")
+
+
 def test_checkpointing_takes_less_memory(run):
     rows, _ = run("step", "--settings", "fp32", "fp32+checkpointing", "--runs", "1", "--batch_size_per_gpu", "8",
                   "--global_crops_size", "64", "--patch_size", "8", "--depth", "8")
