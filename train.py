@@ -154,6 +154,8 @@ def parse_args(argv=None):
     add_switch(run, "--dry_run", "two steps, a save, a resume, an evaluation, the time of the run; nothing is kept")
     add(run, "--timeout_minutes", 30.0, "how long to wait for other ranks, or for a batch", positive_float)
     cli.add_device_flags(run)
+    add(run, "--num_threads", None, "CPU threads of torch; 1 for small models whose loader workers keep the other "
+        "cores busy (default: all cores)", positive_int)
 
     ablations = parser.add_argument_group("ablations")
     add(ablations, "--teacher", "momentum", "EMA of the student; the student; the student one step or epoch ago",
@@ -571,6 +573,8 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
 # ---- the whole run ----
 
 def main(args):
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     data = distributed.run_on_rank_zero_first(
         lambda: open_data(args.data_path, output_dir=args.output_dir, value_range=args.value_range,
@@ -613,9 +617,9 @@ def pretrain(args, data, rank, world_size, device):
     print_setup(objects["student"], global_batch_size, total_steps, args, world_size, logger)
     if args.auto:
         logger.print(auto.describe_auto(args, len(data.train), side, total_steps))
-    if not args.init and not isinstance(data.train, Shapes) and (seen := total_steps * global_batch_size) < auto.SHORT:
-        logger.print(f"NOTE: {seen:,} images in {args.epochs} epochs are few for random weights, whose features may "
-                     f"stay below raw pixels: raise --epochs, or continue from weights with --init")
+    if not args.init and not isinstance(data.train, Shapes) and auto.is_short(len(data.train), args.epochs):
+        logger.print(f"NOTE: {len(data.train):,} images in {args.epochs} epochs are few for random weights, whose "
+                     f"features may stay below raw pixels: raise --epochs, or continue from weights with --init")
     if sample and not args.channels and all(map(estimate.is_nearly_black, sample)):
         logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of more "
                      "than 8 bits; color of 16 bits is read by its upper 8, scale it before")

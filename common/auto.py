@@ -12,7 +12,12 @@ PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_cr
              global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), out_dim=65536, use_bn_in_head=False,
              centering="mean", lr=0.0005, momentum_teacher=0.996)
 SMALL = 100_000  # images of a data set
-SHORT = 200_000  # images of a run: number times epochs; with fewer, features may stay below raw pixels
+SHORT = 200_000  # images of a run: number times epochs
+
+
+def is_short(num_images: int, epochs: int) -> bool:
+    """Whether a run from random weights sees so few images that its features may stay below raw pixels."""
+    return num_images * epochs < SHORT
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:
@@ -22,18 +27,18 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
         side: typical shorter side of an image in pixels, None if unknown.
     """
     side = side or PAPER["global_crops_size"]
-    is_short = num_images * args.epochs < SHORT
+    short = is_short(num_images, args.epochs)
     size = min(PAPER["global_crops_size"], int(side)) if "global_crops_size" in args.auto else args.global_crops_size
-    if is_short and side <= 64 and {"patch_size", "global_crops_size", "local_crops_size"} <= {*args.auto}:
+    if short and side <= 64 and {"patch_size", "global_crops_size", "local_crops_size"} <= {*args.auto}:
         size = min(size, 32)  # more images in the same time
     given = [getattr(args, name) for name in ("global_crops_size", "local_crops_size") if name not in args.auto]
-    side_in_patches = 4 if is_short and size < 64 else 8
+    side_in_patches = 4 if short and size < 64 else 8
     p = choose_patch_size(size, given, side_in_patches) if "patch_size" in args.auto else args.patch_size or 1
     found = dict(patch_size=p, global_crops_size=max(1, size // p) * p, out_dim=choose_out_dim(num_images),
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
-    if side < 64 or is_short:  # objects that fill their images, or no time for hard views
+    if side < 64 or short:  # objects that fill their images, or no time for hard views
         found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
-    if is_short:
+    if short:
         found["lr"] = 0.002
     if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
         found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")

@@ -611,13 +611,22 @@ def test_a_run_with_ablation_flags_resumes(small_shapes, tmp_path, flags, capsys
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.txt")), ids=lambda path: path.stem)
 def test_recipes_are_flags(path):
-    base = ["--device", "cpu"] + [f"@{ROOT / 'recipes' / 'demo.txt'}"] * (path.parent.name == "ablations")
+    base = ["--device", "cpu"] + [f"@{ROOT / 'recipes' / 'shapes.txt'}"] * (path.parent.name == "ablations")
     args = train.parse_args([*base, f"@{path}"])
     assert compute_schedule(0, 10, 256, args).teacher_temp > 0
     if not path.stem.startswith(("continue", "imagenet_")):  # measured: no rule may change them
         assert args.auto == ()
     changed = {name: value for name, value in vars(args).items() if value != getattr(train.parse_args(base), name)}
     assert bool(changed) == (path.stem != "dino")
+
+
+def test_number_of_threads(small_shapes, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        run(tmp_path, f"--epochs 1 --num_threads {before + 2}")
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_flags_reach_loss_and_head(small_shapes, tmp_path, monkeypatch):

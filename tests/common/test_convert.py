@@ -111,7 +111,7 @@ def test_full_checkpoint_in_the_released_layout(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["timm", "dino", "dino_full", "transformers", "safetensors"])
 @torch.no_grad()
 def test_every_format_holds_the_number_of_heads(tmp_path, capsys, name):
-    """The demo's backbone has 8 heads of 16; from its width of 128 alone they would be 2 of 64."""
+    """The backbone of shapes.txt has 8 heads of 16; from its width of 128 alone they would be 2 of 64."""
     path, model = saved(tmp_path, img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=8)
     if name == "dino_full":
         weights = {f"backbone.{key}": tensor for key, tensor in model.state_dict().items()}
