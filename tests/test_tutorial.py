@@ -46,8 +46,9 @@ def list_commands(notebook):
 
 
 def read_output(cell):
-    """What a cell has printed."""
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    """What a cell has printed; commands run in a terminal, which ends lines by "\\r\\n"."""
+    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    return text.replace("\r\n", "\n")
 
 
 def find(pattern, text):
