@@ -154,8 +154,8 @@ def parse_args(argv=None):
     add_switch(run, "--dry_run", "two steps, a save, a resume, an evaluation, the time of the run; nothing is kept")
     add(run, "--timeout_minutes", 30.0, "how long to wait for other ranks, or for a batch", positive_float)
     cli.add_device_flags(run)
-    add(run, "--num_threads", None, "CPU threads of torch; 1 for small models whose loader workers keep the other "
-        "cores busy (default: all cores)", positive_int)
+    add(run, "--num_threads", None, "CPU threads of torch; 1 if loader workers keep the other cores busy (default: "
+        "torch's)", positive_int)
 
     ablations = parser.add_argument_group("ablations")
     add(ablations, "--teacher", "momentum", "EMA of the student; the student; the student one step or epoch ago",

@@ -263,15 +263,14 @@ def list_view_rows(args, reference=None):
 
 
 def list_part_rows(args):
-    """{row: function that returns its calls}: a whole step, and each of its parts by itself; a batch's crops."""
-    code = Ours(args, args.settings[0])
+    """{row: function that returns its calls}: the parts of a training step by themselves, then the whole step."""
+    code, images, B = Ours(args, args.settings[0]), open_data(args.data_path).train, args.batch_size_per_gpu
     objects, crops = code.build_training(), random_crops(args)
-    student, teacher, V = objects["student"], objects["teacher"], len(crops)
+    student, teacher = objects["student"], objects["teacher"]
     backbone, head = student.backbone, student.head
-    groups = [torch.cat(crops[:2]), torch.cat(crops[2:])][:V - 1]  # one forward pass for each size
-    features = torch.randn(V * args.batch_size_per_gpu, backbone.embed_dim, device=args.device, requires_grad=True)
-    images = open_data(args.data_path).train
-    keys = [(0, i) for i in range(args.batch_size_per_gpu)]
+    groups = [torch.cat(group) for group in (crops[:2], crops[2:]) if group]  # one forward pass for each size
+    features = torch.randn(len(crops) * B, backbone.embed_dim, device=args.device, requires_grad=True)
+    keys = [(0, i % len(images)) for i in range(B)]
     worker = MultiCropDataset(images, build_multicrop(replace_flags(args, views="cpu")), args.seed)
 
     def run_backward(forward):
@@ -342,6 +341,8 @@ def measure_memory(build, device):
 
 
 def main(args):
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
     torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # graphs of a row: crop sizes, last block, teacher
     rows = {"reference": Reference(args)} if args.reference else {}
     with checkout.patch_all(rows["reference"].patches if rows else []):

@@ -38,9 +38,11 @@ def test_rows_of_a_task(run, task, settings):
             assert row["mfu"] is None and row["gflops_per_image"] is None
 
 
-def test_parts_of_a_step(run):
+@pytest.mark.parametrize("local_crops", [0, 2])
+def test_parts_of_a_step(run, local_crops):
     """Memory tells the parts apart: nothing is kept for a backward pass through the teacher."""
-    rows, table = run("parts", "--data_path", "shapes", "--batch_size_per_gpu", "4")
+    rows, _ = run("parts", "--data_path", "shapes", "--batch_size_per_gpu", "4", "--local_crops_number",
+                  str(local_crops), "--num_threads", str(torch.get_num_threads()))
     memory = {row["row"]: row["peak_mib"] for row in rows}
     assert [*memory] == ["images", "images and crops", "teacher", "student backbone", "student head", "loss", "update",
                          "whole step"]
