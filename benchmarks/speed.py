@@ -26,6 +26,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +39,7 @@ from common.estimate import time_call
 from common.precision import DTYPES, autocast, reset_matmul_precision, resolve_precision, set_matmul_precision
 from data.datasets import DataError, open_data
 from data.loaders import MultiCropDataset, build_multicrop
-from dino_loss import update_teacher
+from dino_loss import MultiCropWrapper, update_teacher
 from evaluation.label_propagation import propagate_to_frame
 from optim import clip_gradients
 
@@ -266,28 +267,23 @@ def list_part_rows(args):
     """{row: function that returns its calls}: the parts of a training step by themselves, then the whole step."""
     code, images, B = Ours(args, args.settings[0]), open_data(args.data_path).train, args.batch_size_per_gpu
     objects, crops = code.build_training(), random_crops(args)
-    student, teacher = objects["student"], objects["teacher"]
-    backbone, head = student.backbone, student.head
-    groups = [torch.cat(group) for group in (crops[:2], crops[2:]) if group]  # one forward pass for each size
+    backbone, head = objects["student"].backbone, objects["student"].head
     features = torch.randn(len(crops) * B, backbone.embed_dim, device=args.device, requires_grad=True)
     keys = [(0, i % len(images)) for i in range(B)]
     worker = MultiCropDataset(images, build_multicrop(replace_flags(args, views="cpu")), args.seed)
 
-    def run_backward(forward):
-        with autocast(args.device, code.args.precision):
-            output = forward()
-        output.backward(torch.ones_like(output))
+    in_precision = autocast(args.device, code.args.precision)
 
-    def run_teacher():
-        with torch.no_grad(), autocast(args.device, code.args.precision):
-            teacher(crops[:2])
+    def run_backward(module, x):
+        output = in_precision(module)(x)
+        output.backward(torch.ones_like(output))
 
     parts = {
         "images": lambda: [images[index] for _, index in keys],
         "images and crops": lambda: [worker[key] for key in keys],
-        "teacher": run_teacher,
-        "student backbone": lambda: run_backward(lambda: torch.cat([backbone(group) for group in groups])),
-        "student head": lambda: run_backward(lambda: head(features)),
+        "teacher": torch.no_grad()(functools.partial(in_precision(objects["teacher"].forward), crops[:2])),
+        "student backbone": functools.partial(run_backward, MultiCropWrapper(backbone, nn.Identity()).forward, crops),
+        "student head": functools.partial(run_backward, head.forward, features),
     }
     tasks = {"loss": bench_loss, "update": bench_update, "whole step": bench_step}
     return {name: functools.partial(itertools.repeat, call) for name, call in parts.items()} | {

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for processes that tests start: tiny models are faster so
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: tiny models are faster so
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "slow: run with --slow only")
 
 
@@ -91,6 +92,28 @@ def small_shapes(monkeypatch):
 
 
 @pytest.fixture
+def restore_threads():
+    """Restore the number of torch's threads after a test that changes it."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def check_links():
+    """check_links(text, folder): [target] of the links of a page to files; all of them and their anchors must exist."""
+    def check_links(text, folder):
+        links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", text)
+        for target, anchor in links:
+            file = (folder / target).resolve()
+            assert file.exists(), target
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+        return [target for target, _ in links]
+    return check_links
+
+
+@pytest.fixture
 def exit_message(capsys):
     """exit_message(main, *argv): the one line with which a command ends in exit status 2."""
     from common.checkpoint import CheckpointError
@@ -117,7 +140,6 @@ def run_torchrun():
     def run_torchrun(count, script):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
                    "--no-python", sys.executable, "-c", script + end]
-        result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-                                capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, timeout=300, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     return run_torchrun

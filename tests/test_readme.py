@@ -22,14 +22,8 @@ def test_line_counts_in_the_table_of_files():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", page.read_text())
-    for target, anchor in links:
-        file = (page.parent / target).resolve()
-        assert file.exists(), target
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+def test_links_lead_somewhere(page, check_links):
+    check_links(page.read_text(), page.parent)
 
 
 def test_the_readme_fits_200_lines():

@@ -112,15 +112,9 @@ def test_other_code_compiles(notebook):
         compile(re.sub(r"^( *)!.*", r"\1pass", cell.source, flags=re.MULTILINE), cell.id, "exec")
 
 
-def test_links_lead_somewhere(notebook):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", prose(notebook))
-    assert len(links) > 8
-    for target, anchor in links:
-        file = (PATH.parent / target).resolve()
-        assert file.is_file(), target
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+def test_links_lead_somewhere(notebook, check_links):
+    targets = check_links(prose(notebook), PATH.parent)
+    assert len(targets) > 8 and all((PATH.parent / target).is_file() for target in targets)
 
 
 def test_prose_has_no_numbers_that_nothing_computes(notebook):

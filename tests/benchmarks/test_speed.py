@@ -39,10 +39,11 @@ def test_rows_of_a_task(run, task, settings):
 
 
 @pytest.mark.parametrize("local_crops", [0, 2])
-def test_parts_of_a_step(run, local_crops):
+def test_parts_of_a_step(run, local_crops, restore_threads):
     """Memory tells the parts apart: nothing is kept for a backward pass through the teacher."""
     rows, _ = run("parts", "--data_path", "shapes", "--batch_size_per_gpu", "4", "--local_crops_number",
-                  str(local_crops), "--num_threads", str(torch.get_num_threads()))
+                  str(local_crops), "--num_threads", "2")
+    assert {row["threads"] for row in rows} == {2}
     memory = {row["row"]: row["peak_mib"] for row in rows}
     assert [*memory] == ["images", "images and crops", "teacher", "student backbone", "student head", "loss", "update",
                          "whole step"]
@@ -66,8 +67,7 @@ def test_no_mfu_where_half_precision_is_emulated(run, monkeypatch):
     assert rows[0]["peak_gflops"] == 1000 and "1000" in table
 
 
-def test_views_from_files(run, tmp_path, scene, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # for the process that runs all tests
+def test_views_from_files(run, tmp_path, scene):
     for i in range(3):
         scene.save(tmp_path / f"{i}.jpg")
     rows, _ = run("views", "--data_path", str(tmp_path))
@@ -76,8 +76,7 @@ def test_views_from_files(run, tmp_path, scene, monkeypatch):
     assert rows["on a worker"]["images_per_sec"] == pytest.approx(2000 / rows["on a worker"]["ms"])
 
 
-def test_calls_of_views_take_the_next_images_in_turn(tmp_path, scene, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+def test_calls_of_views_take_the_next_images_in_turn(tmp_path, scene):
     for i in range(3):
         scene.resize((40 + i, 40)).save(tmp_path / f"{i}.png")
     args = speed.parse_args(["views", *FLAGS, "--data_path", str(tmp_path)])
@@ -174,11 +173,10 @@ def test_folder_without_a_checkout(tmp_path):
 
 
 @pytest.mark.parametrize("task", speed.TASKS)
-def test_reference_row(run, request, tmp_path, scene, monkeypatch, task):
+def test_reference_row(run, request, tmp_path, scene, task):
     """With --reference only, because this repository holds nothing of the reference implementation."""
     if request.config.getoption("--reference") is None:
         pytest.skip("needs --reference DIR, a checkout of facebookresearch/dino")
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     scene.save(tmp_path / "0.jpg")
     more = dict(views=["--data_path", str(tmp_path)], video=["--patch_size", "32", "--local_crops_size", "32"])
     rows, _ = run(task, *more.get(task, []), "--reference", request.config.getoption("--reference"))

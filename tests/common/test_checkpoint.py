@@ -297,7 +297,7 @@ def torchrun(flags, *more, script="train.py"):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more, str(script),
          *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def wait_for_steps(process, folder, steps):

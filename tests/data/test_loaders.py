@@ -315,7 +315,7 @@ def test_workers_of_a_fork_server_are_kept_and_end_with_their_parent(tmp_path, h
     (tmp_path / "script.py").write_text(FORK_SERVER)
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, str(tmp_path / "script.py"), how], capture_output=True, text=True,
-                            timeout=120, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+                            timeout=120, env=os.environ | {"PYTHONPATH": str(root)})
     assert result.returncode == (-signal.SIGKILL if how == "orphans" else 0), result.stderr
     ended, pids = time.monotonic(), result.stdout.split()
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
