@@ -9,8 +9,8 @@ docs/training.md.
 """
 
 PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_crops_number=8,
-             global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), out_dim=65536, use_bn_in_head=False,
-             centering="mean", lr=0.0005, momentum_teacher=0.996)
+             global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), blur=(1.0, 0.1, 0.5), out_dim=65536,
+             use_bn_in_head=False, centering="mean", lr=0.0005, freeze_last_layer=1, momentum_teacher=0.996)
 SMALL = 100_000  # images of a data set
 SHORT = 200_000  # images of a run: number times epochs
 
@@ -21,7 +21,7 @@ def is_short(num_images: int, epochs: int) -> bool:
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:
-    """Set patch size, crops, prototypes, batch norm in the head, centering and learning rate, those in args.auto.
+    """Set patch size, crops, prototypes, head, centering, learning rate and freezing, those in args.auto.
 
     Args:
         side: typical shorter side of an image in pixels, None if unknown.
@@ -42,12 +42,15 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
         found["lr"] = 0.002
     if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
         found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")
+    if short and size < 64:
+        found |= dict(out_dim=min(found["out_dim"], 1024), local_crops_number=2, blur=(0.0, 0.0, 0.0), lr=0.004,
+                      freeze_last_layer=0)
     set_auto(args, found)
 
 
 def fit_to_steps(args, total_steps: int) -> None:
-    """Set the teacher's momentum, if it is in args.auto: its horizon is a hundredth of the run, at most the paper's."""
-    horizon = min(max(total_steps / 100, 10), 250)
+    """Set the teacher's momentum, if it is in args.auto: its horizon is 1/250 of the run, 10 steps at least, at most the paper's."""
+    horizon = min(max(total_steps / 250, 10), 250)
     set_auto(args, dict(momentum_teacher=round(1 - 1 / horizon, 4)))
 
 

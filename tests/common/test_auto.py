@@ -25,20 +25,28 @@ def test_a_million_images_get_the_flags_of_the_paper(num_images, side, total_ste
 def test_small_sets():
     args = fit(50_000, 32, 10_000)
     assert (args.patch_size, args.global_crops_size, args.local_crops_size, args.out_dim) == (4, 32, 12, 4096)
-    assert args.global_crops_scale == (0.8, 1.0) and args.momentum_teacher == 0.99
+    assert args.global_crops_scale == (0.8, 1.0) and args.momentum_teacher == 0.975
     assert (args.local_crops_number, args.use_bn_in_head, args.centering) == (4, True, "sinkhorn")
     args = fit(9469, 128, 5310)
     assert (args.patch_size, args.global_crops_size, args.local_crops_size, args.out_dim) == (16, 128, 48, 1024)
-    assert args.global_crops_scale == (0.4, 1.0) and args.momentum_teacher == 0.9812
+    assert args.global_crops_scale == (0.4, 1.0) and args.momentum_teacher == 0.9529
     args = fit(9469, 128, 5310, "--patch_size", "8", "--out_dim", "77", "--momentum_teacher", "0.9")
     assert (args.patch_size, args.global_crops_size, args.out_dim, args.momentum_teacher) == (8, 128, 77, 0.9)
     assert describe_auto(args, 9469, 128, 5310) == (
         "auto: global_crops_size 128, local_crops_size 56, local_crops_number 4, global_crops_scale 0.4 1, "
-        "local_crops_scale 0.05 0.4, use_bn_in_head true, centering sinkhorn, lr 0.0005 (9,469 images of 128 pixels, "
-        "100 epochs)")
-    args = fit(3000, 32, 900, "--epochs", "19")
-    assert args.lr == 0.002
-    assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
+        "local_crops_scale 0.05 0.4, blur 1 0.1 0.5, use_bn_in_head true, centering sinkhorn, lr 0.0005, "
+        "freeze_last_layer 1 (9,469 images of 128 pixels, 100 epochs)")
+    args = fit(300, 20, 50, "--arch", "resnet18")
+    assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
+    args = fit(300, 20, 50, "--loss", "mse", "--use_bn_in_head", "false")  # whose only centering is the mean
+    assert args.centering == "mean" and not args.use_bn_in_head
+
+
+def test_short_runs():
+    args = fit(50_000, 32, 2343, "--epochs", "3")
+    recipe = train.parse_args(["@recipes/cifar10.txt", "--device", "cpu", "--output_dir", "/nonexistent"])
+    assert {name: getattr(args, name) for name in PAPER} == {name: getattr(recipe, name) for name in PAPER}
+    assert fit(3000, 32, 900, "--epochs", "19").out_dim == 256
     args = fit(3000, 64, 828, "--epochs", "18")
     assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
     for flags in ("--local_crops_size 40", "--global_crops_size 64", "--patch_size 8", "--epochs 99"):
@@ -47,10 +55,7 @@ def test_small_sets():
     args = fit(9469, 128, 5310, "--epochs", "18")
     assert args.patch_size == 16
     assert (args.global_crops_scale, args.local_crops_scale) == ((0.8, 1.0), (0.3, 0.8))
-    args = fit(300, 20, 50, "--arch", "resnet18")
-    assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
-    args = fit(300, 20, 50, "--loss", "mse", "--use_bn_in_head", "false")  # whose only centering is the mean
-    assert args.centering == "mean" and not args.use_bn_in_head
+    assert (args.lr, args.local_crops_number, args.freeze_last_layer) == (0.002, 4, 1) and args.blur[0] == 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 32, 63, 64, 100, 127, 128, 224])
@@ -78,8 +83,8 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
              f"--output_dir {tmp_path}/run").split()
     train.main(train.parse_args([*flags, "--epochs", "1"]))
     line = "auto: patch_size 8, global_crops_size 32, local_crops_size 16, global_crops_scale 0.8 1, " \
-        "local_crops_scale 0.3 0.8, out_dim 256, use_bn_in_head true, centering sinkhorn, lr 0.002 (300 images of 32 "\
-        "pixels, 1 epochs); momentum_teacher 0.9 (4 steps)\n"
+        "local_crops_scale 0.3 0.8, blur 0 0 0, out_dim 256, use_bn_in_head true, centering sinkhorn, lr 0.004, " \
+        "freeze_last_layer 0 (300 images of 32 pixels, 1 epochs); momentum_teacher 0.9 (4 steps)\n"
     assert line in capsys.readouterr().out
     (tmp_path / "run" / "flags.txt").write_text((tmp_path / "run" / "flags.txt").read_text().replace(
         "--momentum_teacher 0.9\n", "--momentum_teacher 0.93\n"))  # as of a version with another rule
