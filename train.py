@@ -74,8 +74,12 @@ from vit import SIZES
 
 # ---- flags ----
 
-def parse_args(argv=None):
-    """Flags with the reference implementation's names and defaults, checked against each other."""
+def parse_args(argv=None, follow_run=True):
+    """Flags with the reference implementation's names and defaults, checked against each other.
+
+    Args:
+        follow_run: whether flags that are not given are those of the run in --output_dir, which is resumed.
+    """
     parser, add = cli.build_parser("train.py", __doc__), cli.add_flag
 
     def add_switch(group, name, help):
@@ -173,7 +177,7 @@ def parse_args(argv=None):
 
     argv = sys.argv[1:] if argv is None else argv
     args, given = parser.parse_given_args(argv)
-    of_run, of_run_auto = list_flags_of_run(args)
+    of_run, of_run_auto = list_flags_of_run(args) if follow_run else ((), ())
     args = parser.parse_args([*of_run, *argv])
     if of_run and args.normalization == ["measure"]:
         args.normalization = parser.parse_args(of_run).normalization
@@ -631,7 +635,10 @@ def pretrain(args, data, rank, world_size, device):
         logger.close(failed=True)
         raise
     if completed:
-        (finish_dry_run if args.dry_run else print_results)(run, data, total_steps, args)
+        if args.dry_run:
+            finish_dry_run(run, total_steps, args)
+        else:
+            print_results(run, data, args)
 
 
 def print_setup(student, global_batch_size, total_steps, args, world_size, logger):
@@ -653,12 +660,12 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
         logger.print("compiling: the first steps take a minute or more, --compile false avoids it")
 
 
-def print_results(run, data, total_steps, args):
+def print_results(run, data, args):
     """Print accuracies, where the files of the run are, and commands to go on with."""
     log, knn, quote = run.logger.print, run.progress["knn"], shlex.quote
     ckpt = f"--ckpt {quote(str(run.path.with_name('teacher.safetensors')))}"
     paths = [args.data_path] if isinstance(args.data_path, str) else args.data_path
-    data_path = f" --data_path {shlex.join(paths)}" * (not paths[0].startswith("shapes"))
+    data_path = f" --data_path {shlex.join(paths)}" * (not isinstance(data.train, Shapes))
     image = str(data.train.name(0)) if hasattr(data.train, "name") else ""
     image = quote(image) if os.path.isfile(image) else "shapes"
     if knn and args.knn_every and data.val is not None:
@@ -679,7 +686,7 @@ def print_results(run, data, total_steps, args):
     log(f"  python export.py {ckpt}")
 
 
-def finish_dry_run(run, data, total_steps, args):
+def finish_dry_run(run, total_steps, args):
     """Resume from the checkpoint of a dry run, and print what the whole run will take."""
     distributed.wait_for_all_ranks()  # rank 0 has saved
     checkpoint, disk, memory = run.path.stat(), shutil.disk_usage(run.path.parent), estimate.peak_memory(args.device)

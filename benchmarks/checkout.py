@@ -23,7 +23,8 @@ from vit import SIZES
 
 MODULES = ("main_dino", "utils", "vision_transformer")
 SUPPORTED = dict(teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,
-                 clip_mode="per_parameter")  # flags for which the reference implementation has one value only
+                 clip_mode="per_parameter", init=None, layer_decay=1.0, channels=None, vertical_flip=False,
+                 rotate90=False)  # flags for which the reference implementation has one value only
 
 
 class ReferenceImplementationError(ValueError):

@@ -45,7 +45,7 @@ def load_flags(run):
     state = load_checkpoint(Path(run, "checkpoint.pth"))
     if not isinstance(state, dict) or not {"flags", "fixed"} <= state.keys():
         raise checkout.ReferenceImplementationError(f"--like {run}: not a run of train.py")
-    flags = argparse.Namespace(**vars(train.parse_args([])) | state["flags"])
+    flags = argparse.Namespace(**vars(train.parse_args([], follow_run=False)) | state["flags"])
     flags.shuffle = state["fixed"].get("shuffle", "randperm")  # of runs that began before this flag
     checkout.check_flags(flags, state["fixed"]["global_batch_size"] // flags.batch_size_per_gpu // flags.accum_steps)
     return flags, state["fixed"]["num_images"]

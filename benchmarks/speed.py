@@ -71,7 +71,8 @@ def parse_args(argv=None):
 def parse_train_flags(parser, argv):
     """Flags of a parser, and those of train.py, with which the others are parsed."""
     args, train_flags = parser.parse_known_args(argv)
-    args = argparse.Namespace(**vars(train.parse_args(["--batch_size_per_gpu", "8", *train_flags])) | vars(args))
+    train_args = train.parse_args(["--batch_size_per_gpu", "8", *train_flags], follow_run=False)
+    args = argparse.Namespace(**vars(train_args) | vars(args))
     if args.patch_size is None:
         parser.error(f"--arch {args.arch} is not one of vit.py's, which are timed here")
     return args

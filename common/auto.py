@@ -49,7 +49,7 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
 
 
 def fit_to_steps(args, total_steps: int) -> None:
-    """Set the teacher's momentum, if it is in args.auto: its horizon is 1/250 of the run, 10 steps at least, at most the paper's."""
+    """Set the teacher's momentum, if it is in args.auto: its horizon is 1/250 of the run, 10 to 250 steps."""
     horizon = min(max(total_steps / 250, 10), 250)
     set_auto(args, dict(momentum_teacher=round(1 - 1 / horizon, 4)))
 

@@ -265,7 +265,7 @@ class Run:
             raise ValueError("its optimizer does not fit the network")
         optimizer.load_state_dict(ours | {"state": theirs})  # hyperparameters follow the flags and schedules
         for name, value in self.flags.items():
-            if name not in ("output_dir", "resume", "overwrite") and state["flags"].get(name, value) != value:
+            if name not in ("output_dir", "resume", "overwrite", "auto") and state["flags"].get(name, value) != value:
                 self.logger.print(f"changed since {path} was saved: --{name} {state['flags'][name]} -> {value}")
         self.progress.update(state["progress"])
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from data.archives import is_url
-from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder, describe_paths
+from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder, describe_paths, stat_file
 from data.images import to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 from data.shards import ShardDataset, is_source, split_parts
@@ -294,7 +294,7 @@ def hash_images(images, samples=1000):
     for part in getattr(images, "parts", [images]):
         if isinstance(part, ImageFolder):
             sample = range(0, len(part), -(-len(part) // samples))  # of all it takes minutes on a network disk
-            names, sizes = part.files, [os.path.getsize(part.name(i)) for i in sample]
+            names, sizes = part.files, [size for i in sample for size in stat_file(part.name(i))[:1]]
         elif isinstance(part, ShardDataset):
             names, sizes = ([shard[key] for shard in part.index.shards] for key in ("path", "size"))
             names = map(os.path.basename, names)

@@ -70,13 +70,13 @@ def quantize(backbone, model, metadata, data, batch_size=1, classifier=None):
 def split_images(data):
     """Images to calibrate on and to compare on: training images, and a list of these and the held-out ones.
 
-    Without labels, each half of the training images, so that no image is compared that was calibrated on.
+    Without labels, each half of the training images. No held-out image is calibrated on.
 
     Raises:
         ExportError: one image without a label.
     """
     if data.val is not None:
-        return data.train, [data.train_labeled, data.val]
+        return data.train_labeled, [data.train_labeled, data.val]
     if len(data.train) < 2:
         raise ExportError("int8 is calibrated on one half of the images and compared on the other: 1 is too few")
     return Subset(data.train, range(0, len(data.train), 2)), [Subset(data.train, range(1, len(data.train), 2))]

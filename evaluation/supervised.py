@@ -230,7 +230,7 @@ def train_and_test(network, optimizer, grid, hparams, setup, crops, report, meas
         train_images, val_images = setup.data.train_labeled, setup.data.val
         if len(grid) > 1:
             mask, metric = holdout_mask(len(train_images)), "held_out_top1"
-            train_images, val_images = (Subset(train_images, m.nonzero().flatten().tolist()) for m in (~mask, mask))
+            train_images, val_images = (Subset(train_images, m.nonzero().flatten().numpy()) for m in (~mask, mask))
         if not len(train_images):
             raise DataError(f"{setup.data.path}: too few labeled images to train and to hold out a part, at least 2 "
                             f"are needed")

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+import train
 from benchmarks import speed
 from common.precision import is_onednn_exact
 
@@ -36,6 +37,15 @@ def test_rows_of_a_task(run, task, settings):
             assert row["mfu"] == pytest.approx(row["gflops_per_image"] * row["images_per_sec"] / row["peak_gflops"])
         if task in ("loss", "update"):
             assert row["mfu"] is None and row["gflops_per_image"] is None
+
+
+def test_flags_of_a_run_in_the_default_folder_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = vars(speed.parse_args(["step"]))
+    (tmp_path / "runs" / "dino").mkdir(parents=True)
+    (tmp_path / "runs" / "dino" / "checkpoint.pth").write_bytes(b"")
+    (tmp_path / "runs" / "dino" / "flags.txt").write_text("# auto: out_dim\n--patch_size 8\n--out_dim 512\n")
+    assert train.parse_args([]).out_dim == 512 and vars(speed.parse_args(["step"])) == expected
 
 
 @pytest.mark.parametrize("local_crops", [0, 2])

@@ -97,6 +97,9 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
         assert "resuming at step" in out and "momentum_teacher 0.93" in out
     args = train.parse_args([*flags, "--epochs", "4", "--momentum_teacher", "0.5"])
     assert args.momentum_teacher == 0.5 and "momentum_teacher" not in args.auto and args.patch_size == 8
+    train.main(args)
+    changed = {line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("changed")}
+    assert changed == {"--epochs 3 -> 4", "--momentum_teacher 0.93 -> 0.5"}
 
 
 def test_short_runs_of_photos_say_that_they_are_short(small_shapes, scene, tmp_path, capsys):

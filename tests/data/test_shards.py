@@ -233,6 +233,16 @@ def test_hash_of_shards_and_folders(tmp_path):
         num_images=24, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
+def test_hash_of_a_folder_with_a_dangling_link(tmp_path):
+    """As of git-annex without the content: it is one more image that cannot be read."""
+    folder = make_folder(tmp_path)
+    (folder / IMAGES[0][0]).unlink()
+    (folder / IMAGES[0][0]).symlink_to(tmp_path / "missing")
+    text = "\0".join(name for name, _ in IMAGES) + "".join(f"{len(data)} " for _, data in IMAGES[1:])
+    assert hash_images(open_data(str(folder)).train) == dict(
+        num_images=12, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
 def test_shards_of_a_pattern_that_the_shell_expands_are_one_source(tmp_path, cache):
     folder = make_tars(tmp_path)
     data = open_data([str(folder / f"{i}.tar") for i in range(3)])

@@ -15,7 +15,7 @@ import export
 import infer
 from common import cli
 from common.weights import save_model
-from data.datasets import Data, DataError
+from data.datasets import Data, DataError, open_data
 from data.loaders import center_crop_view
 from data.shapes import Shapes
 from evaluation import quantization
@@ -50,6 +50,17 @@ def scale_a_channel(model, bias=0.0):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "teacher.safetensors"
+
+
+def test_held_out_images_are_not_calibrated_on(tmp_path, scene):
+    for i in range(20):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        scene.rotate(i).resize((32, 32)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    data = open_data(str(tmp_path))
+    calibration, (train, val) = quantization.split_images(data)
+    pixels = [{np.asarray(images[i][0]).tobytes() for i in range(len(images))} for images in (calibration, train, val)]
+    assert pixels[0] == pixels[1] and pixels[2] and not pixels[0] & pixels[2]
+    assert len(pixels[0] | pixels[2]) == 20
 
 
 def run_export(path, *flags):
