@@ -34,7 +34,7 @@ from train import Schedule, build_networks, compile_blocks, train_step
 
 TRAIN = ("--global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 64 --hidden_dim 32 "
          "--batch_size_per_gpu 8 --warmup_epochs 0 --knn_every 2 --num_workers 0 --device cpu --precision fp32 "
-         "--optimizer sgd").split()
+         "--optimizer sgd --lr 0.002 --freeze_last_layer 1 --blur 1 0.1 0.5").split()
 ARCHS = ["shufflenet_v2_x0_5", "timm:test_efficientnet"]  # small; timm fuses batch norm with the activation
 
 

@@ -258,7 +258,7 @@ def test_values_of_more_than_8_bits_have_one_range_everywhere(tmp_path, capsys, 
 def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 2 --knn_every 1 --saveckp_freq 1 --linear_probe")
     out = capsys.readouterr().out
-    for words in ("effective lr 0.0005 = 0.002 * 64 / 256", "raw pixels", "untrained backbone", "linear top-1"):
+    for words in ("effective lr 0.001 = 0.004 * 64 / 256", "raw pixels", "untrained backbone", "linear top-1"):
         assert words in out
     line = next(line for line in out.splitlines() if " epoch 1/2 [8/8] " in line)
     for words in ("loss ", "(ln K 4.16)", "entropy ", "kl ", "lr ", " img/s", "data ", "elapsed 0:0", "eta 0:00:00"):
@@ -552,7 +552,8 @@ def test_compile_without_a_compiler_is_one_line(tmp_path):
 # ---- collapse ----
 
 def test_collapse_to_uniform_is_reported(small_shapes, tmp_path, capsys):
-    run(tmp_path, "--epochs 2 --warmup_teacher_temp 1 --teacher_temp 1 --centering mean --use_bn_in_head false")
+    run(tmp_path, "--epochs 2 --warmup_teacher_temp 1 --teacher_temp 1 --lr 0.002 --centering mean "
+                  "--use_bn_in_head false")
     assert "WARNING: collapse to uniform" in capsys.readouterr().out
 
 

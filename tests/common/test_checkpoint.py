@@ -621,7 +621,7 @@ def test_flags_that_may_change_are_printed(flags, tmp_path, capsys):
     capsys.readouterr()
     run(flags("run", "--epochs 2 --precision bf16 --num_workers 1 --accum_steps 2 --batch_size_per_gpu 8 --lr 0.001"))
     out = capsys.readouterr().out
-    for change in ("--epochs 1 -> 2", "--precision fp32 -> bf16", "--accum_steps 1 -> 2", "--lr 0.002 -> 0.001",
+    for change in ("--epochs 1 -> 2", "--precision fp32 -> bf16", "--accum_steps 1 -> 2", "--lr 0.004 -> 0.001",
                    "--batch_size_per_gpu 16 -> 8"):
         assert change in out
     assert "--seed" not in out and "resuming at step 6 of 12" in out
