@@ -164,7 +164,7 @@ def test_dynamic_where_images_leave_the_calibrated_range(path):
     session, metadata = infer.open_model(str(file))
     flat = [(Image.new("RGB", (32, 32), (124, 116, 104)), 0)] * 3  # the mean color: zeros after normalization
     shapes = Shapes("train", 80, 32), Shapes("test", 40, 32)
-    _, lines = quantization.quantize(model, file.read_bytes(), metadata, Data(flat, *shapes, "", ""))
+    _, lines = quantization.quantize(model, file.read_bytes(), metadata, Data(flat, flat, shapes[1], "", ""))
     assert lines[0].startswith("int8, dynamic: cosine at least 0.99")
     _, lines = quantization.quantize(model, file.read_bytes(), metadata, Data(shapes[0], *shapes, "", ""))
     assert lines[0].startswith("int8, static: cosine at least 0.99")
