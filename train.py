@@ -104,7 +104,7 @@ def parse_args(argv=None, follow_run=True):
     add(model, "--layer_decay", 1.0, "lr factor per block of the backbone, from the top down", fraction)
 
     teacher = parser.add_argument_group("teacher")
-    add(teacher, "--momentum_teacher", 0.996, "initial EMA momentum, rises to 1; 0.9995 for small batches", fraction)
+    add(teacher, "--momentum_teacher", 0.996, "initial EMA momentum, rises to 1; lower for short runs", fraction)
     add(teacher, "--warmup_teacher_temp", 0.04, "initial; lower it if the loss stays at ln(out_dim)", positive_float)
     add(teacher, "--teacher_temp", 0.04, "temperature after warm-up; above 0.07 is mostly unstable", positive_float)
     add(teacher, "--warmup_teacher_temp_epochs", 0, "epochs of temperature warm-up; 30 for long runs", nonnegative_int)
