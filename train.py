@@ -87,7 +87,7 @@ def parse_args(argv=None, follow_run=True):
 
     model = parser.add_argument_group("model")
     add(model, "--arch", "vit_small", f"{', '.join(SIZES)}; a torchvision classifier such as resnet50; or timm:NAME")
-    add(model, "--patch_size", None, "vit_*: pixels; 8 is better and four times slower (default: 16)", positive_int)
+    add(model, "--patch_size", None, "vit_*: pixels; 8 is better and four times slower", positive_int)
     add(model, "--embed_dim", None, "vit_*: width (default: the arch's)", positive_int)
     add(model, "--depth", None, "vit_*: number of blocks (default: the arch's)", positive_int)
     add(model, "--num_heads", None, "vit_*: attention heads (default: the arch's)", positive_int)
@@ -175,6 +175,7 @@ def parse_args(argv=None, follow_run=True):
     add(ablations, "--predictor", False, "two more layers in the student's head", boolean)
     add(ablations, "--clip_mode", "per_parameter", "gradient norm to clip", choices=["per_parameter", "global"])
 
+    parser.describe_defaults(PAPER, "from the data")
     argv = sys.argv[1:] if argv is None else argv
     args, given = parser.parse_given_args(argv)
     of_run, of_run_auto = list_flags_of_run(args) if follow_run else ((), ())

@@ -77,6 +77,12 @@ class StrictArgumentParser(argparse.ArgumentParser):
         marked = self.parse_args(args, argparse.Namespace(**dict.fromkeys(vars(parsed), self)))
         return parsed, {name for name, value in vars(marked).items() if value is not self}
 
+    def describe_defaults(self, names, text):
+        """Let the help of flags show a text in place of their defaults."""
+        for action in self._actions:
+            if action.dest in names:
+                action.help += f" (default: {text})"
+
     def read_flags(self, argument, depth=0):
         """The argument itself or, of @FILE, the words of the file and of those that it names."""
         if not argument.startswith("@"):

@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,14 @@ def test_small_sets():
     assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
     args = fit(300, 20, 50, "--loss", "mse", "--use_bn_in_head", "false")  # whose only centering is the mean
     assert args.centering == "mean" and not args.use_bn_in_head
+
+
+def test_help_says_which_flags_follow_from_the_data(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    flags = re.findall(r"\n  --(\w+)(.*?)(?=\n  --|\n\n)", capsys.readouterr().out, re.DOTALL)
+    assert {name for name, text in flags if "(default: from the data)" in " ".join(text.split())} == {*PAPER}
+    assert all(text.count("default") == 1 for name, text in flags if name in PAPER)
 
 
 def test_short_runs():
