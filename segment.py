@@ -273,7 +273,8 @@ def prepare(args, images, device, needs, name, **settings):
     origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
                    image_size=args.image_size, **settings, dataset_size=len(images))
     path = result_file(origin, args, f"{name}.{data_name(args.data_path)}")
-    return model, info, origin, path, prepare_writing(args, images), sheet.choose_columns(min(12, len(images)), 1000)
+    names = distributed.run_on_rank_zero_first(lambda: prepare_writing(args, images))  # others find its boxes.json
+    return model, info, origin, path, names, sheet.choose_columns(min(12, len(images)), 1000)
 
 
 def check_skipped(args, images, skipped, results):

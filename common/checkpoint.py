@@ -7,7 +7,7 @@
         run.save(step + 1)
 
 A kill or a full disk leaves the old file or the new one. Files are loaded with weights_only=True, and their checksums
-are verified, which torch.load does not do. This file needs torch and numpy.
+are verified, which torch.load does not do.
 """
 
 import argparse

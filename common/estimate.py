@@ -1,11 +1,7 @@
 """Before the first step: memory and time of a run on this machine, the batch size that fits.
 
-    bytes_per_image, seconds_per_image = measure_student(student, [224, 224, 96], "fp32", "cpu")
-    cost = Cost(count_state_bytes(student, teacher), bytes_per_image, seconds_per_image)
-    available, total = available_memory("cpu")              # of the container, if there is one
-    batch_size = choose_batch_size(len(images), cost, available)
-
-This file needs torch only.
+    memory = *available_memory(device), peak_memory(device)     # of the container, if there is one
+    batch_size = fit_batch_size(student, teacher, lambda i: crops[0, i], len(images), args, device, memory, print)
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
     for batch in DataLoader(dataset, collate_fn=collate, num_workers=8, batch_size=64): ...
 
-This file needs torch, and two small ones of common/.
+This file needs torch, and two files of common/.
 """
 
 import contextlib

@@ -6,7 +6,7 @@
     plot_curves(runs, against="images").savefig("curves.png")
 
 Runs whose names differ only in the seed, -0 to -9 or _0 to _9 at the end, form a group: they share a color, a mean and
-a standard deviation. The figure needs matplotlib, the rest only Python.
+a standard deviation. The figure needs matplotlib.
 """
 
 import json
