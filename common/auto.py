@@ -31,19 +31,20 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
     size = min(PAPER["global_crops_size"], int(side)) if "global_crops_size" in args.auto else args.global_crops_size
     if short and side <= 64 and {"patch_size", "global_crops_size", "local_crops_size"} <= {*args.auto}:
         size = min(size, 32)  # more images in the same time
+    small_and_short = short and size < 64
     given = [getattr(args, name) for name in ("global_crops_size", "local_crops_size") if name not in args.auto]
-    side_in_patches = 4 if short and size < 64 else 8
+    side_in_patches = 4 if small_and_short else 8
     p = choose_patch_size(size, given, side_in_patches) if "patch_size" in args.auto else args.patch_size or 1
     found = dict(patch_size=p, global_crops_size=max(1, size // p) * p, out_dim=choose_out_dim(num_images),
                  local_crops_size=max(1, round(size * 3 / 7 / p)) * p)  # as 96 to 224
     if side < 64 or short:  # objects that fill their images, or no time for hard views
         found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
     if short:
-        found["lr"] = 0.002
+        found["lr"] = 0.004 if small_and_short else 0.002
     if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
         found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")
-    if short and size < 64:
-        found |= dict(out_dim=min(found["out_dim"], 1024), local_crops_number=2, blur=(0.0, 0.0, 0.0), lr=0.004,
+    if small_and_short:
+        found |= dict(out_dim=min(found["out_dim"], 1024), local_crops_number=2, blur=(0.0, 0.0, 0.0),
                       freeze_last_layer=0)
     set_auto(args, found)
 
