@@ -71,16 +71,21 @@ def measure_forward(student, sizes, precision, device, largest=64, available=mat
 
     Runs in eval mode on one image, two and more: up to `largest` on a fast device, in a quarter of the free bytes.
     """
-    def forward():
+    def forward(batch_size):
         channels = student.backbone.in_chans
         crops = [torch.zeros(batch_size, channels, size, size, device=device) for size in sizes]
         with cast_weights(student, precision), autocast(device, precision):
             return student(crops)
 
-    saved, batch_size, times, start = [], 1, [], time.perf_counter()
+    def measure(batch_size):
+        saved.append(count_saved_bytes(lambda: forward(batch_size)))
+
+    saved, times, batch_size = [], [], 2
     student.eval()
-    while len(saved) < 2 or (batch_size <= largest and 8 * saved[-1] < available and time.perf_counter() - start < 1):
-        times.append(time_call(lambda: saved.append(count_saved_bytes(forward)), device) / batch_size)
+    measure(1)  # not timed: a GPU loads its kernels in the first call, which may take seconds
+    start = time.perf_counter()
+    while not times or (batch_size <= largest and 8 * saved[-1] < available and time.perf_counter() - start < 1):
+        times.append(time_call(lambda: measure(batch_size), device) / batch_size)
         batch_size *= 2
     student.train()
     return saved[1] - saved[0], min(times)  # the difference of one and two images has no weights

@@ -2,6 +2,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,21 @@ def test_measuring_takes_no_more_than_the_batch_and_the_memory(batch_size, share
     student.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0][0])))
     estimate.measure_cost(student, teacher, lambda i: i, 10, args, torch.device("cpu"), share * two)
     assert seen == expected
+
+
+def test_the_first_call_in_which_a_gpu_loads_its_kernels_is_not_timed():
+    """With it, the measurement would end at two images, and a fast GPU would seem as slow as a CPU."""
+    args = train.parse_args("--arch vit_tiny --depth 1 --out_dim 64 --global_crops_size 32 --device cpu".split())
+    student, seen = train.build_training(args, torch.device("cpu"), 1)["student"], []
+
+    def load_kernels(module, inputs):
+        if not seen:
+            time.sleep(1.1)
+        seen.append(len(inputs[0][0]))
+
+    student.register_forward_pre_hook(load_kernels)
+    estimate.measure_forward(student, [32, 32], "fp32", "cpu", 4)
+    assert seen == [1, 2, 4]
 
 
 def test_activation_checkpointing_takes_less():
