@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -85,7 +86,7 @@ def measure_forward(student, sizes, precision, device, largest=64, available=mat
     measure(1)  # not timed: a GPU loads its kernels in the first call, which may take seconds
     start = time.perf_counter()
     while not times or (batch_size <= largest and 8 * saved[-1] < available and time.perf_counter() - start < 1):
-        times.append(time_call(lambda: measure(batch_size), device) / batch_size)
+        times.append(time_call(functools.partial(measure, batch_size), device) / batch_size)
         batch_size *= 2
     student.train()
     return saved[1] - saved[0], min(times)  # the difference of one and two images has no weights
