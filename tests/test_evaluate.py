@@ -61,10 +61,10 @@ def write_masks(folder, sizes=((32, 32), (40, 30), (24, 50))):
             labels = mask.numpy().astype(np.uint8) * (1 + i % 2)
             labels[:5] = 255
             size = sizes[i % len(sizes)]
-            for kind, picture in (("images", image), ("masks", Image.fromarray(labels))):
+            for kind, item in (("images", image), ("masks", Image.fromarray(labels))):
                 path = folder / "set" / kind / part / f"{i:02}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                picture.resize(size, Image.Resampling.NEAREST).save(path)
+                item.resize(size, Image.Resampling.NEAREST).save(path)
 
 
 @pytest.fixture
