@@ -241,6 +241,8 @@ class Run:
             order = state["fixed"].setdefault("shuffle", "randperm")
             if (order, self.fixed["shuffle"]) == ("randperm", "full"):
                 self.fixed["shuffle"] = order
+        if "evaluated" in self.progress:  # supervised training that began before this was saved evaluates once more
+            state["progress"].setdefault("evaluated", 0)
         for name, value in state["fixed"].items():
             if name not in self.fixed:
                 raise RunMismatchError(f"{path} is from another kind of run: choose another --output_dir")

@@ -73,7 +73,7 @@ def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     if model is pixel_features:  # thousands of features: a linear probe and their singular values take minutes
         return scores, held_out, corrupt
     if data.val is not None and args.linear_probe and len(features[0]) > 1:  # of one image, none can be held out
-        epochs = max(20, 100_000 // len(features[0]))  # at least a hundred steps
+        epochs = max(20, 100_000 // len(features[0]))  # forty steps at least, of 1024 images at most
         scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
     scores["rankme"] = effective_rank(x)
     return scores, held_out, corrupt

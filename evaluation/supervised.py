@@ -142,7 +142,7 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
     objects = dict(network=network.heads if network.frozen else network, optimizer=optimizer, scaler=scaler)
     fixed = fixed | dict(epochs=args.epochs, seed=args.seed, crop_scale=list(args.crop_scale), num_images=len(images),
                          global_batch_size=global_batch_size, image_size=args.image_size, shuffle="full")
-    run = Run(output, "classification", objects, fixed, dict(precision=args.precision), {}, logger)
+    run = Run(output, "classification", objects, fixed, dict(precision=args.precision), dict(evaluated=0), logger)
     first_step = run.start(args, total_steps)
 
     model = network.train()
@@ -155,9 +155,27 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
                            world_size=world_size, shuffle=run.fixed["shuffle"])
     loader = build_train_loader(images, crops, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
     batches, signals = iter_on_device(loader, crops, device), StopSignals()
+
+    def finish_epoch(step):
+        """At an epoch boundary, evaluate where due, unless an earlier process did."""
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        if step_in_epoch or step == total_steps or not args.val_freq or epoch % args.val_freq or \
+                epoch <= run.progress["evaluated"]:
+            return
+        broadcast_buffers(network.eval())
+        metrics = evaluate()
+        network.train()
+        run.progress["evaluated"] = epoch
+        logger.log(dict(epoch=epoch - 1) | metrics)
+        words = (f"{name.replace('_', ' ').replace('top1', 'top-1').replace('miou', 'mIoU')} {metrics[name]:.2f}%"
+                 for name in metrics)
+        logger.print(f"epoch {epoch - 1}: {', '.join(words)}")
+        logger.reset_timer()
+
     logger.start_progress(first_step, total_steps)
     completed = first_step
     try:
+        finish_epoch(first_step)
         for step in range(first_step, total_steps):
             epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
             is_last = step + 1 == total_steps
@@ -188,15 +206,8 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
                                      **logger.throughput(global_batch_size, total_steps - step - 1),
                                      corrupt_images=len(logger.corrupt_images)),
                                 args.epochs, ["loss {loss:.3f}", "lr {lr:.1e}"])
-            if is_epoch_end and not is_last and args.val_freq and (epoch + 1) % args.val_freq == 0:
-                broadcast_buffers(network.eval())
-                metrics = evaluate()
-                network.train()
-                logger.log(dict(epoch=epoch) | metrics)
-                words = (f"{name.replace('_', ' ').replace('top1', 'top-1').replace('miou', 'mIoU')} "
-                         f"{metrics[name]:.2f}%" for name in metrics)
-                logger.print(f"epoch {epoch}: {', '.join(words)}")
-                logger.reset_timer()
+            if is_epoch_end:
+                finish_epoch(completed)
             if is_last or is_save_step:
                 run.save(completed)
     except StopRequested as stop:

@@ -620,6 +620,32 @@ def test_interrupted_training_resumes_exactly(trained, monkeypatch, capsys, task
         signal.signal(number, handler)
 
 
+def test_stopped_evaluation_is_repeated(trained, monkeypatch):
+    """A signal during the evaluation after the second of three epochs: the resumed run logs it, and no other twice."""
+    folder, path, _ = trained
+    flags = [*CPU, "--batch_size_per_gpu", "16", "--val_freq", "1", "--lr", "0.1", "--epochs", "3"]
+    output, measure, calls = path.with_name("teacher.linear.images"), report.measure_top1, itertools.count(1)
+
+    def stop_at_second_call(*args):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args)
+
+    def read_evaluations():
+        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        return [(record["epoch"], record["test_top1"]) for record in log if "test_top1" in record]
+
+    run("linear", *flags)
+    expected = read_evaluations()
+    assert [epoch for epoch, _ in expected] == [0, 1]
+    output.rename(folder / "uninterrupted")
+    monkeypatch.setattr(report, "measure_top1", stop_at_second_call)
+    run("linear", *flags)
+    assert not (output / "classifier.safetensors").exists() and read_evaluations() == expected[:1]
+    run("linear", *flags)
+    assert (output / "classifier.safetensors").exists() and read_evaluations() == expected
+
+
 SCRIPT = """
 import contextlib, io, json, os
 import torch.distributed as dist
