@@ -22,9 +22,10 @@ from torchvision.transforms import ColorJitter
 from vit import SIZES
 
 MODULES = ("main_dino", "utils", "vision_transformer")
-SUPPORTED = dict(teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,
-                 clip_mode="per_parameter", init=None, layer_decay=1.0, channels=None, vertical_flip=False,
-                 rotate90=False)  # flags for which the reference implementation has one value only
+SUPPORTED = dict(  # flags for which the reference implementation has one value only
+    teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,
+    clip_mode="per_parameter", init=None, layer_decay=1.0, channels=None, normalization=("imagenet",),
+    vertical_flip=False, rotate90=False)
 
 
 class ReferenceImplementationError(ValueError):
@@ -43,7 +44,9 @@ def import_reference(checkout, device, *more):
 
 def check_flags(flags, num_processes=1):
     """Raise ReferenceImplementationError for flags of train.py that the reference implementation has no match for."""
-    checks = {f"--{name} {getattr(flags, name)}": getattr(flags, name) == value for name, value in SUPPORTED.items()}
+    given = {name: getattr(flags, name) for name in SUPPORTED}
+    checks = {f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}": value == SUPPORTED[name]
+              for name, value in given.items()}
     checks |= {f"--arch {flags.arch}": flags.arch in SIZES,
                "more than one process": num_processes == 1,
                "--warmup_teacher_temp_epochs above --epochs": flags.warmup_teacher_temp_epochs <= flags.epochs,

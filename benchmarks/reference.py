@@ -70,7 +70,7 @@ def main(args):
     main_dino, utils, _ = modules = checkout.import_reference(args.checkout, flags.device)
     if (output / "log.jsonl").exists():
         raise checkout.ReferenceImplementationError(f"--output_dir {output}: holds a run already, choose another")
-    data = open_data(flags.data_path, val_path=flags.val_path, cache_dir=flags.cache_dir)
+    data = open_data(flags.data_path, value_range=flags.value_range, val_path=flags.val_path, cache_dir=flags.cache_dir)
     if len(data.train) != num_images:
         raise DataError(f"{flags.data_path}: {len(data.train)} images, but {num_images} when {args.like} was trained")
     output.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,9 @@ def test_flags_are_those_of_the_run(run):
 @pytest.mark.parametrize("flags, unsupported", [
     ("--loss mse", "--loss mse"), ("--teacher student", "--teacher student"), ("--predictor true", "--predictor True"),
     ("--centering sinkhorn --accum_steps 2", "--centering sinkhorn, --accum_steps 2"),
-    ("--clip_mode global", "--clip_mode global"), ("--channels 3 --rotate90", "--channels 3, --rotate90 True"),
+    ("--clip_mode global", "--clip_mode global"),
+    ("--channels 3 --rotate90", "--channels 3, --normalization measure, --rotate90 True"),
+    ("--normalization .5 .5 .5 .2 .2 .2", "--normalization 0.5 0.5 0.5 0.2 0.2 0.2"),
     ("--vertical_flip --layer_decay 0.9", "--layer_decay 0.9, --vertical_flip True"),
     ("--batch_size_per_gpu 8", "more than one process"),
     ("--warmup_teacher_temp_epochs 3", "--warmup_teacher_temp_epochs above --epochs")])
