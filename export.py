@@ -215,7 +215,7 @@ def trace_classifier(backbone, metadata, args, classifier):
 
 # ---- commands ----
 
-def open_images(ckpt, info, in_chans, args):
+def open_calibration_images(ckpt, info, in_chans, args):
     """Images to calibrate and compare a quantized file on, those that its model was trained on if none are named."""
     info = info | read_input(info, in_chans, ckpt)
     args = argparse.Namespace(**vars(args) | dict(ckpt=args.ckpt or args.check))  # whose paths are not to be trusted
@@ -250,7 +250,7 @@ def main(args):
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
         metadata = build_metadata(backbone, info, file, args) | dict(checkpoint=absolute_path(ckpt))
-        data = open_images(ckpt, info, backbone.in_chans, args) if args.precision == "int8" else None
+        data = open_calibration_images(ckpt, info, backbone.in_chans, args) if args.precision == "int8" else None
         create_folder(Path(output).parent)
         if args.format == "hub":
             return save_hub(output, backbone, info, metadata, ckpt, file, args, data)
@@ -265,7 +265,7 @@ def check_exported(args):
     """
     model, metadata, (backbone, info, classifier) = load_exported(args.check, args)
     is_int8 = metadata["precision"] == "int8"
-    data = open_images(args.check, info, backbone.in_chans, args) if is_int8 else None
+    data = open_calibration_images(args.check, info, backbone.in_chans, args) if is_int8 else None
     images = read_images(args, metadata.get("channels"), metadata.get("value_range"))
     with wrap_errors(f"{args.check}: its metadata does not fit its model"):
         report = check_accuracy(backbone, model, metadata, data, classifier) if is_int8 else verify(

@@ -166,7 +166,7 @@ def evaluate_copies(args):
 
 # ---- landmarks ----
 
-LEVELS = {"easy": (["easy"], ["hard", "junk"]), "medium": (["easy", "hard"], ["junk"]),
+DIFFICULTIES = {"easy": (["easy"], ["hard", "junk"]), "medium": (["easy", "hard"], ["junk"]),
           "hard": (["hard"], ["easy", "junk"])}  # positives and ignored images (Radenovic et al. 2018, section 4)
 
 
@@ -187,7 +187,7 @@ def evaluate_landmarks(args):
         orders = (normalizer(queries) @ normalizer(database).T).argsort(dim=1, descending=True)
         encoder.log(f"{name}: {len(queries)} queries, database of {len(database)} images")
         result[name] = {}
-        for level, parts in LEVELS.items():
+        for level, parts in DIFFICULTIES.items():
             results = [average_precision(order, *([i for part in names for i in query[part]] for names in parts))
                        for order, query in zip(orders, relevance)]
             if any(results):

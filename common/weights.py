@@ -32,7 +32,7 @@ from common.paths import find_model, sha256, weights_file
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
-LEVELS = "teacher", "student", "state_dict_ema", "model_ema", "state_dict", "model", "module"
+NESTING_KEYS = "teacher", "student", "state_dict_ema", "model_ema", "state_dict", "model", "module"
 # a name that each network has once: DINO's and timm's, XCiT's, transformers', torchvision's
 ANCHOR = r"(.*?)(patch_embed\.proj\.(0\.0\.)?weight|embeddings\.cls_token|layer1\.0\.conv1\.weight)"
 
@@ -200,8 +200,8 @@ def choose_weights(content, path, key=None, log=lambda text: None):
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
         info, network = json.loads(json.dumps(state.get("info"))), None  # lists for tuples, as in safetensors metadata
-        for _ in LEVELS:  # a level may hold another
-            if levels := [level for level in LEVELS if isinstance(weights.get(level), dict)]:
+        for _ in NESTING_KEYS:  # a level may hold another
+            if levels := [level for level in NESTING_KEYS if isinstance(weights.get(level), dict)]:
                 level, role = choose_network(levels, key, path, log)
                 weights, network = weights[level], network or role
         args = state.get("args")  # a Namespace in the reference's, a dict in those of save_dino_full

@@ -207,7 +207,7 @@ def describe_training(info, ckpt, file):
              "rankme": "RankMe"}
     names = {key: name for key, name in names.items() if any(record.get(key) is not None for record in scores)}
     if scores:
-        text += "\n\nEvaluations during the run, on a part of the data:\n\n" + format_table(
+        text += "\n\nEvaluations during the run, on a part of the data:\n\n" + format_markdown_table(
             ["features", *names.values()],
             [[record["eval"], *(format_score(record.get(key)) for key in names)] for record in scores])
     return text
@@ -229,14 +229,15 @@ def describe_results(info, metadata, ckpt):
                      for k, score in result["knn"].items()]
         elif isinstance(result.get("top1"), float):
             rows.append([task.partition(".")[0], *data, format_score(result["top1"]), format_score(result["top5"])])
-    return format_table(["evaluation", "data", "test images", "pixels", "top-1 %", "top-5 %"], rows) if rows else (
-        "None were found beside the model file.")
+    if not rows:
+        return "None were found beside the model file."
+    return format_markdown_table(["evaluation", "data", "test images", "pixels", "top-1 %", "top-5 %"], rows)
 
 
 def format_score(value):
     return "" if value is None else f"{value:.2f}"
 
 
-def format_table(header, rows):
+def format_markdown_table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

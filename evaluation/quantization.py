@@ -141,7 +141,7 @@ def check_accuracy(backbone, model, metadata, data, classifier=None):
             agree.append(outputs["logits"].argmax(dim=1) == expected["logits"].argmax(dim=1))
         return torch.cat((expected["features"], outputs["features"]), dim=1)
 
-    args = Namespace(batch_size_per_gpu=choose_batch_size(backbone, metadata), num_workers=0)
+    args = Namespace(batch_size_per_gpu=calibration_batch_size(backbone, metadata), num_workers=0)
     both, labels, corrupt = [], [], []
     for images in split_images(data)[1]:
         x, y, _, messages = extract_features(extract_both, random_subset(images, COMPARED_IMAGES), crop_size(metadata),
@@ -183,11 +183,11 @@ def check_accuracy(backbone, model, metadata, data, classifier=None):
 def iter_inputs(images, backbone, metadata):
     """Yield batches of CALIBRATION_IMAGES images as the file takes them, {"image": array}."""
     loader = build_eval_loader(random_subset(images, CALIBRATION_IMAGES), crop_size(metadata),
-                               choose_batch_size(backbone, metadata), view=build_view(metadata, crop_center))
+                               calibration_batch_size(backbone, metadata), view=build_view(metadata, crop_center))
     return ({"image": to_input(views, metadata)} for views, *_ in loader if len(views))
 
 
-def choose_batch_size(backbone, metadata):
+def calibration_batch_size(backbone, metadata):
     """Batch size of calibration and comparison: that of the file, or 64, less where attention matrices are large."""
     num_tokens = 1 + np.prod([side // backbone.patch_size for side in crop_size(metadata)])
     return metadata["batch_size"] or max(1, min(64, int(MAX_ATTENTION // (backbone.num_heads * num_tokens**2))))

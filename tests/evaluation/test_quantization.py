@@ -206,8 +206,8 @@ def test_batches_are_smaller_where_attention_is_large():
     values = dict(batch_size=None, trained_size=224)
     for size, p, expected in ((224, 16, 64), (224, 8, 18), (480, 8, 1)):
         model = SimpleNamespace(patch_size=p, num_heads=6)
-        assert quantization.choose_batch_size(model, values | dict(image_size=[size, size])) == expected
-    assert quantization.choose_batch_size(model, dict(batch_size=7, image_size=[480, 480])) == 7
+        assert quantization.calibration_batch_size(model, values | dict(image_size=[size, size])) == expected
+    assert quantization.calibration_batch_size(model, dict(batch_size=7, image_size=[480, 480])) == 7
 
 
 def test_data_of_a_named_model_must_be_named(path, exit_message):
