@@ -31,7 +31,7 @@ from torch import nn
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from backbones import BackboneError, broadcast_buffers, build_backbone, convert_sync_batchnorm
-from common import auto, cli, distributed, estimate
+from common import auto, cli, distributed, dry_run, estimate
 from common.auto import PAPER
 from common.checkpoint import CheckpointError, Run
 from common.cli import boolean, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
@@ -589,7 +589,7 @@ def main(args):
     if args.normalization == ("measure",):
         values = sum(measure_normalization(data.train), ()) if rank == 0 else None
         args.normalization = distributed.all_gather_objects(values)[0]
-    with estimate.temporary_run(args) if args.dry_run else contextlib.nullcontext():
+    with dry_run.temporary_run(args) if args.dry_run else contextlib.nullcontext():
         pretrain(args, data, rank, world_size, device)
 
 
@@ -637,7 +637,7 @@ def pretrain(args, data, rank, world_size, device):
         raise
     if completed:
         if args.dry_run:
-            finish_dry_run(run, total_steps, args)
+            dry_run.print_estimate(run, total_steps, args)
         else:
             print_results(run, data, args)
 
@@ -685,18 +685,6 @@ def print_results(run, data, args):
     if image != "shapes" and len(paths) == 1:
         log(f"  python retrieve.py search {ckpt}{data_path} {image}")
     log(f"  python export.py {ckpt}")
-
-
-def finish_dry_run(run, total_steps, args):
-    """Resume from the checkpoint of a dry run, and print what the whole run will take."""
-    distributed.wait_for_all_ranks()  # rank 0 has saved
-    checkpoint, disk, memory = run.path.stat(), shutil.disk_usage(run.path.parent), estimate.peak_memory(args.device)
-    run.start(args, total_steps)
-    seconds = run.logger.step_time
-    run.logger.print(
-        f"dry run: {memory / 1e9:.1f} GB of memory; {seconds:.2f} seconds per step, about "
-        f"{estimate.format_duration(seconds * total_steps)} for {total_steps} steps without evaluation; checkpoints "
-        f"of {checkpoint.st_size / 1e6:.0f} MB, {disk.free / 1e9:.0f} GB free; nothing was kept")
 
 
 def start_run(objects, data, global_batch_size, total_steps, args, logger):

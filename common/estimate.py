@@ -9,10 +9,8 @@ import functools
 import math
 import os
 import re
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -262,28 +260,3 @@ def typical_side(images):
 def is_nearly_black(image):
     """Whether 99% of the pixels of an RGB image are below 16 of 255."""
     return sum(image.convert("L").histogram()[:16]) > 0.99 * image.width * image.height
-
-
-# ---- dry run ----
-
-@contextlib.contextmanager
-def temporary_run(args):
-    """Within the context, args are those of a run in a temporary folder on the disk of --output_dir.
-
-    The same folder on all ranks; rank 0 removes it. Every step is logged, and k-NN takes few images.
-    """
-    path = Path(args.output_dir).absolute()
-    parent = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if distributed.is_rank_zero():
-            for old in parent.glob(".dry_run-*"):
-                if time.time() - old.stat().st_mtime > 86400:  # left by one that was killed
-                    shutil.rmtree(old, ignore_errors=True)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".dry_run-", dir=parent,
-                                                                     ignore_cleanup_errors=True))
-        args.output_dir = distributed.all_gather_objects(folder)[0]
-        args.resume, args.overwrite, args.knn_images = "auto", False, min(args.knn_images, 500)
-        args.log_every, args.save_every_steps = 1, 2
-        yield
-        distributed.wait_for_all_ranks()  # all have read what is removed now
