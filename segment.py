@@ -97,7 +97,8 @@ def parse_args(argv=None):
 def evaluate_masks(args):
     """Jaccard index of thresholded CLS attention and objects: best head per object, mean of heads, random weights."""
     images, read = find_masks(args.data_path, args.num_images, bool(args.write))
-    model, info, origin, path, names, across = prepare(args, images, args.device, "attention", "masks", mass=args.mass)
+    model, info, origin, path, names, across = open_evaluation(args, images, args.device, "attention", "masks",
+                                                               mass=args.mass)
     models = dict(untrained=model) if args.untrained else dict(
         trained=model, untrained=build_untrained(info).to(args.device))
     scores, skipped, cells, records = [], [], [], []
@@ -179,7 +180,8 @@ def discover_objects(args):
     else:
         images, read = find_masks(args.data_path, args.num_images, True)
         read = partial(read_mask_boxes, read)
-    model, info, origin, path, names, across = prepare(args, images, device, "keys", args.method, method=args.method)
+    model, info, origin, path, names, across = open_evaluation(args, images, device, "keys", args.method,
+                                                               method=args.method)
     drawn, results = {i * len(images) // 12 for i in range(12)}, []  # twelve, evenly spread
     mine = range(distributed.get_rank(), len(images), world_size)
 
@@ -257,7 +259,7 @@ def draw_boxes(image, mask, boxes, truth, width):
 
 # ---- what masks and discover share ----
 
-def prepare(args, images, device, needs, name, **settings):
+def open_evaluation(args, images, device, needs, name, **settings):
     """Model and output of an evaluation of images with masks or boxes.
 
     Returns:
