@@ -283,10 +283,12 @@ def check_run_flags(parser, args, warmup_epochs=0):
     """
     if args.overwrite and args.resume != "none":
         parser.error("--overwrite deletes a run and starts anew: add --resume none")
-    if args.warmup_epochs is None or args.warmup_epochs > args.epochs:
+    given = args.warmup_epochs
+    if given is None or given > args.epochs:
         args.warmup_epochs = min(warmup_epochs, math.ceil(args.epochs * warmup_epochs / 100)) if args.epochs > 1 else 0
-        if args.epochs < 100 and os.environ.get("RANK", "0") == "0":
-            print(f"NOTE: --warmup_epochs {args.warmup_epochs} with --epochs {args.epochs}, {warmup_epochs} with 100")
+        if (given or args.epochs < 100) and os.environ.get("RANK", "0") == "0":
+            reason = f" for {given}, which are more" if given else f", {warmup_epochs} with 100"
+            print(f"NOTE: --warmup_epochs {args.warmup_epochs} with --epochs {args.epochs}{reason}")
     args.precision = resolve_precision(args.precision, args.device)
 
 
