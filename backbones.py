@@ -57,7 +57,8 @@ class HeadlessClassifier(nn.Module):
         BackboneError: unknown arch, no feature vector at this image size, or no stochastic depth.
     """
 
-    in_chans, patch_size, blocks = 3, 1, ()  # what a VisionTransformer has too: any side is a multiple of 1
+    # what a VisionTransformer has too: any side is a multiple of 1
+    in_chans, patch_size, blocks, conv_stem = 3, 1, (), False
 
     def __init__(self, arch: str, img_size: int = 224, drop_path_rate: float = 0.0):
         super().__init__()

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
 END = 2**31 - 1  # of a Slice
@@ -54,6 +55,12 @@ class Graph:
         """x [..., in] times weight [out, in] plus bias [out]."""
         product = self.node("MatMul", f"{name}.product", x, self.constant(f"{name}.weight", weight.T, dtype))
         return self.node("Add", name, product, self.constant(f"{name}.bias", bias, dtype))
+
+    def conv(self, name, x, layer):
+        """Convolution of x [B, C, H, W] with the weight and bias of an nn.Conv2d."""
+        weight, bias = (self.constant(f"{name}.{part}", p) for part, p in layer.named_parameters())
+        return self.node("Conv", name, x, weight, bias, kernel_shape=layer.kernel_size, strides=layer.stride,
+                         pads=2 * layer.padding)
 
     def norm(self, name, x, layer, dtype):
         """LayerNorm over the last axis, computed in norm_dtype; its output in dtype."""
@@ -151,10 +158,11 @@ def add_pixels(graph, layout, mean, std):
 
 def add_tokens(graph, backbone, image, sizes):
     """Image [B, C, H, W] -> tokens with their positions [B, 1+N, D]."""
-    D, projection = backbone.embed_dim, backbone.patch_embed.proj
-    weight, bias = (graph.constant(f"patch_embed.{part}", p) for part, p in projection.named_parameters())
-    patches = graph.node("Conv", "patch_embed", image, weight, bias, strides=projection.stride,
-                         kernel_shape=projection.kernel_size)
+    D, x = backbone.embed_dim, image
+    for i, layer in enumerate(backbone.patch_embed.stem if backbone.conv_stem else ()):
+        x = graph.conv(f"patch_embed.stem.{i}.conv", x, fuse_conv_bn_eval(layer.conv, layer.norm))
+        x = graph.node("Relu", f"patch_embed.stem.{i}", x)
+    patches = graph.conv("patch_embed", x, backbone.patch_embed.proj)
     flat = graph.node("Reshape", "patch_embed.flat", patches, (0, D, -1))
     flat = graph.node("Transpose", "patch_embed.tokens", flat, perm=(0, 2, 1))
     if "rows" in sizes:

@@ -45,8 +45,8 @@ from common.run_flags import (
     FIXED_FLAGS,
     can_compile,
     check_channels,
-    check_crop_sizes,
     check_log_to,
+    check_patch_size,
     fill_in_arch,
     is_new_run,
     list_flags_of_run,
@@ -91,6 +91,7 @@ def parse_args(argv=None, follow_run=True):
     add(model, "--embed_dim", None, "vit_*: width (default: the arch's)", positive_int)
     add(model, "--depth", None, "vit_*: number of blocks (default: the arch's)", positive_int)
     add(model, "--num_heads", None, "vit_*: attention heads (default: the arch's)", positive_int)
+    add_switch(model, "--conv_stem", "vit_*: embed patches by small convolutions; better in short runs on few images")
     add(model, "--drop_path_rate", None, "stochastic depth (default: 0.1 for vit_*, else 0)", cli.fraction_below_one)
     add(model, "--out_dim", 65536, "prototypes K; 1024 to 4096 for some ten thousand images", positive_int)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive_int)
@@ -226,6 +227,7 @@ def model_arguments(args):
     names = ("patch_size", "embed_dim", "depth", "num_heads") if args.arch in SIZES else ("arch",)
     backbone = dict(img_size=args.global_crops_size) | {name: getattr(args, name) for name in names}
     backbone |= {"in_chans": args.channels} if args.channels and args.arch in SIZES else {}
+    backbone |= {"conv_stem": True} if args.conv_stem else {}
     head = dict(out_dim=args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer,
                 nlayers=args.head_layers, hidden_dim=args.hidden_dim, bottleneck_dim=args.bottleneck_dim,
                 l2_bottleneck=args.l2_bottleneck)
@@ -603,7 +605,7 @@ def pretrain(args, data, rank, world_size, device):
     side, is_new = distributed.all_gather_objects(estimate.typical_side(sample))[0], not list_flags_of_run(args)[0]
     if is_new:
         auto.fit_to_images(args, len(data.train), side)
-    if problem := check_crop_sizes(args):
+    if problem := check_patch_size(args):
         raise DataError(problem)
     objects = build_training(args, device, world_size)
     set_matmul_precision(args.device, args.precision, objects["student"].backbone.embed_dim)
@@ -673,8 +675,9 @@ def print_results(run, data, args):
         names = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
         log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
         if better := [name for name in list(names)[:-1] if knn[name][0] >= knn[list(knn)[-1]][0]]:
-            log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs, smaller "
-                f"--patch_size and --global_crops_size, a higher --lr, or --init with trained weights")
+            log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs, "
+                f"--conv_stem, smaller --patch_size and --global_crops_size, a higher --lr, or --init with trained "
+                f"weights")
     log(f"the run is in {args.output_dir}, the model in teacher.safetensors; next:")
     log(f"  python visualize.py run {quote(args.output_dir)}")
     if data.val is not None:

@@ -11,6 +11,7 @@ weights load unchanged. Needs torch only.
 Shapes: B images of C channels and H x W pixels, patches of p x p pixels, N = H/p * W/p patches, width D.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -87,6 +88,18 @@ class Block(nn.Module):
         return x + (branch if keep is None else branch * keep[1])
 
 
+def build_conv_stem(in_chans, dim, patch_size):
+    """log2(p) convolutions of 3 x 3 pixels and stride 2, with batch norm and ReLU: [B, C, H, W] -> [B, D, H/p, W/p].
+
+    The channels double from one to the next, up to D (Xiao et al. 2021, "Early Convolutions Help Transformers See
+    Better", section 4).
+    """
+    widths = [in_chans, *(-(-dim * 2**i // patch_size) for i in range(1, patch_size.bit_length()))]
+    return nn.Sequential(*(nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(width, next_width, 3, 2, 1, bias=False), norm=nn.BatchNorm2d(next_width), act=nn.ReLU()))
+        for width, next_width in itertools.pairwise(widths)))
+
+
 class VisionTransformer(nn.Module):
     """Vision transformer with a CLS token and a learned position embedding.
 
@@ -96,23 +109,31 @@ class VisionTransformer(nn.Module):
         patch_size: pixels; height and width of every input must be multiples of it.
         drop_path_rate: stochastic depth in training: probability, per sample, of dropping a branch of the last block;
             it rises linearly from 0 in the first (Huang et al. 2016, section 3).
+        conv_stem: embed patches by `build_conv_stem` and a linear layer, not by a linear layer alone.
 
     Raises:
-        ValueError: img_size is not a multiple of patch_size, or embed_dim not of num_heads.
+        ValueError: img_size is not a multiple of patch_size, or embed_dim not of num_heads; or a convolutional stem for
+            a patch_size that is not 2, 4, 8 ...
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384,
-                 depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, drop_path_rate: float = 0.0):
+                 depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, drop_path_rate: float = 0.0,
+                 conv_stem: bool = False):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if conv_stem and (patch_size < 2 or patch_size & (patch_size - 1)):
+            raise ValueError(f"a convolutional stem needs a patch_size of 2, 4, 8 ..., not {patch_size}")
         self.patch_size, self.in_chans, self.embed_dim, self.num_heads = patch_size, in_chans, embed_dim, num_heads
         self.drop_path_rate = drop_path_rate
         self.activation_checkpointing = False  # recompute all blocks but the last in backward, to save memory
         self.grid = (img_size // patch_size, img_size // patch_size)  # rows and columns of pos_embed
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)))
+        self.conv_stem = conv_stem
+        self.patch_embed = nn.Sequential(OrderedDict(
+            stem=build_conv_stem(in_chans, embed_dim, patch_size), proj=nn.Conv2d(embed_dim, embed_dim, 1)
+        ) if conv_stem else OrderedDict(proj=nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -218,10 +239,12 @@ class VisionTransformer(nn.Module):
         return tokens + self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size)
 
     def embed_patches(self, x):
-        """Images [B, C, H, W] -> patch embeddings [B, N, D]: the convolution `patch_embed.proj` as one product.
+        """Images [B, C, H, W] -> patch embeddings [B, N, D]; without a stem the convolution `proj` as one product.
 
         A GPU is slow at a convolution with such a kernel in half precision.
         """
+        if self.conv_stem:
+            return self.patch_embed(x).flatten(2).transpose(1, 2)
         p, proj = self.patch_size, self.patch_embed.proj
         patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
         return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)

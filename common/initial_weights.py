@@ -174,14 +174,15 @@ def resample_embeddings(weights, backbone, log=None):
     if "pos_embed" not in weights:
         return weights
     weights, p, log = dict(weights), backbone.patch_size, log or (lambda text: None)
-    kernel, pos_embed = weights["patch_embed.proj.weight"], weights["pos_embed"]
+    first = "patch_embed.stem.0.conv.weight" if backbone.conv_stem else "patch_embed.proj.weight"
+    kernel, pos_embed = weights[first], weights["pos_embed"]
     if (channels := kernel.shape[1]) != backbone.in_chans:
         how = "repeated" if channels < backbone.in_chans else "summed"
         log(f"patch embedding of {channels} channels {how} to {backbone.in_chans}")
-        kernel = weights["patch_embed.proj.weight"] = convert_channels(kernel, backbone.in_chans)
-    if kernel.shape[-1] != p:
+        kernel = weights[first] = convert_channels(kernel, backbone.in_chans)
+    if kernel.shape[-1] != p and not backbone.conv_stem:
         log(f"patch embedding resampled from {kernel.shape[-1]} to {p} pixels")
-        weights["patch_embed.proj.weight"] = resample_patch_embedding(kernel, p)
+        weights[first] = resample_patch_embedding(kernel, p)
     rows, side = backbone.grid[0], round((pos_embed.shape[1] - 1) ** 0.5)
     if side != rows:
         log(f"position embedding resampled from {side} x {side} to {rows} x {rows} patches")
@@ -234,8 +235,10 @@ def follow_initial_weights(parser, args, given):
     names = {"nlayers": "head_layers", "use_bn": "use_bn_in_head"}
     found = {"arch": next((arch for arch in SIZES if SIZES[arch] == sizes), args.arch if args.arch in SIZES else
                           "vit_small")} | backbone | {names.get(name, name): value for name, value in head.items()}
+    if found["arch"] in SIZES:
+        found = {"conv_stem": False} | found
     for name, value in found.items():
-        if name not in given or name == "patch_size":
+        if name not in given or (name == "patch_size" and not backbone.get("conv_stem")):
             setattr(args, name, getattr(args, name) if name in given else value)
         elif getattr(args, name) != value:
             parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")

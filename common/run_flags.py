@@ -22,13 +22,14 @@ from common.log_sinks import find_missing_package
 from vit import SIZES
 
 FIXED_FLAGS = (  # a resumed run must have the same
-    "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "norm_last_layer",
+    "arch", "patch_size", "embed_dim", "depth", "num_heads", "conv_stem", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "loss", "queue_size", "optimizer",
     "global_crops_size", "value_range", "channels", "normalization", "shuffle", "init", "layer_decay", "seed")
 FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
-    "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "out_dim", "hidden_dim", "use_bn_in_head",
-    "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp", "warmup_teacher_temp",
-    "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay", "channels", "value_range")
+    "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "conv_stem", "out_dim", "hidden_dim",
+    "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp",
+    "warmup_teacher_temp", "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay",
+    "channels", "value_range")
 
 
 def fill_in_arch(parser, args):
@@ -42,7 +43,7 @@ def fill_in_arch(parser, args):
         except BackboneError as error:
             parser.error(f"--arch: {error}")
         args.auto = tuple(name for name in args.auto if name != "patch_size")
-        for name in (*vit_defaults, "activation_checkpointing"):
+        for name in (*vit_defaults, "conv_stem", "activation_checkpointing"):
             if getattr(args, name):
                 parser.error(f"--{name} is for {', '.join(SIZES)}, not for --arch {args.arch}")
         return
@@ -50,12 +51,15 @@ def fill_in_arch(parser, args):
         setattr(args, name, getattr(args, name) or value)
     if args.embed_dim % args.num_heads:
         parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
-    if "patch_size" not in args.auto and (problem := check_crop_sizes(args)):
+    if "patch_size" not in args.auto and (problem := check_patch_size(args)):
         parser.error(problem)
 
 
-def check_crop_sizes(args):
-    """What is wrong with the sizes of crops for a vision transformer, "" if nothing."""
+def check_patch_size(args):
+    """What is wrong with the patch size of a vision transformer, for its crops or a convolutional stem; "" if nothing.
+    """
+    if args.conv_stem and args.patch_size not in (2, 4, 8, 16, 32):
+        return f"--conv_stem needs a --patch_size of 2, 4, 8, 16 or 32, not {args.patch_size}"
     names = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
     return "".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
                    for name in names if args.arch in SIZES and getattr(args, name) % args.patch_size)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import export
 import infer
 import visualize
-from common.weights import CheckpointError, save_model
+from common.weights import CheckpointError, load_backbone, save_model
 from data.images import DECODERS, read_image, to_rgb
 from data.loaders import center_crop_view, normalize
 from evaluation import onnx_parity
@@ -204,6 +204,21 @@ def test_no_file_is_overwritten_by_accident(saved):
     with pytest.raises(OSError, match="cannot be written"):
         make(path, "--output", str(path.parent))
     assert path.read_bytes() == before
+
+
+def test_convolutional_stem_is_exported_for_this_code_alone(tmp_path):
+    sizes = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, conv_stem=True)
+    model, x = VisionTransformer(**sizes), torch.randn(4, 3, 32, 32)
+    model(x)  # other statistics than those of a new one
+    path, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
+    save_model(path, {f"backbone.{k}": v for k, v in model.state_dict().items()}, dict(arch="vit_tiny", backbone=sizes))
+    assert metadata(make(path))["patch_size"] == 8
+    make(path, "--format", "safetensors", "--output", str(other))
+    assert torch.equal(load_backbone(str(other))[0](x), model.eval()(x))
+    for name in ("timm", "transformers", "dino", "dino_full", "hub"):
+        with pytest.raises(CheckpointError, match=f"--format {name}: other libraries have no vision transformer with"):
+            make(path, "--format", name, "--output", str(tmp_path / "refused"))
+    assert {file.name for file in tmp_path.iterdir()} == {"m.safetensors", "m.onnx", "other.safetensors"}
 
 
 def test_check_finds_the_model_from_any_directory(saved, monkeypatch):

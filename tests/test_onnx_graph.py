@@ -109,6 +109,24 @@ def test_types_of_strongly_typed_files(model, precision, products, norms):
     assert {types[value.name] for value in (*graph.input, *graph.output)} == {norms}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "mixed"])
+@pytest.mark.parametrize("height, width", [(40, 64), (None, None)])
+def test_convolutional_stem(precision, height, width):
+    """Batch norm is in the weights of the convolutions."""
+    model = random_model(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, conv_stem=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    graph = build_graph(model, height, width, precision=precision)
+    onnx.checker.check_model(graph, full_check=True)
+    counts = collections.Counter(node.op_type for node in graph.graph.node)
+    assert (counts["Conv"], counts["Relu"], counts["BatchNormalization"]) == (4, 3, 0)
+    image = torch.randn(2, 3, height or 48, width or 24)
+    outputs = run(graph, image.numpy().astype(np.float16 if precision == "fp16" else np.float32))
+    assert_equal(outputs, expected(model, image), precision)
+
+
 @pytest.mark.parametrize("opset, precision", [(18, "fp32"), (20, "mixed")])
 def test_any_size(model, opset, precision):
     """Position embeddings are interpolated in the graph as in torch, and unchanged at the learned size."""

@@ -414,17 +414,19 @@ def test_what_is_unknown_suggests_the_nearest(flags, words, capsys):
 @pytest.mark.parametrize("flags, expected", [
     ("", 10), ("--epochs 300", 10), ("--epochs 100", 10), ("--epochs 99", 10), ("--epochs 50", 5), ("--epochs 6", 1),
     ("--epochs 2", 1), ("--epochs 1", 0), ("--epochs 5 --warmup_epochs 10", 1), ("--epochs 20 --warmup_epochs 10", 10),
-    ("--epochs 5 --warmup_epochs 0", 0)])
+    ("--epochs 5 --warmup_epochs 0", 0), ("--epochs 100 --warmup_epochs 101", 10)])
 def test_warmup_shrinks_with_few_epochs(flags, expected, capsys):
     args = train.parse_args(["--device", "cpu", *flags.split()])
     assert args.warmup_epochs == expected
-    assert (f"NOTE: --warmup_epochs {expected} with" in capsys.readouterr().out) == (
-        args.epochs < 100 and ("warmup" not in flags or "--epochs 5 --warmup_epochs 10" in flags))
+    out, given = capsys.readouterr().out, int(flags.split()[-1]) if "warmup" in flags else None
+    is_noted = given > args.epochs if given is not None else args.epochs < 100
+    assert (f"NOTE: --warmup_epochs {expected} with --epochs {args.epochs}" in out) == is_noted
+    assert (f" for {given}, which are more\n" in out) == (is_noted and given is not None)
 
 
-@pytest.mark.parametrize("shuffle", ["full", pytest.param("blocks", marks=pytest.mark.slow)])
-def test_an_interrupted_run_equals_an_uninterrupted_one(small_shapes, tmp_path, monkeypatch, shuffle):
-    flags = f"--drop_path_rate 0.2 --epochs 3 --shuffle {shuffle}"
+@pytest.mark.parametrize("flags", ["", "--conv_stem", pytest.param("--shuffle blocks", marks=pytest.mark.slow)])
+def test_an_interrupted_run_equals_an_uninterrupted_one(small_shapes, tmp_path, monkeypatch, flags):
+    flags = f"--drop_path_rate 0.2 --epochs 3 {flags}"
     run(tmp_path / "whole", flags)
 
     class Killed(Exception):
@@ -619,6 +621,17 @@ def test_recipes_are_flags(path):
         assert args.auto == ()
     changed = {name: value for name, value in vars(args).items() if value != getattr(train.parse_args(base), name)}
     assert bool(changed) == (path.stem != "dino")
+
+
+def test_a_convolutional_stem_is_in_the_files_of_its_run(small_shapes, tmp_path, exit_message):
+    run(tmp_path, "--epochs 1 --conv_stem")
+    backbone, info = load_backbone(tmp_path / "teacher.safetensors")
+    assert info["backbone"]["conv_stem"] and backbone.patch_embed.stem[2].norm.num_batches_tracked == 4
+    with pytest.raises(CheckpointError, match="was trained with conv_stem True, not False"):
+        run(tmp_path, "--epochs 2")
+    for flags, message in (("--arch resnet18", "--conv_stem is for vit_tiny"),
+                           ("--patch_size 3 --global_crops_size 9 --local_crops_size 3", "not 3")):
+        assert message in exit_message(train.parse_args, ["--conv_stem", *flags.split()])
 
 
 def test_number_of_threads(small_shapes, tmp_path, restore_threads):

@@ -1,6 +1,8 @@
 import pytest
 import timm
 import torch
+from torchvision.models.vision_transformer import ConvStemConfig
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from vit import SIZES, VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
 
@@ -55,6 +57,30 @@ def test_layers_called_as_in_dinov2_equal_timm(n, norm):
         torch.testing.assert_close(cls, their_cls[:, 0], rtol=0, atol=1e-5)
         torch.testing.assert_close(b, a, rtol=0, atol=0)
         torch.testing.assert_close(tokens, torch.cat((cls[:, None], c), dim=1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("patch_size, widths", [(2, [48]), (8, [12, 24, 48]), (16, [6, 12, 24, 48])])
+def test_convolutional_stem_equals_torchvision(patch_size, widths):
+    """In training and with running statistics; names and order of the layers are the same."""
+    torch.manual_seed(0)
+    ours = VisionTransformer(32, patch_size, embed_dim=48, depth=1, num_heads=3, conv_stem=True)
+    theirs = TorchvisionViT(32, patch_size, num_layers=1, num_heads=3, hidden_dim=48, mlp_dim=48, conv_stem_configs=[
+        ConvStemConfig(width, kernel_size=3, stride=2) for width in widths]).conv_proj
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.patch_embed.state_dict().values(), strict=True)))
+    assert ours.patch_embed.proj.weight.std() > 0.05  # not of the standard deviation of linear layers, 0.02
+    for training in (True, True, False):
+        x = torch.randn(4, 3, 64, 32)
+        patches, expected = ours.train(training).embed_patches(x), theirs.train(training)(x)
+        torch.testing.assert_close(patches, expected.flatten(2).mT, rtol=0, atol=1e-5)
+    feature, attention = ours.forward_with_attention(x)
+    torch.testing.assert_close(ours(x), feature)
+    assert feature.shape == (4, 48) and attention.shape == (4, 3, 64 * 32 // patch_size**2)
+
+
+@pytest.mark.parametrize("patch_size", [1, 6, 14])
+def test_convolutional_stem_needs_a_power_of_two(patch_size):
+    with pytest.raises(ValueError, match=f"needs a patch_size of 2, 4, 8 ..., not {patch_size}"):
+        VisionTransformer(84, patch_size, embed_dim=48, depth=1, num_heads=3, conv_stem=True)
 
 
 @pytest.mark.parametrize("build, theirs", [(vit_tiny, "vit_tiny_patch16_224"), (vit_small, "vit_small_patch16_224"),

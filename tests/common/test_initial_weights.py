@@ -10,6 +10,7 @@ from timm.models import adapt_input_conv
 import train
 from common.checkpoint import load_checkpoint
 from common.initial_weights import CONTINUE, load_initial_weights, read_initial_weights, resample_embeddings
+from common.weights import save_model
 from dino_loss import DINOLoss
 from optim import build_optimizer, build_param_groups, decay_layers
 from train import Schedule, build_networks, train_step
@@ -185,6 +186,26 @@ def test_patch_embeddings_of_other_channels(before, after, how, capsys):
         a, b = (model.patch_embed.proj(x.expand(-1, model.in_chans, -1, -1)) for model in models)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         assert a.std() > 0.02 and len(kernel.unique()) >= 16 * min(before, after) * 64
+
+
+def test_weights_with_a_convolutional_stem(tmp_path, exit_message, capsys):
+    """They bring the flag; the first convolution takes other channels, another patch size is refused."""
+    sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    for stem in (True, False):
+        model = VisionTransformer(**sizes, conv_stem=stem)
+        save_model(tmp_path / f"{stem}.safetensors", model.state_dict(), dict(backbone=sizes | dict(conv_stem=stem)))
+    assert parse("--init", str(tmp_path / "True.safetensors")).conv_stem
+    for flags, message in (("True.safetensors --patch_size 4", "--patch_size 4: --init"),
+                           ("True.safetensors --conv_stem false", "--conv_stem False: --init"),
+                           ("False.safetensors --conv_stem", "--conv_stem True: --init")):
+        name, *flags = flags.split()
+        assert message in exit_message(parse, "--init", str(tmp_path / name), *flags)
+    before = read_initial_weights(str(tmp_path / "True.safetensors")).student["backbone"]
+    model = VisionTransformer(**sizes | dict(img_size=64), in_chans=1, conv_stem=True)
+    model.load_state_dict(resample_embeddings(before, model, print))
+    kernel = model.patch_embed.stem[0].conv.weight
+    torch.testing.assert_close(kernel, adapt_input_conv(1, before["patch_embed.stem.0.conv.weight"]))
+    assert "patch embedding of 3 channels summed to 1\n" in capsys.readouterr().out
 
 
 def test_learning_rates_decay_by_layer():

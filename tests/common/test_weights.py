@@ -45,6 +45,17 @@ def test_model_round_trip_keeps_weights_and_description(tmp_path, model):
     assert read == info | {"backbone": backbone, "mean": [0.5, 0.5, 0.5], "network": None}
 
 
+@pytest.mark.parametrize("wrap", [lambda weights: {"teacher": {f"backbone.{k}": v for k, v in weights.items()}},
+                                  lambda weights: {f"module.{k}": v for k, v in weights.items()}])
+def test_convolutional_stem_is_found_by_its_shapes(tmp_path, wrap):
+    torch.manual_seed(0)
+    model = VisionTransformer(**SMALL, in_chans=5, conv_stem=True)
+    model(torch.randn(4, 5, 32, 32))  # other statistics than those of a new one
+    torch.save(wrap(model.state_dict()), tmp_path / "w.pth")
+    loaded, info = load_backbone(tmp_path / "w.pth")
+    assert equal(loaded, model) and info["backbone"] == SMALL | dict(in_chans=5, mlp_ratio=4.0, conv_stem=True)
+
+
 def test_files_with_the_metadata_key_vit(tmp_path, model):
     save_model(tmp_path / "old.safetensors", model.state_dict(), {"vit": SMALL | {"num_heads": 4}, "arch": "vit_tiny"})
     loaded, info = load_backbone(tmp_path / "old.safetensors")
