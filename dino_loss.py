@@ -126,7 +126,10 @@ class MultiCropWrapper(nn.Module):
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """EMA of the student's parameters: teacher <- momentum * teacher + (1 - momentum) * student (section 3.1)."""
+    """EMA of the student's parameters: teacher <- momentum * teacher + (1 - momentum) * student (section 3.1).
+
+    Buffers of batch norm are not copied: the teacher has its own, of its forward passes in train mode.
+    """
     student_parameters = dict(student.named_parameters())
     names, parameters = zip(*teacher.named_parameters())
     torch._foreach_lerp_(parameters, [student_parameters[name] for name in names], 1 - momentum)

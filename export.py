@@ -238,8 +238,8 @@ def main(args):
         file = weights_file(ckpt, print)
         backbone, info, classifier = load_network(file, args.checkpoint_key)
         if backbone.conv_stem and args.format not in ("onnx", "safetensors"):
-            raise CheckpointError(f"--format {args.format}: other libraries have no vision transformer with this "
-                                  f"convolutional stem, use --format onnx or safetensors")
+            raise CheckpointError(f"--format {args.format}: the model has a convolutional stem, those of timm, "
+                                  f"transformers and the reference have none: use --format onnx or safetensors")
         ending, save = FORMATS.get(args.format, (args.format, None))
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
         if os.path.exists(output) and not is_remote(ckpt) and os.path.samefile(output, ckpt):

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
 END = 2**31 - 1  # of a Slice
@@ -56,10 +56,10 @@ class Graph:
         product = self.node("MatMul", f"{name}.product", x, self.constant(f"{name}.weight", weight.T, dtype))
         return self.node("Add", name, product, self.constant(f"{name}.bias", bias, dtype))
 
-    def conv(self, name, x, layer):
-        """Convolution of x [B, C, H, W] with the weight and bias of an nn.Conv2d."""
-        weight, bias = (self.constant(f"{name}.{part}", p) for part, p in layer.named_parameters())
-        return self.node("Conv", name, x, weight, bias, kernel_shape=layer.kernel_size, strides=layer.stride,
+    def conv(self, name, x, layer, weights):
+        """Convolution of x [B, C, H, W], of the sizes of an nn.Conv2d, with a weight and a bias."""
+        weights = (self.constant(f"{name}.{part}", p) for part, p in zip(("weight", "bias"), weights))
+        return self.node("Conv", name, x, *weights, kernel_shape=layer.kernel_size, strides=layer.stride,
                          pads=2 * layer.padding)
 
     def norm(self, name, x, layer, dtype):
@@ -158,11 +158,11 @@ def add_pixels(graph, layout, mean, std):
 
 def add_tokens(graph, backbone, image, sizes):
     """Image [B, C, H, W] -> tokens with their positions [B, 1+N, D]."""
-    D, x = backbone.embed_dim, image
+    D, x, projection = backbone.embed_dim, image, backbone.patch_embed.proj
     for i, layer in enumerate(backbone.patch_embed.stem if backbone.conv_stem else ()):
-        x = graph.conv(f"patch_embed.stem.{i}.conv", x, fuse_conv_bn_eval(layer.conv, layer.norm))
+        x = graph.conv(f"patch_embed.stem.{i}.conv", x, layer.conv, fuse_norm(layer.conv, layer.norm))
         x = graph.node("Relu", f"patch_embed.stem.{i}", x)
-    patches = graph.conv("patch_embed", x, backbone.patch_embed.proj)
+    patches = graph.conv("patch_embed", x, projection, projection.parameters())
     flat = graph.node("Reshape", "patch_embed.flat", patches, (0, D, -1))
     flat = graph.node("Transpose", "patch_embed.tokens", flat, perm=(0, 2, 1))
     if "rows" in sizes:
@@ -176,6 +176,12 @@ def add_tokens(graph, backbone, image, sizes):
         count = graph.node("Shape", "batch", image, start=0, end=1)
         cls = graph.node("Expand", "cls_tokens", cls, graph.node("Concat", "cls_token.shape", count, (1, D), axis=0))
     return graph.node("Concat", "tokens", cls, patches, axis=1)
+
+
+def fuse_norm(conv, norm):
+    """Weight and bias of a convolution with the running statistics, weight and bias of the batch norm behind it."""
+    return fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
+                                norm.bias)
 
 
 def add_positions(graph, backbone, patches):

@@ -91,7 +91,7 @@ def parse_args(argv=None, follow_run=True):
     add(model, "--embed_dim", None, "vit_*: width (default: the arch's)", positive_int)
     add(model, "--depth", None, "vit_*: number of blocks (default: the arch's)", positive_int)
     add(model, "--num_heads", None, "vit_*: attention heads (default: the arch's)", positive_int)
-    add_switch(model, "--conv_stem", "vit_*: embed patches by small convolutions; better in short runs on few images")
+    add_switch(model, "--conv_stem", "vit_*: convolutions before the patch embedding; learns faster; for this code")
     add(model, "--drop_path_rate", None, "stochastic depth (default: 0.1 for vit_*, else 0)", cli.fraction_below_one)
     add(model, "--out_dim", 65536, "prototypes K; 1024 to 4096 for some ten thousand images", positive_int)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive_int)
@@ -649,6 +649,7 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
     millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
     sizes = f"/{args.patch_size}: width {args.embed_dim}, {args.depth} blocks" if args.patch_size else \
         f": width {student.backbone.embed_dim}"
+    sizes += ", convolutional stem" * args.conv_stem
     outputs = f"embeddings of {args.out_dim} dimensions" if args.loss == "infonce" else f"{args.out_dim} prototypes"
     logger.print(f"{args.arch}{sizes}, {millions:.1f} M parameters; {outputs}; {args.precision} on {world_size} x "
                  f"{args.device}")
@@ -675,9 +676,9 @@ def print_results(run, data, args):
         names = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
         log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
         if better := [name for name in list(names)[:-1] if knn[name][0] >= knn[list(knn)[-1]][0]]:
-            log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs, "
-                f"--conv_stem, smaller --patch_size and --global_crops_size, a higher --lr, or --init with trained "
-                f"weights")
+            stem = ", --conv_stem" * (args.arch in SIZES and not args.conv_stem and not args.init)
+            log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs{stem}, "
+                f"smaller --patch_size and --global_crops_size, a higher --lr, or --init with trained weights")
     log(f"the run is in {args.output_dir}, the model in teacher.safetensors; next:")
     log(f"  python visualize.py run {quote(args.output_dir)}")
     if data.val is not None:

@@ -6,12 +6,13 @@
 
 Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", in the form that DINO uses: a CLS token, no classifier,
 LayerNorm eps 1e-6, bias on q, k and v. State-dict names and outputs equal those of the released DINO models, so their
-weights load unchanged. Needs torch only.
+weights load unchanged (not with a convolutional stem). Needs torch only.
 
 Shapes: B images of C channels and H x W pixels, patches of p x p pixels, N = H/p * W/p patches, width D.
 """
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -89,15 +90,14 @@ class Block(nn.Module):
 
 
 def build_conv_stem(in_chans, dim, patch_size):
-    """log2(p) convolutions of 3 x 3 pixels and stride 2, with batch norm and ReLU: [B, C, H, W] -> [B, D, H/p, W/p].
+    """log2(p) convolutions of stride 2, with batch norm and ReLU: [B, C, H, W] -> [B, D, H/p, W/p].
 
-    The channels double from one to the next, up to D (Xiao et al. 2021, "Early Convolutions Help Transformers See
-    Better", section 4).
+    Xiao et al. 2021, "Early Convolutions Help Transformers See Better", who leave out a block in exchange.
     """
-    widths = [in_chans, *(-(-dim * 2**i // patch_size) for i in range(1, patch_size.bit_length()))]
+    widths = [math.ceil(dim * 2**i / patch_size) for i in range(1, patch_size.bit_length())]  # D/4, D/2, D for p = 8
     return nn.Sequential(*(nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(width, next_width, 3, 2, 1, bias=False), norm=nn.BatchNorm2d(next_width), act=nn.ReLU()))
-        for width, next_width in itertools.pairwise(widths)))
+        conv=nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False), norm=nn.BatchNorm2d(after),
+        act=nn.ReLU())) for before, after in itertools.pairwise([in_chans, *widths])))
 
 
 class VisionTransformer(nn.Module):
@@ -109,7 +109,8 @@ class VisionTransformer(nn.Module):
         patch_size: pixels; height and width of every input must be multiples of it.
         drop_path_rate: stochastic depth in training: probability, per sample, of dropping a branch of the last block;
             it rises linearly from 0 in the first (Huang et al. 2016, section 3).
-        conv_stem: embed patches by `build_conv_stem` and a linear layer, not by a linear layer alone.
+        conv_stem: `build_conv_stem` before the linear layer that embeds patches. Its batch norm needs eval mode for
+            inference; a teacher stays in train mode, with statistics of its own; DDP wants nn.SyncBatchNorm.
 
     Raises:
         ValueError: img_size is not a multiple of patch_size, or embed_dim not of num_heads; or a convolutional stem for
@@ -239,12 +240,10 @@ class VisionTransformer(nn.Module):
         return tokens + self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size)
 
     def embed_patches(self, x):
-        """Images [B, C, H, W] -> patch embeddings [B, N, D]; without a stem the convolution `proj` as one product.
-
-        A GPU is slow at a convolution with such a kernel in half precision.
-        """
+        """Images [B, C, H, W] -> patch embeddings [B, N, D]."""
         if self.conv_stem:
             return self.patch_embed(x).flatten(2).transpose(1, 2)
+        # as one product: a GPU is slow at a convolution with such a kernel in half precision
         p, proj = self.patch_size, self.patch_embed.proj
         patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
         return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)

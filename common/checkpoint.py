@@ -241,6 +241,8 @@ class Run:
             order = state["fixed"].setdefault("shuffle", "randperm")
             if (order, self.fixed["shuffle"]) == ("randperm", "full"):
                 self.fixed["shuffle"] = order
+        if "conv_stem" in self.fixed:  # before this flag there was none
+            state["fixed"].setdefault("conv_stem", False)
         if "evaluated" in self.progress:  # supervised training that began before this was saved evaluates once more
             state["progress"].setdefault("evaluated", 0)
         for name, value in state["fixed"].items():

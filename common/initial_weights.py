@@ -148,9 +148,9 @@ def load_initial_weights(weights: InitialWeights, student: nn.Module, teacher: n
                          log: Callable[[str], object] = print) -> None:
     """Copy weights into student and teacher (MultiCropWrapper) and DINOLoss.
 
-    Patch and position embeddings are resampled for another patch or image size, and the patch embedding is summed or
-    repeated for another number of channels. Without heads, or for a predictor that the file does not have, what the
-    networks hold stays.
+    Patch and position embeddings are resampled for another patch (without a convolutional stem) or image size, and the
+    patch embedding is summed or repeated for another number of channels. Without heads, or for a predictor that the
+    file does not have, what the networks hold stays.
 
     Raises:
         CheckpointError: tensors of other shapes.

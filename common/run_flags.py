@@ -58,8 +58,8 @@ def fill_in_arch(parser, args):
 def check_patch_size(args):
     """What is wrong with the patch size of a vision transformer, for its crops or a convolutional stem; "" if nothing.
     """
-    if args.conv_stem and args.patch_size not in (2, 4, 8, 16, 32):
-        return f"--conv_stem needs a --patch_size of 2, 4, 8, 16 or 32, not {args.patch_size}"
+    if args.conv_stem and (args.patch_size < 2 or args.patch_size & (args.patch_size - 1)):
+        return f"--conv_stem needs a --patch_size of 2, 4, 8 ..., not {args.patch_size}"
     names = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
     return "".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
                    for name in names if args.arch in SIZES and getattr(args, name) % args.patch_size)

@@ -88,16 +88,20 @@ def test_torchvision_stochastic_depth_is_scaled():
         HeadlessClassifier("resnet18", 32, 0.3)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_sync_batchnorm_keeps_names_and_outputs(arch):
-    _, teacher = build_networks(dict(arch=arch, img_size=32), dict(out_dim=8, hidden_dim=8, use_bn=True))
+STEM = dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, conv_stem=True)
+
+
+@pytest.mark.parametrize("arguments", [*(dict(arch=arch, img_size=32) for arch in ARCHS), STEM],
+                         ids=[*ARCHS, "convolutional stem"])
+def test_sync_batchnorm_keeps_names_and_outputs(arguments):
+    _, teacher = build_networks(arguments, dict(out_dim=8, hidden_dim=8, use_bn=True))
     x = torch.randn(2, 3, 32, 32)
     before = teacher.eval()([x])
     state = list(teacher.state_dict())
     converted = convert_sync_batchnorm(teacher)
     kinds = [type(module).__name__ for module in converted.modules() if hasattr(module, "running_mean")]
     assert torch.equal(converted([x]), before) and list(converted.state_dict()) == state
-    assert kinds and all("Sync" in kind for kind in kinds)
+    assert len(kinds) > 2 and all("Sync" in kind for kind in kinds)  # two are of the head
 
 
 def test_headless_classifier_is_compiled_as_a_whole():
@@ -109,9 +113,9 @@ def test_headless_classifier_is_compiled_as_a_whole():
 
 BROADCAST = """
 import torch, torch.distributed as dist
-from backbones import HeadlessClassifier, broadcast_buffers
+from backbones import build_backbone, broadcast_buffers
 torch.manual_seed(0)
-backbone = HeadlessClassifier("resnet18", 32)
+backbone = build_backbone({arguments})
 dist.init_process_group("gloo")
 torch.manual_seed(dist.get_rank())
 backbone.train()(torch.randn(2, 3, 32, 32))
@@ -126,8 +130,9 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_broadcast_buffers_gives_all_ranks_the_statistics_of_rank_0(run_torchrun):
-    run_torchrun(2, BROADCAST)
+@pytest.mark.parametrize("arguments", [dict(arch="resnet18", img_size=32), STEM])
+def test_broadcast_buffers_gives_all_ranks_the_statistics_of_rank_0(run_torchrun, arguments):
+    run_torchrun(2, BROADCAST.format(arguments=arguments))
 
 
 def test_mismatched_file_allocates_nothing(tmp_path, monkeypatch):

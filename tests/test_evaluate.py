@@ -646,6 +646,23 @@ def test_stopped_evaluation_is_repeated(trained, monkeypatch):
     assert (output / "classifier.safetensors").exists() and read_evaluations() == expected
 
 
+def test_linear_keeps_the_statistics_of_a_convolutional_stem_and_finetune_trains_them(trained):
+    _, path, _ = trained
+    sizes = VIT | dict(conv_stem=True)
+    model = VisionTransformer(**sizes)
+    model(torch.randn(4, 3, 32, 32))  # other statistics than those of a new one
+    save_model(path, {f"backbone.{k}": v for k, v in model.state_dict().items()}, dict(
+        arch="vit_tiny", backbone=sizes, data_path="images"))
+    name = "backbone.patch_embed.stem.0.norm.running_mean"
+    for task, is_kept in (("linear", True), ("finetune", False)):
+        output = path.with_name(f"teacher.{task}.images")
+        result = train(task, "--epochs", "1", "--lr", "0.01", output=output)
+        after = load_file(output / "classifier.safetensors")
+        assert torch.equal(after[name], model.patch_embed.stem[0].norm.running_mean) == is_kept
+        before = result["top1"]
+        assert train(task, "--test_only", output=output)["top1"] == before
+
+
 SCRIPT = """
 import contextlib, io, json, os
 import torch.distributed as dist

@@ -630,7 +630,7 @@ def test_a_convolutional_stem_is_in_the_files_of_its_run(small_shapes, tmp_path,
     with pytest.raises(CheckpointError, match="was trained with conv_stem True, not False"):
         run(tmp_path, "--epochs 2")
     for flags, message in (("--arch resnet18", "--conv_stem is for vit_tiny"),
-                           ("--patch_size 3 --global_crops_size 9 --local_crops_size 3", "not 3")):
+                           ("--patch_size 3 --global_crops_size 9 --local_crops_size 3", "a --patch_size of 2, 4, ")):
         assert message in exit_message(train.parse_args, ["--conv_stem", *flags.split()])
 
 
@@ -663,9 +663,11 @@ def test_flags_reach_loss_and_head(small_shapes, tmp_path, monkeypatch):
 def test_a_run_older_than_a_flag_resumes(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 1")
     state = load_checkpoint(tmp_path / "checkpoint.pth")
-    for name in ("head_layers", "bottleneck_dim", "l2_bottleneck", "predictor"):
+    for name in ("head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "conv_stem"):
         del state["fixed"][name]
     save_checkpoint(tmp_path / "checkpoint.pth", 1, **state)
+    with pytest.raises(CheckpointError, match="was trained with conv_stem False, not True"):
+        run(tmp_path, "--epochs 2 --conv_stem")
     run(tmp_path, "--epochs 2")
     assert "resuming at step 4 of 8" in capsys.readouterr().out and len(losses(tmp_path)) == 8
 

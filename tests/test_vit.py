@@ -61,7 +61,7 @@ def test_layers_called_as_in_dinov2_equal_timm(n, norm):
 
 @pytest.mark.parametrize("patch_size, widths", [(2, [48]), (8, [12, 24, 48]), (16, [6, 12, 24, 48])])
 def test_convolutional_stem_equals_torchvision(patch_size, widths):
-    """In training and with running statistics; names and order of the layers are the same."""
+    """In training and with running statistics; the order of the layers is the same."""
     torch.manual_seed(0)
     ours = VisionTransformer(32, patch_size, embed_dim=48, depth=1, num_heads=3, conv_stem=True)
     theirs = TorchvisionViT(32, patch_size, num_layers=1, num_heads=3, hidden_dim=48, mlp_dim=48, conv_stem_configs=[

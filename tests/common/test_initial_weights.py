@@ -188,13 +188,16 @@ def test_patch_embeddings_of_other_channels(before, after, how, capsys):
         assert a.std() > 0.02 and len(kernel.unique()) >= 16 * min(before, after) * 64
 
 
-def test_weights_with_a_convolutional_stem(tmp_path, exit_message, capsys):
-    """They bring the flag; the first convolution takes other channels, another patch size is refused."""
+def test_weights_with_a_convolutional_stem(small_shapes, tmp_path, exit_message, capsys):
+    """They bring the flag, which a resumed run keeps; another patch size is refused, other channels are converted."""
     sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
     for stem in (True, False):
         model = VisionTransformer(**sizes, conv_stem=stem)
         save_model(tmp_path / f"{stem}.safetensors", model.state_dict(), dict(backbone=sizes | dict(conv_stem=stem)))
-    assert parse("--init", str(tmp_path / "True.safetensors")).conv_stem
+    flags = ["--init", str(tmp_path / "True.safetensors"), "--output_dir", str(tmp_path / "run"), "--num_workers", "0",
+             "--out_dim", "8", "--hidden_dim", "8", "--knn_every", "0"]
+    train.main(parse(*flags, "--epochs", "1"))
+    assert parse(*flags).conv_stem  # of the run, which would be resumed; before, of the weights
     for flags, message in (("True.safetensors --patch_size 4", "--patch_size 4: --init"),
                            ("True.safetensors --conv_stem false", "--conv_stem False: --init"),
                            ("False.safetensors --conv_stem", "--conv_stem True: --init")):
