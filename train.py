@@ -91,7 +91,7 @@ def parse_args(argv=None, follow_run=True):
     add(model, "--embed_dim", None, "vit_*: width (default: the arch's)", positive_int)
     add(model, "--depth", None, "vit_*: number of blocks (default: the arch's)", positive_int)
     add(model, "--num_heads", None, "vit_*: attention heads (default: the arch's)", positive_int)
-    add_switch(model, "--conv_stem", "vit_*: convolutions before the patch embedding; learns faster; for this code")
+    add_switch(model, "--conv_stem", "vit_*: convolutional stem: learns faster, but no other library reads the model")
     add(model, "--drop_path_rate", None, "stochastic depth (default: 0.1 for vit_*, else 0)", cli.fraction_below_one)
     add(model, "--out_dim", 65536, "prototypes K; 1024 to 4096 for some ten thousand images", positive_int)
     add(model, "--hidden_dim", 2048, "width of the projection head; less for narrow backbones", positive_int)
