@@ -287,14 +287,14 @@ def identify_classifier(weights):
 def infer_vit_arguments(weights):
     """Arguments of VisionTransformer from the shapes of its weights, assuming 64 channels per head."""
     embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
-    convs = sum(re.fullmatch(r"patch_embed\.stem\.\d+\.conv\.weight", name) is not None for name in weights)
-    if convs:
-        in_chans, patch_size = weights["patch_embed.stem.0.conv.weight"].shape[1], 2**convs
+    stem = [name for name in weights if re.fullmatch(r"patch_embed\.stem\.\d+\.conv\.weight", name)]
+    if stem:
+        in_chans, patch_size = weights["patch_embed.stem.0.conv.weight"].shape[1], 2 ** len(stem)
     depth = len({match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))})
     side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
     return dict(img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
-                num_heads=embed_dim // 64, mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim
-                ) | ({"conv_stem": True} if convs else {})
+                num_heads=embed_dim // 64, mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+                **{"conv_stem": True} if stem else {})
 
 
 def build_with_weights(arguments, weights):

@@ -155,27 +155,10 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
                            world_size=world_size, shuffle=run.fixed["shuffle"])
     loader = build_train_loader(images, crops, keys, args.seed, args.num_workers, pin_memory=device.type == "cuda")
     batches, signals = iter_on_device(loader, crops, device), StopSignals()
-
-    def finish_epoch(step):
-        """At an epoch boundary, evaluate where due, unless an earlier process did."""
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if step_in_epoch or step == total_steps or not args.val_freq or epoch % args.val_freq or \
-                epoch <= run.progress["evaluated"]:
-            return
-        broadcast_buffers(network.eval())
-        metrics = evaluate()
-        network.train()
-        run.progress["evaluated"] = epoch
-        logger.log(dict(epoch=epoch - 1) | metrics)
-        words = (f"{name.replace('_', ' ').replace('top1', 'top-1').replace('miou', 'mIoU')} {metrics[name]:.2f}%"
-                 for name in metrics)
-        logger.print(f"epoch {epoch - 1}: {', '.join(words)}")
-        logger.reset_timer()
-
     logger.start_progress(first_step, total_steps)
     completed = first_step
     try:
-        finish_epoch(first_step)
+        finish_epoch(first_step, steps_per_epoch, network, evaluate, run, args)
         for step in range(first_step, total_steps):
             epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
             is_last = step + 1 == total_steps
@@ -206,8 +189,7 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
                                      **logger.throughput(global_batch_size, total_steps - step - 1),
                                      corrupt_images=len(logger.corrupt_images)),
                                 args.epochs, ["loss {loss:.3f}", "lr {lr:.1e}"])
-            if is_epoch_end:
-                finish_epoch(completed)
+            finish_epoch(completed, steps_per_epoch, network, evaluate, run, args)
             if is_last or is_save_step:
                 run.save(completed)
     except StopRequested as stop:
@@ -218,6 +200,23 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
     logger.close()
     broadcast_buffers(network.eval())
     return len(logger.corrupt_images)
+
+
+def finish_epoch(step, steps_per_epoch, network, evaluate, run, args):
+    """At an epoch boundary but the last, evaluate where due, unless an earlier process did."""
+    epoch, step_in_epoch = divmod(step, steps_per_epoch)
+    is_due = not step_in_epoch and args.val_freq and epoch % args.val_freq == 0 and epoch < args.epochs
+    if not is_due or epoch <= run.progress["evaluated"]:
+        return
+    broadcast_buffers(network.eval())
+    metrics = evaluate()
+    network.train()
+    run.progress["evaluated"] = epoch
+    run.logger.log(dict(epoch=epoch - 1) | metrics)
+    words = (f"{name.replace('_', ' ').replace('top1', 'top-1').replace('miou', 'mIoU')} {metrics[name]:.2f}%"
+             for name in metrics)
+    run.logger.print(f"epoch {epoch - 1}: {', '.join(words)}")
+    run.logger.reset_timer()
 
 
 # ---- training and testing ----
