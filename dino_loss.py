@@ -1,4 +1,4 @@
-"""DINO objective: projection head, multi-crop forward, loss with centering, EMA teacher, schedules.
+"""DINO objective: projection head, multi-crop forward, loss with centering, KoLeo, EMA teacher, schedules.
 
     student = MultiCropWrapper(backbone, DINOHead(in_dim=384, out_dim=65536))
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -118,10 +118,16 @@ class MultiCropWrapper(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        """V tensors [B, C, s, s] -> logits [V*B, K], view-major. Crops of equal size must be neighbors."""
+    def forward(self, crops: list[Tensor], return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """V tensors [B, C, s, s] -> logits [V*B, K], view-major. Crops of equal size must be neighbors.
+
+        Args:
+            return_features: return the backbone's features too, (logits, [V*B, D]).
+        """
         batches = [torch.cat(list(group)) for _, group in itertools.groupby(crops, key=lambda crop: crop.shape)]
-        return self.head(torch.cat([self.backbone(batch) for batch in batches]))
+        features = torch.cat([self.backbone(batch) for batch in batches])
+        logits = self.head(features)
+        return (logits, features) if return_features else logits
 
 
 @torch.no_grad()
@@ -313,6 +319,25 @@ def contrast(student: Tensor, keys: Tensor, queue: Tensor, temp: float) -> Tenso
         negative = (queries @ queue.T / temp).logsumexp(dim=-1)  # [V, B]
         losses = F.softplus(negative - positive)
         return (losses.sum() - losses.diagonal().sum()) / (student.shape[1] * (2 * len(student) - 2))
+
+
+def koleo_loss(features: Tensor) -> Tensor:
+    """KoLeo regularizer: [M, D] features of M images -> scalar; it spreads them over the unit sphere.
+
+    Kozachenko-Leonenko estimate of the negative entropy, up to a constant: mean of -log of each normalized feature's
+    distance to its nearest neighbor (Sablayrolles et al. 2019, section 3.1). DINOv2 adds it, with a weight of 0.1, for
+    each global crop's CLS features (Oquab et al. 2023, section 4).
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(features) < 2:
+        raise ValueError(f"KoLeo needs the features of two images or more, not of {len(features)}")
+    x = F.normalize(features.float(), dim=-1)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        nearest = (x @ x.T).fill_diagonal_(-2).argmax(dim=-1)
+    distance = torch.linalg.vector_norm(x - x[nearest], dim=-1)
+    return -distance.clamp(min=1e-4).log().mean()  # closer: the same image twice, and a gradient of 1 / distance
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -66,7 +66,15 @@ from data.loaders import (
     measure_normalization,
 )
 from data.shapes import Shapes
-from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, cosine_schedule, teacher_temp_schedule, update_teacher
+from dino_loss import (
+    DINOHead,
+    DINOLoss,
+    MultiCropWrapper,
+    cosine_schedule,
+    koleo_loss,
+    teacher_temp_schedule,
+    update_teacher,
+)
 from evaluation.masks import threshold_attention
 from evaluation.online import detect_collapse, evaluate_online, pixel_features
 from optim import build_optimizer, build_param_groups, clip_gradients, decay_layers
@@ -124,6 +132,8 @@ def parse_args(argv=None, follow_run=True):
         nonnegative_int)
     add(optim, "--weight_decay", 0.04, "initial weight decay, of matrices only", nonnegative_float)
     add(optim, "--weight_decay_end", 0.4, "final weight decay, cosine schedule", nonnegative_float)
+    add(optim, "--koleo_loss_weight", 0.0, "weight of KoLeo, which spreads the features of a batch (DINOv2: 0.1)",
+        nonnegative_float)
     add(optim, "--clip_grad", 3.0, "maximal gradient norm, 0 disables clipping", nonnegative_float)
     add(optim, "--freeze_last_layer", 1, "epochs with the last layer frozen; raise if unstable", nonnegative_int)
 
@@ -453,12 +463,13 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
         student: MultiCropWrapper, or DistributedDataParallel around it.
         scaler: torch.amp.GradScaler, enabled for fp16 only.
         micro_batches: for each, a list of V crop tensors [B, C, s, s], the two global crops first.
-        args: precision, clip_grad and clip_mode.
+        args: precision, koleo_loss_weight, clip_grad and clip_mode.
         finite: 0-dim bool tensor, set to False in place once a loss or (but for fp16) a gradient is not finite.
         log: also return the teacher's entropies, which takes one more pass over its logits.
 
     Returns:
-        [1] or [3] on the device, of this rank, in nats: the loss, and the two of DINOLoss.teacher_entropy.
+        [1] or [3] on the device, of this rank, in nats: the loss without KoLeo, and the two of
+        DINOLoss.teacher_entropy.
     """
     network, stats, temp = getattr(student, "module", student), [], schedule.teacher_temp
     with cast_weights(teacher, args.precision), cast_weights(network, args.precision):
@@ -468,12 +479,16 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
                 with autocast(crops[0].device, args.precision):
                     with torch.no_grad():
                         teacher_logits = teacher(crops[:2])
-                    student_logits = student(crops)
+                    student_logits, features = student(crops, return_features=True)
                 entropies = dino_loss.teacher_entropy(teacher_logits, temp) if log else ()
                 loss = dino_loss(student_logits, teacher_logits, temp, update_center=False, overwrite=True)
+                total = loss
+                if args.koleo_loss_weight:
+                    global_features = features.unflatten(0, (len(crops), -1))[:2]
+                    total = loss + args.koleo_loss_weight * sum(map(koleo_loss, global_features))
                 if is_last:
                     dino_loss.reduce_center()  # overlaps with backward
-                scaler.scale(loss / len(micro_batches)).backward()
+                scaler.scale(total / len(micro_batches)).backward()
             stats.append(torch.stack((loss.detach(), *entropies)))
             finite &= loss.detach().isfinite()
 
@@ -613,6 +628,8 @@ def pretrain(args, data, rank, world_size, device):
     crops = MultiCropDataset(data.train, build_multicrop(args, **image_format(args)), args.seed)
     args.batch_size_per_gpu = estimate.fit_batch_size(objects["student"], objects["teacher"], lambda i: crops[0, i],
                                                       len(data.train), args, device, memory, logger.print)
+    if args.koleo_loss_weight and args.batch_size_per_gpu == 1:
+        raise DataError("--koleo_loss_weight compares the images of a batch, which has one: raise --batch_size_per_gpu")
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     total_steps = args.epochs * (len(data.train) // global_batch_size)
     if total_steps == 0:

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from sklearn.neighbors import NearestNeighbors
 
 import dino_loss
 from dino_loss import (
@@ -10,6 +11,7 @@ from dino_loss import (
     DINOLoss,
     MultiCropWrapper,
     cosine_schedule,
+    koleo_loss,
     sinkhorn,
     teacher_temp_schedule,
     update_teacher,
@@ -209,6 +211,9 @@ def test_crops_of_several_sizes_are_view_major():
     logits = network(crops)
     assert passes == [6, 9]  # one forward pass per size
     close(logits, torch.cat([network.head(backbone(crop)) for crop in crops]))
+    logits, features = network(crops, return_features=True)
+    close(features, torch.cat([backbone(crop) for crop in crops]))
+    close(logits, network.head(features))
 
 
 def test_the_teacher_is_an_ema_of_the_student():
@@ -228,6 +233,31 @@ def test_parameters_of_the_student_alone_are_ignored():
     teacher = torch.nn.ModuleDict(dict(a=torch.nn.Linear(2, 2)))
     update_teacher(teacher, student, 0.0)
     assert torch.equal(teacher["a"].weight, student["a"].weight)
+
+
+# ---- KoLeo ----
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_koleo_equals_its_definition(dtype):
+    torch.manual_seed(0)
+    features = (torch.randn(40, 16) + torch.randn(16)).to(dtype).requires_grad_()
+    exact = features.detach().double().requires_grad_()
+    x = exact / exact.norm(dim=1, keepdim=True)
+    nearest = NearestNeighbors(n_neighbors=1).fit(x.detach()).kneighbors(return_distance=False)[:, 0]
+    expected = -(x - x[nearest]).norm(dim=1).log().mean()
+    expected.backward()
+    value = koleo_loss(features)
+    value.backward()
+    close(value.double(), expected, atol=1e-6)
+    close(features.grad.double(), exact.grad, atol={torch.float32: 1e-7, torch.bfloat16: 1e-3}[dtype])
+
+
+def test_koleo_of_images_that_are_in_a_batch_twice():
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    koleo_loss(features).backward()
+    assert features.grad[:2].abs().max() < 1  # of the third image's distance alone
+    with pytest.raises(ValueError, match="two images or more, not of 1"):
+        koleo_loss(torch.randn(1, 4))
 
 
 # ---- Sinkhorn-Knopp and batch softmax ----

@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import itertools
 import json
@@ -29,7 +30,7 @@ from data.datasets import DataError
 from data.images import read_image
 from data.loaders import center_crop_view
 from data.shapes import Shapes
-from dino_loss import DINOHead, DINOLoss, MultiCropWrapper
+from dino_loss import DINOHead, DINOLoss, MultiCropWrapper, koleo_loss
 from optim import build_optimizer, build_param_groups
 from plotting.curves import read_log
 from train import build_networks, compile_blocks, compute_schedule, train_step
@@ -139,6 +140,27 @@ def test_the_other_teachers_of_the_paper(kind):
         assert not torch.equal(students[-1], students[-2])
         expected = {"student": step + 1, "previous_step": step, "previous_epoch": (step + 1) // 3 * 3}[kind]
         assert torch.equal(weights(teacher), students[expected])
+
+
+def test_koleo_is_of_the_features_of_each_global_crop():
+    args = train.parse_args([*TINY, *"--koleo_loss_weight 0.5 --clip_grad 0 --weight_decay 0 --lr 0.1".split()])
+    student, teacher = build(args)
+    optimizer, schedule = build_optimizer("sgd", build_param_groups(student)), compute_schedule(5, 3, 256, args)
+    crops = [torch.randn(4, 3, s, s) for s in (32, 32, 16)]
+    expected = copy.deepcopy(student)
+    loss = DINOLoss(64)(expected(crops), teacher(crops[:2]), schedule.teacher_temp)
+    first, second = (expected.backbone(crop) for crop in crops[:2])
+    (loss + 0.5 * (koleo_loss(first) + koleo_loss(second))).backward()
+    stats = train_step(student, teacher, DINOLoss(64), optimizer, no_scaler(), [crops], schedule, args,
+                       torch.tensor(True))
+    torch.testing.assert_close(stats, loss.detach()[None])
+    for p, q in zip(student.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q if q.grad is None else q - schedule.lr * q.grad)
+
+
+def test_koleo_of_a_single_image_is_refused(small_shapes, tmp_path):
+    with pytest.raises(DataError, match="--koleo_loss_weight compares the images of a batch"):
+        run(tmp_path, "--koleo_loss_weight 0.1 --batch_size_per_gpu 1")
 
 
 @pytest.mark.parametrize("precision, bad, expected", [
