@@ -241,12 +241,15 @@ class VisionTransformer(nn.Module):
 
     def embed_patches(self, x):
         """Images [B, C, H, W] -> patch embeddings [B, N, D]."""
-        if self.conv_stem:  # with channels last convolutions take less time, and the transpose none
-            return self.patch_embed(x.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
-        # as one product: a GPU is slow at a convolution with such a kernel in half precision
         p, proj = self.patch_size, self.patch_embed.proj
-        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
-        return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
+        if self.conv_stem:  # with channels last convolutions take less time, and the transpose none
+            x = self.patch_embed.stem(x.contiguous(memory_format=torch.channels_last))
+            patches = x.permute(0, 2, 3, 1)  # [B, H/p, W/p, D]
+        else:
+            x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
+            patches = x.flatten(3)
+        # as one product: a GPU is slow at a convolution with such a kernel in half precision
+        return F.linear(patches.flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
     def interpolate_pos_encoding(self, rows: int, cols: int) -> Tensor:
         """Position embedding for a grid of rows x cols patches, [1, 1 + rows*cols, D]; bicubic, not antialiased."""

@@ -77,6 +77,14 @@ def test_convolutional_stem_equals_torchvision(patch_size, widths):
     assert feature.shape == (4, 48) and attention.shape == (4, 3, 64 * 32 // patch_size**2)
 
 
+def test_gradients_of_the_convolutional_stem_have_the_layout_of_its_weights():
+    """DistributedDataParallel warns of another and copies them."""
+    model = VisionTransformer(32, 8, embed_dim=128, depth=1, num_heads=2, conv_stem=True)
+    model(torch.randn(64, 3, 32, 32)).sum().backward()
+    for name, p in model.patch_embed.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
 @pytest.mark.parametrize("patch_size", [1, 6, 14])
 def test_convolutional_stem_needs_a_power_of_two(patch_size):
     with pytest.raises(ValueError, match=f"needs a patch_size of 2, 4, 8 ..., not {patch_size}"):
