@@ -132,7 +132,7 @@ def parse_args(argv=None, follow_run=True):
         nonnegative_int)
     add(optim, "--weight_decay", 0.04, "initial weight decay, of matrices only", nonnegative_float)
     add(optim, "--weight_decay_end", 0.4, "final weight decay, cosine schedule", nonnegative_float)
-    add(optim, "--koleo_loss_weight", 0.0, "weight of KoLeo, which spreads the features of a batch (DINOv2: 0.1)",
+    add(optim, "--koleo_loss_weight", 0.0, "weight of the KoLeo regularizer, which spreads features; DINOv2: 0.1",
         nonnegative_float)
     add(optim, "--clip_grad", 3.0, "maximal gradient norm, 0 disables clipping", nonnegative_float)
     add(optim, "--freeze_last_layer", 1, "epochs with the last layer frozen; raise if unstable", nonnegative_int)
@@ -465,11 +465,11 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
         micro_batches: for each, a list of V crop tensors [B, C, s, s], the two global crops first.
         args: precision, koleo_loss_weight, clip_grad and clip_mode.
         finite: 0-dim bool tensor, set to False in place once a loss or (but for fp16) a gradient is not finite.
-        log: also return the teacher's entropies, which takes one more pass over its logits.
+        log: also return the teacher's entropies, which takes one more pass over its logits, and KoLeo.
 
     Returns:
-        [1] or [3] on the device, of this rank, in nats: the loss without KoLeo, and the two of
-        DINOLoss.teacher_entropy.
+        [1] or [4] on the device, of this rank, in nats: the loss without KoLeo; the two of DINOLoss.teacher_entropy;
+        KoLeo before its weight, 0 if that is 0.
     """
     network, stats, temp = getattr(student, "module", student), [], schedule.teacher_temp
     with cast_weights(teacher, args.precision), cast_weights(network, args.precision):
@@ -482,15 +482,15 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
                     student_logits, features = student(crops, return_features=True)
                 entropies = dino_loss.teacher_entropy(teacher_logits, temp) if log else ()
                 loss = dino_loss(student_logits, teacher_logits, temp, update_center=False, overwrite=True)
-                total = loss
+                koleo, total = torch.zeros_like(loss), loss
                 if args.koleo_loss_weight:
-                    global_features = features.unflatten(0, (len(crops), -1))[:2]
-                    total = loss + args.koleo_loss_weight * sum(map(koleo_loss, global_features))
+                    koleo = sum(map(koleo_loss, features.unflatten(0, (len(crops), -1))[:2]))  # of each global crop
+                    total = loss + args.koleo_loss_weight * koleo
                 if is_last:
                     dino_loss.reduce_center()  # overlaps with backward
                 scaler.scale(total / len(micro_batches)).backward()
-            stats.append(torch.stack((loss.detach(), *entropies)))
-            finite &= loss.detach().isfinite()
+            stats.append(torch.stack((loss, *entropies, koleo) if log else (loss,)).detach())
+            finite &= total.detach().isfinite()
 
     for group in optimizer.param_groups:
         group["lr"] = schedule.lr * group["lr_scale"]
@@ -576,7 +576,7 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
     """Average the statistics of a step over the ranks, log and print them."""
     if distributed.get_world_size() > 1:
         dist.all_reduce(stats)
-    loss, entropy, marginal_entropy = (stats / distributed.get_world_size()).tolist()
+    loss, entropy, marginal_entropy, koleo = (stats / distributed.get_world_size()).tolist()
     ln_k, kl = math.log(args.out_dim), loss - entropy if args.loss == "ce" else math.nan
     if args.loss == "infonce":  # of embeddings, not of distributions over prototypes
         ln_k = entropy = marginal_entropy = math.nan
@@ -588,7 +588,10 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
                   **run.logger.throughput(run.fixed["global_batch_size"], total_steps - step - 1),
                   corrupt_images=len(run.logger.corrupt_images), loss_scale=run.objects["scaler"].get_scale())
     fields = ["loss {loss:.3f}", "(ln K {ln_k:.2f})", "entropy {teacher_entropy:.2f}", "kl {kl:.3f}", "lr {lr:.1e}"]
-    hidden = {"mse": ("kl",), "infonce": ("(ln K", "entropy", "kl")}.get(args.loss, ())
+    hidden = {"mse": ("kl",), "infonce": ("(ln K", "entropy", "kl ")}.get(args.loss, ())
+    if args.koleo_loss_weight:
+        record["koleo"] = koleo
+        fields.insert(4, "koleo {koleo:.2f}")
     run.logger.log_step(record, args.epochs, [x for x in fields if not x.startswith(hidden)])
 
 
@@ -629,7 +632,7 @@ def pretrain(args, data, rank, world_size, device):
     args.batch_size_per_gpu = estimate.fit_batch_size(objects["student"], objects["teacher"], lambda i: crops[0, i],
                                                       len(data.train), args, device, memory, logger.print)
     if args.koleo_loss_weight and args.batch_size_per_gpu == 1:
-        raise DataError("--koleo_loss_weight compares the images of a batch, which has one: raise --batch_size_per_gpu")
+        raise DataError("--koleo_loss_weight compares the images of a batch: --batch_size_per_gpu 1 must be 2 or more")
     global_batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     total_steps = args.epochs * (len(data.train) // global_batch_size)
     if total_steps == 0:

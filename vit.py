@@ -241,14 +241,16 @@ class VisionTransformer(nn.Module):
 
     def embed_patches(self, x):
         """Images [B, C, H, W] -> patch embeddings [B, N, D]."""
-        p, proj = self.patch_size, self.patch_embed.proj
-        if self.conv_stem:  # with channels last convolutions take less time, and the transpose none
-            x = self.patch_embed.stem(x.contiguous(memory_format=torch.channels_last))
-            patches = x.permute(0, 2, 3, 1)  # [B, H/p, W/p, D]
+        if self.conv_stem:  # with channels last convolutions take less time, and the permutation none
+            maps = self.patch_embed.stem(x.contiguous(memory_format=torch.channels_last))
+            patches = maps.permute(0, 2, 3, 1)  # [B, H/p, W/p, D]
         else:
-            x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
-            patches = x.flatten(3)
-        # as one product: a GPU is slow at a convolution with such a kernel in half precision
+            p = self.patch_size
+            pixels = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, H/p, p, W/p, p]
+            patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, H/p, W/p, C*p*p]
+        # A convolution with a large kernel is slow on GPUs in half precision; of a 1x1 kernel with channels last the
+        # gradient would have another layout than the weight, of which DDP warns.
+        proj = self.patch_embed.proj
         return F.linear(patches.flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
     def interpolate_pos_encoding(self, rows: int, cols: int) -> Tensor:

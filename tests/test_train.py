@@ -146,16 +146,29 @@ def test_koleo_is_of_the_features_of_each_global_crop():
     args = train.parse_args([*TINY, *"--koleo_loss_weight 0.5 --clip_grad 0 --weight_decay 0 --lr 0.1".split()])
     student, teacher = build(args)
     optimizer, schedule = build_optimizer("sgd", build_param_groups(student)), compute_schedule(5, 3, 256, args)
-    crops = [torch.randn(4, 3, s, s) for s in (32, 32, 16)]
+    micro_batches, values = [[torch.randn(4, 3, s, s) for s in (32, 32, 16)] for _ in range(2)], []
     expected = copy.deepcopy(student)
-    loss = DINOLoss(64)(expected(crops), teacher(crops[:2]), schedule.teacher_temp)
-    first, second = (expected.backbone(crop) for crop in crops[:2])
-    (loss + 0.5 * (koleo_loss(first) + koleo_loss(second))).backward()
-    stats = train_step(student, teacher, DINOLoss(64), optimizer, no_scaler(), [crops], schedule, args,
-                       torch.tensor(True))
-    torch.testing.assert_close(stats, loss.detach()[None])
+    for crops in micro_batches:
+        loss = DINOLoss(64)(expected(crops), teacher(crops[:2]), schedule.teacher_temp)
+        first, second = (expected.backbone(crop) for crop in crops[:2])
+        koleo = koleo_loss(first) + koleo_loss(second)
+        ((loss + 0.5 * koleo) / 2).backward()
+        values.append(torch.stack((loss, koleo)).detach())
+    stats = train_step(student, teacher, DINOLoss(64), optimizer, no_scaler(), micro_batches, schedule, args,
+                       torch.tensor(True), log=True)
+    torch.testing.assert_close(stats[[0, 3]], sum(values) / 2)
     for p, q in zip(student.parameters(), expected.parameters()):
         torch.testing.assert_close(p, q if q.grad is None else q - schedule.lr * q.grad)
+
+
+def test_koleo_spreads_the_features_of_a_run(small_shapes, tmp_path, capsys):
+    for weight in (0, 1):
+        run(tmp_path / f"{weight}", f"--epochs 3 --koleo_loss_weight {weight} --lr 0.01 --knn_every 3")
+    without, with_it = (lines(tmp_path / f"{weight}") for weight in (0, 1))
+    assert "koleo" not in without[-2] and " koleo " in capsys.readouterr().out
+    koleo = [line["koleo"] for line in with_it if "koleo" in line]
+    assert len(koleo) == 12 and koleo[-1] < koleo[0] - 0.1
+    assert with_it[-1]["rankme"] > without[-1]["rankme"] + 1
 
 
 def test_koleo_of_a_single_image_is_refused(small_shapes, tmp_path):
