@@ -40,6 +40,7 @@ from common.hub import absolute_path
 from common.initial_weights import CONTINUE, follow_initial_weights, load_initial_weights, read_initial_weights
 from common.log_sinks import SINKS, LogSinks
 from common.logger import Logger, describe_environment
+from common.memory import available_memory, peak_memory
 from common.precision import autocast, cast_weights, set_matmul_precision
 from common.run_flags import (
     FIXED_FLAGS,
@@ -63,8 +64,8 @@ from data.loaders import (
     derive_seed,
     iter_batch_keys,
     iter_on_device,
-    measure_normalization,
 )
+from data.sample import is_nearly_black, measure_normalization, sample_images, typical_side
 from data.shapes import Shapes
 from dino_loss import (
     DINOHead,
@@ -618,9 +619,9 @@ def pretrain(args, data, rank, world_size, device):
     logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
     if args.log_to and rank == 0:
         logger.sinks = LogSinks(args.log_to, args.output_dir, logger.print)
-    memory = *estimate.available_memory(device), estimate.peak_memory(device)
-    sample = estimate.sample_images(data.train) if rank == 0 else []  # the other ranks need not decode images for it
-    side, is_new = distributed.all_gather_objects(estimate.typical_side(sample))[0], not list_flags_of_run(args)[0]
+    memory = *available_memory(device), peak_memory(device)
+    sample = sample_images(data.train) if rank == 0 else []  # the other ranks need not decode images for it
+    side, is_new = distributed.all_gather_objects(typical_side(sample))[0], not list_flags_of_run(args)[0]
     if is_new:
         auto.fit_to_images(args, len(data.train), side)
     if problem := check_patch_size(args):
@@ -647,7 +648,7 @@ def pretrain(args, data, rank, world_size, device):
     if not args.init and not isinstance(data.train, Shapes) and auto.is_short(len(data.train), args.epochs):
         logger.print(f"NOTE: {len(data.train):,} images in {args.epochs} epochs are few for random weights, whose "
                      f"features may stay below raw pixels: raise --epochs, or continue from weights with --init")
-    if sample and not args.channels and all(map(estimate.is_nearly_black, sample)):
+    if sample and not args.channels and all(map(is_nearly_black, sample)):
         logger.print("NOTE: the images are nearly black: --value_range sets the black and white of grayscale of more "
                      "than 8 bits; color of 16 bits is read by its upper 8, scale it before")
     run, first_step = start_run(objects, data, global_batch_size, total_steps, args, logger)

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from common import distributed
-from common.estimate import format_duration, peak_memory
+from common.estimate import format_duration
+from common.memory import peak_memory
 
 
 @contextlib.contextmanager

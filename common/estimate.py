@@ -1,18 +1,13 @@
-"""Before the first step: memory and time of a run on this machine, the batch size that fits.
+"""Before the first step: memory and time of a run, and the batch size that fits.
 
-    memory = *available_memory(device), peak_memory(device)     # of the container, if there is one
+    memory = *available_memory(device), peak_memory(device)     # of common/memory.py
     batch_size = fit_batch_size(student, teacher, lambda i: crops[0, i], len(images), args, device, memory, print)
 """
 
-import contextlib
 import functools
 import math
-import os
-import re
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -123,56 +118,6 @@ def time_loading(load, count, seconds=0.3):
     return statistics.median(times)
 
 
-# ---- memory of this machine ----
-
-def available_memory(device):
-    """Free and total bytes of a device; of the memory of a CPU, the share of one process. Infinite if unknown."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    if device.type == "mps":
-        return (torch.mps.recommended_max_memory(),) * 2
-    with contextlib.suppress(OSError, ValueError):
-        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        free = {name: 1024 * int(value) for name, value, *_ in lines}
-        found = [(free["MemAvailable:"], free["MemTotal:"] + free["SwapTotal:"]), *read_cgroups()]
-        return [min(values) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) for values in zip(*found)]
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # no sysconf on Windows
-        return (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),) * 2
-    return math.inf, math.inf
-
-
-def read_cgroups(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """Yield the free and total bytes of each control group that limits this process, as in a container."""
-    for line in Path(own).read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        base, limit_name, usage_name = Path(root), "memory.max", "memory.current"  # version 2
-        if controllers:
-            base, limit_name, usage_name = base / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        group = base / path.lstrip("/")
-        for folder in {base, group, *(parent for parent in group.parents if base in parent.parents)}:
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                limit = int((folder / limit_name).read_text())
-                used = int((folder / usage_name).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield limit - used + int(stat["inactive_file"]), limit
-
-
-def peak_memory(device):
-    """Most bytes that torch has had on the device or, on a CPU, that this process has had; 0 if unknown."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, TypeError):  # not by getrusage, which begins with the peak of the parent process
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-    with contextlib.suppress(ImportError):  # on Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
-
-
 # ---- batch size ----
 
 def choose_batch_size(num_images, cost, available, largest=64):
@@ -191,7 +136,7 @@ def resolve_batch_size(batch_size, num_images, cost, memory):
 
     Args:
         batch_size: "auto", see `choose_batch_size`, or a number, which is kept.
-        memory: free and total bytes, see `available_memory`.
+        memory: free and total bytes, see common/memory.py.
 
     Raises:
         MemoryEstimateError: no batch size fits, or the number needs over 1.2 times all memory.
@@ -238,25 +183,3 @@ def format_duration(seconds):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"
     return f"{math.ceil(seconds)} second{'s' * (seconds > 1)}"
-
-
-# ---- a look at the images ----
-
-def sample_images(images, samples=8):
-    """A few images, evenly spaced, without those that cannot be read."""
-    sample = []
-    for i in range(0, len(images), -(-len(images) // samples) or 1):
-        with contextlib.suppress(OSError):
-            sample.append(images[i][0])
-    return sample
-
-
-def typical_side(images):
-    """Median shorter side of images in pixels; None for no images."""
-    sizes = [image.shape[1:] if isinstance(image, torch.Tensor) else image.size for image in images]
-    return statistics.median(map(min, sizes)) if sizes else None
-
-
-def is_nearly_black(image):
-    """Whether 99% of the pixels of an RGB image are below 16 of 255."""
-    return sum(image.convert("L").histogram()[:16]) > 0.99 * image.width * image.height

@@ -23,7 +23,6 @@ from torchvision.transforms import functional as TF
 from augment import IMAGENET_MEAN, IMAGENET_STD, BatchMultiCrop, EvalTransform, MultiCrop
 from common.distributed import TIMEOUT_MINUTES
 from data.datasets import read_reduced
-from data.folders import DataError
 from data.order import block_order, derive_seed, full_order
 from data.workers import DataLoader
 
@@ -172,22 +171,6 @@ def center_crop_view(image, height, width=None, mean=IMAGENET_MEAN, std=IMAGENET
 def build_view(info, view=center_crop_view):
     """A view with the mean and std in the description of a model, see `read_input`; it can be pickled."""
     return functools.partial(view, mean=tuple(info["mean"]), std=tuple(info["std"]))
-
-
-def measure_normalization(images, max_images=1000):
-    """Mean and standard deviation of each channel, of values in [0, 1], from evenly spaced images: two tuples."""
-    moments = []
-    for i in range(0, len(images), -(-len(images) // max_images)):
-        with contextlib.suppress(OSError):
-            image = images[i][0]
-            x = (image if isinstance(image, torch.Tensor) else TF.to_tensor(image)).flatten(1).double()
-            moments.append(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
-    if not moments:
-        raise DataError("none of a thousand images can be read: --normalization measure needs some")
-    mean, square = torch.stack(moments).mean(dim=0)
-    std = (square - mean**2).clamp(min=0).sqrt()
-    std = std.clamp(min=1e-3).masked_fill(std < 1e-6, 1.0)  # a channel may be constant, but for the color jitter
-    return tuple(round(x, 6) for x in mean.tolist()), tuple(round(x, 6) for x in std.tolist())
 
 
 def default_attention_size(trained_size, patch_size):

@@ -24,7 +24,7 @@ import visualize
 from common.initial_weights import read_initial_weights
 from common.weights import load_backbone, save_model
 from data.datasets import DataError, open_data
-from data.loaders import measure_normalization
+from data.sample import measure_normalization
 from data.shards import open_index
 from vit import VisionTransformer
 

@@ -420,12 +420,12 @@ def test_the_batch_size_follows_memory_and_is_kept(small_shapes, tmp_path, monke
 
     COST = estimate.Cost(1e9, 1e8, 1.0)
     monkeypatch.setattr(estimate, "measure_cost", lambda *args: COST)
-    monkeypatch.setattr(estimate, "available_memory", limit(16))
+    monkeypatch.setattr(train, "available_memory", limit(16))
     assert train_epochs(1) == 16 and "--batch_size_per_gpu 16: a step with 64 images takes" in capsys.readouterr().out
-    monkeypatch.setattr(estimate, "available_memory", limit(64))
+    monkeypatch.setattr(train, "available_memory", limit(64))
     assert train_epochs(2) == 16 and "resuming at step 18 of 36" in capsys.readouterr().out
     assert train_epochs(1, "other") == 64
-    monkeypatch.setattr(estimate, "available_memory", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(train, "available_memory", lambda device: (1e9, 1e9))
     with pytest.raises(estimate.MemoryEstimateError, match="lower --out_dim"):
         train_epochs(1, "third")
     assert not (tmp_path / "third").exists()

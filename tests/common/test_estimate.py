@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import train
 from common import estimate
@@ -49,37 +48,14 @@ def test_what_cannot_fit_is_refused(batch_size, free, total, words):
 
 # ---- memory ----
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_limit_of_a_container_counts(tmp_path, version):
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    base = tmp_path / "memory" if version == 1 else tmp_path
-    unlimited = 2**63 - 4096 if version == 1 else "max"
-    for folder, limit in ((base, unlimited), (base / "pod", 8 * GB), (base / "pod/c", 9 * GB)):
-        folder.mkdir(exist_ok=True, parents=True)
-        for name, text in zip((*names, "memory.stat"), (limit, 3 * GB, f"active_file 7\ninactive_file {GB}\n")):
-            (folder / name).write_text(str(text))
-    (tmp_path / "own").write_text("7:cpu,cpuacct:/pod/c\n" + ("6:memory:" if version == 1 else "0::") + "/pod/c\n")
-    groups = list(estimate.read_cgroups(tmp_path, tmp_path / "own"))
-    assert min(groups) == (6 * GB, 8 * GB) and len(groups) == 4 - version
-
-
 MEASURE = """
 import sys
 import train
-from common.estimate import peak_memory
+from common.memory import peak_memory
 before = peak_memory("cpu")
 train.main(train.parse_args(sys.argv[1:]))
 print("rose by", peak_memory("cpu") - before)
 """
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no /proc")
-def test_the_peak_is_not_that_of_the_process_that_started_this_one():
-    large = bytearray(b"x") * 2 * GB
-    code = "from common.estimate import peak_memory; x = bytearray(b'x') * 10**9; print(peak_memory('cpu'))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert GB < int(found) < len(large)
 
 
 @pytest.mark.slow
@@ -151,19 +127,3 @@ def test_activation_checkpointing_takes_less():
 def test_durations_are_in_units_that_fit():
     assert list(map(estimate.format_duration, (0.2, 119, 120, 2400, 7199, 7200, 172_800))) == [
         "1 second", "119 seconds", "2 minutes", "40 minutes", "120 minutes", "2 hours", "2 days"]
-
-
-# ---- a look at the images ----
-
-class Sizes(list):
-    def __getitem__(self, index):
-        size = super().__getitem__(index)
-        if size is None:
-            raise OSError("corrupt")
-        return Image.new("RGB", size), 0
-
-
-def test_typical_side_is_the_median_of_what_can_be_read():
-    for sizes, side in (([(30, 40), (90, 50), None, (70, 60)], 50), ([(8, 8)] * 990 + [(99, 99)] * 10, 8),
-                        ([None, None], None), ([], None)):
-        assert estimate.typical_side(estimate.sample_images(Sizes(sizes))) == side
