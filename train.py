@@ -469,8 +469,8 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
         log: also return the teacher's entropies, which takes one more pass over its logits, and KoLeo.
 
     Returns:
-        [1] or [4] on the device, of this rank, in nats: the loss without KoLeo; the two of DINOLoss.teacher_entropy;
-        KoLeo before its weight, 0 if that is 0.
+        [1], [3] or [4] on the device, of this rank, in nats: the loss without KoLeo; the two of
+        DINOLoss.teacher_entropy; KoLeo before its weight, if it has one.
     """
     network, stats, temp = getattr(student, "module", student), [], schedule.teacher_temp
     with cast_weights(teacher, args.precision), cast_weights(network, args.precision):
@@ -481,16 +481,16 @@ def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, sc
                     with torch.no_grad():
                         teacher_logits = teacher(crops[:2])
                     student_logits, features = student(crops, return_features=True)
-                entropies = dino_loss.teacher_entropy(teacher_logits, temp) if log else ()
-                loss = dino_loss(student_logits, teacher_logits, temp, update_center=False, overwrite=True)
-                koleo, total = torch.zeros_like(loss), loss
+                logged = list(dino_loss.teacher_entropy(teacher_logits, temp)) if log else []
+                total = loss = dino_loss(student_logits, teacher_logits, temp, update_center=False, overwrite=True)
                 if args.koleo_loss_weight:
                     koleo = sum(map(koleo_loss, features.unflatten(0, (len(crops), -1))[:2]))  # of each global crop
                     total = loss + args.koleo_loss_weight * koleo
+                    logged += [koleo] * log
                 if is_last:
                     dino_loss.reduce_center()  # overlaps with backward
                 scaler.scale(total / len(micro_batches)).backward()
-            stats.append(torch.stack((loss, *entropies, koleo) if log else (loss,)).detach())
+            stats.append(torch.stack((loss, *logged)).detach())
             finite &= total.detach().isfinite()
 
     for group in optimizer.param_groups:
@@ -577,7 +577,7 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
     """Average the statistics of a step over the ranks, log and print them."""
     if distributed.get_world_size() > 1:
         dist.all_reduce(stats)
-    loss, entropy, marginal_entropy, koleo = (stats / distributed.get_world_size()).tolist()
+    loss, entropy, marginal_entropy, *koleo = (stats / distributed.get_world_size()).tolist()
     ln_k, kl = math.log(args.out_dim), loss - entropy if args.loss == "ce" else math.nan
     if args.loss == "infonce":  # of embeddings, not of distributions over prototypes
         ln_k = entropy = marginal_entropy = math.nan
@@ -590,8 +590,8 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
                   corrupt_images=len(run.logger.corrupt_images), loss_scale=run.objects["scaler"].get_scale())
     fields = ["loss {loss:.3f}", "(ln K {ln_k:.2f})", "entropy {teacher_entropy:.2f}", "kl {kl:.3f}", "lr {lr:.1e}"]
     hidden = {"mse": ("kl",), "infonce": ("(ln K", "entropy", "kl ")}.get(args.loss, ())
-    if args.koleo_loss_weight:
-        record["koleo"] = koleo
+    if koleo:
+        record["koleo"], = koleo
         fields.insert(4, "koleo {koleo:.2f}")
     run.logger.log_step(record, args.epochs, [x for x in fields if not x.startswith(hidden)])
 
@@ -620,7 +620,7 @@ def pretrain(args, data, rank, world_size, device):
     if args.log_to and rank == 0:
         logger.sinks = LogSinks(args.log_to, args.output_dir, logger.print)
     memory = *available_memory(device), peak_memory(device)
-    sample = sample_images(data.train) if rank == 0 else []  # the other ranks need not decode images for it
+    sample = list(sample_images(data.train)) if rank == 0 else []  # the other ranks need not decode images for it
     side, is_new = distributed.all_gather_objects(typical_side(sample))[0], not list_flags_of_run(args)[0]
     if is_new:
         auto.fit_to_images(args, len(data.train), side)

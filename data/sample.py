@@ -1,6 +1,6 @@
 """What a few images of a data set show: their size, mean and standard deviation, whether they are nearly black.
 
-    side = typical_side(sample_images(images))
+    side = typical_side(sample_images(images))    # of eight images
     mean, std = measure_normalization(images)
 """
 
@@ -14,12 +14,10 @@ from data.folders import DataError
 
 
 def sample_images(images, samples=8):
-    """A few images, evenly spaced, without those that cannot be read."""
-    sample = []
+    """Yield at most so many images, evenly spaced, without those that cannot be read."""
     for i in range(0, len(images), -(-len(images) // samples) or 1):
         with contextlib.suppress(OSError):
-            sample.append(images[i][0])
-    return sample
+            yield images[i][0]
 
 
 def typical_side(images):
@@ -36,11 +34,9 @@ def is_nearly_black(image):
 def measure_normalization(images, max_images=1000):
     """Mean and standard deviation of each channel, of values in [0, 1], from evenly spaced images: two tuples."""
     moments = []
-    for i in range(0, len(images), -(-len(images) // max_images)):
-        with contextlib.suppress(OSError):
-            image = images[i][0]
-            x = (image if isinstance(image, torch.Tensor) else TF.to_tensor(image)).flatten(1).double()
-            moments.append(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
+    for image in sample_images(images, max_images):
+        x = (image if isinstance(image, torch.Tensor) else TF.to_tensor(image)).flatten(1).double()
+        moments.append(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
     if not moments:
         raise DataError("none of a thousand images can be read: --normalization measure needs some")
     mean, square = torch.stack(moments).mean(dim=0)
