@@ -2,7 +2,7 @@
 
     python train.py @recipes/demo.txt                                   # built-in shapes, minutes on a laptop
     python train.py --arch vit_small --data_path /data/imagenet         # one GPU
-    torchrun --nproc_per_node=8 train.py @recipes/imagenet_vits16.txt --data_path /data/imagenet
+    torchrun --nproc_per_node=8 train.py @recipes/imagenet_vits16.txt --batch_size_per_gpu 128 --data_path DIR
 
 Writes to --output_dir: teacher.safetensors and student.safetensors (backbone and head), teacher_best.safetensors (best
 k-NN so far, if there are labels), checkpoint.pth (to resume from), log.jsonl and flags.txt. Interrupted runs resume
@@ -266,6 +266,7 @@ def compile_blocks(backbone):
 def build_training(args, device, world_size):
     """Student, teacher, loss, optimizer and gradient scaler by their names in a checkpoint, on the device."""
     student, teacher = build_networks(*model_arguments(args), args.drop_path_rate, args.seed, args.predictor)
+    student.backbone.activation_checkpointing = args.activation_checkpointing
     if args.arch not in SIZES:  # find out now whether it takes the local crops
         size = args.local_crops_size if args.local_crops_number else args.global_crops_size
         student.backbone.try_size(size, size)
@@ -734,8 +735,7 @@ def start_run(objects, data, global_batch_size, total_steps, args, logger):
 
 
 def wrap_student(student, teacher, args, device, world_size):
-    """Set activation checkpointing, compile, and wrap the student in DDP if there are ranks."""
-    student.backbone.activation_checkpointing = args.activation_checkpointing
+    """Compile, and wrap the student in DDP if there are ranks."""
     if args.compile:
         compile_blocks(student.backbone)
         compile_blocks(teacher.backbone)

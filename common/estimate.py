@@ -42,7 +42,7 @@ def measure_cost(student, teacher, load, num_images, args, device, available=mat
     Args:
         student, teacher: MultiCropWrappers on the device, which are left as they are.
         load: index -> crops of an image, as a data loader worker makes them.
-        args: sizes and number of crops, batch_size_per_gpu, out_dim, precision, num_workers.
+        args: sizes and number of crops, batch_size_per_gpu, accum_steps, out_dim, precision, num_workers.
         available: free bytes of the device.
     """
     largest = 64 if args.batch_size_per_gpu == "auto" else args.batch_size_per_gpu
@@ -50,7 +50,8 @@ def measure_cost(student, teacher, load, num_images, args, device, available=mat
     saved, forward_seconds = measure_forward(student, sizes, args.precision, device, largest, available)
     parameters, frozen = (sum(p.numel() for p in network.parameters()) for network in (student, teacher))
     is_on_host = device.type == "cpu"
-    batches = 2 + 2 * args.num_workers * is_on_host  # of crops: in the step, and waiting in shared memory
+    # of crops: in the step, one ahead, and waiting in shared memory
+    batches = args.accum_steps + 1 + 2 * args.num_workers * is_on_host
     crops = 4 * student.backbone.in_chans * sum(size**2 for size in sizes)
     logits = 4 * (2 + len(sizes)) * args.out_dim
     allowance = 1.15  # temporary tensors and the allocator's, measured

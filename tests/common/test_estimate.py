@@ -114,14 +114,29 @@ def test_the_first_call_in_which_a_gpu_loads_its_kernels_is_not_timed():
 
 
 def test_activation_checkpointing_takes_less():
-    args = train.parse_args("--arch vit_tiny --global_crops_size 64 --local_crops_size 32 --device cpu".split())
-    student = train.build_training(args, torch.device("cpu"), 1)["student"]
-    whole, _ = estimate.measure_forward(student, [64, 64], "fp32", "cpu", 2)
+    def measure(*flags):
+        args = train.parse_args("--arch vit_tiny --global_crops_size 64 --local_crops_size 32 --device cpu".split()
+                                + list(flags))
+        student = train.build_training(args, torch.device("cpu"), 1)["student"]
+        return estimate.measure_forward(student, [64, 64], "fp32", "cpu", 2)[0]
+
+    whole = measure()
     # a block of width D keeps x, norm(x) twice, q, k, v, the attention's output (7 D), fc1 and GELU (8 D) of each token
     assert whole / (2 * 17 * 12 * 192 * 4) == pytest.approx(15, abs=2)
-    student.backbone.activation_checkpointing = True
-    part, _ = estimate.measure_forward(student, [64, 64], "fp32", "cpu", 2)
-    assert 0 < part < whole / 4
+    assert 0 < measure("--activation_checkpointing") < whole / 4
+
+
+def test_the_crops_of_all_micro_batches_are_counted():
+    """They are in memory together: a step loads them before its first forward pass."""
+    args = train.parse_args("--arch vit_tiny --depth 1 --out_dim 64 --global_crops_size 64 --local_crops_size 32 "
+                            "--local_crops_number 8 --num_workers 0 --device cpu".split())
+    networks = [train.build_training(args, torch.device("cpu"), 1)[name] for name in ("student", "teacher")]
+    costs = {}
+    for args.accum_steps in (1, 5):
+        costs[args.accum_steps] = estimate.measure_cost(*networks, lambda i: i, 10, args, torch.device("cpu"))
+    crops = 4 * 3 * (2 * 64**2 + 8 * 32**2)  # bytes of one image's
+    more = costs[5].bytes_per_image - costs[1].bytes_per_image
+    assert costs[5].fixed_bytes == costs[1].fixed_bytes and 4 * crops < more < 1.2 * 4 * crops
 
 
 def test_durations_are_in_units_that_fit():
