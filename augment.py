@@ -68,7 +68,7 @@ class MultiCrop:
         solarize: probability of solarization, second global crop only.
         mean, std: per-channel normalization of values in [0, 1].
         global_number: number of global crops, 1 or 2.
-        vertical_flip: probability of a vertical flip, for images without an up (microscopes, satellites).
+        vertical_flip: probability of a vertical flip, for images without a canonical orientation.
         rotate90: rotate each crop by 0, 90, 180 or 270 degrees.
         channels: C of images that are tensors [C, H, W]; None for RGB. Brightness and contrast are then sampled for
             each channel; there is no saturation, hue, grayscale and solarization. Needs C values of mean and std.
@@ -104,11 +104,11 @@ class MultiCrop:
     def __call__(self, image, key=None) -> list[Tensor]:
         """Image -> V normalized tensors [C, s, s]; without a key the crops are new each time."""
         if self.channels:
-            height, width = check_image(image, self.channels)
-            return [self.normalize(render_channels(image[None], view))[0] for view in self.sample(width, height, key)]
-        pixels = to_pixels(image).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
+            check_image(image, self.channels)
+        pixels = (image if self.channels else to_pixels(image).permute(2, 0, 1))[None]  # [1, C, H, W]
         height, width = pixels.shape[2:]
-        return [self.normalize(render(pixels, view))[0] for view in self.sample(width, height, key)]
+        draw = render_channels if self.channels else render
+        return [self.normalize(draw(pixels, view))[0] for view in self.sample(width, height, key)]
 
     def reduction(self, width: int, height: int) -> int:
         """Factor (1, 2, 4 ...) by which an image can be downsampled before cropping without a visible difference.

@@ -45,9 +45,9 @@ from common import cli
 from common.checkpoint import CheckpointError
 from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS, save_transformers
-from common.files import atomic_write, check_file, create_folder, read_text, write_text
+from common.files import atomic_write, check_file, create_folder, hash_file, read_text, write_text
 from common.hub import absolute_path, is_remote
-from common.paths import find_model, sha256, sibling_path, weights_file
+from common.paths import find_model, sibling_path, weights_file
 from common.weights import check_image_size, load_backbone, read_input, read_weights, save_model
 from data.datasets import DataError, ImageFolder, open_data_of_model
 from evaluation.classifiers import load_classifier
@@ -120,7 +120,7 @@ def load_network(ckpt, key):
     return backbone, info, network
 
 
-def build_metadata(backbone, info, ckpt, args):
+def build_metadata(backbone, info, ckpt, file, args):
     """Metadata of the ONNX file: {name: JSON value}.
 
     Raises:
@@ -159,7 +159,7 @@ def build_metadata(backbone, info, ckpt, args):
         value_range=info.get("value_range"),
         interpolation=None if is_dynamic else "bicubic: shorter side to 8/7 of the crop's, then the center",
         precision=args.precision, opset=args.opset, heads=args.heads, last_layers=args.last_layers,
-        checkpoint=absolute_path(ckpt), checkpoint_key=args.checkpoint_key, sha256=sha256(ckpt), outputs=outputs)
+        checkpoint=absolute_path(ckpt), checkpoint_key=args.checkpoint_key, sha256=hash_file(file), outputs=outputs)
 
 
 def build_onnx(backbone, metadata, args, classifier=None):
@@ -252,7 +252,7 @@ def main(args):
                 print(f"NOTE: load_backbone reads the number of heads from the file, others need to be given "
                       f"num_heads={backbone.num_heads}: their models of this width have {assumed}")
             return print(f"written to {output}")
-        metadata = build_metadata(backbone, info, file, args) | dict(checkpoint=absolute_path(ckpt))
+        metadata = build_metadata(backbone, info, ckpt, file, args)
         data = open_calibration_images(ckpt, info, backbone.in_chans, args) if args.precision == "int8" else None
         create_folder(Path(output).parent)
         if args.format == "hub":
@@ -317,7 +317,7 @@ def save_hub(folder, backbone, info, metadata, ckpt, file, args, data=None):
     info = describe_publicly(info)
     with tempfile.TemporaryDirectory() as temporary:
         save_model(own := os.path.join(temporary, "teacher.safetensors"), weights, info)
-        of_own = dict(checkpoint="teacher.safetensors", sha256=sha256(own))
+        of_own = dict(checkpoint="teacher.safetensors", sha256=hash_file(own))
         made = make_onnx(backbone, metadata | of_own, args, data=data)  # before anything is written to the folder
         save_transformers(folder, backbone, info, ckpt)
         shutil.copy(own, folder)
@@ -350,7 +350,7 @@ def load_exported(path, args):
     except Exception as error:  # protobuf raises nearly anything on other files
         raise CheckpointError(f"{path}: not a file of export.py, or corrupt ({error})") from None
     ckpt = args.ckpt or os.path.join(os.path.dirname(path), ckpt)
-    if not (args.ckpt or os.path.exists(ckpt)) or sha256(file := weights_file(ckpt)) != expected:
+    if not (args.ckpt or os.path.exists(ckpt)) or hash_file(file := weights_file(ckpt)) != expected:
         raise CheckpointError(f"{path}: was not exported from {ckpt} as it is now: name its model with --ckpt")
     return model, metadata, load_network(file, args.checkpoint_key or key)
 

@@ -27,11 +27,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import cli, distributed
+from common.checkpoint import CheckpointError
 from common.files import create_folder, number_name, write_json
 from common.paths import output_folder, result_file
-from common.weights import CheckpointError, open_backbone, resolve_image_size
+from common.weights import open_backbone, resolve_image_size
 from data import loaders, retrieval
 from data.datasets import DataError, data_name, make_absolute, open_images
+from data.folders import ImageFiles
 from data.images import read_image, show_channels
 from evaluation.descriptor import SCALES, cls_and_gem_features, fit_whitening, multi_scale_features
 from evaluation.features import extract_features
@@ -93,8 +95,8 @@ class ImageEncoder:
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
-        return self.encode_images(retrieval.ImageFiles(paths, boxes, self.upright, self.origin["value_range"],
-                                                       self.info["channels"]))
+        return self.encode_images(ImageFiles(paths, boxes, self.upright, self.origin["value_range"],
+                                             self.info["channels"]))
 
     def encode_images(self, images):
         """As `encode`, of any dataset."""

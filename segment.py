@@ -33,11 +33,12 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_pil_image
 
 from common import cli, distributed
+from common.checkpoint import CheckpointError
 from common.files import create_folder, read_json, write_json
 from common.logger import progress_bar
 from common.paths import output_folder, result_file
 from common.precision import autocast
-from common.weights import CheckpointError, build_untrained, open_backbone
+from common.weights import build_untrained, open_backbone
 from data.datasets import DataError, data_name
 from data.images import ImageReadError, read_image
 from data.loaders import compute_patch_grid, default_attention_size, normalize, resize_to_patches

@@ -28,10 +28,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import cli
-from common.checkpoint import load_checkpoint
+from common.checkpoint import CheckpointError, load_checkpoint
 from common.files import create_folder, number_name
 from common.paths import output_file, output_folder
-from common.weights import CheckpointError, open_backbone, resolve_image_size
+from common.weights import open_backbone, resolve_image_size
 from data import loaders
 from data.datasets import DataError, is_source, open_data, open_data_of_model, open_images
 from data.images import ImageReadError, read_image, show_channels

@@ -167,13 +167,13 @@ class VisionTransformer(nn.Module):
         Each row sums to 1 minus the attention from CLS to itself. Patches are in row-major order: reshape to
         [B, heads, H/p, W/p] for a map.
         """
-        x, last = self.run_blocks(x, self.blocks[:-1]), self.blocks[-1]
+        x, last = self.run_to_last_block(x), self.blocks[-1]
         attention = last.attn.attention_map(last.norm1(x), queries=1)  # [B, heads, 1, 1+N]
         return self.norm(last(x, queries=1)[:, 0]), attention[:, :, 0, 1:]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> all of the last block's attention, [B, heads, 1+N, 1+N]; token 0 is CLS."""
-        x, last = self.run_blocks(x, self.blocks[:-1]), self.blocks[-1]
+        x, last = self.run_to_last_block(x), self.blocks[-1]
         return last.attn.attention_map(last.norm1(x))
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False,
@@ -210,10 +210,10 @@ class VisionTransformer(nn.Module):
             patches = [x.transpose(1, 2).unflatten(2, grid).contiguous() for x in patches]
         return [(x, layer[:, 0]) for x, layer in zip(patches, layers)] if return_class_token else patches
 
-    def run_blocks(self, x, blocks):
-        """Images [B, C, H, W] -> tokens [B, 1+N, D] after the given leading blocks, without stochastic depth."""
+    def run_to_last_block(self, x):
+        """Images [B, C, H, W] -> tokens [B, 1+N, D] that enter the last block, without stochastic depth."""
         x = self.prepare_tokens(x)
-        for block in blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
         return x
 

@@ -259,7 +259,7 @@ def add_crop_flags(group):
     add("--blur_radius", (0.1, 2.0), "range of the sigma, pixels; less for small images", nonnegative_float, nargs=2)
     for name, help in (("--vertical_flip", "flip half of the crops upside down"),
                        ("--rotate90", "rotate crops by multiples of 90 degrees")):
-        add(name, False, f"{help}, for images without an up", boolean, nargs="?", const=True)
+        add(name, False, f"{help}, for images without a canonical orientation", boolean, nargs="?", const=True)
     add("--views", "auto", "where crops are made: loader workers (cpu) or batched (device); auto: device on CUDA",
         choices=["auto", "cpu", "device"])
 

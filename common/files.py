@@ -128,7 +128,7 @@ def read_json(path):
 
 def hash_file(path):
     """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open(check_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

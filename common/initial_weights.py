@@ -109,7 +109,8 @@ def read_head(weights, embed_dim, info):
         head = {name.replace(theirs, ours): tensor for name, tensor in head.items()}
     head.pop("last_layer.weight", None)  # computed from the other two, in some versions of torch
     with contextlib.suppress(KeyError, ValueError):  # tensors that it lacks, or of other dimensions
-        arguments = infer_head_arguments(head) | describe_head(info)
+        arguments = infer_head_arguments(head)
+        arguments |= {name: x for name, x in (info.get("head") or {}).items() if name == "l2_bottleneck"}  # not visible
         with torch.device("meta"):
             expected = DINOHead(embed_dim, **arguments).state_dict()
         if all(head[name].shape == tensor.shape for name, tensor in expected.items()):
@@ -125,11 +126,6 @@ def read_loss(state, out_dim):
     flags = {name: flags[name] for name in ("centering", "norm_last_layer", "teacher_temp") if name in flags}
     flags |= {"warmup_teacher_temp": flags["teacher_temp"]} if "teacher_temp" in flags else {}
     return center if getattr(center, "shape", None) == (1, out_dim) else None, flags
-
-
-def describe_head(info):
-    """What the weights of a head do not show, from the description in a file of this repository."""
-    return {name: value for name, value in (info.get("head") or {}).items() if name == "l2_bottleneck"}
 
 
 def infer_head_arguments(head):
@@ -238,9 +234,9 @@ def follow_initial_weights(parser, args, given):
     if found["arch"] in SIZES:
         found = {"conv_stem": False} | found
     for name, value in found.items():
-        if name not in given or (name == "patch_size" and not backbone.get("conv_stem")):
-            setattr(args, name, getattr(args, name) if name in given else value)
-        elif getattr(args, name) != value:
+        if name not in given:
+            setattr(args, name, value)
+        elif getattr(args, name) != value and (name != "patch_size" or backbone.get("conv_stem")):
             parser.error(f"--{name} {getattr(args, name)}: --init {args.init} has {value}, leave the flag out")
     continuing = CONTINUE | weights.flags if head else CONTINUE_BACKBONE
     for name, value in continuing.items():

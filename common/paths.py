@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from common.checkpoint import CheckpointError
-from common.files import check_file, create_folder, hash_file, read_json
+from common.files import create_folder, read_json
 from common.hub import WEIGHT_FILES, download_weights, is_remote
 
 
@@ -25,8 +25,8 @@ def find_model(ckpt=None):
 
 
 def find_newest_model(root="runs"):
-    """The teacher of the run that was written last: runs/*/teacher.safetensors."""
-    found = sorted(Path(root).glob("*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
+    """The teacher of the run that was written last: runs/*/teacher.safetensors, but no hidden folder of a dry run."""
+    found = sorted(Path(root).glob("[!.]*/teacher.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise CheckpointError(f"no trained model below {root}/: run train.py @recipes/demo.txt or name one with --ckpt")
     return str(found[-1])
@@ -46,11 +46,6 @@ def weights_file(path, log=lambda text: None):
         if os.path.exists(file := os.path.join(path, name)):
             return file
     raise CheckpointError(f"{path}: holds no teacher.safetensors or model.safetensors, name a model file")
-
-
-def sha256(path):
-    """Checksum of a model file, or of the weights in a folder of transformers."""
-    return hash_file(check_file(weights_file(path)))
 
 
 def output_file(origin, args, ending):

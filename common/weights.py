@@ -26,9 +26,9 @@ from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
 from common.distributed import is_rank_zero, run_on_rank_zero_first
-from common.files import atomic_write, check_file
+from common.files import atomic_write, check_file, hash_file
 from common.hub import is_remote
-from common.paths import find_model, sha256, weights_file
+from common.paths import find_model, weights_file
 from common.precision import set_matmul_precision
 
 # names of dicts in checkpoints that hold networks: DINO's, timm's, DeiT's, Lightning's, MAE's, DeepSpeed's
@@ -128,7 +128,7 @@ def open_backbone(args, device=None, needs="", precision="fp32", rgb_only=True):
     if args.untrained:
         backbone = build_untrained(info)
     set_matmul_precision(device or args.device, precision, backbone.embed_dim)
-    origin = dict(ckpt=ckpt, sha256=sha256(file), network=info["network"], untrained=args.untrained,
+    origin = dict(ckpt=ckpt, sha256=hash_file(file), network=info["network"], untrained=args.untrained,
                   value_range=info.get("value_range"))
     return backbone.to(device or args.device), info, origin
 

@@ -1,7 +1,8 @@
-"""Images below a folder, with its direct subfolders as classes; what else lies there is counted.
+"""Images below a folder, with its direct subfolders as classes, what else lies there is counted; or a list of files.
 
     images = ImageFolder("/data/imagenet/train")
     image, label = images[0]                        # PIL image in RGB; class index, or -1 without labels
+    image, _ = ImageFiles(paths, boxes)[0]          # cropped to its box
 """
 
 import os
@@ -11,7 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from data.images import DECODERS, find_common_range, is_image, open_image, read_image, read_or_message
+from data.images import (
+    DECODERS,
+    ImageReadError,
+    find_common_range,
+    is_image,
+    open_image,
+    read_image,
+    read_or_message,
+)
 
 TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "dev", "test", "testing")  # in lower case
 SYSTEM_FOLDERS = ("@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "lost+found", "__macosx")
@@ -84,6 +93,40 @@ class ImageFolder(Dataset):
     def stat(self, i):
         """List of numbers that changes when image i does."""
         return stat_file(self.name(i))
+
+
+class ImageFiles(Dataset):
+    """(RGB image, -1 in place of a label) of image files.
+
+    Args:
+        boxes: crop of each image (left, top, right, bottom), pixels.
+        upright, value_range, channels: see `read_image`.
+    """
+
+    def __init__(self, paths, boxes=None, upright=True, value_range=None, channels=None):
+        self.paths, self.boxes = paths, boxes
+        self.options = dict(upright=upright, value_range=value_range, channels=channels)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, i):
+        """Path of image i."""
+        return self.paths[i]
+
+    def stat(self, i):
+        """List of numbers that changes when image i does."""
+        return stat_file(self.paths[i])
+
+    def __getitem__(self, i):
+        image = read_image(self.paths[i], **self.options)
+        if self.boxes:
+            left, top, right, bottom = self.boxes[i]
+            box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+            if box[0] >= box[2] or box[1] >= box[3]:
+                raise ImageReadError(f"{self.paths[i]}: the box {self.boxes[i]} is empty or outside of {image.size}")
+            image = image.crop(box)
+        return image, -1
 
 
 class PathTable(Sequence):

@@ -162,10 +162,10 @@ def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return TF.normalize(image, mean, std)
 
 
-def center_crop_view(image, height, width=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Image -> [C, height, width], normalized: the view that features are evaluated on."""
+def center_crop_view(image, size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Image -> [C, size, size], or of a size (height, width), normalized: the view that features are evaluated on."""
     channels = len(image) if isinstance(image, torch.Tensor) else None
-    return EvalTransform((height, width or height), mean, std, channels)(image)
+    return EvalTransform(size, mean, std, channels)(image)
 
 
 def build_view(info, view=center_crop_view):

@@ -2,7 +2,6 @@
 
     originals, blocks = read_copydays("/data/copydays")            # paths, {"strong": (queries, positives), ...}
     database, queries, boxes, relevance = read_landmarks("/data/roxford5k/gnd_roxford5k.pkl")
-    image, _ = ImageFiles(queries, boxes)[0]                       # cropped to the landmark
 """
 
 import os
@@ -10,47 +9,10 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common.checkpoint import NumberType, read_number
 from common.files import check_file
 from data.datasets import DataError, ImageFolder
-from data.folders import stat_file
-from data.images import ImageReadError, read_image
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """(RGB image, -1 in place of a label) of image files.
-
-    Args:
-        boxes: crop of each image (left, top, right, bottom), pixels.
-        upright, value_range, channels: see `read_image`.
-    """
-
-    def __init__(self, paths, boxes=None, upright=True, value_range=None, channels=None):
-        self.paths, self.boxes = paths, boxes
-        self.options = dict(upright=upright, value_range=value_range, channels=channels)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def name(self, i):
-        """Path of image i."""
-        return self.paths[i]
-
-    def stat(self, i):
-        """List of numbers that changes when image i does."""
-        return stat_file(self.paths[i])
-
-    def __getitem__(self, i):
-        image = read_image(self.paths[i], **self.options)
-        if self.boxes:
-            left, top, right, bottom = self.boxes[i]
-            box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
-            if box[0] >= box[2] or box[1] >= box[3]:
-                raise ImageReadError(f"{self.paths[i]}: the box {self.boxes[i]} is empty or outside of {image.size}")
-            image = image.crop(box)
-        return image, -1
 
 
 def list_images(folder):

@@ -101,7 +101,7 @@ def load_classifier(path):
         raise CheckpointError(f"{path}: is a backbone; predict needs classifier.safetensors of evaluate.py linear, "
                               f"logistic or finetune")
     path = os.path.join(path, "classifier.safetensors") if os.path.isdir(path) else str(path)
-    weights, info, _ = read_weights(path, None)
+    weights, info, _ = read_weights(path)
     if not {"classes", "image_size"} <= info.keys() or "classifier.weight" not in weights:
         raise CheckpointError(f"{path}: not classifier.safetensors of evaluate.py linear, logistic or finetune")
     if "classifier.norm.weight" in weights:
@@ -164,7 +164,7 @@ def restore_classifier(network, setup):
         CheckpointError: no such file, or trained on another backbone, data set or image size.
     """
     path = setup.output / "classifier.safetensors"
-    weights, info, _ = read_weights(str(path), None)
+    weights, info, _ = read_weights(str(path))
     for name, value in get_fixed_settings(setup).items():
         if info.get(name) != value:
             raise CheckpointError(f"{path}: trained with {name} {str(info.get(name))[:200]}, not {str(value)[:200]}")

@@ -21,7 +21,7 @@ MAX_PATCHES = 20_000  # N for which TokenCut's matrix has 3.2 GB
 @torch.no_grad()
 def extract_keys(model, image: Tensor) -> Tensor:
     """Keys of all heads of the last block: image [1, C, H, W] -> float64 [H/p, W/p, D] on the CPU."""
-    x, last = model.run_blocks(image, model.blocks[:-1]), model.blocks[-1]
+    x, last = model.run_to_last_block(image), model.blocks[-1]
     keys = last.attn.split_heads(last.norm1(x))[1]  # [1, heads, 1+N, D/heads]
     return keys.transpose(1, 2).flatten(2)[0, 1:].cpu().double().unflatten(0, (image.shape[2] // model.patch_size, -1))
 

@@ -68,7 +68,7 @@ def load_features(path, origin):
     Raises:
         CheckpointError: not a features file, corrupt, or of another origin (the path of the checkpoint may differ).
     """
-    features, found, _ = read_weights(str(path), None)
+    features, found, _ = read_weights(str(path))
     if features.keys() != {"train_features", "train_labels", "test_features", "test_labels"}:
         raise CheckpointError(f"{path}: not a features file, choose another --features")
     for part in ("train", "test"):

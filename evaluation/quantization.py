@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from data.loaders import build_eval_loader, build_view, center_crop_view, random_subset
+from data.loaders import build_eval_loader, build_view, random_subset
 from evaluation.features import extract_features
 from evaluation.knn import knn_classifier
 from evaluation.onnx_parity import ExportError, compute_expected, wrap_errors
@@ -145,7 +145,7 @@ def check_accuracy(backbone, model, metadata, data, classifier=None):
     both, labels, corrupt = [], [], []
     for images in split_images(data)[1]:
         x, y, _, messages = extract_features(extract_both, random_subset(images, COMPARED_IMAGES), crop_size(metadata),
-                                             args, view=build_view(metadata, crop_center))
+                                             args, view=build_view(metadata))
         both.append(x.chunk(2, dim=1))
         labels.append(y)
         corrupt += messages
@@ -183,7 +183,7 @@ def check_accuracy(backbone, model, metadata, data, classifier=None):
 def iter_inputs(images, backbone, metadata):
     """Yield batches of CALIBRATION_IMAGES images as the file takes them, {"image": array}."""
     loader = build_eval_loader(random_subset(images, CALIBRATION_IMAGES), crop_size(metadata),
-                               calibration_batch_size(backbone, metadata), view=build_view(metadata, crop_center))
+                               calibration_batch_size(backbone, metadata), view=build_view(metadata))
     return ({"image": to_input(views, metadata)} for views, *_ in loader if len(views))
 
 
@@ -195,10 +195,6 @@ def calibration_batch_size(backbone, metadata):
 
 def crop_size(metadata):
     return metadata["image_size"] or [metadata["trained_size"]] * 2
-
-
-def crop_center(image, size, mean, std):
-    return center_crop_view(image, *size, mean, std)
 
 
 def to_input(views, metadata):

@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
 
 from common import distributed
 from common.distributed import get_rank, get_world_size, is_rank_zero
@@ -110,10 +109,10 @@ def count_test_confusions(network, images, setup):
     """Confusion matrix of the pixels of images of a SemanticImages, [K, K], and their number; over all processes."""
     args, count = setup.args, len(setup.classes)
     matrix, corrupt = torch.zeros(count, count, dtype=torch.int64), []
-    mine = Subset(images, range(get_rank(), len(images), get_world_size()))
+    mine = range(get_rank(), len(images), get_world_size())
 
     def test():
-        for example in progress_bar(build_loader(range(len(mine)), mine.__getitem__, args.num_workers), unit="img"):
+        for example in progress_bar(build_loader(mine, images.__getitem__, args.num_workers), unit="img"):
             if isinstance(example, str):
                 corrupt.append(example)
                 continue

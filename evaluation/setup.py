@@ -21,8 +21,8 @@ from common.precision import autocast
 from common.weights import open_backbone, resolve_image_size, save_model
 from data import datasets
 from data.datasets import DataError
+from data.folders import ImageFiles
 from data.loaders import build_eval_loader, build_view, default_attention_size
-from data.retrieval import ImageFiles
 from data.semantic import open_semantic
 from data.shards import find_shards
 from evaluation.features import extract_features, load_features

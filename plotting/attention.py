@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import infer
-from common.weights import CheckpointError, open_backbone
+from common.checkpoint import CheckpointError
+from common.weights import open_backbone
 from data.loaders import default_attention_size, normalize, resize_to_patches
 from plotting.sheet import describe_model
 

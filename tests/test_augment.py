@@ -446,7 +446,7 @@ def test_equal_keys_give_equal_crops(scene):
     assert not torch.equal(multicrop(scene)[0], multicrop(scene)[0])
 
 
-# ---- any number of channels, and images without an up ----
+# ---- any number of channels, and images without a canonical orientation ----
 
 def test_channels_are_cropped_as_by_pillow_and_not_rounded(scene):
     """Resize and blur of each channel are those of one in float; each has its own brightness and contrast."""

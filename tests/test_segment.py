@@ -286,7 +286,7 @@ def boxes_by_definition(network, root, method, size):
         padded[0, :, :x.shape[1], :x.shape[2]] = x
         with torch.no_grad():
             last = network.blocks[-1]
-            tokens = last.norm1(network.run_blocks(padded, network.blocks[:-1]))
+            tokens = last.norm1(network.run_to_last_block(padded))
             keys = last.attn.qkv(tokens)[0, 1:, 32:64].view(rows, cols, 32).numpy()
         mask = (lost_by_definition(keys, 100) if method == "lost" else tokencut_by_definition(keys, 0.2, 1e-5))[0]
         scale = (H / rows, W / cols) if size else (8, 8)

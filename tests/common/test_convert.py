@@ -87,7 +87,7 @@ def test_safetensors_and_the_released_backbone(tmp_path, capsys):
     file = exported(path, "safetensors", capsys)
     ours, info = load_backbone(file)
     assert torch.equal(ours(images), model(images)) and info["arch"] == "vit_tiny"
-    assert all(name.startswith("backbone.") for name in read_weights(file, None)[0])
+    assert all(name.startswith("backbone.") for name in read_weights(file)[0])
     released = torch.load(exported(path, "dino", capsys), weights_only=True)
     assert released.keys() == model.state_dict().keys()
     assert all(torch.equal(released[name], tensor) for name, tensor in model.state_dict().items())

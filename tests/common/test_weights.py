@@ -72,7 +72,7 @@ def test_files_from_before_the_redesign(capsys):
     assert (backbone.num_heads, backbone.patch_size, backbone.grid) == (2, 8, (4, 4)) and info["head"]["out_dim"] == 32
     from_checkpoint, _ = load_backbone(FIXTURE / "checkpoint.pth", key="teacher", log=lambda text: None)
     assert equal(from_checkpoint, backbone)
-    classifier, info, network = read_weights(str(FIXTURE / "linear" / "classifier.safetensors"), None)
+    classifier, info, network = read_weights(str(FIXTURE / "linear" / "classifier.safetensors"))
     assert {name: list(tensor.shape) for name, tensor in classifier.items()} == {
         "classifier.weight": [8, 32], "classifier.bias": [8]}
     assert network == "teacher" and info["n_last_blocks"] == 2 and len(info["classes"]) == 8
@@ -325,7 +325,7 @@ def test_corrupt_and_wrong_files_are_refused(tmp_path, model):
 def test_find_newest_model(tmp_path):
     with pytest.raises(CheckpointError, match="no trained model"):
         find_newest_model(tmp_path)
-    for age, name in ((30, "old"), (10, "new"), (20, "middle")):
+    for age, name in ((30, "old"), (10, "new"), (20, "middle"), (0, ".dry_run-left_behind")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "teacher.safetensors").touch()
         os.utime(tmp_path / name / "teacher.safetensors", (1e9 - age, 1e9 - age))

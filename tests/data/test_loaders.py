@@ -144,7 +144,7 @@ def test_the_evaluation_view_is_that_of_imagenet(scene):
     expected = TF.normalize(TF.to_tensor(resized), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     torch.testing.assert_close(center_crop_view(scene, 56), expected, rtol=0, atol=1e-6)
     as_is = TF.normalize(TF.to_tensor(scene), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.testing.assert_close(center_crop_view(scene, 61, 97), as_is, rtol=0, atol=1e-6)
+    torch.testing.assert_close(center_crop_view(scene, (61, 97)), as_is, rtol=0, atol=1e-6)
     assert center_crop_view(Image.new("RGB", (500, 3)), 32).shape == (3, 32, 32)
 
 

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from data.datasets import DataError
+from data.folders import ImageFiles
 from data.images import read_image
-from data.retrieval import ImageFiles, read_copydays, read_landmarks
+from data.retrieval import read_copydays, read_landmarks
 
 
 def save_image(path):

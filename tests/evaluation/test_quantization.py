@@ -126,7 +126,7 @@ def test_pixels_and_folders_without_labels(path, scene, tmp_path, capsys):
     session, _ = infer.open_model(str(file))
     features = torch.from_numpy(session.run(["features"], {"image": pixels[None]})[0])
     with torch.no_grad():
-        expected = model(center_crop_view(image, 32, 48)[None])
+        expected = model(center_crop_view(image, (32, 48))[None])
     assert F.cosine_similarity(features, expected) > 0.99
 
 
