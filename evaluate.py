@@ -33,7 +33,7 @@ from common.checkpoint import CheckpointError
 from common.cli import fraction, nonnegative_float, nonnegative_int, percentage, positive_float, positive_int
 from common.distributed import get_world_size
 from common.files import create_folder
-from common.logger import progress_bar
+from common.logger import log, progress_bar
 from common.paths import result_file
 from common.precision import set_matmul_precision
 from common.weights import open_backbone, resolve_image_size
@@ -48,7 +48,7 @@ from evaluation.fewshot import SHOTS, fewshot_classifier
 from evaluation.knn import knn_classifier, knn_predict
 from evaluation.linear import COSTS, LRS, WEIGHT_DECAYS, fit_best_logistic_regression
 from evaluation.segmentation import PatchFeatures, SegmentationHead, pixel_cross_entropy
-from evaluation.setup import EvalSetup, check_output, list_class_names, log, open_inputs
+from evaluation.setup import EvalSetup, check_output, list_class_names, open_inputs
 from optim import build_optimizer
 
 # ---- flags ----

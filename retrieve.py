@@ -29,6 +29,7 @@ from PIL import Image
 from common import cli, distributed
 from common.checkpoint import CheckpointError
 from common.files import create_folder, number_name, write_json
+from common.logger import log
 from common.paths import output_folder, result_file
 from common.weights import open_backbone, resolve_image_size
 from data import loaders, retrieval
@@ -91,7 +92,6 @@ class ImageEncoder:
         self.origin |= {name: value for name, value in vars(args).items() if name in flags}
         self.origin["data_path"] = make_absolute(args.data_path)
         self.result_path = result_file(self.origin, args, f"{args.task}.{data_name(args.data_path)}")
-        self.log = print if self.rank == 0 else lambda text: None
 
     def encode(self, paths, boxes=None):
         """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
@@ -114,7 +114,7 @@ class ImageEncoder:
     def encode_folder(self, folder, purpose):
         """Features of the readable images of a folder."""
         features, _, corrupt = self.encode(retrieval.list_images(folder))
-        self.log(f"{purpose}: {len(features)} images of {folder}, {len(corrupt)} corrupt")
+        log(f"{purpose}: {len(features)} images of {folder}, {len(corrupt)} corrupt")
         return features
 
     def write_result(self, **result):
@@ -141,7 +141,7 @@ def build_normalizer(encoder, folder):
         return F.normalize
     features = encoder.encode_folder(folder, "whitening")
     if len(features) < features.shape[1]:
-        encoder.log(f"warning: fewer images than feature dimensions ({features.shape[1]}), whitening may do harm")
+        log(f"warning: fewer images than feature dimensions ({features.shape[1]}), whitening may do harm")
     whiten = fit_whitening(features)
     return lambda x: F.normalize(whiten(x))
 
@@ -157,12 +157,12 @@ def evaluate_copies(args):
         database = torch.cat((database, encoder.encode_folder(args.distractors, "distractors")))
     normalizer, mAP = build_normalizer(encoder, args.whitening), {}
     database = normalizer(database)
-    encoder.log(f"mAP of copies in a database of {len(database)} images, {encoder.size} pixels")
+    log(f"mAP of copies in a database of {len(database)} images, {encoder.size} pixels")
     for name, (paths, positives) in blocks.items():
         # as in the released script, only the first 20 count
         orders = (normalizer(encoder.encode_all(paths)) @ database.T).topk(min(20, len(database))).indices
         mAP[name] = 100 * mean_average_precision(map(average_precision, orders, positives))[0]
-        encoder.log(f"{name:12} {len(orders):5} queries  {mAP[name]:5.1f}")
+        log(f"{name:12} {len(orders):5} queries  {mAP[name]:5.1f}")
     encoder.write_result(num_images=len(database), mAP=mAP)
 
 
@@ -187,7 +187,7 @@ def evaluate_landmarks(args):
         queries = encoder.encode_all(queries, boxes if args.crop_queries else None)
         database = encoder.encode_all(paths)
         orders = (normalizer(queries) @ normalizer(database).T).argsort(dim=1, descending=True)
-        encoder.log(f"{name}: {len(queries)} queries, database of {len(database)} images")
+        log(f"{name}: {len(queries)} queries, database of {len(database)} images")
         result[name] = {}
         for level, parts in DIFFICULTIES.items():
             results = [average_precision(order, *([i for part in names for i in query[part]] for names in parts))
@@ -195,7 +195,7 @@ def evaluate_landmarks(args):
             if any(results):
                 mAP, precisions = mean_average_precision(results)
                 values = {"mAP": 100 * mAP} | {f"mP@{k}": 100 * x for k, x in zip(KS, precisions)}
-                encoder.log(f"{level:8}" + "".join(f"  {metric} {value:5.1f}" for metric, value in values.items()))
+                log(f"{level:8}" + "".join(f"  {metric} {value:5.1f}" for metric, value in values.items()))
                 result[name][level] = values
     encoder.write_result(result=result)
 
@@ -246,12 +246,12 @@ def index_images(encoder, source, output):
     images = distributed.run_on_rank_zero_first(
         lambda: open_images([source], output, encoder.args.cache_dir, value_range=value_range,
                             channels=encoder.info["channels"]))
-    encoder.log(f"{len(images):,} images in {source}{images.passed_over}")
+    log(f"{len(images):,} images in {source}{images.passed_over}")
     create_folder(output)
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]
     digest = hashlib.sha256(json.dumps(key + (value_range or [])).encode()).hexdigest()[:8]
     path = output / f"{os.path.basename(root)[:60]}-{digest}.safetensors"
-    features, indices = update_index(path, images, encoder.encode_images, encoder.log)
+    features, indices = update_index(path, images, encoder.encode_images, log)
     if not indices:
         raise DataError(f"{source}: no readable images")
     return images, features, indices

@@ -172,6 +172,12 @@ def progress_bar(iterable=None, **kwargs):
     return tqdm(iterable, leave=False, disable=None if is_rank_zero() else True, **kwargs)
 
 
+def log(text):
+    """Print a line on rank 0, above the progress bar."""
+    if is_rank_zero():
+        tqdm.write(text)
+
+
 def describe_environment(device):
     """Versions, device and commit, for the log of a run: {name: plain value}."""
     versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "pillow")}

@@ -25,9 +25,10 @@ from backbones import BackboneError, HeadlessClassifier, build_backbone
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.convert import read_config, to_vit_names
-from common.distributed import is_rank_zero, run_on_rank_zero_first
+from common.distributed import run_on_rank_zero_first
 from common.files import atomic_write, check_file, hash_file
 from common.hub import is_remote
+from common.logger import log
 from common.paths import find_model, weights_file
 from common.precision import set_matmul_precision
 
@@ -117,7 +118,7 @@ def open_backbone(args, device=None, needs="", precision="fp32", rgb_only=True):
     Raises:
         CheckpointError: the file cannot be loaded, takes other images than RGB, or lacks what is needed.
     """
-    ckpt, log = find_model(args.ckpt), print if is_rank_zero() else lambda text: None
+    ckpt = find_model(args.ckpt)
     file = run_on_rank_zero_first(lambda: weights_file(ckpt, log)) if is_remote(ckpt) else weights_file(ckpt)
     backbone, info = load_backbone(file, args.checkpoint_key, log)
     info |= read_input(info, backbone.in_chans, ckpt)

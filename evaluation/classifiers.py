@@ -18,8 +18,8 @@ from common.cli import image_side
 from common.distributed import is_rank_zero
 from common.files import first_line
 from common.hub import is_remote
+from common.logger import log
 from common.weights import check_image_size, load_backbone, read_input, read_weights, save_model
-from evaluation.setup import log
 
 
 class FeatureExtractor(nn.Module):

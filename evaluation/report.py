@@ -11,13 +11,12 @@ import torch
 from common import distributed
 from common.distributed import get_rank, get_world_size, is_rank_zero
 from common.files import write_text
-from common.logger import progress_bar
+from common.logger import log, progress_bar
 from common.precision import autocast
 from data.datasets import DataError, name_image
 from data.loaders import normalize, resize_to_patches
 from data.segmentation import build_loader
 from evaluation.segmentation import count_confusions, predict_pixels, summarize_confusions
-from evaluation.setup import log
 
 # ---- images ----
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import ConcatDataset
-from tqdm import tqdm
 
 from common import distributed
 from common.distributed import is_rank_zero
 from common.files import create_folder, write_json
+from common.logger import log
 from common.paths import output_folder
 from common.precision import autocast
 from common.weights import open_backbone, resolve_image_size, save_model
@@ -116,12 +116,6 @@ class EvalSetup:
         if is_rank_zero():
             write_json(path, self.origin | result | {"corrupt": sorted(self.corrupt)})
             log(f"written to {path}")
-
-
-def log(text):
-    """Print on rank 0, above the progress bar."""
-    if is_rank_zero():
-        tqdm.write(text)
 
 
 def list_class_names(data):

@@ -25,7 +25,7 @@ from backbones import broadcast_buffers, convert_sync_batchnorm
 from common.checkpoint import MODEL_FILES, CheckpointError, Run
 from common.distributed import StopRequested, StopSignals, all_gather_objects, get_rank, get_world_size, is_rank_zero
 from common.files import create_folder
-from common.logger import Logger, progress_bar
+from common.logger import Logger, log, progress_bar
 from common.precision import autocast
 from data.datasets import DataError
 from data.loaders import build_train_loader, iter_batch_keys, iter_on_device
@@ -34,7 +34,6 @@ from dino_loss import cosine_schedule
 from evaluation.classifiers import get_fixed_settings, restore_classifier, save_classifier
 from evaluation.linear import fit_best_classifier, holdout_mask
 from evaluation.report import report_accuracy
-from evaluation.setup import log
 from optim import build_param_groups, decay_layers
 
 # ---- optimization ----
