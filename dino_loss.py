@@ -385,13 +385,14 @@ class CrossEntropy(torch.autograd.Function):
 
 # ---- schedules: pure functions of the step ----
 
-def cosine_schedule(step: int, total_steps: int, base: float, final: float, warmup_steps: int = 0) -> float:
-    """Value at `step`: linear warm-up from 0 to base, then half a cosine from base to final.
+def cosine_schedule(step: int, total_steps: int, base: float, final: float, warmup_steps: int = 0,
+                    start: float = 0.0) -> float:
+    """Value at `step`: linear warm-up from start to base, then half a cosine from base to final.
 
     The last warm-up step and the first cosine step both have the value base; final would be reached at total_steps.
     """
     if step < warmup_steps:
-        return base * step / max(warmup_steps - 1, 1)
+        return start + (base - start) * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 

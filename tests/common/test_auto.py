@@ -53,8 +53,8 @@ def test_help_says_which_flags_follow_from_the_data(capsys):
 
 def test_short_runs():
     args = fit(50_000, 32, 2343, "--epochs", "3")
-    recipe = train.parse_args(["@recipes/cifar10.txt", *"--global_crops_scale 0.8 1 --local_crops_scale 0.3 0.8".split(),
-                               "--device", "cpu", "--output_dir", "/nonexistent"])
+    recipe = train.parse_args("@recipes/cifar10.txt --global_crops_scale 0.8 1 --local_crops_scale 0.3 0.8 "
+                              "--device cpu --output_dir /nonexistent".split())
     assert {name: getattr(args, name) for name in PAPER} == {name: getattr(recipe, name) for name in PAPER}
     assert fit(3000, 32, 900, "--epochs", "19").out_dim == 256
     args = fit(3000, 64, 828, "--epochs", "18")
