@@ -105,10 +105,11 @@ class MultiCrop:
         """Image -> V normalized tensors [C, s, s]; without a key the crops are new each time."""
         if self.channels:
             check_image(image, self.channels)
-        pixels = (image if self.channels else to_pixels(image).permute(2, 0, 1))[None]  # [1, C, H, W]
-        height, width = pixels.shape[2:]
-        draw = render_channels if self.channels else render
-        return [self.normalize(draw(pixels, view))[0] for view in self.sample(width, height, key)]
+            pixels, draw = image, render_channels
+        else:
+            pixels, draw = to_pixels(image).permute(2, 0, 1), render
+        height, width = pixels.shape[1:]
+        return [self.normalize(draw(pixels[None], view))[0] for view in self.sample(width, height, key)]
 
     def reduction(self, width: int, height: int) -> int:
         """Factor (1, 2, 4 ...) by which an image can be downsampled before cropping without a visible difference.

@@ -110,7 +110,9 @@ def read_head(weights, embed_dim, info):
     head.pop("last_layer.weight", None)  # computed from the other two, in some versions of torch
     with contextlib.suppress(KeyError, ValueError):  # tensors that it lacks, or of other dimensions
         arguments = infer_head_arguments(head)
-        arguments |= {name: x for name, x in (info.get("head") or {}).items() if name == "l2_bottleneck"}  # not visible
+        described = info.get("head") or {}
+        if "l2_bottleneck" in described:  # which the weights do not show
+            arguments["l2_bottleneck"] = described["l2_bottleneck"]
         with torch.device("meta"):
             expected = DINOHead(embed_dim, **arguments).state_dict()
         if all(head[name].shape == tensor.shape for name, tensor in expected.items()):
