@@ -33,7 +33,7 @@ from common.files import create_folder, number_name
 from common.paths import output_file, output_folder
 from common.weights import open_backbone, resolve_image_size
 from data import loaders
-from data.datasets import DataError, is_source, open_data, open_data_of_model, open_images
+from data.datasets import DataError, is_shapes, is_source, open_data, open_data_of_model, open_images
 from data.images import ImageReadError, read_image, show_channels
 from data.video import WRITABLE, VideoWriter, open_video
 from evaluation.features import extract_features
@@ -102,7 +102,7 @@ def expand_images(name, output_dir, cache_dir, options):
     if os.path.isdir(name) or is_source(name):
         images = open_images([name], output_dir, cache_dir, **options)
         return [(images.key(i), lambda i=i: images[i][0]) for i in range(len(images))]
-    if name.partition(":")[0] == "shapes" and not os.path.exists(name) and not options.get("channels"):
+    if is_shapes(name) and not options.get("channels"):
         shapes = open_data(name).val
         return [(f"{name.replace(':', '_')}_{i}", lambda i=i: shapes[i][0]) for i in range(4)]
     return [(os.path.basename(name), lambda: read_image(name, **options))]

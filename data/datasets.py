@@ -91,11 +91,16 @@ def open_paths(paths, download, output_dir, value_range, cache_dir, channels, fi
         return open_files(paths, output_dir, value_range, cache_dir, channels, find_held_out)
     if channels:
         raise DataError(f"{paths[0]}: no folder or shard, where images of {channels} channel(s) must be")
-    if name == "shapes":
+    if is_shapes(paths[0]):
         return open_shapes(argument)
     if argument:
         return open_torchvision(name, argument, download, value_range)
     raise DataError(f"{paths[0]}: no such folder, shard, torchvision set (NAME:ROOT) or 'shapes'")
+
+
+def is_shapes(path):
+    """Whether a path names the built-in images, shapes[:PIXELS], and no file or folder."""
+    return str(path).partition(":")[0] == "shapes" and not os.path.exists(path)
 
 
 def data_name(data_path: str | Sequence[str]) -> str:
@@ -117,7 +122,7 @@ def trained_data_path(args, info):
     A path in somebody else's model file is opened only if the user passes it.
     """
     path = info.get("data_path") or ""
-    return path if not args.ckpt or re.fullmatch(r"shapes(:\d+)?", str(path)) else ""
+    return path if not args.ckpt or is_shapes(path) else ""
 
 
 def trained_val_path(args, info):

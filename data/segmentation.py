@@ -11,7 +11,6 @@
         mask, palette, void = read_mask(mask_path(frames[0]), size=(854, 480))
 """
 
-import os
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,7 +21,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from common.files import read_text
-from data.datasets import DataError, open_data
+from data.datasets import DataError, is_shapes, open_data
 from data.folders import HELD_OUT, TRAIN, ImageFolder
 from data.images import open_image, read_image, read_or_message, wrap_decode_errors
 from data.workers import DataLoader
@@ -72,10 +71,6 @@ def find_masks(data_path, num_images=None, allow_unlabeled=False):
                             f"the layout of VOC2012 or DAVIS, or 'shapes'; masks of any images need --write DIR")
         read = read_files
     return spread(entries, num_images), read
-
-
-def is_shapes(data_path):
-    return not os.path.exists(data_path) and data_path.partition(":")[0] == "shapes"
 
 
 def spread(entries, count):

@@ -24,9 +24,9 @@ from augment import MultiCrop
 from common.distributed import all_gather_objects, is_rank_zero
 from common.files import read_text
 from common.logger import progress_bar
-from data.datasets import Data, DataError, open_data
+from data.datasets import Data, DataError, is_shapes, open_data
 from data.images import ImageReadError, open_image, read_image, wrap_decode_errors
-from data.segmentation import VOID, find_parts, find_voc, is_shapes, list_voc_masks
+from data.segmentation import VOID, find_parts, find_voc, list_voc_masks
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
