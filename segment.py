@@ -54,7 +54,7 @@ from data.segmentation import (
 )
 from evaluation import discovery
 from evaluation.label_propagation import labels_to_mask, mask_to_labels, propagate_labels
-from evaluation.masks import boundary_f, jaccard, summarize_over_time, threshold_attention
+from evaluation.masks import boundary_f, jaccard, mask_mean_and_heads, summarize_over_time
 from plotting import sheet
 from plotting.draw import COLORS, overlay_mask
 
@@ -155,9 +155,8 @@ def score_masks(masks, objects, void):
 def compute_attention_masks(model, x, size, mass):
     """Thresholded attention of the mean of the heads and of each head: [1, 3, h*p, w*p] -> bool [1 + heads, *size]."""
     attention = model.forward_with_attention(x)[1][0].cpu()  # [heads, N]
-    attention = torch.cat((attention.mean(dim=0, keepdim=True), attention))
-    masks = threshold_attention(attention, mass).view(len(attention), x.shape[-2] // model.patch_size, -1)
-    return resize_masks(masks, size)
+    maps = attention.unflatten(1, (x.shape[-2] // model.patch_size, -1))
+    return resize_masks(mask_mean_and_heads(maps, mass), size)
 
 
 def resize_masks(masks, size):

@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -76,7 +75,7 @@ from dino_loss import (
     teacher_temp_schedule,
     update_teacher,
 )
-from evaluation.masks import threshold_attention
+from evaluation.masks import mask_mean_and_heads
 from evaluation.online import detect_collapse, evaluate_online, pixel_features
 from optim import build_optimizer, build_param_groups, clip_gradients, decay_layers
 from vit import SIZES
@@ -348,8 +347,7 @@ def draw_evaluation(title, held_out, data, args, run, mass=0.6, most=500):
         size = default_attention_size(args.global_crops_size, args.patch_size)
         with torch.compiler.set_stance("force_eager"):
             maps = attention.compute_attention(backbone, image, size, info, args.device)
-        x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
-        masks = threshold_attention(x, mass).view(-1, *maps.shape[1:]).numpy()
+        masks = mask_mean_and_heads(torch.from_numpy(maps), mass).numpy()
         figures["attention"] = sheet.draw_attention_sheet("held-out image", show_channels(image), maps, masks, mass,
                                                           1000, title)
     return figures

@@ -37,7 +37,7 @@ from data.datasets import DataError, is_shapes, is_source, open_data, open_data_
 from data.images import ImageReadError, read_image, show_channels
 from data.video import WRITABLE, VideoWriter, open_video
 from evaluation.features import extract_features
-from evaluation.masks import threshold_attention
+from evaluation.masks import mask_mean_and_heads
 from plotting import attention, curves, draw, embedding, sheet
 
 sheet_width = cli.bounded_number(int, lambda x: 200 <= x <= 20_000, "a number of pixels from 200 to 20000")
@@ -138,8 +138,7 @@ def visualize_attention(args, errors):
         noted = noted or attention.note_coarse_map(name, shown, maps.shape[1:], origin["patch_size"],
                                                    "set" if view is image else "export with")
         view = show_channels(view, args.show_channels)
-        x = torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1)
-        masks = threshold_attention(x, args.mass).view(-1, *maps.shape[1:]).numpy()
+        masks = mask_mean_and_heads(torch.from_numpy(maps), args.mass).numpy()
         drawn = sheet.draw_attention_sheet(name, view, maps, masks, args.mass, args.width, origin["model"])
         path = folder / f"{name}.attention.png"
         drawn.save(path)

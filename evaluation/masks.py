@@ -32,6 +32,12 @@ def threshold_attention(attention: torch.Tensor, mass: float) -> torch.Tensor:
     return torch.empty_like(kept).scatter_(-1, order, kept)
 
 
+def mask_mean_and_heads(attention: torch.Tensor, mass: float) -> torch.Tensor:
+    """Thresholded attention of the mean of the heads and of each head: [heads, h, w] -> bool [1 + heads, h, w]."""
+    attention = torch.cat((attention.mean(dim=0, keepdim=True), attention))
+    return threshold_attention(attention.flatten(1), mass).view(attention.shape)
+
+
 def jaccard(masks: torch.Tensor, truth: torch.Tensor, void: torch.Tensor | None = None) -> torch.Tensor:
     """Jaccard index (IoU, region similarity J) of masks: bool [..., H, W] each -> float64 [...]; 1 if both are empty.
 

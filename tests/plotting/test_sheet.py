@@ -7,7 +7,7 @@ from PIL import Image, ImageFont
 
 from augment import MultiCrop
 from data.shapes import Shapes
-from evaluation.masks import threshold_attention
+from evaluation.masks import mask_mean_and_heads
 from plotting import sheet
 from plotting.draw import COLORS, HEAT, SIGNED, colorize, colorize_heads, highlight_mask
 from plotting.sheet import (
@@ -126,9 +126,9 @@ def test_descriptions_of_models(tmp_path):
 @pytest.mark.parametrize("heads, size", [(1, (64, 48)), (3, (30, 80)), (6, (40, 40)), (12, (64, 48)), (17, (10, 90))])
 def test_every_head_is_on_the_sheet_above_its_mask(heads, size, grids):
     maps = np.random.default_rng(0).random((heads, 3, 4), dtype=np.float32)
-    all_masks = threshold_attention(torch.from_numpy(np.stack([maps.mean(axis=0), *maps])).flatten(1), 0.6)
+    all_masks = mask_mean_and_heads(torch.from_numpy(maps), 0.6)
     photo = Shapes("train", 8, 40)[0][0].resize(size)
-    page = draw_attention_sheet("a.png", photo, maps, all_masks.view(-1, 3, 4).numpy(), 0.6, 1000, "vit (p 8)")
+    page = draw_attention_sheet("a.png", photo, maps, all_masks.numpy(), 0.6, 1000, "vit (p 8)")
     (columns,), cells = grids["columns"], grids["cells"]
     assert page.width == 1000 and grids["title"] == "Attention of vit (p 8)"
     assert len(cells) == 1 + (heads > 1) + heads and -len(cells) % columns <= 1
