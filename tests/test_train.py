@@ -502,8 +502,11 @@ def test_a_run_of_the_version_before_the_redesign_resumes(small_shapes, tmp_path
         torch.testing.assert_close(teacher[name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["folder", pytest.param("tar", marks=pytest.mark.slow)])
-def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path, form):
+@pytest.mark.parametrize("form, flags, flags_of_one", [
+    ("folder", "", "--batch_size_per_gpu 48"),
+    ("folder", "--centering mean --koleo_loss_weight 0.5", "--accum_steps 2"),  # KoLeo is of the images of a process
+    pytest.param("tar", "", "--batch_size_per_gpu 48", marks=pytest.mark.slow)])
+def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path, form, flags, flags_of_one):
     for i in range(301):
         part = tmp_path / "images" / ("val" if i > 240 else "train") / str(i % 3)
         part.mkdir(parents=True, exist_ok=True)
@@ -516,7 +519,7 @@ def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path, form):
     images = tmp_path / ("tars" if form == "tar" else "images")
     flags = TINY + ["--data_path", str(images), "--cache_dir", str(tmp_path / "cache"), *(
         "--epochs 4 --batch_size_per_gpu 24 --lr 0.02 --knn_every 4 --knn_images 241 "
-        "--use_bn_in_head false".split())]  # whose statistics are those of each process on a CPU
+        f"--use_bn_in_head false {flags}".split())]  # whose statistics are those of each process on a CPU
 
     def start(*command):
         return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -524,7 +527,7 @@ def test_two_processes_equal_one_with_twice_the_batch(scene, tmp_path, form):
 
     two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags, "--output_dir",
                 str(tmp_path / "two"))
-    one = start("train.py", *flags, "--batch_size_per_gpu", "48", "--output_dir", str(tmp_path / "one"))
+    one = start("train.py", *flags, *flags_of_one.split(), "--output_dir", str(tmp_path / "one"))
     for process in (two, one):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
