@@ -31,6 +31,8 @@ from data.images import to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 from data.shards import ShardDataset, is_source, split_parts
 
+SHAPES = r"shapes(:\d+)?"  # the only data that is opened, or published as it is, because a model file names it
+
 
 class Data(NamedTuple):
     """Images for training, and labeled splits for evaluation, which are None for data without labels.
@@ -122,7 +124,7 @@ def trained_data_path(args, info):
     A path in somebody else's model file is opened only if the user passes it.
     """
     path = info.get("data_path") or ""
-    return path if not args.ckpt or is_shapes(path) else ""
+    return path if not args.ckpt or re.fullmatch(SHAPES, str(path)) else ""
 
 
 def trained_val_path(args, info):

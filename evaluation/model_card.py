@@ -9,13 +9,14 @@ are left out: data are named as in result files.
 import contextlib
 import glob
 import json
+import re
 import shlex
 from pathlib import Path
 
 from common.files import read_json, read_text
 from common.hub import is_remote
 from common.paths import sibling_path
-from data.datasets import data_name, is_shapes
+from data.datasets import SHAPES, data_name
 
 PATHS = ("data_path", "val_path", "output_dir", "cache_dir", "init")  # flags that are not published
 CARD = """---
@@ -79,7 +80,7 @@ python train.py --init hf:USER/NAME --data_path /photos
 def describe_publicly(info):
     """Description of a model with names of data in place of paths, except for built-in images."""
     info = {name: value for name, value in info.items() if name != "val_path"}
-    if (path := info.get("data_path")) and not is_shapes(path):
+    if (path := info.get("data_path")) and not re.fullmatch(SHAPES, str(path)):
         info["data_path"] = data_name(path)
     return info
 
