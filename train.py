@@ -130,6 +130,8 @@ def parse_args(argv=None, follow_run=True):
     add(optim, "--min_lr", 1e-6, "final learning rate", nonnegative_float)
     add(optim, "--warmup_epochs", None, "epochs of linear learning-rate warm-up (default: 10, less below 100)",
         nonnegative_int)
+    add(optim, "--schedule_scale", 1.0, "length of the cosine schedules in runs: 2 stops halfway, for short runs, whose "
+        "second half teaches little", cli.at_least_one)
     add(optim, "--weight_decay", 0.04, "initial weight decay, of matrices only", nonnegative_float)
     add(optim, "--weight_decay_end", 0.4, "final weight decay, cosine schedule", nonnegative_float)
     add(optim, "--koleo_loss_weight", 0.0, "weight of the KoLeo regularizer, which spreads features; DINOv2: 0.1",
@@ -440,8 +442,8 @@ class Schedule(NamedTuple):
 
 
 def compute_schedule(step, steps_per_epoch, global_batch_size, args):
-    """Scheduled values of a step, a pure function of it."""
-    total_steps, epoch = args.epochs * steps_per_epoch, step // steps_per_epoch
+    """Scheduled values of a step, a pure function of it; cosines may end after the run, as V-JEPA's (its appendix)."""
+    total_steps, epoch = args.schedule_scale * args.epochs * steps_per_epoch, step // steps_per_epoch
     momentum = cosine_schedule(step, total_steps, args.momentum_teacher, 1.0)
     is_epoch_end = (step + 1) % steps_per_epoch == 0
     return Schedule(

@@ -97,6 +97,19 @@ def test_24_steps_equal_the_reference(golden, image, name, flags, variant):
 
 # ---- parts ----
 
+def test_schedule_scale_runs_the_beginning_of_a_longer_schedule():
+    flags = [*TINY, *"--warmup_epochs 1 --lr 0.01 --min_lr 0 --weight_decay 0.1 --weight_decay_end 0.3".split(),
+             "--momentum_teacher", "0.9"]
+    stretched, longer = (train.parse_args([*flags, *more.split()]) for more in (
+        "--epochs 4 --schedule_scale 2", "--epochs 8"))
+    assert all(compute_schedule(step, 10, 256, stretched) == compute_schedule(step, 10, 256, longer)
+               for step in range(40))
+    end = compute_schedule(40, 10, 256, stretched)  # the step after the last, in the middle of the decay to 0.3 and 1
+    assert (end.weight_decay, end.momentum) == pytest.approx((0.2, 0.95)) and 0.005 < end.lr < 0.007
+    with pytest.raises(SystemExit):
+        train.parse_args([*flags, "--schedule_scale", "0.9"])
+
+
 def test_accumulated_micro_batches_are_one_large_batch():
     results = []
     for parts in (1, 4):
