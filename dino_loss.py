@@ -119,7 +119,7 @@ class MultiCropWrapper(nn.Module):
         self.head = head
 
     def forward(self, crops: list[Tensor], return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """V tensors [B, C, s, s] -> logits [V*B, K], view-major. Crops of equal size must be neighbors.
+        """V tensors [B, C, s, s] -> logits [V*B, K], view-major. One pass per size if equal sizes are neighbors.
 
         Args:
             return_features: return the backbone's features too, (logits, [V*B, D]).
@@ -389,7 +389,8 @@ def cosine_schedule(step: int, total_steps: int, base: float, final: float, warm
                     start: float = 0.0) -> float:
     """Value at `step`: linear warm-up from start to base, then half a cosine from base to final.
 
-    The last warm-up step and the first cosine step both have the value base; final would be reached at total_steps.
+    The last of several warm-up steps and the first cosine step both have the value base; final would be reached at
+    total_steps.
     """
     if step < warmup_steps:
         return start + (base - start) * step / max(warmup_steps - 1, 1)

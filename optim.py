@@ -3,7 +3,7 @@
     optimizer = build_optimizer("adamw", build_param_groups(network))
     norms = clip_gradients(network.parameters(), 3.0, per_parameter=True)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0005                                    # 0 until it is set
+        group["lr"], group["weight_decay"] = 0.0005, 0.04 * group["is_decayed"]     # both 0 until they are set
     optimizer.step()
 
 Needs torch only.
@@ -66,7 +66,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW, SGD or LARS by name. Set lr, and weight decay of the first group, before every step.
+    """AdamW, SGD or LARS by name. Before every step set lr, and weight_decay of the groups with is_decayed.
 
     The optimizer's state exists from the start, so that a checkpoint can be checked against it before the first step.
 
@@ -82,7 +82,7 @@ def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     if not isinstance(groups, list) or not isinstance(groups[0], dict):
         raise ValueError("expected groups of build_param_groups(network)")
     fused = groups[0]["params"][0][1].device.type != "mps"
-    optimizer = {"adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
+    optimizer = {"adamw": lambda: torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=fused),
                  "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused),
                  "lars": lambda: LARS(groups)}[name]()
     for p in (p for group in optimizer.param_groups for p in group["params"]):

@@ -127,13 +127,13 @@ def parse_args(argv=None, follow_run=True):
     add(optim, "--accum_steps", 1, "micro-batches per gradient step", positive_int)
     add(optim, "--optimizer", "adamw", "sgd or lars for ResNets", choices=["adamw", "sgd", "lars"])
     add(optim, "--lr", 0.0005, "peak learning rate for a global batch size of 256, scaled linearly", positive_float)
-    add(optim, "--min_lr", 1e-6, "final learning rate", nonnegative_float)
+    add(optim, "--min_lr", 1e-6, "learning rate at the end of its schedule", nonnegative_float)
     add(optim, "--warmup_epochs", None, "epochs of linear learning-rate warm-up (default: 10, less below 100)",
         nonnegative_int)
-    add(optim, "--schedule_scale", 1.0, "length of the cosine schedules in runs: 2 stops halfway, for short runs, whose "
-        "second half teaches little", cli.at_least_one)
+    add(optim, "--schedule_epochs", 0, "epochs after which the cosine schedules end, if more than --epochs",
+        nonnegative_int)
     add(optim, "--weight_decay", 0.04, "initial weight decay, of matrices only", nonnegative_float)
-    add(optim, "--weight_decay_end", 0.4, "final weight decay, cosine schedule", nonnegative_float)
+    add(optim, "--weight_decay_end", 0.4, "weight decay at the end of its schedule, a cosine", nonnegative_float)
     add(optim, "--koleo_loss_weight", 0.0, "weight of the KoLeo regularizer, which spreads features; DINOv2: 0.1",
         nonnegative_float)
     add(optim, "--clip_grad", 3.0, "maximal gradient norm, 0 disables clipping", nonnegative_float)
@@ -442,8 +442,8 @@ class Schedule(NamedTuple):
 
 
 def compute_schedule(step, steps_per_epoch, global_batch_size, args):
-    """Scheduled values of a step, a pure function of it; cosines may end after the run, as V-JEPA's (its appendix)."""
-    total_steps, epoch = args.schedule_scale * args.epochs * steps_per_epoch, step // steps_per_epoch
+    """Scheduled values of a step, a pure function of it; the cosines may end after the run."""
+    total_steps, epoch = max(args.epochs, args.schedule_epochs) * steps_per_epoch, step // steps_per_epoch
     momentum = cosine_schedule(step, total_steps, args.momentum_teacher, 1.0)
     is_epoch_end = (step + 1) % steps_per_epoch == 0
     return Schedule(
@@ -459,7 +459,7 @@ def compute_schedule(step, steps_per_epoch, global_batch_size, args):
 
 
 def train_step(student, teacher, dino_loss, optimizer, scaler, micro_batches, schedule, args, finite, log=False):
-    """One gradient step of DINO (algorithm 1). Never waits for the device.
+    """One gradient step of DINO (algorithm 1). Never waits for the device, but for LARS in fp16.
 
     Args:
         student: MultiCropWrapper, or DistributedDataParallel around it.
@@ -564,6 +564,10 @@ def train(student, run, data, first_step, total_steps, args, device):
                 finish_epoch(completed, steps_per_epoch, data, args, run)
                 logger.reset_timer()
     except distributed.StopRequested as stop:  # raised while waiting for data or evaluating, on all ranks
+        if args.dry_run:
+            logger.close()
+            logger.print(f"dry run stopped by {stop}; nothing was kept")
+            return False
         if unchecked < completed:
             check_finite(finite, scaler, unchecked, completed - 1, data.train, args, run)
         save_run(run, completed)
@@ -678,6 +682,12 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
     logger.print(f"epochs: {args.epochs} of {total_steps // args.epochs} steps, global batch size {global_batch_size}; "
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
+    if args.freeze_last_layer >= args.epochs:
+        logger.print(f"NOTE: --freeze_last_layer {args.freeze_last_layer} with --epochs {args.epochs}: the last layer is "
+                     f"not trained")
+    if args.warmup_teacher_temp_epochs > args.epochs:
+        logger.print(f"NOTE: --warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} with --epochs {args.epochs}: "
+                     f"the run ends before the temperature is {args.teacher_temp:g}")
     if args.init:
         names = [*CONTINUE, *["channels"] * bool(args.channels)]
         flags = ", ".join(f"{name} {auto.format_value(getattr(args, name))}" for name in names)
@@ -695,9 +705,9 @@ def print_results(run, data, args):
     image = str(data.train.name(0)) if hasattr(data.train, "name") else ""
     image = quote(image) if os.path.isfile(image) else "shapes"
     if knn and args.knn_every and data.val is not None:
-        names = dict.fromkeys([*list(knn)[:2], list(knn)[-1]])
-        log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in names))
-        if better := [name for name in list(names)[:-1] if knn[name][0] >= knn[list(knn)[-1]][0]]:
+        *baselines, last = *(name for name in knn if not name.startswith("epoch")), list(knn)[-1]
+        log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in (*baselines, last)))
+        if better := [name for name in baselines if knn[name][0] >= knn[last][0]]:
             stem = ", --conv_stem" * (args.arch in SIZES and not args.conv_stem and not args.init)
             log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs{stem}, "
                 f"smaller --patch_size and --global_crops_size, a higher --lr, or --init with trained weights")

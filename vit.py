@@ -30,7 +30,7 @@ SIZES = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the fused kernel; attention maps are computed on request only."""
+    """Multi-head self-attention, fused where that is faster; attention maps are computed on request only."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -47,8 +47,9 @@ class Attention(nn.Module):
         """[B, 1+N, D] -> [B, queries, D]: the outputs of the first `queries` tokens, None for all."""
         q, k, v = self.split_heads(x)
         # On a CPU, in half precision, the fused kernel's backward is slower; above 300 tokens it saves much memory.
+        # On Hopper GPUs cuDNN's, for a single query, gives NaN gradients.
         is_slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] < 300 and torch.is_grad_enabled()
-        if queries or is_slow:  # cuDNN's fused kernel for a single query gives NaN gradients on Hopper GPUs
+        if queries or is_slow:
             x = attention_weights(q[:, :, :queries], k) @ v  # [B, heads, queries, D/heads]
         else:
             x = F.scaled_dot_product_attention(q, k, v)

@@ -25,7 +25,7 @@ MODULES = ("main_dino", "utils", "vision_transformer")
 SUPPORTED = dict(  # flags for which the reference implementation has one value only
     teacher="momentum", loss="ce", centering="mean", predictor=False, l2_bottleneck=True, accum_steps=1,
     clip_mode="per_parameter", init=None, layer_decay=1.0, channels=None, normalization=("imagenet",),
-    conv_stem=False, koleo_loss_weight=0.0, schedule_scale=1.0, vertical_flip=False, rotate90=False)
+    conv_stem=False, koleo_loss_weight=0.0, schedule_epochs=0, vertical_flip=False, rotate90=False)
 
 
 class ReferenceImplementationError(ValueError):

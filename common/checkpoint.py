@@ -176,7 +176,7 @@ class Run:
         self.progress, self.saved_at = progress | dict(step=0, corrupt_images=[], log_bytes=0), time.monotonic()
 
     def start(self, args, total_steps):
-        """Resume, or make the folder ready for a new run; returns the step to start at, above 0 if the run is resumed.
+        """Resume, or make the folder ready for a new run; returns the step to start at.
 
         Args:
             args: resume ("auto" or "none") and overwrite. A process that torchrun or Slurm restarted resumes anyway.

@@ -162,7 +162,6 @@ nonnegative_float = bounded_number(float, lambda x: x >= 0, "a number of 0 or mo
 percentage = bounded_number(float, lambda x: 0 < x <= 100, "a number above 0 and up to 100")
 fraction = bounded_number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 fraction_below_one = bounded_number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-at_least_one = bounded_number(float, lambda x: x >= 1, "a number of 1 or more")
 seed = bounded_number(int, lambda x: 0 <= x < 2**63, "an integer from 0 to below 2^63")
 
 

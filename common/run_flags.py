@@ -1,4 +1,6 @@
-"""Flags of a training run: those that follow from others are filled in, all are written, and a resumed run keeps them.
+"""Flags of a training run: those that follow from others are filled in, and all are written.
+
+A resumed run keeps those that follow from the data or from --init.
 
     fill_in_arch(parser, args)                                # sizes of --arch, or a parser error
     write_flags("runs/photos/flags.txt", args)                # python train.py @runs/photos/flags.txt
@@ -51,18 +53,22 @@ def fill_in_arch(parser, args):
         setattr(args, name, getattr(args, name) or value)
     if args.embed_dim % args.num_heads:
         parser.error(f"--embed_dim {args.embed_dim} is not a multiple of --num_heads {args.num_heads}")
-    if "patch_size" not in args.auto and (problem := check_patch_size(args)):
+    if "patch_size" not in args.auto and (problem := check_patch_size(args, unless_in=args.auto)):
         parser.error(problem)
 
 
-def check_patch_size(args):
+def check_patch_size(args, unless_in=()):
     """What is wrong with the patch size of a vision transformer, for its crops or a convolutional stem; "" if nothing.
+
+    Args:
+        unless_in: names of crop sizes that are not known yet.
     """
     if args.conv_stem and (args.patch_size < 2 or args.patch_size & (args.patch_size - 1)):
         return f"--conv_stem needs a --patch_size of 2, 4, 8 ..., not {args.patch_size}"
     names = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
     return "".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
-                   for name in names if args.arch in SIZES and getattr(args, name) % args.patch_size)
+                   for name in names if args.arch in SIZES and name not in unless_in
+                   and getattr(args, name) % args.patch_size)
 
 
 def check_channels(parser, args):

@@ -97,17 +97,16 @@ def test_24_steps_equal_the_reference(golden, image, name, flags, variant):
 
 # ---- parts ----
 
-def test_schedule_scale_runs_the_beginning_of_a_longer_schedule():
+def test_a_run_may_end_before_its_schedules():
     flags = [*TINY, *"--warmup_epochs 1 --lr 0.01 --min_lr 0 --weight_decay 0.1 --weight_decay_end 0.3".split(),
              "--momentum_teacher", "0.9"]
-    stretched, longer = (train.parse_args([*flags, *more.split()]) for more in (
-        "--epochs 4 --schedule_scale 2", "--epochs 8"))
-    assert all(compute_schedule(step, 10, 256, stretched) == compute_schedule(step, 10, 256, longer)
-               for step in range(40))
-    end = compute_schedule(40, 10, 256, stretched)  # the step after the last, in the middle of the decay to 0.3 and 1
+    short, resumed, long = (train.parse_args([*flags, *more.split()]) for more in (
+        "--epochs 4 --schedule_epochs 8", "--epochs 8 --schedule_epochs 5", "--epochs 8"))
+    for step in range(40):
+        assert compute_schedule(step, 10, 256, short) == compute_schedule(step, 10, 256, long)
+        assert compute_schedule(step, 10, 256, resumed) == compute_schedule(step, 10, 256, long)
+    end = compute_schedule(40, 10, 256, short)  # the step after the last, halfway from 0.1 to 0.3 and from 0.9 to 1
     assert (end.weight_decay, end.momentum) == pytest.approx((0.2, 0.95)) and 0.005 < end.lr < 0.007
-    with pytest.raises(SystemExit):
-        train.parse_args([*flags, "--schedule_scale", "0.9"])
 
 
 def test_accumulated_micro_batches_are_one_large_batch():
@@ -414,6 +413,18 @@ def test_a_dry_run_leaves_nothing_behind(small_shapes, tmp_path, capsys):
         assert "[3/12]" not in out
 
 
+def test_a_stopped_dry_run_does_not_promise_to_resume(small_shapes, tmp_path, monkeypatch, capsys):
+    def stop_after(*args, step=train.train_step, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", stop_after)
+    run(tmp_path / "run", "--epochs 3 --dry_run")
+    out = capsys.readouterr().out
+    assert "dry run stopped by SIGINT; nothing was kept\n" in out and "same command resumes" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_dry_run_of_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY,
@@ -447,6 +458,23 @@ def test_the_batch_size_follows_memory_and_is_kept(small_shapes, tmp_path, monke
 def test_a_run_below_raw_pixels_says_so(small_shapes, tmp_path, capsys):
     run(tmp_path, "--epochs 1 --knn_every 1 --lr 1e-5")  # as bad as untrained
     assert "WARNING: the trained backbone is not better than raw pixels" in capsys.readouterr().out
+
+
+def test_epochs_are_no_baselines(small_shapes, tmp_path, capsys):
+    run(tmp_path, "--epochs 1 --knn_every 0")
+    run(tmp_path, "--epochs 3 --knn_every 1 --lr 1e-5")  # evaluated for the first time after the first epoch
+    out = capsys.readouterr().out
+    last = re.findall(r"k-NN of epoch 2: top-1 ([0-9.]+)%", out)[0]
+    assert f"k-NN top-1 (k = 20): epoch 2 {last}%\n" in out and "not better than" not in out
+
+
+def test_phases_longer_than_the_run_are_reported(small_shapes, tmp_path, capsys):
+    run(tmp_path / "long", "--epochs 1 --freeze_last_layer 1 --warmup_teacher_temp_epochs 2 --teacher_temp 0.07")
+    out = capsys.readouterr().out
+    assert "NOTE: --freeze_last_layer 1 with --epochs 1: the last layer is not trained\n" in out
+    assert "NOTE: --warmup_teacher_temp_epochs 2 with --epochs 1: the run ends before the temperature is 0.07\n" in out
+    run(tmp_path / "short", "--epochs 1 --freeze_last_layer 0 --warmup_teacher_temp_epochs 1 --teacher_temp 0.07")
+    assert "_layer 0 with" not in (out := capsys.readouterr().out) and "before the temperature" not in out
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -50,6 +50,7 @@ def test_flags_are_those_of_the_run(run):
     ("--normalization .5 .5 .5 .2 .2 .2", "--normalization 0.5 0.5 0.5 0.2 0.2 0.2"),
     ("--vertical_flip --layer_decay 0.9", "--layer_decay 0.9, --vertical_flip True"),
     ("--batch_size_per_gpu 8", "more than one process"),
+    ("--schedule_epochs 2", "--schedule_epochs 2"),
     ("--warmup_teacher_temp_epochs 3", "--warmup_teacher_temp_epochs above --epochs")])
 def test_unsupported_flags(run, flags, unsupported):
     with pytest.raises(ReferenceImplementationError, match=f"does not support {unsupported}"):
