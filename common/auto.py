@@ -4,13 +4,14 @@
     fit_to_images(args, num_images=9469, side=128)
     fit_to_steps(args, total_steps=5310)
 
-At a million images of 224 pixels and 125,000 steps they are the paper's. What each rule rests on is in
+At a million images of 224 pixels and 62,500 steps they are the paper's. What each rule rests on is in
 docs/training.md.
 """
 
 PAPER = dict(patch_size=16, global_crops_size=224, local_crops_size=96, local_crops_number=8,
              global_crops_scale=(0.4, 1.0), local_crops_scale=(0.05, 0.4), blur=(1.0, 0.1, 0.5), out_dim=65536,
-             use_bn_in_head=False, centering="mean", lr=0.0005, freeze_last_layer=1, momentum_teacher=0.996)
+             use_bn_in_head=False, centering="mean", lr=0.0005, schedule_epochs=0, freeze_last_layer=1,
+             momentum_teacher=0.996)
 SMALL = 100_000  # images of a data set
 SHORT = 200_000  # images of a run: number times epochs
 
@@ -21,7 +22,7 @@ def is_short(num_images: int, epochs: int) -> bool:
 
 
 def fit_to_images(args, num_images: int, side: float | None) -> None:
-    """Set patch size, crops, prototypes, head, centering, learning rate and freezing, those in args.auto.
+    """Set patch size, crops, blur, prototypes, head, centering, learning rate, schedules and freezing in args.auto.
 
     Args:
         side: typical shorter side of an image in pixels, None if unknown.
@@ -40,7 +41,7 @@ def fit_to_images(args, num_images: int, side: float | None) -> None:
     if side < 64 or short:  # objects that fill their images, or no time for hard views
         found |= dict(global_crops_scale=(0.8, 1.0), local_crops_scale=(0.3, 0.8))
     if short:
-        found["lr"] = 0.004 if small_and_short else 0.002
+        found |= dict(lr=0.004 if small_and_short else 0.002, schedule_epochs=2 * args.epochs)
     if num_images < SMALL:  # more epochs in the same time, and a loss that falls from the first steps
         found |= dict(local_crops_number=4, use_bn_in_head=True, centering="sinkhorn" if args.loss == "ce" else "mean")
     if small_and_short:
@@ -76,7 +77,7 @@ def format_value(value):
 
 
 def describe_auto(args, num_images: int, side: float | None, total_steps: int) -> str:
-    """"auto: out_dim 1024 (9,469 images of 128 pixels, 18 epochs); momentum_teacher 0.98 (5,310 steps)"."""
+    """"auto: out_dim 1024 (9,469 images of 128 pixels, 18 epochs); momentum_teacher 0.9529 (5,310 steps)"."""
     def describe(names):
         values = {name: getattr(args, name) for name in PAPER if name in names}
         return ", ".join(f"{name} {' '.join(map(format_value, value if isinstance(value, tuple) else [value]))}"

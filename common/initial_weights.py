@@ -28,8 +28,9 @@ from dino_loss import DINOHead
 from vit import SIZES
 
 CONTINUE = dict(lr=0.000125, momentum_teacher=0.99, teacher_temp=0.07, warmup_teacher_temp=0.07, centering="mean",
-                freeze_last_layer=0, init_head_epochs=0, layer_decay=1.0)  # with heads: a quarter of the paper's lr
-CONTINUE_BACKBONE = dict(lr=0.00025, momentum_teacher=0.99, init_head_epochs=5, layer_decay=0.8)  # without: half of it
+                schedule_epochs=0, freeze_last_layer=0, init_head_epochs=0, layer_decay=1.0)
+CONTINUE_BACKBONE = dict(lr=0.00025, momentum_teacher=0.99, schedule_epochs=0, init_head_epochs=5, layer_decay=0.8)
+# lr: with heads a quarter of the paper's, without half of it
 HEAD_NAME = re.compile(r"(?:.*\.)?head\.((?:mlp|predictor|last_layer)\..*)")
 HEAD_RENAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 

@@ -36,7 +36,7 @@ def test_small_sets():
     assert describe_auto(args, 9469, 128, 5310) == (
         "auto: global_crops_size 128, local_crops_size 56, local_crops_number 4, global_crops_scale 0.4 1, "
         "local_crops_scale 0.05 0.4, blur 1 0.1 0.5, use_bn_in_head true, centering sinkhorn, lr 0.0005, "
-        "freeze_last_layer 1 (9,469 images of 128 pixels, 100 epochs)")
+        "schedule_epochs 0, freeze_last_layer 1 (9,469 images of 128 pixels, 100 epochs)")
     args = fit(300, 20, 50, "--arch", "resnet18")
     assert args.patch_size is None and args.global_crops_size == 20 and args.out_dim == 256
     args = fit(300, 20, 50, "--loss", "mse", "--use_bn_in_head", "false")  # whose only centering is the mean
@@ -55,7 +55,8 @@ def test_short_runs():
     args = fit(50_000, 32, 2343, "--epochs", "3")
     recipe = train.parse_args("@recipes/cifar10.txt --global_crops_scale 0.8 1 --local_crops_scale 0.3 0.8 "
                               "--device cpu --output_dir /nonexistent".split())
-    assert {name: getattr(args, name) for name in PAPER} == {name: getattr(recipe, name) for name in PAPER}
+    assert {name: getattr(args, name) for name in PAPER} == {name: getattr(recipe, name) for name in PAPER} | {
+        "schedule_epochs": 6}
     assert fit(3000, 32, 900, "--epochs", "19").out_dim == 256
     args = fit(3000, 64, 828, "--epochs", "18")
     assert (args.patch_size, args.global_crops_size, args.local_crops_size) == (8, 32, 16)
@@ -65,7 +66,8 @@ def test_short_runs():
     args = fit(9469, 128, 5310, "--epochs", "18")
     assert args.patch_size == 16
     assert (args.global_crops_scale, args.local_crops_scale) == ((0.8, 1.0), (0.3, 0.8))
-    assert (args.lr, args.local_crops_number, args.freeze_last_layer) == (0.002, 4, 1) and args.blur[0] == 1
+    assert (args.lr, args.schedule_epochs, args.local_crops_number, args.freeze_last_layer) == (0.002, 36, 4, 1)
+    assert args.blur[0] == 1 and fit(9469, 128, 5310, "--epochs", "22").schedule_epochs == 0
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 32, 63, 64, 100, 127, 128, 224])
@@ -94,7 +96,7 @@ def test_a_resumed_run_keeps_what_was_found(small_shapes, tmp_path, capsys):
     train.main(train.parse_args([*flags, "--epochs", "1"]))
     line = "auto: patch_size 8, global_crops_size 32, local_crops_size 16, global_crops_scale 0.8 1, " \
         "local_crops_scale 0.3 0.8, blur 0 0 0, out_dim 256, use_bn_in_head true, centering sinkhorn, lr 0.004, " \
-        "freeze_last_layer 0 (300 images of 32 pixels, 1 epochs); momentum_teacher 0.9 (4 steps)\n"
+        "schedule_epochs 2, freeze_last_layer 0 (300 images of 32 pixels, 1 epochs); momentum_teacher 0.9 (4 steps)\n"
     assert line in capsys.readouterr().out
     (tmp_path / "run" / "flags.txt").write_text((tmp_path / "run" / "flags.txt").read_text().replace(
         "--momentum_teacher 0.9\n", "--momentum_teacher 0.93\n"))  # as of a version with another rule
