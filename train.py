@@ -683,11 +683,11 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
                  f"effective lr {args.lr * global_batch_size / 256:.3g} = {args.lr:g} * {global_batch_size} / 256 "
                  f"(linear scaling rule)")
     if args.freeze_last_layer >= args.epochs:
-        logger.print(f"NOTE: --freeze_last_layer {args.freeze_last_layer} with --epochs {args.epochs}: the last layer is "
-                     f"not trained")
+        logger.print(f"NOTE: --freeze_last_layer {args.freeze_last_layer} with --epochs {args.epochs}: the last layer "
+                     f"is not trained")
     if args.warmup_teacher_temp_epochs > args.epochs:
-        logger.print(f"NOTE: --warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} with --epochs {args.epochs}: "
-                     f"the run ends before the temperature is {args.teacher_temp:g}")
+        logger.print(f"NOTE: --warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} with --epochs "
+                     f"{args.epochs}: the run ends before the temperature is {args.teacher_temp:g}")
     if args.init:
         names = [*CONTINUE, *["channels"] * bool(args.channels)]
         flags = ", ".join(f"{name} {auto.format_value(getattr(args, name))}" for name in names)
