@@ -302,8 +302,14 @@ def read_version(name, s):
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None  # None without git
 
 
+def read_settings(text):
+    """The flags that peers.py has written as JSON, with tuples again in place of lists."""
+    return argparse.Namespace(**{name: tuple(value) if isinstance(value, list) else value
+                                 for name, value in json.loads(text).items()})
+
+
 def main(name, settings):
-    s = argparse.Namespace(**json.loads(settings))
+    s = read_settings(settings)
     set_threads(s.threads)
     if name in PACKAGES and s.device == "cuda" and s.precision != "fp32":
         torch.set_float32_matmul_precision("high")  # TF32, as in ours and as Lightning recommends

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import peers, speed
+from benchmarks import peer_worker, peers, speed
 from data.folders import ImageFolder
 from data.loaders import MultiCropDataset, build_multicrop
 
@@ -20,6 +20,11 @@ FLAGS = ("--arch vit_tiny --embed_dim 64 --depth 2 --num_heads 2 --batch_size_pe
 @pytest.fixture
 def args():
     return peers.parse_args([*FLAGS, "--reference", "none"])
+
+
+def test_flags_reach_a_worker_unchanged(args):
+    """Among them --normalization, which the reference implementation was refused for as a list."""
+    assert vars(peer_worker.read_settings(json.dumps(vars(args)))) == vars(args)
 
 
 def test_images_are_copies_or_shapes(tmp_path, scene, monkeypatch):
