@@ -1,7 +1,7 @@
 """Speed and memory of crops and training steps, next to other libraries that train DINO.
 
     python -m venv ~/lightly && ~/lightly/bin/pip install lightly timm           # an environment for each, once
-    python -m venv ~/lightly-train && ~/lightly-train/bin/pip install lightly-train
+    python -m venv ~/lightly-train && ~/lightly-train/bin/pip install lightly-train timm
     python -m venv ~/stable && ~/stable/bin/pip install stable-pretraining
     python -m benchmarks.peers --env lightly=~/lightly/bin/python lightly-train=~/lightly-train/bin/python \\
         stable-pretraining=~/stable/bin/python --reference DIR --data_path /photos --precision fp32
@@ -60,7 +60,7 @@ def environment(text):
 
 def parse_args(argv=None):
     parser = cli.build_parser("peers.py", __doc__)
-    parser.add_argument("--env", nargs="+", default=[], type=environment, metavar="NAME=PYTHON",
+    parser.add_argument("--env", nargs="+", default=(), type=environment, metavar="NAME=PYTHON",
                         help=f"{', '.join(PACKAGES)}: the python of its environment")
     parser.add_argument("--reference", metavar="DIR", help="checkout of facebookresearch/dino, timed as one more row")
     parser.add_argument("--data_path", metavar="DIR", help="folder of images (default: JPEGs of the built-in shapes)")
