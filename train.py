@@ -130,8 +130,8 @@ def parse_args(argv=None, follow_run=True):
     add(optim, "--min_lr", 1e-6, "learning rate at the end of its schedule", nonnegative_float)
     add(optim, "--warmup_epochs", None, "epochs of linear learning-rate warm-up (default: 10, less below 100)",
         nonnegative_int)
-    add(optim, "--schedule_epochs", 0, "epochs after which the cosine schedules end, if more than --epochs",
-        nonnegative_int)
+    add(optim, "--schedule_epochs", 0, "epochs of the lr, weight decay and momentum schedules, if above --epochs; "
+        "twice for short runs", nonnegative_int)
     add(optim, "--weight_decay", 0.04, "initial weight decay, of matrices only", nonnegative_float)
     add(optim, "--weight_decay_end", 0.4, "weight decay at the end of its schedule, a cosine", nonnegative_float)
     add(optim, "--koleo_loss_weight", 0.0, "weight of the KoLeo regularizer, which spreads features; DINOv2: 0.1",
@@ -685,7 +685,7 @@ def print_setup(student, global_batch_size, total_steps, args, world_size, logge
     if args.freeze_last_layer >= args.epochs:
         logger.print(f"NOTE: --freeze_last_layer {args.freeze_last_layer} with --epochs {args.epochs}: the last layer "
                      f"is not trained")
-    if args.warmup_teacher_temp_epochs > args.epochs:
+    if args.warmup_teacher_temp_epochs > args.epochs and args.warmup_teacher_temp != args.teacher_temp:
         logger.print(f"NOTE: --warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} with --epochs "
                      f"{args.epochs}: the run ends before the temperature is {args.teacher_temp:g}")
     if args.init:
@@ -704,7 +704,7 @@ def print_results(run, data, args):
     data_path = f" --data_path {shlex.join(paths)}" * (not isinstance(data.train, Shapes))
     image = str(data.train.name(0)) if hasattr(data.train, "name") else ""
     image = quote(image) if os.path.isfile(image) else "shapes"
-    if knn and args.knn_every and data.val is not None:
+    if any(name.startswith("epoch") for name in knn) and args.knn_every and data.val is not None:
         *baselines, last = *(name for name in knn if not name.startswith("epoch")), list(knn)[-1]
         log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in (*baselines, last)))
         if better := [name for name in baselines if knn[name][0] >= knn[last][0]]:

@@ -46,7 +46,7 @@ class Attention(nn.Module):
     def forward(self, x, queries=None):
         """[B, 1+N, D] -> [B, queries, D]: the outputs of the first `queries` tokens, None for all."""
         q, k, v = self.split_heads(x)
-        # On a CPU, in half precision, the fused kernel's backward is slower; above 300 tokens it saves much memory.
+        # On a CPU, in half precision, the fused kernel is slower in backward; from 300 tokens on it saves much memory.
         # On Hopper GPUs cuDNN's, for a single query, gives NaN gradients.
         is_slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] < 300 and torch.is_grad_enabled()
         if queries or is_slow:

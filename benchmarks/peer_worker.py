@@ -18,7 +18,8 @@ import time
 
 import torch
 
-PACKAGES = {"lightly": "lightly timm", "lightly-train": "lightly-train timm", "stable-pretraining": "stable-pretraining"}
+PACKAGES = {
+    "lightly": "lightly timm", "lightly-train": "lightly-train timm", "stable-pretraining": "stable-pretraining"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

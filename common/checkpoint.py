@@ -30,6 +30,7 @@ from common.files import atomic_write, check_file, first_line, remove_temporarie
 RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
     "number of pictures": "num_images", "global batch": "global_batch_size", "unreadable": "corrupt_images",
     "pictures": "dataset_sizes", "how": "hparams", "vit": "backbone"}
+NEWER_FLAGS = {"koleo_loss_weight": 0.0, "schedule_epochs": 0}  # and what runs that began before them have
 MODEL_FILES = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "student.safetensors"),
                "classification": ("classifier.safetensors",)}  # kind of run -> what it leaves behind
 
@@ -243,6 +244,7 @@ class Run:
                 self.fixed["shuffle"] = order
         if "conv_stem" in self.fixed:  # before this flag there was none
             state["fixed"].setdefault("conv_stem", False)
+        flags = {name: value for name, value in NEWER_FLAGS.items() if name in self.flags} | state["flags"]
         if "evaluated" in self.progress:  # supervised training that began before this was saved evaluates once more
             state["progress"].setdefault("evaluated", 0)
         for name, value in state["fixed"].items():
@@ -269,8 +271,8 @@ class Run:
             raise ValueError("its optimizer does not fit the network")
         optimizer.load_state_dict(ours | {"state": theirs})  # hyperparameters follow the flags and schedules
         for name, value in self.flags.items():
-            if name not in ("output_dir", "resume", "overwrite", "auto") and state["flags"].get(name, value) != value:
-                self.logger.print(f"changed since {path} was saved: --{name} {state['flags'][name]} -> {value}")
+            if name not in ("output_dir", "resume", "overwrite", "auto") and flags.get(name, value) != value:
+                self.logger.print(f"changed since {path} was saved: --{name} {flags[name]} -> {value}")
         self.progress.update(state["progress"])
 
 

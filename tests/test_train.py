@@ -468,12 +468,39 @@ def test_epochs_are_no_baselines(small_shapes, tmp_path, capsys):
     assert f"k-NN top-1 (k = 20): epoch 2 {last}%\n" in out and "not better than" not in out
 
 
+def test_a_run_whose_epochs_were_not_evaluated_is_not_called_bad(small_shapes, tmp_path, monkeypatch, capsys):
+    def stop_in_epoch_1(*args, step=train.train_step, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **kwargs)
+
+    steps = []
+    monkeypatch.setattr(train, "train_step", stop_in_epoch_1)
+    run(tmp_path, "--epochs 9 --knn_every 9")
+    assert "stopped by SIGINT after step 7 of" in capsys.readouterr().out
+    run(tmp_path, "--epochs 1 --knn_every 9")
+    out = capsys.readouterr().out
+    assert "the run is in" in out and "not better than" not in out and "k-NN top-1" not in out
+
+
+def test_a_flag_that_the_checkpoint_lacks_is_reported(small_shapes, tmp_path, capsys):
+    run(tmp_path, "--epochs 1")
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
+    del state["flags"]["schedule_epochs"], state["flags"]["koleo_loss_weight"]  # as before they existed
+    save_checkpoint(tmp_path / "checkpoint.pth", **state)
+    run(tmp_path, "--epochs 2 --schedule_epochs 5")
+    out = capsys.readouterr().out
+    assert "--schedule_epochs 0 -> 5\n" in out and "--koleo_loss_weight" not in out
+
+
 def test_phases_longer_than_the_run_are_reported(small_shapes, tmp_path, capsys):
     run(tmp_path / "long", "--epochs 1 --freeze_last_layer 1 --warmup_teacher_temp_epochs 2 --teacher_temp 0.07")
     out = capsys.readouterr().out
     assert "NOTE: --freeze_last_layer 1 with --epochs 1: the last layer is not trained\n" in out
     assert "NOTE: --warmup_teacher_temp_epochs 2 with --epochs 1: the run ends before the temperature is 0.07\n" in out
-    run(tmp_path / "short", "--epochs 1 --freeze_last_layer 0 --warmup_teacher_temp_epochs 1 --teacher_temp 0.07")
+    for folder, flags in (("short", "1 --teacher_temp 0.07"), ("constant", "2")):
+        run(tmp_path / folder, f"--epochs 1 --freeze_last_layer 0 --warmup_teacher_temp_epochs {flags}")
     assert "_layer 0 with" not in (out := capsys.readouterr().out) and "before the temperature" not in out
 
 

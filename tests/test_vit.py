@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torchvision.models.vision_transformer import ConvStemConfig
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
@@ -177,6 +178,18 @@ def test_compiled_and_checkpointed_equal_eager(mode, precision):
     for a, b in zip(*results):
         bound = 0 if exact else (1e-5 if precision == torch.float32 else 0.02) * a.abs().max().item()
         torch.testing.assert_close(a, b, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("tokens, precision, grad, fused", [
+    (197, torch.bfloat16, True, False), (300, torch.bfloat16, True, True), (197, torch.bfloat16, False, True),
+    (197, torch.float32, True, True)])
+def test_attention_is_fused_where_that_is_faster_or_saves_memory(monkeypatch, tokens, precision, grad, fused):
+    calls, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or attend(*qkv))
+    attention = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2).blocks[0].attn
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), torch.set_grad_enabled(grad):
+        attention(torch.zeros(1, tokens, 16))
+    assert bool(calls) == fused
 
 
 @pytest.mark.parametrize("queries", [None, 1])

@@ -23,7 +23,7 @@ def args():
 
 
 def test_flags_reach_a_worker_unchanged(args):
-    """Among them --normalization, which the reference implementation was refused for as a list."""
+    """Tuples too, which are lists in JSON."""
     assert vars(peer_worker.read_settings(json.dumps(vars(args)))) == vars(args)
 
 
