@@ -244,7 +244,6 @@ class Run:
                 self.fixed["shuffle"] = order
         if "conv_stem" in self.fixed:  # before this flag there was none
             state["fixed"].setdefault("conv_stem", False)
-        flags = {name: value for name, value in NEWER_FLAGS.items() if name in self.flags} | state["flags"]
         if "evaluated" in self.progress:  # supervised training that began before this was saved evaluates once more
             state["progress"].setdefault("evaluated", 0)
         for name, value in state["fixed"].items():
@@ -270,6 +269,7 @@ class Run:
         if shapes != saved_shapes:
             raise ValueError("its optimizer does not fit the network")
         optimizer.load_state_dict(ours | {"state": theirs})  # hyperparameters follow the flags and schedules
+        flags = NEWER_FLAGS | state["flags"]
         for name, value in self.flags.items():
             if name not in ("output_dir", "resume", "overwrite", "auto") and flags.get(name, value) != value:
                 self.logger.print(f"changed since {path} was saved: --{name} {flags[name]} -> {value}")

@@ -48,7 +48,7 @@ def bad_inputs(tmp_path):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"not an image")
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")
-    (tmp_path / "flags.txt").write_text("--patch_size 7 # divides no crop\n")
+    (tmp_path / "flags.txt").write_text("--patch_size 7 --local_crops_size 96 # not whole patches\n")
     weights = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1).state_dict()
     save_file(weights, tmp_path / "good.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:5000])
