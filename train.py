@@ -604,8 +604,7 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
 # ---- the whole run ----
 
 def main(args):
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    cli.set_num_threads(args)
     rank, world_size, device = distributed.init_distributed(args.device, args.timeout_minutes)
     data = distributed.run_on_rank_zero_first(
         lambda: open_data(args.data_path, output_dir=args.output_dir, value_range=args.value_range,
@@ -704,10 +703,11 @@ def print_results(run, data, args):
     data_path = f" --data_path {shlex.join(paths)}" * (not isinstance(data.train, Shapes))
     image = str(data.train.name(0)) if hasattr(data.train, "name") else ""
     image = quote(image) if os.path.isfile(image) else "shapes"
-    if any(name.startswith("epoch") for name in knn) and args.knn_every and data.val is not None:
-        *baselines, last = *(name for name in knn if not name.startswith("epoch")), list(knn)[-1]
-        log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in (*baselines, last)))
-        if better := [name for name in baselines if knn[name][0] >= knn[last][0]]:
+    epochs = [name for name in knn if name.startswith("epoch")]
+    baselines = [name for name in knn if name not in epochs]
+    if epochs and args.knn_every and data.val is not None:
+        log("k-NN top-1 (k = 20): " + ", ".join(f"{name} {knn[name][0]:.1f}%" for name in (*baselines, epochs[-1])))
+        if better := [name for name in baselines if knn[name][0] >= knn[epochs[-1]][0]]:
             stem = ", --conv_stem" * (args.arch in SIZES and not args.conv_stem and not args.init)
             log(f"WARNING: the trained backbone is not better than {' and '.join(better)}: try more --epochs{stem}, "
                 f"smaller --patch_size and --global_crops_size, a higher --lr, or --init with trained weights")

@@ -145,8 +145,7 @@ def time_workers(workers, args):
 
 
 def main(args):
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    cli.set_num_threads(args)
     images = args.batch_size_per_gpu * args.steps
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

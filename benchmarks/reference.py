@@ -67,8 +67,7 @@ class EpochSampler(list):
 
 def main(args):
     (flags, num_images), output = load_flags(args.like), Path(args.output_dir)
-    if flags.num_threads:
-        torch.set_num_threads(flags.num_threads)
+    cli.set_num_threads(flags)
     main_dino, utils, _ = modules = checkout.import_reference(args.checkout, flags.device)
     if (output / "log.jsonl").exists():
         raise checkout.ReferenceImplementationError(f"--output_dir {output}: holds a run already, choose another")

@@ -338,8 +338,7 @@ def measure_memory(build, device):
 
 
 def main(args):
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    cli.set_num_threads(args)
     torch._dynamo.config.recompile_limit = 6 * len(args.settings)  # graphs of a row: crop sizes, last block, teacher
     rows = {"reference": Reference(args)} if args.reference else {}
     with checkout.patch_all(rows["reference"].patches if rows else []):

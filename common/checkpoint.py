@@ -30,7 +30,8 @@ from common.files import atomic_write, check_file, first_line, remove_temporarie
 RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
     "number of pictures": "num_images", "global batch": "global_batch_size", "unreadable": "corrupt_images",
     "pictures": "dataset_sizes", "how": "hparams", "vit": "backbone"}
-NEWER_FLAGS = {"koleo_loss_weight": 0.0, "schedule_epochs": 0}  # and what runs that began before them have
+NEWER_FLAGS = {  # and what runs that began before them have
+    "conv_stem": False, "koleo_loss_weight": 0.0, "schedule_epochs": 0}
 MODEL_FILES = {"pretraining": ("teacher.safetensors", "teacher_best.safetensors", "student.safetensors"),
                "classification": ("classifier.safetensors",)}  # kind of run -> what it leaves behind
 
@@ -242,11 +243,10 @@ class Run:
             order = state["fixed"].setdefault("shuffle", "randperm")
             if (order, self.fixed["shuffle"]) == ("randperm", "full"):
                 self.fixed["shuffle"] = order
-        if "conv_stem" in self.fixed:  # before this flag there was none
-            state["fixed"].setdefault("conv_stem", False)
         if "evaluated" in self.progress:  # supervised training that began before this was saved evaluates once more
             state["progress"].setdefault("evaluated", 0)
-        for name, value in state["fixed"].items():
+        newer = {name: value for name, value in NEWER_FLAGS.items() if name in self.fixed}
+        for name, value in (newer | state["fixed"]).items():
             if name not in self.fixed:
                 raise RunMismatchError(f"{path} is from another kind of run: choose another --output_dir")
             if self.fixed[name] != value:

@@ -304,6 +304,12 @@ def check_crop_flags(parser, args):
         parser.error(f"--color_jitter hue {args.color_jitter[3]} is above 0.5, half a turn of the color wheel")
 
 
+def set_num_threads(args):
+    """Let torch use --num_threads CPU threads, if they are given."""
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+
+
 # ---- running a command ----
 
 OPTIONAL_PACKAGES = (  # needed by some commands only
