@@ -76,7 +76,7 @@ from dino_loss import (
     update_teacher,
 )
 from evaluation.masks import mask_mean_and_heads
-from evaluation.online import detect_collapse, evaluate_online, pixel_features
+from evaluation.online import detect_collapse, evaluate_online
 from optim import build_optimizer, build_param_groups, clip_gradients, decay_layers
 from vit import SIZES
 
@@ -306,26 +306,37 @@ def save_models(run):
 
 # ---- evaluation during training ----
 
-def evaluate_and_log(name, model, data, args, run):
-    """k-NN (and linear) accuracy of a model's features if there are labels, and RankMe; keeps the best teacher."""
+def evaluate_and_log(name, data, args, run, with_pixels=False):
+    """k-NN (and linear) accuracy of the teacher's features if there are labels, and RankMe; keeps the best teacher.
+
+    Args:
+        with_pixels: whether to log the k-NN accuracy of raw pixels too.
+    """
     knn, teacher, has_labels = run.progress["knn"], run.objects["teacher"], data.val is not None
     best = max((top1 for other, (top1, _) in knn.items() if has_labels and other.startswith("epoch")), default=-1.0)
     broadcast_buffers(teacher.eval())
     info = run.extra["info"]
-    metrics, held_out, corrupt = evaluate_online(model, data, args, info["mean"], info["std"])
-    draw = None if model is pixel_features else functools.partial(
-        draw_evaluation, f"{run.path.parent.resolve().name}, {name}", held_out, data, args, run)
-    knn[name] = metrics.get("knn_top1"), metrics.get("knn_top5")  # None without labels
+    scores, pixel_scores, held_out, corrupt = evaluate_online(teacher.backbone, data, args, info["mean"], info["std"],
+                                                              with_pixels)
     run.logger.log_corrupt(corrupt if distributed.is_rank_zero() else [])
-    run.logger.log({"eval": name} | metrics, draw)
+    if pixel_scores:
+        log_scores("raw pixels", pixel_scores, run)
+    log_scores(name, scores, run, functools.partial(
+        draw_evaluation, f"{run.path.parent.resolve().name}, {name}", held_out, data, args, run))
     teacher.train()
-    fields = {"knn_top1": "top-1 {:.1f}%", "knn_top5": "top-5 {:.1f}%", "linear_top1": "linear top-1 {:.1f}%",
-              "rankme": f"rank {{:.1f}} of {teacher.backbone.embed_dim}"}
-    run.logger.print(f"{'k-NN' if has_labels else 'features'} of {name}: "
-                     + ", ".join(fields[key].format(value) for key, value in metrics.items()))
     if distributed.is_rank_zero() and has_labels and name.startswith("epoch") and knn[name][0] > best:
         save_model(run.path.with_name("teacher_best.safetensors"), teacher.state_dict(),
                    info | {"network": "teacher"})
+
+
+def log_scores(name, scores, run, draw=None):
+    """Log, print and remember the scores of one evaluation, see `evaluate_online`."""
+    run.progress["knn"][name] = scores.get("knn_top1"), scores.get("knn_top5")  # None without labels
+    run.logger.log({"eval": name} | scores, draw)
+    fields = {"knn_top1": "top-1 {:.1f}%", "knn_top5": "top-5 {:.1f}%", "linear_top1": "linear top-1 {:.1f}%",
+              "rankme": f"rank {{:.1f}} of {run.objects['teacher'].backbone.embed_dim}"}
+    run.logger.print(f"{'k-NN' if 'knn_top1' in scores else 'features'} of {name}: "
+                     + ", ".join(fields[key].format(value) for key, value in scores.items()))
 
 
 def draw_evaluation(title, held_out, data, args, run, mass=0.6, most=500):
@@ -366,14 +377,14 @@ def finish_epoch(step, steps_per_epoch, data, args, run):
         atomic_write(numbered, lambda temporary: shutil.copyfile(run.path, temporary))
     if not args.knn_every:
         return
-    backbone, name = run.objects["teacher"].backbone, f"epoch {epoch - 1}"
+    start = "initial backbone" if args.init else "untrained backbone"
+    name = f"epoch {epoch - 1}" if step else start
+    if name in run.progress["knn"]:
+        return
     if step == 0:
-        start = "initial backbone" if args.init else "untrained backbone"
-        for name, model in (("raw pixels", pixel_features), (start, backbone)):
-            if name not in run.progress["knn"] and (model is backbone or data.val is not None):
-                evaluate_and_log(name, model, data, args, run)
-    elif (epoch % args.knn_every == 0 or epoch == args.epochs) and name not in run.progress["knn"]:
-        evaluate_and_log(name, backbone, data, args, run)
+        evaluate_and_log(name, data, args, run, with_pixels=True)
+    elif epoch % args.knn_every == 0 or epoch == args.epochs:
+        evaluate_and_log(name, data, args, run)
         save_run(run, step)
 
 

@@ -1,7 +1,7 @@
 """Evaluation during training: k-NN and linear accuracy and RankMe of the teacher, and detection of collapse.
 
-    scores, held_out, corrupt = evaluate_online(teacher.backbone, data, args)       # {"knn_top1": ..., ...}
-    warning = detect_collapse(stats, out_dim, previous)                             # a sentence, or None
+    scores, of_pixels, held_out, corrupt = evaluate_online(teacher.backbone, data, args)  # {"knn_top1": ..., ...}
+    warning = detect_collapse(stats, out_dim, previous)                                   # a sentence, or None
 """
 
 import functools
@@ -37,46 +37,51 @@ class HeldOut(NamedTuple):
     indices: Tensor
 
 
-def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Scores of a model's features on held-out images.
+def evaluate_online(model, data, args, mean=IMAGENET_MEAN, std=IMAGENET_STD, with_pixels=False):
+    """Scores of a model's features on held-out images, and of raw pixels as a baseline.
 
     Args:
-        model: images [B, C, H, W] -> features [B, D], in eval mode.
+        model: images [B, C, H, W] -> features [B, D], in eval mode, with D as its embed_dim.
         data: see `open_data`. Without labels nothing is held out, and RankMe is that of training images.
         args: global_crops_size, the side of the center crop; knn_images, at most so many train images and a fifth as
             many held-out images; linear_probe, whether to train linear classifiers on the same features;
             batch_size_per_gpu, num_workers, timeout_minutes, device, precision.
         mean, std: see `EvalTransform`.
+        with_pixels: whether to score raw pixels too, if there are labels; each image is read once for both.
 
     Returns:
         {"knn_top1", "knn_top5"} in percent, for k = 20, and with linear_probe "linear_top1" (see
-        `linear_probe_accuracy`), if there are labels; but for raw pixels "rankme" (see `effective_rank`). HeldOut.
-        List of messages on corrupt images.
+        `linear_probe_accuracy`), if there are labels; "rankme" (see `effective_rank`).
+        {"knn_top1", "knn_top5"} of raw pixels; without them {}.
+        HeldOut. List of messages on corrupt images.
     """
+    with_pixels = with_pixels and data.val is not None
     parts = [(data.train if data.val is None else data.val, max(1, args.knn_images // 5))]
     if data.val is not None:
         parts.insert(0, (data.train_labeled, args.knn_images))
-    features, corrupt, scores = [], [], {}
+    features, pixels, corrupt, scores, pixel_scores = [], [], [], {}, {}
     for images, max_images in parts:
         # the last batch is smaller, which would compile again
         with autocast(args.device, args.precision), torch.compiler.set_stance("force_eager"):
             images, loader = open_subset(images, max_images, args.global_crops_size, args.batch_size_per_gpu,
                                          args.num_workers, args.timeout_minutes, tuple(mean), tuple(std))
-            x, labels, indices, messages = extract_features(model, images, args.global_crops_size, args, args.device,
-                                                            loader=loader)
+            x, labels, indices, messages = extract_features(append_pixels(model) if with_pixels else model, images,
+                                                            args.global_crops_size, args, args.device, loader=loader)
+        if with_pixels:
+            x, raw = x[:, :model.embed_dim].contiguous(), x[:, model.embed_dim:]
+            pixels += [raw, labels]
         features += [x, labels]
         corrupt += messages
     held_out = HeldOut(images, x, labels, indices)
     if data.val is not None:
-        (top1, top5), = knn_classifier(*features, ks=(20,), device=args.device).values()
-        scores |= dict(knn_top1=top1, knn_top5=top5)
-    if model is pixel_features:  # thousands of features: a linear probe and their singular values take minutes
-        return scores, held_out, corrupt
+        scores |= knn_scores(features, args.device)
+    if with_pixels:
+        pixel_scores |= knn_scores(pixels, args.device)
     if data.val is not None and args.linear_probe and len(features[0]) > 1:  # of one image, none can be held out
         epochs = max(20, 100_000 // len(features[0]))  # forty steps at least, of 1024 images at most
         scores["linear_top1"] = linear_probe_accuracy(*(x.to(args.device) for x in features), epochs=epochs)
     scores["rankme"] = effective_rank(x)
-    return scores, held_out, corrupt
+    return scores, pixel_scores, held_out, corrupt
 
 
 @functools.lru_cache(maxsize=2)  # those of one run, whose workers are kept
@@ -87,9 +92,18 @@ def open_subset(images, max_images, size, batch_size, num_workers, timeout_minut
                                      build_view(dict(mean=mean, std=std)), timeout_minutes)
 
 
-def pixel_features(images):
-    """Raw pixels as a baseline, averaged to 32 x 32: [B, C, H, W] -> [B, C*32*32]."""
-    return F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
+def append_pixels(model):
+    """images [B, C, H, W] -> the model's features and raw pixels, averaged to 32 x 32: [B, D + C*32*32] on the CPU."""
+    def extract(images):
+        pixels = F.adaptive_avg_pool2d(images.cpu(), 32).flatten(1)
+        return torch.cat((model(images).float().cpu(), pixels), dim=1)
+    return extract
+
+
+def knn_scores(features, device):
+    """{"knn_top1", "knn_top5"} in percent of train features, their labels, test features and their labels, k = 20."""
+    (top1, top5), = knn_classifier(*features, ks=(20,), device=device).values()
+    return dict(knn_top1=top1, knn_top5=top5)
 
 
 def detect_collapse(stats, out_dim, previous=()):

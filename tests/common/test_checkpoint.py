@@ -26,6 +26,7 @@ from data import loaders
 from data.loaders import iter_batch_keys
 from data.shapes import Shapes
 from data.workers import iter_batches
+from evaluation import online
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--arch vit_tiny --patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --out_dim 64 --hidden_dim 32 "
@@ -315,7 +316,7 @@ def stop_then_train(args, where):
     if where == "batch":
         train.iter_on_device = lambda *args: iter(wait, None)
     else:
-        train.pixel_features = wait
+        online.append_pixels = lambda model: wait
     cli.run_command(train.main, lambda: args, CheckpointError)
 
 
