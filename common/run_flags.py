@@ -1,6 +1,6 @@
 """Flags of a training run: those that follow from others are filled in, and all are written.
 
-A resumed run keeps those that follow from the data or from --init.
+A resumed run keeps those that follow from the data, from its first number of epochs or from --init.
 
     fill_in_arch(parser, args)                                # sizes of --arch, or a parser error
     write_flags("runs/photos/flags.txt", args)                # python train.py @runs/photos/flags.txt
@@ -126,6 +126,6 @@ def list_flags_of_run(args):
         if args.arch not in SIZES and words.get("--arch") != [args.arch]:
             return [], ()  # which cannot be resumed as such
         names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
-        kept = ("batch_size_per_gpu", "channels", "normalization", *PAPER, *(FLAGS_OF_INIT * ("--init" in words)))
+        kept = ("batch_size_per_gpu", "warmup_epochs", "channels", "normalization", *PAPER, *(FLAGS_OF_INIT * ("--init" in words)))
         return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])], names
     return [], ()

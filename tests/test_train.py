@@ -334,6 +334,19 @@ def test_files_log_and_console_of_a_run(small_shapes, tmp_path, capsys):
     assert state["flags"] == again | {"auto": state["flags"]["auto"]}
 
 
+def test_a_run_resumed_with_more_epochs_keeps_its_warm_up(small_shapes, tmp_path, capsys):
+    def learning_rates(folder, *flags):
+        train.main(train.parse_args([*TINY[:first], *TINY[first + 2:], "--schedule_epochs", "20", "--output_dir",
+                                     str(tmp_path / folder), *flags]))
+        return [line["lr"] for line in lines(tmp_path / folder) if "lr" in line]
+
+    first = TINY.index("--warmup_epochs")
+    learning_rates("run", "--epochs", "2")
+    assert "--warmup_epochs 1 with --epochs 2" in capsys.readouterr().out
+    resumed = learning_rates("run", "--epochs", "12")  # of which a new run would warm up for two
+    assert resumed == learning_rates("whole", "--epochs", "12", "--warmup_epochs", "1") and len(resumed) == 48
+
+
 def test_images_without_labels_are_evaluated_by_rank(tmp_path, capsys):
     """At the start and at each epoch, once also in a resumed run; there is no k-NN accuracy and no best teacher."""
     shapes, folder = Shapes("train", 40, 32), tmp_path / "images"
