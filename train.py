@@ -1,6 +1,6 @@
 """Train a vision transformer with DINO: self-supervised, multi-crop self-distillation.
 
-    python train.py @recipes/demo.txt                                   # built-in shapes, minutes on a laptop
+    python train.py @recipes/demo.txt                                   # built-in shapes, a minute on two CPU cores
     python train.py --arch vit_small --data_path /data/imagenet         # one GPU
     torchrun --nproc_per_node=8 train.py @recipes/imagenet_vits16.txt --batch_size_per_gpu 128 --data_path DIR
 
@@ -625,19 +625,24 @@ def main(args):
     if args.normalization == ("measure",):
         values = sum(measure_normalization(data.train), ()) if rank == 0 else None
         args.normalization = distributed.all_gather_objects(values)[0]
+    keeps_flags = bool(list_flags_of_run(args)[0])  # asked here, since a dry run is in another folder
     with dry_run.temporary_run(args) if args.dry_run else contextlib.nullcontext():
-        pretrain(args, data, rank, world_size, device)
+        pretrain(args, data, keeps_flags, rank, world_size, device)
 
 
-def pretrain(args, data, rank, world_size, device):
-    """The run that the flags describe, from its first or next step to the end, or to a signal."""
+def pretrain(args, data, keeps_flags, rank, world_size, device):
+    """The run that the flags describe, from its first or next step to the end, or to a signal.
+
+    Args:
+        keeps_flags: whether a run is resumed, or would be but for --dry_run, whose flags followed from the data before.
+    """
     logger = Logger(Path(args.output_dir, "log.jsonl"), is_silent=rank != 0, device=device)
     if args.log_to and rank == 0:
         logger.sinks = LogSinks(args.log_to, args.output_dir, logger.print)
     memory = *available_memory(device), peak_memory(device)
     sample = list(sample_images(data.train)) if rank == 0 else []  # the other ranks need not decode images for it
-    side, is_new = distributed.all_gather_objects(typical_side(sample))[0], not list_flags_of_run(args)[0]
-    if is_new:
+    side = distributed.all_gather_objects(typical_side(sample))[0]
+    if not keeps_flags:
         auto.fit_to_images(args, len(data.train), side)
     if problem := check_patch_size(args):
         raise DataError(problem)
@@ -655,10 +660,10 @@ def pretrain(args, data, rank, world_size, device):
         raise DataError(f"{describe_paths(args.data_path)}: {len(data.train)} images are fewer than the global batch "
                         f"size {global_batch_size} (batch_size_per_gpu x accum_steps x GPUs): set --batch_size_per_gpu "
                         f"{max(1, len(data.train) // (args.accum_steps * world_size))}")
-    if is_new:
+    if not keeps_flags:
         auto.fit_to_steps(args, total_steps)
     print_setup(objects["student"], global_batch_size, total_steps, args, world_size, logger)
-    if args.auto:
+    if args.auto and not keeps_flags:
         logger.print(auto.describe_auto(args, len(data.train), side, total_steps))
     if not args.init and not isinstance(data.train, Shapes) and auto.is_short(len(data.train), args.epochs):
         logger.print(f"NOTE: {len(data.train):,} images in {args.epochs} epochs are few for random weights, whose "

@@ -250,8 +250,11 @@ class Run:
             if name not in self.fixed:
                 raise RunMismatchError(f"{path} is from another kind of run: choose another --output_dir")
             if self.fixed[name] != value:
-                raise RunMismatchError(f"{path} was trained with {name} {value}, not {self.fixed[name]}: choose "
-                                       f"another --output_dir")
+                fix = "choose another --output_dir"
+                if name == "global_batch_size":  # as on another number of GPUs
+                    images, rest = divmod(self.flags.get("batch_size_per_gpu", 0) * value, self.fixed[name])
+                    fix = f"set --batch_size_per_gpu {images}" if images and not rest else fix
+                raise RunMismatchError(f"{path} was trained with {name} {value}, not {self.fixed[name]}: {fix}")
         for name, tensor in iter_tensors(state):
             if find_fault(tensor):
                 raise ValueError(f"{name} {find_fault(tensor)}")

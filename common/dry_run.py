@@ -18,9 +18,9 @@ from common.memory import peak_memory
 
 @contextlib.contextmanager
 def temporary_run(args):
-    """Within the context, args are those of a run in a temporary folder on the disk of --output_dir.
+    """Make args those of a run in a temporary folder on the disk of --output_dir, which the context removes.
 
-    The same folder on all ranks; rank 0 removes it. Every step is logged, and k-NN takes few images.
+    The same folder on all ranks. Every step is logged, and k-NN takes few images.
     """
     path = Path(args.output_dir).absolute()
     parent = next(folder for folder in (path, *path.parents) if folder.is_dir())

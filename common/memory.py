@@ -50,7 +50,7 @@ def read_cgroups(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
 
 
 def peak_memory(device):
-    """Most bytes that torch has had on the device or, on a CPU, that this process has had; 0 if unknown."""
+    """Most bytes that torch has had on a CUDA device or, elsewhere, that this process has had; 0 if unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, TypeError):  # not by getrusage, which begins with the peak of the parent process

@@ -27,11 +27,10 @@ FIXED_FLAGS = (  # a resumed run must have the same
     "arch", "patch_size", "embed_dim", "depth", "num_heads", "conv_stem", "out_dim", "hidden_dim", "norm_last_layer",
     "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "predictor", "loss", "queue_size", "optimizer",
     "global_crops_size", "value_range", "channels", "normalization", "shuffle", "init", "layer_decay", "seed")
-FLAGS_OF_INIT = (  # which follow from the weights of --init; a resumed run has the same
-    "init", "arch", "patch_size", "embed_dim", "depth", "num_heads", "conv_stem", "out_dim", "hidden_dim",
-    "use_bn_in_head", "head_layers", "bottleneck_dim", "l2_bottleneck", "lr", "momentum_teacher", "teacher_temp",
-    "warmup_teacher_temp", "centering", "norm_last_layer", "freeze_last_layer", "init_head_epochs", "layer_decay",
-    "channels", "value_range")
+FLAGS_OF_INIT = (  # beside those of PAPER, which follow from the weights of --init; a resumed run has the same
+    "init", "arch", "embed_dim", "depth", "num_heads", "conv_stem", "hidden_dim", "head_layers", "bottleneck_dim",
+    "l2_bottleneck", "teacher_temp", "warmup_teacher_temp", "norm_last_layer", "init_head_epochs", "layer_decay",
+    "value_range")
 
 
 def fill_in_arch(parser, args):
@@ -66,7 +65,7 @@ def check_patch_size(args, unless_in=()):
     if args.conv_stem and (args.patch_size < 2 or args.patch_size & (args.patch_size - 1)):
         return f"--conv_stem needs a --patch_size of 2, 4, 8 ..., not {args.patch_size}"
     names = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
-    return "".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
+    return "; ".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
                    for name in names if args.arch in SIZES and name not in unless_in
                    and getattr(args, name) % args.patch_size)
 
@@ -126,6 +125,7 @@ def list_flags_of_run(args):
         if args.arch not in SIZES and words.get("--arch") != [args.arch]:
             return [], ()  # which cannot be resumed as such
         names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
-        kept = ("batch_size_per_gpu", "warmup_epochs", "channels", "normalization", *PAPER, *(FLAGS_OF_INIT * ("--init" in words)))
+        kept = ("batch_size_per_gpu", "warmup_epochs", "channels", "normalization", *PAPER,
+                *(FLAGS_OF_INIT * ("--init" in words)))
         return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])], names
     return [], ()

@@ -29,7 +29,8 @@ def extract_features(model, images, size, args, device="cpu", view=center_crop_v
         model: views [B, C, H, W] -> features [B, D].
         images, size, view: see `build_eval_loader`.
         args: batch_size_per_gpu and num_workers.
-        loader: of `build_eval_loader`, if its workers are to be used again.
+        loader: of `build_eval_loader` on these images, if its workers are to be used again; size, view and args are
+            then those of the loader.
         allow_none: return empty tensors if no image can be read.
 
     Returns:
