@@ -46,7 +46,7 @@ from common.checkpoint import CheckpointError
 from common.cli import nonnegative_int, positive_int
 from common.convert import FORMATS, save_transformers
 from common.files import atomic_write, check_file, create_folder, hash_file, read_text, write_text
-from common.hub import absolute_path, is_remote
+from common.hub import absolute_path
 from common.paths import find_model, sibling_path, weights_file
 from common.weights import check_image_size, load_backbone, read_input, read_weights, save_model
 from data.datasets import DataError, ImageFolder, open_data_of_model
@@ -242,7 +242,8 @@ def main(args):
                                   f"transformers and the reference have none: use --format onnx or safetensors")
         ending, save = FORMATS.get(args.format, (args.format, None))
         output = args.output or str(sibling_path(ckpt, args.checkpoint_key, ending))
-        if os.path.exists(output) and not is_remote(ckpt) and os.path.samefile(output, ckpt):
+        if os.path.exists(output) and any(os.path.samefile(output, path) for path in (ckpt, file)
+                                          if os.path.exists(path)):
             raise CheckpointError(f"--output {output}: is the model itself")
         if save:
             create_folder(Path(output).parent)

@@ -8,7 +8,7 @@ The folder of Copydays holds original/, and strong/, jpegqual/N/ or crops/N/; co
 their original's name. The folder of landmarks holds gnd_*.pkl and jpg/, or folders of that kind.
 `search` keeps an index of the folder's features in NAME.search beside the model file; later runs extract features of
 new and changed images only. Contact sheets are NAME.search/DATA/QUERY.nearest.png. `copies` and `landmarks` are the
-paper's evaluations (Caron et al. 2021, section 4.2.1) with the settings of the released scripts; they write
+paper's evaluations (Caron et al. 2021, section 4.2.1) with the settings of the released commands; they write
 NAME.copies.DATA.json and NAME.landmarks.DATA.json. Under torchrun, feature extraction is split over the processes.
 """
 

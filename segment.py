@@ -226,12 +226,24 @@ def discover_object(model, image, truth, info, args, name, width):
     x = normalize(resize_to_patches(image, args.image_size, p) if args.image_size else image, info["mean"], info["std"])
     x = F.pad(x, (0, -x.shape[2] % p, 0, -x.shape[1] % p))  # as published; resized images are whole patches
     mask = discovery.METHODS[args.method](discovery.extract_keys(model, x[None].to(next(model.parameters()).device)))
+    box = boxes_of_pixels(discovery.find_component_boxes(mask), mask.shape, size if args.image_size else x.shape[1:])
+    box = box.minimum(torch.tensor([*size, *size]).flip(0))  # those of a padded image
     mask = resize_masks(mask[None], size if args.image_size else x.shape[1:])[0][:size[0], :size[1]]
-    box = discovery.find_component_boxes(mask)
     iou = box_iou(box.float(), truth.float()).max().item() if len(truth) else None
     drawing = width and draw_boxes(image, mask, box, truth, width)
     record = write_object_mask(args.write, name, mask) if args.write else {}
     return record | dict(file=name, box=box[0].tolist(), iou=iou, drawing=drawing)
+
+
+def boxes_of_pixels(boxes, grid, size):
+    """Boxes [n, 4] in patches of a grid (rows, columns) -> in pixels of (height, width), at least one of each side.
+
+    Those of `resize_masks`, but where patches are smaller than pixels, of which a mask then has too few.
+    """
+    scale = torch.tensor([size[1] / grid[1], size[0] / grid[0]]).repeat(2)
+    first, end = (boxes * scale - 0.5).ceil().long().split(2, dim=1)
+    first = first.minimum(torch.tensor([size[1] - 1, size[0] - 1]))
+    return torch.cat((first, end.maximum(first + 1)), dim=1)
 
 
 def report_discovery(records, skipped, path, args, origin, across, title):
@@ -252,8 +264,9 @@ def draw_boxes(image, mask, boxes, truth, width):
     drawn = overlay_mask(sheet.resize_to_width(to_pil_image(image), width), mask, COLORS[0])
     scale = torch.tensor([drawn.width / image.shape[2], drawn.height / image.shape[1]]).repeat(2)
     for some, color in ((truth, (255, 255, 255)), (boxes, COLORS[0])):
-        for box in (some * scale - torch.tensor([0, 0, 1, 1])).round().tolist():
-            ImageDraw.Draw(drawn).rectangle(box, outline=color, width=2)
+        for left, top, right, bottom in (some * scale).round().tolist():
+            ImageDraw.Draw(drawn).rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color,
+                                            width=2)
     return drawn
 
 
@@ -453,7 +466,7 @@ def evaluate_objects(masks, indices, size):
         masks: {frame path: predicted object indices [H, W]}, without the first frame.
         indices: objects of the first frame.
     """
-    frames = [frame for frame in masks if mask_path(frame).is_file()][:-1]
+    frames = [frame for frame in list(masks)[:-1] if mask_path(frame).is_file()]
     truths = {frame: read_mask(mask_path(frame), size)[0] for frame in frames}
     scores = {}
     for index in indices if frames else []:

@@ -16,6 +16,7 @@ import errno
 import os
 import pickle
 import re
+import textwrap
 import time
 import warnings
 import zipfile
@@ -250,11 +251,8 @@ class Run:
             if name not in self.fixed:
                 raise RunMismatchError(f"{path} is from another kind of run: choose another --output_dir")
             if self.fixed[name] != value:
-                fix = "choose another --output_dir"
-                if name == "global_batch_size":  # as on another number of GPUs
-                    images, rest = divmod(self.flags.get("batch_size_per_gpu", 0) * value, self.fixed[name])
-                    fix = f"set --batch_size_per_gpu {images}" if images and not rest else fix
-                raise RunMismatchError(f"{path} was trained with {name} {value}, not {self.fixed[name]}: {fix}")
+                raise RunMismatchError(f"{path} was trained with {name} {shorten(value)}, not "
+                                       f"{shorten(self.fixed[name])}: {self.suggest_fix(name, value)}")
         for name, tensor in iter_tensors(state):
             if find_fault(tensor):
                 raise ValueError(f"{name} {find_fault(tensor)}")
@@ -277,6 +275,22 @@ class Run:
             if name not in ("output_dir", "resume", "overwrite", "auto") and flags.get(name, value) != value:
                 self.logger.print(f"changed since {path} was saved: --{name} {flags[name]} -> {value}")
         self.progress.update(state["progress"])
+
+
+    def suggest_fix(self, name, saved):
+        """What to do where a setting that must stay is not the saved one."""
+        if name == "global_batch_size":  # as on another number of GPUs
+            images, rest = divmod(self.flags.get("batch_size_per_gpu", 0) * saved, self.fixed[name])
+            if images and not rest:
+                return f"set --batch_size_per_gpu {images}"
+        if name == "sha256":
+            return "the model has changed, --resume none --overwrite trains on it anew"
+        return "choose another --output_dir"
+
+
+def shorten(value):
+    """Text of a value, of a long list its beginning."""
+    return textwrap.shorten(str(value), 200, placeholder=" ...")
 
 
 def acquire_lock(path):
@@ -328,7 +342,7 @@ def prepare_output_dir(output, kind, found, overwrite):
     for pattern in ("checkpoint*", *MODEL_FILES[kind]):  # left by a save that was killed
         remove_temporaries(output, pattern)
     if not found:
-        for path in (*previous, output / "log.jsonl", output / "nonfinite.json"):
+        for path in (*previous, output / "log.jsonl", output / "nonfinite.json", output / "result.json"):
             path.unlink(missing_ok=True)
     elif found != newest:
         with contextlib.suppress(FileNotFoundError):

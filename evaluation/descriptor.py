@@ -5,7 +5,7 @@
     whiten = fit_whitening(features_of_other_images)
     similarity = F.normalize(whiten(queries)) @ F.normalize(whiten(database)).T
 
-Settings are those of the released scripts for Oxford, Paris and Copydays. This file needs torch only.
+Settings are those of the released commands for Paris and Copydays. This file needs torch only.
 """
 
 from collections.abc import Callable, Sequence

@@ -160,7 +160,6 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
         finish_epoch(first_step, steps_per_epoch, network, evaluate, run, args)
         for step in range(first_step, total_steps):
             epoch, is_epoch_end = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
-            is_last = step + 1 == total_steps
             ((views, *masks), labels, corrupt), is_save_step = signals.wait(lambda: logger.next_batch(batches),
                                                                             run.is_save_due(args.save_every_minutes))
             logger.log_corrupt(corrupt)
@@ -189,7 +188,7 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
                                      corrupt_images=len(logger.corrupt_images)),
                                 args.epochs, ["loss {loss:.3f}", "lr {lr:.1e}"])
             finish_epoch(completed, steps_per_epoch, network, evaluate, run, args)
-            if is_last or is_save_step:
+            if is_epoch_end or is_save_step:
                 run.save(completed)
     except StopRequested as stop:
         run.save(completed)

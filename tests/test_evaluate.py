@@ -580,16 +580,18 @@ class Killed(BaseException):
     ("finetune", ["--cutmix", "1", "--mixup", "0.8", "--warmup_epochs", "1"])])
 @pytest.mark.parametrize("stop", ["killed", "SIGTERM"])
 def test_interrupted_training_resumes_exactly(trained, monkeypatch, capsys, task, flags, stop):
-    """Classifier, backbone and log equal those of an uninterrupted run."""
+    """Classifier, backbone and log equal those of an uninterrupted run; after a kill from the last whole epoch on."""
     folder, path, _ = trained
     if task == "segmentation":
         write_masks(folder)
         flags = ["--data_path", str(folder / "set")]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    flags = [*flags, "--epochs", "3", "--log_every", "1", "--save_every_minutes", "1e-9"]
+    flags = [*flags, "--epochs", "3", "--log_every", "1", "--save_every_minutes", "0"]
     output = path.with_name(f"teacher.{task}.{'set' if task == 'segmentation' else 'images'}")
     train(task, *flags, output=output)
     output.rename(folder / "uninterrupted")
+    log = map(json.loads, (folder / "uninterrupted" / "log.jsonl").read_text().splitlines())
+    steps_per_epoch = sum(record["epoch"] == 0 for record in log if "step" in record)
     step = supervised.supervised_step
     calls = itertools.count()
 
@@ -607,7 +609,7 @@ def test_interrupted_training_resumes_exactly(trained, monkeypatch, capsys, task
     assert not (output / "classifier.safetensors").exists()
     assert stop == "killed" or "stopped by SIGTERM" in capsys.readouterr().out
     train(task, *flags, output=output)
-    assert f"step {5 if stop == 'killed' else 6} of" in capsys.readouterr().out
+    assert f"step {5 // steps_per_epoch * steps_per_epoch if stop == 'killed' else 6} of" in capsys.readouterr().out
     resumed, expected = (load_file(place / "classifier.safetensors") for place in (output, folder / "uninterrupted"))
     assert resumed.keys() == expected.keys() and all(torch.equal(resumed[name], expected[name]) for name in resumed)
     logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
@@ -780,6 +782,11 @@ def test_files_of_other_features_runs_and_classes_are_refused(trained):
     output = str(path.with_name("teacher.linear.images"))
     with pytest.raises(CheckpointError, match="another kind of run|was trained with"):
         train("finetune", "--output_dir", output)
+    weights, info = load_file(path), load_backbone(path)[1]
+    save_model(str(path), weights | {"backbone.cls_token": weights["backbone.cls_token"] + 1}, info)
+    with pytest.raises(CheckpointError, match="the model has changed, --resume none --overwrite trains on it anew"):
+        train("linear", "--lr", "0.1", "--epochs", "1")
+    path.write_bytes(before)
     for part in ("train", "val"):
         (folder / "images" / part / "class0").rename(folder / "images" / part / "zebra")
     for flags in (["--lr", "0.1", "--epochs", "1"], ["--test_only"]):

@@ -355,6 +355,43 @@ def test_objects_of_masks_and_of_any_images(model, tmp_path, capsys, exit_messag
         assert message in exit_message(run, "discover", "--ckpt", path, *flags)
 
 
+def test_patches_smaller_than_pixels_have_a_box(model, tmp_path):
+    """Of images with fewer pixels than patches; and true boxes too small to be drawn are drawn."""
+    run("discover", "--ckpt", model[1], "--num_images", 12, "--image_size", 480, "--method", "lost")
+    objects = json.loads((model[1].parent / "teacher.lost.shapes.json").read_text())["objects"]
+    assert all(0 <= left < right <= 32 and 0 <= top < bottom <= 32 for left, top, right, bottom in
+               (row["box"] for row in objects)) and len(objects) == 12
+    for grid, size in (((60, 60), (32, 32)), ((5, 7), (50, 61)), ((4, 4), (32, 32))):
+        boxes = torch.tensor([[x, y, x + 1, y + 1] for y in range(grid[0]) for x in range(grid[1])])
+        for box, (left, top, right, bottom) in zip(boxes, segment.boxes_of_pixels(boxes, grid, size).tolist()):
+            mask = torch.zeros(1, *grid)
+            mask[0, box[1], box[0]] = 1
+            ys, xs = np.nonzero(segment.resize_masks(mask, size)[0].numpy())
+            if len(ys):
+                assert [left, top, right, bottom] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
+    image, mask = torch.zeros(3, 400, 500), torch.zeros(400, 500, dtype=torch.bool)
+    drawn = segment.draw_boxes(image, mask, torch.tensor([[0, 0, 9, 9]]), torch.tensor([[101.0, 100, 102, 101]]), 242)
+    assert drawn.getpixel((49, 48)) == (255, 255, 255)
+
+
+def test_frames_without_a_mask_do_not_count(tmp_path):
+    frames = [tmp_path / "JPEGImages" / "480p" / "a" / f"{i}.jpg" for i in range(5)]
+    disc = np.zeros((20, 30), np.uint8)
+    disc[5:15, 5:15] = 1
+    for i in (0, 2, 4):
+        path = segment.mask_path(frames[i])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(disc).save(path)
+    half = disc.copy()
+    half[:, 10:] = 0  # the last frame does not count, whether or not it has a mask
+    scores = segment.evaluate_objects(dict(zip(frames[1:], (disc, half, disc, disc))), [1], (30, 20))
+    assert scores["1"]["J"]["mean"] == pytest.approx(0.5)
+    segment.mask_path(frames[4]).unlink()
+    scores = segment.evaluate_objects(dict(zip(frames[1:], (disc, half, disc, disc))), [1], (30, 20))
+    assert scores["1"]["J"]["mean"] == pytest.approx(0.5)
+
+
 def test_an_image_of_two_patches_has_an_object(model, tmp_path):
     """In its own size, as published: the first patch, unless both are alike."""
     (tmp_path / "small").mkdir()
