@@ -97,9 +97,9 @@ def parse_args(argv=None):
 @torch.no_grad()
 def evaluate_masks(args):
     """Jaccard index of thresholded CLS attention and objects: best head per object, mean of heads, random weights."""
-    images, read = find_masks(args.data_path, args.num_images, bool(args.write))
-    model, info, origin, path, names, across = open_evaluation(args, images, args.device, "attention", "masks",
-                                                               mass=args.mass)
+    images, read, model, info, origin, path, names, across = open_evaluation(
+        args, partial(find_masks, args.data_path, args.num_images, bool(args.write)), args.device, "attention", "masks",
+        mass=args.mass)
     models = dict(untrained=model) if args.untrained else dict(
         trained=model, untrained=build_untrained(info).to(args.device))
     scores, skipped, cells, records = [], [], [], []
@@ -175,13 +175,8 @@ def draw_masks(image, mask, objects, width):
 def discover_objects(args):
     """Unsupervised discovery of one object per image: LOST or TokenCut; CorLoc with the boxes of VOC or of masks."""
     _, world_size, device = distributed.init_distributed(args.device)
-    if found := find_boxes(args.data_path, args.num_images):
-        images, read = found
-    else:
-        images, read = find_masks(args.data_path, args.num_images, True)
-        read = partial(read_mask_boxes, read)
-    model, info, origin, path, names, across = open_evaluation(args, images, device, "keys", args.method,
-                                                               method=args.method)
+    images, read, model, info, origin, path, names, across = open_evaluation(
+        args, partial(find_truth, args.data_path, args.num_images), device, "keys", args.method, method=args.method)
     drawn, results = {i * len(images) // 12 for i in range(12)}, []  # twelve, evenly spread
     mine = range(distributed.get_rank(), len(images), world_size)
 
@@ -201,6 +196,14 @@ def discover_objects(args):
             title = f"Objects found by {args.method} with {sheet.describe_model(origin, info, model.patch_size)}"
             report_discovery(records, skipped, path, args, origin, across, title)
         check_skipped(args, images, skipped, records)
+
+
+def find_truth(data_path, num_images, value_range):
+    """Images of VOC with its boxes, or others with those of their masks: see `find_boxes` and `find_masks`."""
+    if found := find_boxes(data_path, num_images, value_range):
+        return found
+    images, read = find_masks(data_path, num_images, True, value_range)
+    return images, partial(read_mask_boxes, read)
 
 
 def read_mask_boxes(read, entry):
@@ -272,14 +275,18 @@ def draw_boxes(image, mask, boxes, truth, width):
 
 # ---- what masks and discover share ----
 
-def open_evaluation(args, images, device, needs, name, **settings):
-    """Model and output of an evaluation of images with masks or boxes.
+def open_evaluation(args, find, device, needs, name, **settings):
+    """Model, images and output of an evaluation of images with masks or boxes.
+
+    Args:
+        find: value_range of the model -> list of entries of images, and a function that reads one.
 
     Returns:
-        model, description and origin, see `open_backbone`; Path of the result; name of each image; columns of its
-        contact sheet.
+        these two; model, description and origin, see `open_backbone`; Path of the result; name of each image; columns
+        of its contact sheet.
     """
     model, info, origin = open_backbone(args, device, needs=needs)
+    images, read = find(value_range=origin["value_range"])
     p = model.patch_size
     if args.image_size is None:
         args.image_size = default_attention_size(model.grid[0] * p, p)
@@ -289,7 +296,7 @@ def open_evaluation(args, images, device, needs, name, **settings):
                    image_size=args.image_size, **settings, dataset_size=len(images))
     path = result_file(origin, args, f"{name}.{data_name(args.data_path)}")
     names = distributed.run_on_rank_zero_first(lambda: prepare_writing(args, images))  # others find its boxes.json
-    return model, info, origin, path, names, sheet.choose_columns(min(12, len(images)), 1000)
+    return images, read, model, info, origin, path, names, sheet.choose_columns(min(12, len(images)), 1000)
 
 
 def check_skipped(args, images, skipped, results):
@@ -362,7 +369,7 @@ def segment_videos(args):
     names = args.sequences or (read_names(val_list) if val_list.is_file() else None)
     sequences = find_sequences(args.data_path, names)
     model, info, origin = open_backbone(args, needs="patch tokens", precision=args.precision)
-    args.normalization = info["mean"], info["std"]
+    args.normalization, args.value_range = (info["mean"], info["std"]), origin["value_range"]
     output = output_folder(origin, args, f"video.{data_name(args.data_path)}")
     create_folder(output)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
@@ -401,7 +408,8 @@ def segment_sequence(model, frames, folder, args):
         raise ImageReadError(f"{mask_path(frames[0])}: has no object")
     rows, cols = compute_grid(*size, args.image_size, p)
     first = mask_to_labels(torch.from_numpy(np.searchsorted(classes, mask)), len(classes), rows, cols).to(args.device)
-    read = partial(read_frame, size=size, height=rows * p, width=cols * p, normalization=args.normalization)
+    read = partial(read_frame, size=size, height=rows * p, width=cols * p, normalization=args.normalization,
+                   value_range=args.value_range)
     features = (extract_patch_features(model, frame, args) for frame in build_loader(frames, read, args.num_workers))
     folder.mkdir(exist_ok=True)
     save_mask(folder / f"{frames[0].stem}.png", mask, palette)
@@ -434,13 +442,13 @@ def compute_grid(width, height, shorter_side, p):
     return (short, long) if height <= width else (long, short)
 
 
-def read_frame(path, size, height, width, normalization):
+def read_frame(path, size, height, width, normalization, value_range=None):
     """Frame of `size` pixels -> [1, 3, height, width], normalized.
 
     Resized as in the released evaluation: bilinear without antialiasing, then rounded. Its standard deviation of the
     red channel, 0.228 instead of 0.229, is not reproduced.
     """
-    image = read_image(path)
+    image = read_image(path, value_range=value_range)
     if image.size != size:
         raise ImageReadError(f"{path}: {image.width} x {image.height} pixels, the first frame {size[0]} x {size[1]}")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()

@@ -36,7 +36,7 @@ def build_loader(entries, read, num_workers=0):
 
 # ---- images with masks ----
 
-def find_masks(data_path, num_images=None, allow_unlabeled=False):
+def find_masks(data_path, num_images=None, allow_unlabeled=False, value_range=None):
     """Images with object masks that `data_path` names.
 
     shapes[:PIXELS]; VOC2012 (its validation list); images/ beside masks/ or annotations/ (their held-out part, if they
@@ -45,6 +45,7 @@ def find_masks(data_path, num_images=None, allow_unlabeled=False):
     Args:
         num_images: at most this many, evenly spread.
         allow_unlabeled: take a folder of another layout as images without objects.
+        value_range: see `read_image`.
 
     Returns:
         a list of entries, and a function: entry -> image [3, H, W] in [0, 1], objects bool [O, H, W], void bool
@@ -69,7 +70,7 @@ def find_masks(data_path, num_images=None, allow_unlabeled=False):
         else:
             raise DataError(f"{data_path}: no images with masks; expected images/ beside masks/ or annotations/, or "
                             f"the layout of VOC2012 or DAVIS, or 'shapes'; masks of any images need --write DIR")
-        read = read_files
+        read = partial(read_files, value_range=value_range)
     return spread(entries, num_images), read
 
 
@@ -141,9 +142,9 @@ def read_shape_objects(shapes, i):
     return TF.to_tensor(image), mask[None], torch.zeros_like(mask)
 
 
-def read_files(paths):
+def read_files(paths, value_range=None):
     """Image and mask file -> image, objects, void; in VOC an "object" is all objects of one class."""
-    image = read_image(paths[0])
+    image = read_image(paths[0], value_range=value_range)
     empty = np.zeros((image.height, image.width), np.uint8)
     mask, _, void = read_mask(paths[1], image.size) if paths[1] else (empty, None, empty > 0)
     objects = mask == np.unique(mask[mask > 0])[:, None, None]
@@ -152,7 +153,7 @@ def read_files(paths):
 
 # ---- images with boxes ----
 
-def find_boxes(data_path, num_images=None):
+def find_boxes(data_path, num_images=None, value_range=None):
     """Images of a VOC set with the boxes of their objects, of its list trainval: entries and a function to read them.
 
     Returns:
@@ -163,15 +164,15 @@ def find_boxes(data_path, num_images=None):
         return None
     names = read_names(root / "ImageSets" / "Main" / "trainval.txt")
     entries = [(root / "JPEGImages" / f"{name}.jpg", root / "Annotations" / f"{name}.xml") for name in names]
-    return spread(entries, num_images), read_boxes
+    return spread(entries, num_images), partial(read_boxes, value_range=value_range)
 
 
-def read_boxes(paths):
+def read_boxes(paths, value_range=None):
     """Image, and XML file of VOC -> image [3, H, W] in [0, 1], boxes [M, 4]: left, top, right, bottom in pixels.
 
     The first pixel of VOC is 1, and its boxes include the last: those here end before it.
     """
-    image = TF.to_tensor(read_image(paths[0]))
+    image = TF.to_tensor(read_image(paths[0], value_range=value_range))
     with wrap_decode_errors(paths[1]):
         boxes = [[float(box.findtext(name)) - (name in ("xmin", "ymin")) for name in ("xmin", "ymin", "xmax", "ymax")]
                  for box in ElementTree.parse(paths[1]).iterfind("object/bndbox")]

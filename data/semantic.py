@@ -32,11 +32,12 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
                "person pottedplant sheep sofa train tvmonitor").split()
 
 
-def open_semantic(data_path: str) -> Data:
+def open_semantic(data_path: str, value_range: tuple[float, float] | None = None) -> Data:
     """Open the images with masks that `data_path` names, see above.
 
     The names of classes are those of the set, or the lines of classes.txt in the folder, or the values that occur.
-    Masks of a folder that all hold nothing but 0 and 255 have two classes. All ranks must call this.
+    Masks of a folder that all hold nothing but 0 and 255 have two classes. All ranks must call this. For
+    value_range see `read_image`.
 
     Raises:
         DataError: none of these layouts, masks that hold one class or none, or classes.txt contradicts them.
@@ -58,7 +59,7 @@ def open_semantic(data_path: str) -> Data:
     else:
         raise DataError(f"{data_path}: no images with masks; expected images/ beside masks/ or annotations/, each with "
                         f"train/ and val/, or the layout of VOC2012, or 'shapes'")
-    images = [SemanticImages(pairs, read, classes) for pairs, _ in parts]
+    images = [SemanticImages(pairs, partial(read, value_range=value_range), classes) for pairs, _ in parts]
     path, found = str(Path(data_path).absolute()), ", ".join([*(of for _, of in parts), f"{len(classes)} classes"])
     if len(images) == 2:
         return Data(images[0], *images, path, found + note)
@@ -150,14 +151,15 @@ def read_shape_classes(shapes, i):
     return image, mask.numpy().astype(np.uint8) * (1 + i % len(shapes.classes))
 
 
-def read_pair(paths, first_class=0, is_binary=False):
+def read_pair(paths, first_class=0, is_binary=False, value_range=None):
     """Image and mask file -> RGB image, class indices uint8 [H, W].
 
     Args:
         first_class: index of class 0 in the file; what is below it is unlabeled.
         is_binary: 255 is class 1, not unlabeled.
+        value_range: see `read_image`.
     """
-    image = read_image(paths[0])
+    image = read_image(paths[0], value_range=value_range)
     labels = read_labels(paths[1])
     if labels.shape != (image.height, image.width):
         raise ImageReadError(f"{paths[1]}: the mask has {labels.shape[1]} x {labels.shape[0]} pixels, its image "

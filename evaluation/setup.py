@@ -54,13 +54,14 @@ class EvalSetup:
             args.image_size = args.image_size or default_attention_size(trained_size, p)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
         val_path = datasets.trained_val_path(args, self.info)
-        self.data = open_semantic(args.data_path) if is_dense else distributed.run_on_rank_zero_first(self.open_labeled)
+        self.data = open_semantic(args.data_path, self.origin["value_range"]) if is_dense else \
+            distributed.run_on_rank_zero_first(self.open_labeled)
         sizes = [len(self.data.train_labeled), len(self.data.val)]
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)
-        value_range = list(getattr(self.data.train, "value_range", None) or ()) or None
-        self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size,
-                            value_range=value_range)
+        self.origin |= dict(data_path=self.data.path, dataset_sizes=sizes, image_size=args.image_size)
+        if not is_dense:  # of a model without one, that of the data
+            self.origin["value_range"] = list(getattr(self.data.train, "value_range", None) or ()) or None
         if val_path:
             self.origin["val_path"] = datasets.make_absolute(val_path)
         self.name = datasets.data_name(self.data.path)

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file
 from torchvision.transforms import functional as TF
 
 import segment
 from augment import IMAGENET_MEAN, IMAGENET_STD
+from common.weights import load_backbone, save_model
 from data.semantic import open_semantic
 from data.shapes import Shapes
 from plotting.draw import COLORS
@@ -249,6 +251,34 @@ def test_masks_are_written_beside_the_evaluation(model, tmp_path, capsys, monkey
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "00000.png", "00666.png", "01333.png", "boxes.json"]
     assert "wrote 3 masks and " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["masks", "discover"])
+def test_gray_of_16_bits_is_scaled_as_in_training(model, tmp_path, task):
+    """By the black and white of the model: as the same images of 8 bits."""
+    network, path = model
+    for i in range(2):
+        image, mask = Shapes("test", 2000, 64).render(i)
+        gray = np.asarray(image.convert("L")) // 2  # so that the values used are half of the range
+        for folder, pixels in (("deep", gray.astype(np.uint16) * 16), ("flat", gray)):
+            for kind, array in (("images", pixels), ("masks", mask.numpy().astype(np.uint8))):
+                (tmp_path / folder / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(tmp_path / folder / kind / f"{i}.png")
+    results = []
+    for folder, value_range in (("deep", (0.0, 4080.0)), ("flat", None), ("deep", None)):
+        ckpt = tmp_path / "models" / f"{folder}{bool(value_range)}.safetensors"
+        ckpt.parent.mkdir(exist_ok=True)
+        save_model(str(ckpt), load_file(path), load_backbone(str(path))[1] | dict(value_range=value_range))
+        run(task, "--ckpt", ckpt, "--data_path", tmp_path / folder, "--output_dir", tmp_path / ckpt.stem)
+        result = json.loads(next((tmp_path / ckpt.stem).glob("*.json")).read_text())
+        results.append(result["jaccard"] if task == "masks" else result["objects"])
+    assert results[0] == results[1] != results[2]
+    for folder, value_range in (("deep", (0, 4080)), ("flat", None)):
+        data = open_semantic(str(tmp_path / folder), value_range)
+        results.append([np.asarray(data.train[i][0][0]) for i in range(2)])
+        frame = tmp_path / folder / "images" / "0.png"
+        results.append(segment.read_frame(frame, (64, 64), 64, 64, ([0] * 3, [1] * 3), value_range).numpy())
+    assert np.array_equal(results[3], results[5]) and np.array_equal(results[4], results[6])
 
 
 # ---- discovery ----
