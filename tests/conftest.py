@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: tiny models are faster so
     torch.set_num_threads(1)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup and some job runners ignore it, and tests send it
     config.addinivalue_line("markers", "slow: run with --slow only")
 
 
