@@ -296,7 +296,13 @@ def open_files(paths, output_dir=None, value_range=None, cache_dir=None, channel
 
 
 def hash_images(images, samples=1000):
-    """Number of images and, of folders and shards, SHA-256 of the names of files and of the sizes of some."""
+    """Number of images and, of folders and shards, SHA-256 of the names of files and of the sizes of some.
+
+    Of a Subset, the SHA-256 of all images.
+    """
+    count = len(images)
+    while isinstance(images, Subset):
+        images = images.dataset
     digest = hashlib.sha256()
     for part in getattr(images, "parts", [images]):
         if isinstance(part, ImageFolder):
@@ -306,9 +312,9 @@ def hash_images(images, samples=1000):
             names, sizes = ([shard[key] for shard in part.index.shards] for key in ("path", "size"))
             names = map(os.path.basename, names)
         else:
-            return dict(num_images=len(images))
+            return dict(num_images=count)
         digest.update("\0".join(names).encode(errors="surrogateescape") + b"".join(b"%d " % size for size in sizes))
-    return dict(num_images=len(images), sha256=digest.hexdigest())
+    return dict(num_images=count, sha256=digest.hexdigest())
 
 
 # ---- torchvision and built-in shapes ----

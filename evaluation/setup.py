@@ -90,19 +90,21 @@ class EvalSetup:
 
     def load_or_extract_features(self, model):
         """Features and labels of train and test images: {name: tensor} as for `knn_classifier`."""
-        path = self.args.features
+        path, parts = self.args.features, dict(train=self.data.train_labeled, test=self.data.val)
         cached = bool(path and Path(path).exists())
         distributed.check_same_on_all_ranks("a features file:", cached)
+        origin = self.origin | {f"{part}_files": datasets.hash_images(images).get("sha256")
+                                for part, images in parts.items() if path}  # an image may be of another class now
         if cached:
             log(f"features loaded from {path}")
-            return load_features(path, self.origin)
+            return load_features(path, origin)
         if path:
             create_folder(Path(path).parent)
         features = {}
-        for part, images in (("train", self.data.train_labeled), ("test", self.data.val)):
+        for part, images in parts.items():
             features[f"{part}_features"], features[f"{part}_labels"] = self.extract(model, images)
         if path and is_rank_zero():
-            save_model(path, features, {"backbone": self.info["backbone"]} | self.origin)
+            save_model(path, features, {"backbone": self.info["backbone"]} | origin)
             log(f"features written to {path}")
         return features
 

@@ -772,6 +772,11 @@ def test_files_of_other_features_runs_and_classes_are_refused(trained):
         run(*both, "--checkpoint_key", "student")
     Path("cache.safetensors").unlink()
     run(*both, "--checkpoint_key", "student")
+    moved, place = next((folder / "images" / "train" / "class0").iterdir()), folder / "images" / "train" / "class1"
+    os.rename(moved, place / "moved.png")
+    with pytest.raises(CheckpointError, match="cache.safetensors: holds features with train_files"):
+        run(*both, "--checkpoint_key", "student")
+    os.rename(place / "moved.png", moved)
     assert {p.name for p in folder.glob("*.knn.*.json")} == {"both.knn.images.json", "both.student.knn.images.json"}
     before = path.read_bytes()
     for flags in ([], ["--resume", "none", "--overwrite"]):
