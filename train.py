@@ -1,6 +1,6 @@
 """Train a vision transformer with DINO: self-supervised, multi-crop self-distillation.
 
-    python train.py @recipes/demo.txt                                   # built-in shapes, a minute on two CPU cores
+    python train.py @recipes/demo.txt                                   # built-in shapes, two minutes on two CPU cores
     python train.py --arch vit_small --data_path /data/imagenet         # one GPU
     torchrun --nproc_per_node=8 train.py @recipes/imagenet_vits16.txt --batch_size_per_gpu 128 --data_path DIR
 
