@@ -229,9 +229,10 @@ def discover_object(model, image, truth, info, args, name, width):
     x = normalize(resize_to_patches(image, args.image_size, p) if args.image_size else image, info["mean"], info["std"])
     x = F.pad(x, (0, -x.shape[2] % p, 0, -x.shape[1] % p))  # as published; resized images are whole patches
     mask = discovery.METHODS[args.method](discovery.extract_keys(model, x[None].to(next(model.parameters()).device)))
-    box = boxes_of_pixels(discovery.find_component_boxes(mask), mask.shape, size if args.image_size else x.shape[1:])
-    box = box.minimum(torch.tensor([*size, *size]).flip(0))  # those of a padded image
-    mask = resize_masks(mask[None], size if args.image_size else x.shape[1:])[0][:size[0], :size[1]]
+    padded = size if args.image_size else x.shape[1:]
+    box = boxes_of_pixels(discovery.find_component_boxes(mask), mask.shape, padded)
+    box = box.minimum(torch.tensor([*size, *size]).flip(0))
+    mask = resize_masks(mask[None], padded)[0][:size[0], :size[1]]
     iou = box_iou(box.float(), truth.float()).max().item() if len(truth) else None
     drawing = width and draw_boxes(image, mask, box, truth, width)
     record = write_object_mask(args.write, name, mask) if args.write else {}

@@ -377,8 +377,7 @@ def finish_epoch(step, steps_per_epoch, data, args, run):
         atomic_write(numbered, lambda temporary: shutil.copyfile(run.path, temporary))
     if not args.knn_every:
         return
-    start = "initial backbone" if args.init else "untrained backbone"
-    name = f"epoch {epoch - 1}" if step else start
+    name = f"epoch {epoch - 1}" if step else "initial backbone" if args.init else "untrained backbone"
     if name in run.progress["knn"]:
         return
     if step == 0:

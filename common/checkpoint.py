@@ -16,7 +16,6 @@ import errno
 import os
 import pickle
 import re
-import textwrap
 import time
 import warnings
 import zipfile
@@ -251,8 +250,8 @@ class Run:
             if name not in self.fixed:
                 raise RunMismatchError(f"{path} is from another kind of run: choose another --output_dir")
             if self.fixed[name] != value:
-                raise RunMismatchError(f"{path} was trained with {name} {shorten(value)}, not "
-                                       f"{shorten(self.fixed[name])}: {self.suggest_fix(name, value)}")
+                raise RunMismatchError(f"{path} was trained with {name} {str(value)[:200]}, not "
+                                       f"{str(self.fixed[name])[:200]}: {self.suggest_fix(name, value)}")
         for name, tensor in iter_tensors(state):
             if find_fault(tensor):
                 raise ValueError(f"{name} {find_fault(tensor)}")
@@ -276,7 +275,6 @@ class Run:
                 self.logger.print(f"changed since {path} was saved: --{name} {flags[name]} -> {value}")
         self.progress.update(state["progress"])
 
-
     def suggest_fix(self, name, saved):
         """What to do where a setting that must stay is not the saved one."""
         if name == "global_batch_size":  # as on another number of GPUs
@@ -286,11 +284,6 @@ class Run:
         if name == "sha256":
             return "the model has changed, --resume none --overwrite trains on it anew"
         return "choose another --output_dir"
-
-
-def shorten(value):
-    """Text of a value, of a long list its beginning."""
-    return textwrap.shorten(str(value), 200, placeholder=" ...")
 
 
 def acquire_lock(path):

@@ -66,8 +66,8 @@ def check_patch_size(args, unless_in=()):
         return f"--conv_stem needs a --patch_size of 2, 4, 8 ..., not {args.patch_size}"
     names = ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0)
     return "; ".join(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}"
-                   for name in names if args.arch in SIZES and name not in unless_in
-                   and getattr(args, name) % args.patch_size)
+                     for name in names if args.arch in SIZES and name not in unless_in
+                     and getattr(args, name) % args.patch_size)
 
 
 def check_channels(parser, args):

@@ -54,8 +54,10 @@ class EvalSetup:
             args.image_size = args.image_size or default_attention_size(trained_size, p)
         args.image_size = resolve_image_size(args.image_size, self.backbone)
         val_path = datasets.trained_val_path(args, self.info)
-        self.data = open_semantic(args.data_path, self.origin["value_range"]) if is_dense else \
-            distributed.run_on_rank_zero_first(self.open_labeled)
+        if is_dense:
+            self.data = open_semantic(args.data_path, self.origin["value_range"])
+        else:
+            self.data = distributed.run_on_rank_zero_first(self.open_labeled)
         sizes = [len(self.data.train_labeled), len(self.data.val)]
         distributed.check_same_on_all_ranks("numbers of labeled images", sizes)
         log(self.data.note)

@@ -809,7 +809,8 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--seed 1", "seed 0, not 1"), ("--batch_size_per_gpu 32", "64, not 32: set --batch_size_per_gpu 64"),
+    ("--seed 1", "seed 0, not 1"),
+    ("--batch_size_per_gpu 32", "global_batch_size 64, not 32: set --batch_size_per_gpu 64"),
     ("--norm_last_layer false", "norm_last_layer True, not False"), ("--embed_dim 64", "embed_dim 32, not 64"),
     ("--shuffle blocks", "shuffle full, not blocks")])
 def test_another_run_is_not_continued(small_shapes, tmp_path, flags, words):
