@@ -237,7 +237,8 @@ def linear(args):
     network = Classifiers(extractor, len(setup.classes), len(grid)).to(setup.device).eval()
     if args.quick and not args.test_only:
         supervised.train_on_features(network, lambda x, y: supervised.fit_quick(network, grid, x, y, args), grid,
-                                     ["lr", "weight_decay"], dict(quick=True, epochs=args.epochs), setup)
+                                     ["lr", "weight_decay"], dict(quick=True, epochs=args.epochs, seed=args.seed),
+                                     setup)
     else:
         optimizer = build_optimizer("sgd", supervised.build_head_groups(network, grid))
         crops = supervised.build_crops(args, setup.info, setup.device)

@@ -255,7 +255,8 @@ def train_and_test(network, optimizer, grid, hparams, setup, crops, report, meas
         accuracies = measure(network, val_images, setup) if len(grid) > 1 else [0.0]
         best = accuracies.index(max(accuracies))
         network.heads = network.heads[best:best + 1]
-        hparams |= dict(corrupt_train_images=num_corrupt)
+        hparams |= dict(seed=args.seed, precision=args.precision, crop_scale=list(args.crop_scale),
+                        global_batch_size=args.batch_size_per_gpu * get_world_size(), corrupt_train_images=num_corrupt)
         hparams = save_classifier(network, grid, best, accuracies, hparams, setup)
     report(network, setup, hparams)
 

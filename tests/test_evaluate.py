@@ -853,6 +853,8 @@ def test_segmentation_equals_scikit_learn(trained, capsys):
     assert list(result["per_class"]) == ["0", "1", "2"] and result["num_images"] == 22
     assert "22 test images: mIoU " in out and "epoch 1: test mIoU " in out and "effective lr 0.001 = lr * 16" in out
     assert result["corrupt_train_images"] == 2
+    assert [result[name] for name in ("seed", "precision", "crop_scale", "global_batch_size")] == [
+        0, "fp32", [0.25, 1.0], 16]
     assert result["corrupt"] == [next(line.split("image ", 1)[1] for line in out.splitlines() if "05.png" in line)]
     assert train("segmentation", *flags, "--test_only", output=output) == result
 
