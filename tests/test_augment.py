@@ -502,6 +502,17 @@ def test_eval_transform_of_channels(scene):
     assert not torch.equal(EvalTransform(32, channels=3)(image), EvalTransform(32)(image))
 
 
+@pytest.mark.parametrize("channels", [None, 5])
+def test_a_model_can_be_trained_on_crops(scene, channels):
+    """Crops are made in inference mode, whose tensors autograd refuses."""
+    options = dict(channels=5, mean=(0.5,) * 5, std=(0.2,) * 5) if channels else {}
+    multicrop = MultiCrop(32, local_size=16, **options)
+    for crop in multicrop(torch.rand(5, 40, 60) if channels else scene):
+        conv = torch.nn.Conv2d(channels or 3, 1, len(crop[0]))
+        conv(crop).sum().backward()
+        torch.testing.assert_close(conv.weight.grad[0], crop)
+
+
 def test_rotations_and_vertical_flips(scene):
     """Each orientation equals Pillow's, is as frequent as the others, and leaves all other parameters as they were."""
     plain = render_ours(scene, PLAIN)
