@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.distributed import check_same_on_all_ranks, is_rank_zero
-from common.files import atomic_write, check_file, first_line, remove_temporaries
+from common.distributed import all_gather_objects, check_same_on_all_ranks, is_rank_zero
+from common.files import atomic_write, check_file, first_line, read_text, remove_temporaries
 
 RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
     "number of pictures": "num_images", "global batch": "global_batch_size", "unreadable": "corrupt_images",
@@ -181,13 +181,13 @@ class Run:
         """Resume, or make the folder ready for a new run; returns the step to start at.
 
         Args:
-            args: resume ("auto" or "none") and overwrite. A process that torchrun or Slurm restarted resumes anyway.
+            args: resume ("auto" or "none") and overwrite. A restarted job resumes anyway.
 
         Raises:
             RunMismatchError: see `load_newest` and `prepare_output_dir`.
             CheckpointError: there are checkpoints, and none is intact.
         """
-        found = self.load_newest() if args.resume == "auto" or was_restarted() else None
+        found = self.load_newest() if args.resume == "auto" or was_restarted(self.path.parent) else None
         check_same_on_all_ranks("a run at step", self.progress["step"])
         if is_rank_zero():
             self.lock = prepare_output_dir(self.path.parent, self.kind, found, args.overwrite)
@@ -203,8 +203,9 @@ class Run:
         return 0 < 60 * minutes < time.monotonic() - self.saved_at
 
     def save(self, step):
-        """Save the state before `step`, on rank 0."""
+        """Save the state before `step`, on rank 0; all ranks must call this."""
         self.saved_at = time.monotonic()
+        self.logger.corrupt_images = set().union(*all_gather_objects(self.logger.corrupt_images))
         if is_rank_zero():
             self.progress.update(step=step, corrupt_images=sorted(self.logger.corrupt_images),
                                  log_bytes=self.logger.path.stat().st_size if self.logger.path.exists() else 0)
@@ -323,6 +324,9 @@ def prepare_output_dir(output, kind, found, overwrite):
                                        f"--output_dir")
     previous = sorted(path for pattern in ("checkpoint*.pth*", *MODEL_FILES[kind]) for path in output.glob(pattern)
                       if path.suffix != ".tmp")
+    others = [path for path in map(output.joinpath, ("log.jsonl", "nonfinite.json", "result.json")) if path.exists()]
+    if not (output / ".lock").exists():  # of another program, or of a run of which only these were kept
+        previous += others
     if previous and not found and not overwrite:
         raise RunMismatchError(f"{output} holds {previous[0].name} of a previous run: --resume none --overwrite "
                                f"deletes it, another --output_dir keeps it")
@@ -335,8 +339,11 @@ def prepare_output_dir(output, kind, found, overwrite):
     for pattern in ("checkpoint*", *MODEL_FILES[kind]):  # left by a save that was killed
         remove_temporaries(output, pattern)
     if not found:
-        for path in (*previous, output / "log.jsonl", output / "nonfinite.json", output / "result.json"):
+        for path in (*previous, *others):
             path.unlink(missing_ok=True)
+        lock.truncate(0)
+        lock.write(get_job())  # see was_restarted
+        lock.flush()
     elif found != newest:
         with contextlib.suppress(FileNotFoundError):
             os.replace(newest, f"{newest}.corrupt")
@@ -344,7 +351,15 @@ def prepare_output_dir(output, kind, found, overwrite):
     return lock
 
 
-def was_restarted():
-    """Whether torchrun or Slurm has restarted this process after an interruption."""
+def was_restarted(output):
+    """Whether torchrun or Slurm restarted this process, in the job that began the run in the folder `output`."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)
+    with contextlib.suppress(OSError, ValueError):
+        return any(os.environ.get(name, "0") not in ("", "0") for name in counts) and (
+            read_text(Path(output, ".lock")) == get_job())
+    return False
+
+
+def get_job():
+    """Name of the job of Slurm or torchrun that this process belongs to; a restart keeps it."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""

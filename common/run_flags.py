@@ -29,8 +29,7 @@ FIXED_FLAGS = (  # a resumed run must have the same
     "global_crops_size", "value_range", "channels", "normalization", "shuffle", "init", "layer_decay", "seed")
 FLAGS_OF_INIT = (  # beside those of PAPER, which follow from the weights of --init; a resumed run has the same
     "init", "arch", "embed_dim", "depth", "num_heads", "conv_stem", "hidden_dim", "head_layers", "bottleneck_dim",
-    "l2_bottleneck", "teacher_temp", "warmup_teacher_temp", "norm_last_layer", "init_head_epochs", "layer_decay",
-    "value_range")
+    "l2_bottleneck", "teacher_temp", "warmup_teacher_temp", "norm_last_layer", "init_head_epochs", "layer_decay")
 
 
 def fill_in_arch(parser, args):
@@ -111,7 +110,7 @@ def write_flags(path, args):
 
 def is_new_run(args):
     """Whether no run in --output_dir will be resumed."""
-    is_resumed = args.resume == "auto" or was_restarted()
+    is_resumed = args.resume == "auto" or was_restarted(args.output_dir)
     return not (is_resumed and list_checkpoints(Path(args.output_dir, "checkpoint.pth")))
 
 
@@ -125,7 +124,7 @@ def list_flags_of_run(args):
         if args.arch not in SIZES and words.get("--arch") != [args.arch]:
             return [], ()  # which cannot be resumed as such
         names = tuple(name for line in lines if line.startswith("# auto: ") for name in line.split()[2:])
-        kept = ("batch_size_per_gpu", "warmup_epochs", "channels", "normalization", *PAPER,
+        kept = ("batch_size_per_gpu", "warmup_epochs", "channels", "normalization", "value_range", *PAPER,
                 *(FLAGS_OF_INIT * ("--init" in words)))
         return [word for name in kept if f"--{name}" in words for word in (f"--{name}", *words[f"--{name}"])], names
     return [], ()

@@ -323,7 +323,9 @@ def group_samples(files, shard, passed_over, endings):
         if label and not images:
             passed_over["label(s) without an image beside"] += 1
         if label:  # KEY.seg.png is no image of the sample
-            images = [file for file in images if file[0] == key + os.path.splitext(file[0])[1]] or images
+            own = [file for file in images if file[0] == key + os.path.splitext(file[0])[1]] or images
+            passed_over["other image(s) of a labeled sample"] += len(images) - len(own)
+            images = own
         for name, *place, tar_label in images:
             folders = "/".join(name.split("/")[:-1][:2])
             yield name, *place, (True, label or tar_label) if label or tar_label else (False, folders)
@@ -368,11 +370,20 @@ def scan_list(path, passed_over):
             if number == 0 and heads[0]:
                 path_column, count = names.index(heads[0][0]), len(names)
                 label_column = names.index(heads[1][0]) if heads[1] else count
+                passed_over[f"column(s), none of them {', '.join(LABEL_COLUMNS)}"] += (count - 1) * (not heads[1])
+            elif number == 0 and row and not is_path(row[0], os.path.dirname(path)):
+                raise DataError(f"{path}: line 1, {','.join(row)[:100]!r}, is no image and names no column of "
+                                f"{', '.join(PATH_COLUMNS)}: rename the column, or begin with the first image")
             elif path_column < len(row) <= count and row[path_column]:
                 label = to_label(row[label_column]) if len(row) > label_column else None
                 yield row[path_column], PATH, 0, 0, 0, (True, label) if label else (False, "")
             else:
                 passed_over["line(s) that are not path,label"] += bool(row)
+
+
+def is_path(name, folder):
+    """Whether a name looks like that of an image, or is a file relative to a folder."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS or os.path.exists(os.path.join(folder, name))
 
 
 def split_line(line):

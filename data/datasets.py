@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from data.archives import is_url
-from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder, describe_paths, stat_file
+from data.folders import HELD_OUT, TRAIN, DataError, ImageFolder, are_parts, describe_paths, stat_file
 from data.images import to_rgb, wrap_decode_errors
 from data.shapes import Shapes
 from data.shards import ShardDataset, is_source, split_parts
@@ -64,10 +64,15 @@ def open_data(data_path: str | Sequence[str], download: bool = True, output_dir:
     Raises:
         DataError: there is no such dataset, or no image in it can be read.
     """
-    parts = []
+    parts, ranges = [], {}
     for paths in group_shards(data_path):
         parts.append(open_paths(paths, download, output_dir, value_range, cache_dir, channels, not val_path))
-        value_range = value_range or getattr(parts[-1].train, "value_range", None)
+        if found := getattr(parts[-1].train, "value_range", None):
+            ranges.setdefault(tuple(found), describe_paths(paths))
+    if len(ranges) > 1:
+        found = " and ".join(f"{low:g} to {high:g} in {where}" for (low, high), where in ranges.items())
+        raise DataError(f"the images have values of {found}: set their black and white by --value_range LOW HIGH")
+    value_range = value_range or next(iter(ranges), None)
     data = concatenate(parts) if len(parts) > 1 else parts[0]
     if val_path:
         classes = getattr(data.train, "classes", None)
@@ -270,7 +275,8 @@ def open_files(paths, output_dir=None, value_range=None, cache_dir=None, channel
         parent = os.path.dirname(root) if os.path.basename(root).lower() in TRAIN else root
         parts = {name.lower(): os.path.join(parent, name) for name in next(os.walk(parent), ("", [], []))[1]}
         held_out = [[parts[name]] for name in HELD_OUT if name in parts]
-        train_root = parts.get("train", parts.get("training", root)) if held_out and parent == root else root
+        has_parts = held_out or are_parts(name for name in parts if name[0] != ".")  # --val_path may be elsewhere
+        train_root = parts.get("train", parts.get("training", root)) if has_parts and parent == root else root
         held_out = held_out if train_root != parent else []  # they are not parts without one for training
         paths = [train_root]
     if is_source(paths[0]) and not held_out:
@@ -329,7 +335,8 @@ def open_torchvision(name, root, download=True, value_range=None):
     if name.lower() not in known:
         raise DataError(f"{name}:{root}: torchvision has no dataset {name!r}, and there is no such folder")
     kind = getattr(torchvision.datasets, known[name.lower()])
-    accepted = inspect.signature(kind).parameters
+    accepted = {name for base in kind.__mro__ for name in inspect.signature(base).parameters
+                if issubclass(base, torchvision.datasets.MNIST) or base is kind}  # QMNIST passes some of MNIST's on
     flags = {"download": True} if download and "download" in accepted else {}
     splits = [{}]
     if "train" in accepted:
@@ -338,10 +345,11 @@ def open_torchvision(name, root, download=True, value_range=None):
         splits = [{"split": split} for split in SPLITS.get(name.lower(), ("train", "test"))]
     try:
         train, *val = (TorchvisionDataset(kind(root, **split, **flags), value_range) for split in splits)
+        count, has_labels = len(train), train[0][1] != -1
     except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
         raise DataError(f"{name}:{root}: torchvision cannot open it: {' '.join(str(error).split())}") from None
-    note = f"{len(train):,} images of torchvision's {kind.__name__}"
-    if train[0][1] == -1:
+    note = f"{count:,} images of torchvision's {kind.__name__}"
+    if not has_labels:
         return Data(train, None, None, path, f"{note}, no class labels")
     if val:
         return Data(train, train, val[0], path, f"{note}, {len(val[0]):,} held out")

@@ -318,7 +318,7 @@ def build_index(path, shards, previous, num_workers=None, relative=False):
             atomic_write(path, functools.partial(write_index, members, keys, header | dict(classes=classes), labels))
     except OSError as error:
         raise DataError(f"{path}: the index cannot be written ({error.strerror or error}), choose another folder "
-                        f"(--cache_dir)") from None
+                        f"({'--output' if relative else '--cache_dir'})") from None
     return ShardIndex.open(path)
 
 

@@ -275,6 +275,12 @@ def test_values_of_more_than_8_bits_have_one_range_everywhere(tmp_path, capsys, 
     printed = capsys.readouterr().out
     assert "values 0 (black) to 4095 (white)" in printed and "NOTE: the images are nearly black" not in printed
     assert "--value_range 0.0 4095.0" in (tmp_path / "out" / "flags.txt").read_text()
+    for file in (tmp_path / "data" / "train").glob("*/*.png"):  # none has values above 255 any more
+        Image.open(file).point(lambda value: value / 64).save(file)
+    train.main(train.parse_args([*flags, "--epochs", "2"]))
+    assert "resuming at step 2 of 4" in capsys.readouterr().out
+    for file in (tmp_path / "data" / "train").glob("*/*.png"):
+        Image.open(file).point(lambda value: value * 64).save(file)
     path = str(tmp_path / "out" / "teacher.safetensors")
     backbone, info = load_backbone(path)
     assert info["value_range"] == [0, 4095]

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,18 @@ def test_a_signal_while_waiting_for_images_loses_nothing(flags, tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_checkpoints_count_the_corrupt_images_of_all_processes(flags, images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    ((_, index), *_), = iter_batch_keys(1, 2, 96, 0, 8, 1, rank=1, world_size=2)
+    sorted(folder.glob("*/*.png"))[index].write_bytes(b"bad")
+    process = torchrun(flags("two", f"--data_path {folder} --batch_size_per_gpu 8 --epochs 1 --knn_every 0 "
+                                    f"--log_every 100 --save_every_steps 2"))
+    output, _ = process.communicate(timeout=120)
+    before = load_checkpoint(tmp_path / "two" / "checkpoint.pth.1")["progress"]
+    assert before["step"] == 4 and len(before["corrupt_images"]) == 1, output
+
+
+@pytest.mark.slow
 def test_torchrun_stops_together_and_restarts_alone(flags, tmp_path):
     """SIGTERM to torchrun; then a killed process, and torchrun's restart; then another number of processes."""
     folder = tmp_path / "two"
@@ -644,7 +657,14 @@ def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
     run(flags("run", "--epochs 2 --resume none --overwrite"))
     assert "resuming at step 6 of 12" in capsys.readouterr().out
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # a restarted job, which did not begin this run
     run(flags("run", "--epochs 1 --resume none --overwrite --seed 7"))
+    run(flags("run", "--epochs 2 --resume none --overwrite --seed 7"))
+    assert "resuming at step 6 of 12" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    run(flags("run", "--epochs 1 --resume none --overwrite --seed 7"))
+    assert "resuming" not in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["flags"]["seed"] == 7
     assert steps_logged(tmp_path / "run") == 6
     words = (tmp_path / "run" / "flags.txt").read_text()
@@ -653,6 +673,22 @@ def test_starting_anew_needs_permission(flags, tmp_path, monkeypatch, capsys):
         path.unlink()
     with pytest.raises(CheckpointError, match="holds student"):  # the models are still worth something
         run(flags("run", "--epochs 1"))
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "result.json", "nonfinite.json"])
+def test_files_of_other_programs_are_kept(flags, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"holds {name} of a previous run: --resume none --overwrite deletes it"):
+        run(flags("run", "--epochs 1"))
+    assert (tmp_path / "run" / name).read_text() == "mine"
+    run(flags("run", "--epochs 1 --resume none --overwrite"))
+    assert steps_logged(tmp_path / "run") == 6
+    for path in (tmp_path / "run").glob("*.*"):
+        if path.name not in (".lock", name):
+            path.unlink()
+    run(flags("run", "--epochs 1"))  # stopped before it saved anything: the same command starts anew
+    assert steps_logged(tmp_path / "run") == 6
 
 
 def test_a_second_run_in_the_folder_is_refused(flags, tmp_path):

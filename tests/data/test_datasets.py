@@ -172,6 +172,21 @@ def test_deep_images_have_one_range(tmp_path, scene):
     save_images(tmp_path / "flat", "1.png")
     assert open_data(str(tmp_path / "flat")).train.value_range is None
 
+    folders = [str(tmp_path / name) for name in ("train", "val", "flat")]
+    with pytest.raises(DataError, match="0 to 4095 in .*train and 0 to 32767 in .*val: set .* by --value_range"):
+        open_data(folders)
+    data = open_data(folders, value_range=(0, 4095))
+    assert data.train.value_range == (0, 4095) and len(data.train) == 8
+    assert open_data(folders[::2]).train.value_range == (0, 4095)
+
+
+def test_train_folder_without_others_has_labels(tmp_path):
+    """So that --val_path may name held-out images elsewhere."""
+    for folder in ("set/train/a", "set/train/b", "set/.cache/x", "elsewhere/a", "elsewhere/b"):
+        save_images(tmp_path / folder, "1.png")
+    data = open_data(str(tmp_path / "set"), val_path=str(tmp_path / "elsewhere"))
+    assert data.train.classes == data.val.classes == ["a", "b"] and len(data.train) == len(data.val) == 2
+
 
 def test_deep_frames_of_a_video_have_one_range(scene, tmp_path):
     gray = np.asarray(scene.convert("L")).astype("uint16")
@@ -297,6 +312,8 @@ def test_outputs_do_not_become_inputs(tmp_path):
     (lambda p: (p / "notes.txt").write_text("x"), "{}", "no image found.*passed over 1: 1 .txt"),
     (lambda p: None, "cifar9:{}", "no dataset 'cifar9'"),
     (lambda p: None, "imagenet:{}", "torchvision cannot open it"),
+    (lambda p: None, "fakedata:{}", "torchvision cannot open it"),
+    (lambda p: None, "visiondataset:{}", "torchvision cannot open it"),
     (lambda p: None, "shapes:3", "from 16 to 1024"),
     (lambda p: (p / "file").write_text("x"), "{}/file", "no such folder"),
 ])

@@ -410,6 +410,20 @@ def test_commas_and_columns_of_lists(tmp_path, ending, line, head):
     assert index.classes == (["cat"] if "cat" in line else [])
 
 
+@pytest.mark.parametrize("head", ["filepaths,labels", "img,label", "img"])
+def test_unknown_columns_of_lists(tmp_path, head):
+    (tmp_path / "list.csv").write_text(f"{head}\n1.jpg,cat\n")
+    with pytest.raises(DataError, match=f"line 1, '{head}', is no image and names no column of path, "):
+        open_index([str(tmp_path / "list.csv")])
+    (tmp_path / "1.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.csv").write_text("path,species\n1.jpg,cat\n")
+    images = ShardDataset([str(tmp_path / "list.csv")])
+    assert images.classes is None and "1 column(s), none of them label, class, class_name" in images.passed_over
+    (tmp_path / "1").write_bytes(jpeg(0))
+    (tmp_path / "list.csv").write_text("1,cat\n")
+    assert ShardDataset([str(tmp_path / "list.csv")]).classes == ["cat"]
+
+
 def test_brace_patterns(tmp_path):
     assert expand_braces("a-{08..11}.tar") == [f"a-{i:02}.tar" for i in range(8, 12)]
     assert expand_braces("{1..3}{a,b}") == ["1a", "1b", "2a", "2b", "3a", "3b"]
@@ -707,10 +721,11 @@ def test_row_groups_of_gigabytes_are_refused(tmp_path, build):
 @pytest.mark.parametrize("content, message", [
     (b"", "no image in 1 shard"), (b"path,label\n", "no image in 1 shard"),
     (b"missing.jpg\n", "none of the first 1 images can be read; the last: .*missing.jpg: No such file"),
-    (bytes(range(256)) * 10, "none of the first .* images can be read"),
+    (bytes(range(256)) * 10, "line 1, .*x00.* is no image and names no column"),
     (b'"' + b"x" * 200_000, "corrupt or truncated"),
-    ("a.jpg\n".encode("utf-16"), "none of the first .* images can be read"), (b"pipe.jpg\n", "not a regular file"),
-    (b"a,b,c,d\n" * 3, "passed over 3: 3 line")])
+    ("a.jpg\n".encode("utf-16"), "line 1, .*a.x00.* is no image and names no column"),
+    (b"pipe.jpg\n", "not a regular file"),
+    (b"a.jpg,b,c,d\n" * 3, "passed over 3: 3 line")])
 def test_bad_lists(tmp_path, content, message):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "a.csv").write_bytes(content)
