@@ -18,7 +18,7 @@ import sys
 import tempfile
 import urllib.request
 from http.client import HTTPException
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 
 import torch
 import torch.distributed as dist
@@ -192,6 +192,8 @@ def download(url: str, name: str, log=print) -> str:
                     log(f"downloading {url}")
                     fetch_file(url, path)
     except (OSError, HTTPException) as error:
+        if getattr(error, "filename", None) and not isinstance(error, URLError):
+            raise OSError(f"{error.filename}: {error.strerror}, set TORCH_HOME to a folder for weights") from None
         reason, advice = getattr(error, "reason", None) or error, "go online, or "
         if isinstance(error, HTTPError):
             reason, advice = f"HTTP {error.code} {reason}", ""

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 import numpy as np
@@ -32,6 +33,7 @@ with contextlib.suppress(ImportError):
 DECODERS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 HEIF QOI".split() if name in Image.OPEN]
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}  # of inputs
 FULL_SCALES = (1, *(2**bits - 1 for bits in range(8, 17)))  # of floats, and of 8 to 16 bits
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # cameras have 108 million pixels
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes; profiles and notes have megabytes
 MAX_PATCHES = 4096  # attention takes heads * MAX_PATCHES**2 * 4 bytes
 
@@ -331,4 +333,8 @@ def print_error(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        sys.exit(130)

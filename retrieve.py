@@ -94,12 +94,11 @@ class ImageEncoder:
         self.result_path = result_file(self.origin, args, f"{args.task}.{data_name(args.data_path)}")
 
     def encode(self, paths, boxes=None):
-        """Features [M, D] of the readable images, their indices among the paths [M], messages on corrupt images."""
-        return self.encode_images(ImageFiles(paths, boxes, self.upright, self.origin["value_range"],
-                                             self.info["channels"]))
+        """As `encode_images`, of files."""
+        return self.encode_images(ImageFiles(paths, boxes, self.upright, self.origin["value_range"]))
 
     def encode_images(self, images):
-        """As `encode`, of any dataset."""
+        """Features [M, D] of the readable images, their indices [M], messages on corrupt images."""
         features, _, *rest = extract_features(partial(self.extract, self.backbone), images, self.size, self.args,
                                               self.device, self.view, allow_none=True)
         return features, *rest
@@ -206,8 +205,9 @@ def search(args):
     """Nearest images of a folder or of shards by cosine similarity of CLS features, and a contact sheet of them."""
     encoder = ImageEncoder(args, lambda backbone, x: F.normalize(backbone(x)), loaders.center_crop_view, rgb_only=False)
     output, taken = output_folder(encoder.origin, args, "search"), []
-    queries, numbers, corrupt = encoder.encode(args.query)
     images, features, indices = index_images(encoder, args.data_path, output)
+    queries, numbers, corrupt = encoder.encode_images(ImageFiles(args.query, value_range=images.value_range,
+                                                                 channels=images.channels))
     if encoder.rank > 0:
         return
     create_folder(sheets := output / data_name(args.data_path))
@@ -240,16 +240,16 @@ def is_same_file(path, other):
 def index_images(encoder, source, output):
     """Images of a folder or of shards, features [M, D] of the readable ones, and the indices [M] of these.
 
-    The index is one file per model, source and image size.
+    The index is one file per model, source, image size and, of images of more than 8 bits, their black and white.
     """
-    value_range, root = encoder.origin["value_range"], os.path.realpath(source)
+    root = os.path.realpath(source)
     images = distributed.run_on_rank_zero_first(
-        lambda: open_images([source], output, encoder.args.cache_dir, value_range=value_range,
+        lambda: open_images([source], output, encoder.args.cache_dir, value_range=encoder.origin["value_range"],
                             channels=encoder.info["channels"]))
     log(f"{len(images):,} images in {source}{images.passed_over}")
     create_folder(output)
     key = [*(encoder.origin[name] for name in ("sha256", "network", "untrained")), root, encoder.size]
-    digest = hashlib.sha256(json.dumps(key + (value_range or [])).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(key + [*(images.value_range or ())]).encode()).hexdigest()[:8]
     path = output / f"{os.path.basename(root)[:60]}-{digest}.safetensors"
     features, indices = update_index(path, images, encoder.encode_images, log)
     if not indices:

@@ -296,6 +296,8 @@ def open_evaluation(args, find, device, needs, name, **settings):
     origin |= dict(data_path=os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
                    image_size=args.image_size, **settings, dataset_size=len(images))
     path = result_file(origin, args, f"{name}.{data_name(args.data_path)}")
+    if os.path.realpath(path.parent) == os.path.realpath(args.data_path):
+        raise DataError(f"{path.parent}: outputs would be written among the images, choose another --output_dir")
     names = distributed.run_on_rank_zero_first(lambda: prepare_writing(args, images))  # others find its boxes.json
     return images, read, model, info, origin, path, names, sheet.choose_columns(min(12, len(images)), 1000)
 
@@ -325,13 +327,16 @@ def prepare_writing(args, images):
         for name in names:
             if (other := taken.setdefault(Path(name).with_suffix(""), name)) != name:
                 raise DataError(f"{args.data_path}: the masks of {other} and {name} would be one file, rename one")
-        masks, boxes = [Path(args.write, name).with_suffix(".png") for name in names], Path(args.write, "boxes.json")
-        is_own = read_json(boxes).get("info") == INFO
-        if not is_own and (foreign := next((path for path in (boxes, *masks) if path.exists()), None)):
+        paths = {name: Path(args.write, name).with_suffix(".png") for name in names}
+        boxes = Path(args.write, "boxes.json")
+        written = read_json(boxes)
+        if written.get("info") != INFO:
+            paths, written = {"": boxes} | paths, dict(info=INFO, images=[], annotations=[], categories=[])
+        own = {image["file_name"] for image in written["images"]} | {*written.get("masks", ())}
+        if foreign := next((path for name, path in paths.items() if name not in own and path.exists()), None):
             raise DataError(f"--write {args.write}: {foreign} was not written by this command, name another folder")
         create_folder(args.write)
-        if not is_own:  # from now on the masks are of this command, also if it is interrupted
-            write_json(boxes, dict(info=INFO, images=[], annotations=[], categories=[]))
+        write_json(boxes, written | dict(masks=sorted(own.union(names))))  # own from now on, also if interrupted
     return names
 
 
@@ -356,9 +361,8 @@ def write_boxes(folder, records):
         for (left, top, right, bottom), area in zip(record["boxes"], record["areas"]):
             annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=1, area=area, iscrowd=0,
                                     bbox=[left, top, right - left, bottom - top]))
-    categories = [dict(id=1, name="object")]
-    write_json(Path(folder, "boxes.json"), dict(info=INFO, images=images, annotations=annotations,
-                                                categories=categories))
+    categories, path = [dict(id=1, name="object")], Path(folder, "boxes.json")
+    write_json(path, read_json(path) | dict(images=images, annotations=annotations, categories=categories))
     print(f"wrote {len(images)} masks and {len(annotations)} boxes to {folder}")
 
 
@@ -372,6 +376,9 @@ def segment_videos(args):
     model, info, origin = open_backbone(args, needs="patch tokens", precision=args.precision)
     args.normalization, args.value_range = (info["mean"], info["std"]), origin["value_range"]
     output = output_folder(origin, args, f"video.{data_name(args.data_path)}")
+    for part in ("JPEGImages", "Annotations"):
+        if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(Path(args.data_path, part))):
+            raise DataError(f"{output}: masks would be written among those of the data, choose another --output_dir")
     create_folder(output)
     flags = ("image_size", "n_last_frames", "size_mask_neighborhood", "topk", "temperature", "precision")
     origin |= dict(data_path=os.path.abspath(args.data_path)) | {name: getattr(args, name) for name in flags}

@@ -232,6 +232,8 @@ def animate_embedding(args, errors):
     path = Path(args.output or Path(args.output_dir or args.run, f"{args.checkpoint_key or 'teacher'}.embedding.gif"))
     if path.suffix.lower() not in (".gif", *WRITABLE):
         raise DataError(f"--output {path}: expected a file that ends with .gif, {', '.join(WRITABLE)}")
+    if path.suffix.lower() in WRITABLE:
+        import av  # noqa: F401  if it is missing, that is found before the work
     create_folder(path.parent)
     for checkpoint in epochs.values():
         args.ckpt = checkpoint

@@ -34,6 +34,10 @@ def read_copydays(root):
     root = Path(root)
     originals, blocks = list_images(root / "original"), {}
     indices = {os.path.basename(path)[:4]: [i] for i, path in enumerate(originals)}
+    if len(indices) < len(originals):
+        first = next(path for i, path in enumerate(originals) if indices[os.path.basename(path)[:4]] != [i])
+        raise DataError(f"{first}: another original has the same first four characters in its name, which copies "
+                        f"share: rename it and its copies")
     folders = [folder for pattern in ("strong", "crops/[!.]*", "jpegqual/[!.]*")
                for folder in sorted(root.glob(pattern), key=lambda path: path.name.zfill(9)) if folder.is_dir()]
     if not folders:

@@ -10,6 +10,7 @@ Files need PyAV (pip install av).
 
 import os
 import re
+from collections import Counter
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ def open_video(path):
         if not files:
             raise DataError(f"{path}: no image in this folder")
         files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
+        if repeated := next((stem for stem, n in Counter(file.stem for file in files).items() if n > 1), None):
+            raise DataError(f"{path}: two frames are named {repeated}, rename one")
         read = partial(read_image, value_range=find_common_range(files))
         return Video(((file.name, read_or_message(read, file)) for file in files), None, len(files))
     import av

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_sizes_of_images_for_a_model_of_any_size():
     assert infer.prepare(Image.new("RGB", (4000, 3000)), values).size == (584, 440)  # 4015 patches
     with pytest.raises(ValueError, match="less than a patch"):
         infer.prepare(Image.new("RGB", (7, 30)), values)
+
+
+def test_infer_is_interrupted_in_one_line(saved, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    command = [sys.executable, "infer.py", str(make(saved[0])), *[str(tmp_path / "a.png")] * 5000]
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "out")], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, cwd=Path(infer.__file__).parent)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert (process.returncode, error) == (130, "infer.py: interrupted\n")
 
 
 @pytest.fixture

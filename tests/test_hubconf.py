@@ -239,6 +239,10 @@ def test_without_a_connection_it_is_one_line(server, monkeypatch, exit_message, 
     with pytest.raises(OSError, match="cannot be downloaded .*refused.*: go online, or put a copy of the file at"):
         load("dino_vits16")
     monkeypatch.setattr(backbones, "PUBLISHED_URL", url)
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="file.*: Not a directory, set TORCH_HOME to a"):
+        patch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "file"))
+        load("dino_vits16")
     (server[0] / "cut").touch()
     size = (server[0] / FILE / f"{FILE}.pth").stat().st_size
     with pytest.raises(OSError, match=f"the connection was closed after 1000 of {size} bytes"):

@@ -244,6 +244,24 @@ def test_search_returns_the_nearest(model, photos, tmp_path, capsys):
     assert ": 0 of 9 images indexed" in capsys.readouterr().out
 
 
+def test_queries_have_the_black_and_white_of_the_folder(model, tmp_path, capsys):
+    """Of images of more than 8 bits: a copy of an image finds it, and a new range is a new index."""
+    (tmp_path / "deep").mkdir()
+    values = np.random.RandomState(0).rand(40, 40)
+    for i in range(8):
+        Image.fromarray((values * 2 ** (i + 5)).astype("uint16")).save(tmp_path / "deep" / f"{i}.png")
+    for i in (1, 4):
+        shutil.copy(tmp_path / "deep" / f"{i}.png", tmp_path / f"{i}.png")
+    flags = "search", "--ckpt", model[1], "--data_path", tmp_path / "deep", "--nearest", 1
+    run(*flags, tmp_path / "1.png", tmp_path / "4.png")
+    out = capsys.readouterr().out
+    assert all(f"   1.000  {tmp_path / 'deep' / name}" in out for name in ("1.png", "4.png"))
+    Image.fromarray((values * 65535).astype("uint16")).save(tmp_path / "deep" / "8.png")
+    run(*flags, tmp_path / "4.png")
+    out = capsys.readouterr().out
+    assert ": 0 of 9 images indexed" in out and f"   1.000  {tmp_path / 'deep' / '4.png'}" in out
+
+
 def test_contact_sheet_shows_the_nearest(model, photos, tmp_path):
     save_shape(tmp_path / "query.png", 4)
     run("search", "--ckpt", model[1], "--data_path", photos, "--nearest", 2, tmp_path / "query.png")

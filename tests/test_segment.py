@@ -199,6 +199,17 @@ def test_attention_masks_are_written_as_weak_labels(model, tmp_path, capsys, exi
             run, *flags, "--write", tmp_path / "hand")
         assert (tmp_path / "hand" / "boxes.json").read_text() == theirs
         by_hand.unlink(missing_ok=True)
+    by_hand.write_bytes(b"drawn by hand")
+    (tmp_path / "hand" / "boxes.json").unlink()
+    run(*flags, "--write", tmp_path / "hand", "--num_images", 1)  # a/0.png
+    for _ in range(2):
+        assert f"{by_hand} was not written by this command" in exit_message(run, *flags, "--write", tmp_path / "hand")
+    assert by_hand.read_bytes() == b"drawn by hand"
+    by_hand.unlink()
+    assert "skipped 1 of 4" in exit_message(run, *flags, "--write", tmp_path / "hand")
+    run(*flags, "--write", tmp_path / "hand", "--num_images", 1)
+    for _ in range(2):  # masks of earlier runs are still its own
+        assert "skipped 1 of 4" in exit_message(run, *flags, "--write", tmp_path / "hand")
     for _ in range(2):  # the folder is its own
         line = exit_message(run, *flags, "--write", tmp_path / "set" / "masks")
         assert "skipped 1 of 4 images; the first: " in line
@@ -606,6 +617,16 @@ def test_corrupt_sequences_are_skipped(model, davis, exit_message):
     assert sorted(x.name for x in (output / "a_cut").iterdir()) == [f"{t:05}.png" for t in range(3)]
     assert not any((output / name).exists() for name in ("b_unmasked", "c_small_mask", "e_nothing"))
     assert (output / "d_other_mask" / "00005.png").exists()  # only its evaluation failed
+
+
+@pytest.mark.parametrize("folder", ["Annotations/480p", "JPEGImages/480p/out"])
+def test_outputs_are_not_written_among_the_data(model, davis, exit_message, folder):
+    files = {path: path.read_bytes() for path in davis.rglob("*.*")}
+    flags = "--ckpt", model[1], "--data_path", davis, "--image_size", 64, "--output_dir"
+    assert "choose another --output_dir" in exit_message(run, "video", *flags, davis / folder)
+    for task in ("masks", "discover"):
+        assert "outputs would be written among the images" in exit_message(run, task, *flags, davis)
+    assert {path: path.read_bytes() for path in davis.rglob("*.*")} == files
 
 
 def test_video_without_ground_truth(model, davis, capsys):

@@ -33,6 +33,9 @@ def test_layout_of_copydays(tmp_path):
     save_image(root / "strong" / "999901.jpg")
     with pytest.raises(DataError, match="999901.jpg: no image in .*original has a name with the same first four"):
         read_copydays(root)
+    save_image(root / "original" / "200201.jpg")
+    with pytest.raises(DataError, match="200200.jpg: another original has the same first four characters"):
+        read_copydays(root)
     save_image(tmp_path / "half" / "original" / "200000.jpg")
     with pytest.raises(DataError, match="expected strong/, jpegqual/N/ or crops/N/ beside original/"):
         read_copydays(tmp_path / "half")

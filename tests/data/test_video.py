@@ -67,6 +67,9 @@ def test_frames_of_a_folder_are_in_numeric_order(tmp_path):
             writer.write(name, image)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"shot_{i}.png" for i in (1, 10, 2, 9)]
     assert np.array_equal(Image.open(tmp_path / "out" / "shot_9.png"), frame(9))
+    frame(1).save(tmp_path / "shot_9.jpg")  # whose result would have the same name
+    with pytest.raises(DataError, match="two frames are named shot_9, rename one"):
+        open_video(tmp_path)
     (tmp_path / "v1.5").mkdir()  # an existing folder, whatever its suffix
     with VideoWriter(tmp_path / "v1.5", 25) as writer:
         writer.write("a.jpg", frame(1))
