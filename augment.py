@@ -333,7 +333,7 @@ def adjust_hue(x, turn):
     hue = hue.sub_((hue - 255).clamp_(0, 1), alpha=256)
     chroma = chroma.mul_(255).div_(value.clamp(min=1)).floor_().mul_(value).div_(255)
     # Each channel is value - chroma * clamp(distance - 1, 0, 1), with the distance on the color circle in sixths.
-    opposite = torch.arange(3.0, 8.0, 2.0, device=x.device).view(3, 1, 1)  # of r, g, b; clamped, 7 gives the same as 1
+    opposite = torch.arange(3.0, 8.0, 2.0, device=x.device).remainder_(6).view(3, 1, 1)  # 3, 5, 1 for r, g, b
     fall = (hue.mul_(6 / 255) - opposite).abs_().sub_(3).abs_().clamp_(1, 2)
     return torch.addcmul(value + chroma, fall, chroma, value=-1).round_()
 
