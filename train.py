@@ -597,7 +597,7 @@ def log_train_step(stats, schedule, step, total_steps, args, run):
     if args.loss == "infonce":  # of embeddings, not of distributions over prototypes
         ln_k = entropy = marginal_entropy = math.nan
     run.progress["epoch_stats"].append((entropy, marginal_entropy, kl))
-    run.logger.corrupt_images = set().union(*distributed.all_gather_objects(run.logger.corrupt_images))
+    run.logger.gather_corrupt()
     record = dict(epoch=step * args.epochs // total_steps, step=step, loss=loss, ln_k=ln_k,
                   teacher_entropy=entropy, teacher_marginal_entropy=marginal_entropy, kl=kl, lr=schedule.lr,
                   wd=schedule.weight_decay, momentum=schedule.momentum, teacher_temp=schedule.teacher_temp,

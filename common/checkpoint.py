@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.distributed import all_gather_objects, check_same_on_all_ranks, is_rank_zero
+from common.distributed import check_same_on_all_ranks, is_rank_zero
 from common.files import atomic_write, check_file, first_line, read_text, remove_temporaries
 
 RENAMED_KEYS = {  # keys of checkpoints and model files of version 0 -> today's
@@ -205,7 +205,7 @@ class Run:
     def save(self, step):
         """Save the state before `step`, on rank 0; all ranks must call this."""
         self.saved_at = time.monotonic()
-        self.logger.corrupt_images = set().union(*all_gather_objects(self.logger.corrupt_images))
+        self.logger.gather_corrupt()
         if is_rank_zero():
             self.progress.update(step=step, corrupt_images=sorted(self.logger.corrupt_images),
                                  log_bytes=self.logger.path.stat().st_size if self.logger.path.exists() else 0)

@@ -27,7 +27,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from common.distributed import get_world_size, is_rank_zero
+from common.distributed import all_gather_objects, get_world_size, is_rank_zero
 
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}{postfix}"  # within 80 columns, shorter first
 
@@ -144,6 +144,10 @@ class Logger:
         for message in set(messages) - self.corrupt_images:
             self.corrupt_images.add(message)
             tqdm.write(f"skipped corrupt image {message}")
+
+    def gather_corrupt(self):
+        """Make the corrupt images of all ranks known to each; all ranks must call this."""
+        self.corrupt_images = set().union(*all_gather_objects(self.corrupt_images))
 
     def close(self, failed=False):
         """Close the progress bar and the sinks; write the trace of a profiler that has not recorded all its steps.

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from augment import BatchMultiCrop, MultiCrop
 from backbones import broadcast_buffers, convert_sync_batchnorm
 from common.checkpoint import MODEL_FILES, CheckpointError, Run
-from common.distributed import StopRequested, StopSignals, all_gather_objects, get_rank, get_world_size, is_rank_zero
+from common.distributed import StopRequested, StopSignals, get_rank, get_world_size, is_rank_zero
 from common.files import create_folder
 from common.logger import Logger, log, progress_bar
 from common.precision import autocast
@@ -177,7 +177,7 @@ def train_classifiers(network, optimizer, images, crops, fixed, evaluate, output
             if is_epoch_end or (step + 1) % args.log_every == 0:
                 if world_size > 1:
                     dist.all_reduce(losses)
-                logger.corrupt_images = set().union(*all_gather_objects(logger.corrupt_images))
+                logger.gather_corrupt()
                 if not losses.isfinite().any():
                     raise FloatingPointError(f"step {step}: the loss is not finite in {args.precision}, lower --lr or "
                                              f"use --precision fp32")
